@@ -1,0 +1,107 @@
+"""The contract of a system: what every family gives to the loop, to `lineage.load` and to a comparison.
+
+    losses    one training step as a coroutine, which yields each loss in the order in which it is optimised;
+    groups    the parameters that each of those losses moves;
+    generate  captions -> pictures.
+
+Axes: B pictures, 3 H W.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lineage.data.contract import Batch
+from lineage.errors import UserError, nearest
+from lineage.nn.draws import Draws
+from lineage.text.contract import TextEncoder, TextFeatures
+
+Turn = tuple[str, dict[str, Tensor]]
+"""(name of the parameter group to update, named loss terms whose sum is minimised)."""
+
+
+class System(nn.Module):
+    """One text-to-image system.
+
+    Attributes:
+        text: the encoder through which it reads captions; trained with it if one of `groups` holds it.
+        at_once: how many pictures `generate` makes in one go.
+    """
+
+    text: TextEncoder
+    at_once: int = 64
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def groups(self) -> dict[str, list[nn.Module]]:
+        """The modules that each turn of `losses` trains, by the turn's name; empty if nothing is trained."""
+
+    @abstractmethod
+    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+        """One training step.
+
+        Args:
+            batch: pictures (B, 3, H, W) in [-1, 1] and what is known of them.
+            text: the batch's captions, encoded, with gradient.
+            draws: a random stream for each row; all noise of the step comes from here.
+
+        Yields:
+            (group, terms): the loop minimises the sum of `terms` over the parameters of `group`, then resumes.
+        """
+
+    @abstractmethod
+    def draw(self, captions: list[str], draws: Draws) -> Tensor:
+        """Pictures of `captions`, (B, 3, H, W). Row i uses stream i of `draws`. Further keywords are the knobs."""
+
+    @torch.no_grad()
+    def generate(self, captions: str | Sequence[str], *, seed: int = 0, **knobs: Any) -> Tensor:
+        """Draw one picture for each caption.
+
+        Picture i depends on (seed, i, caption i) alone, never on the batch it was made in.
+
+        Args:
+            captions: B captions; one string is one caption.
+            seed: chooses the noise.
+            **knobs: what the system's `draw` takes, such as `steps` or `guidance`.
+
+        Returns:
+            (B, 3, H, W) float32 in [-1, 1].
+
+        Raises:
+            UserError: for no captions, or for a knob that the system does not have.
+        """
+        wanted = [captions] if isinstance(captions, str) else list(captions)
+        if not wanted:
+            raise UserError("There is nothing to draw: give at least one caption.")
+        self._check_knobs(knobs)
+        training = self.training
+        self.eval()
+        try:
+            parts = []
+            for first in range(0, len(wanted), self.at_once):
+                chunk = wanted[first : first + self.at_once]
+                draws = Draws.for_pictures(seed, len(chunk), self.device, first)
+                parts.append(self.draw(chunk, draws, **knobs).float().clamp(-1, 1))
+        finally:
+            self.train(training)
+        return torch.cat(parts)
+
+    def knobs(self) -> dict[str, Any]:
+        """The keywords that `generate` takes beside `seed`, with their defaults."""
+        parameters = list(inspect.signature(self.draw).parameters.values())[2:]
+        return {p.name: p.default for p in parameters}
+
+    def _check_knobs(self, given: dict[str, Any]) -> None:
+        for name in given:
+            if name not in self.knobs():
+                hint = nearest(name, self.knobs()) if self.knobs() else "it has none."
+                raise UserError(f"{type(self).__name__} has no knob {name!r}: {hint}")

@@ -1,0 +1,145 @@
+"""The data contract: what every captioned data set gives and what a training step receives.
+
+A data set is a sequence of `Example`s with one fast path, `batch`, that a loader calls. No tokenising, no image
+pyramids and no mismatched pairs here: each of these belongs to the family that needs it.
+
+Shapes: B batch, 3 colour channels, H and W pixels (H == W == `size`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One captioned picture.
+
+    Attributes:
+        id: unique within its data set, and stable between runs and machines.
+        image: (3, H, W), uint8 in 0..255.
+        captions: at least one; the first is the one that evaluation uses.
+        label: class index where the data has classes, else None.
+        meta: what else is known of the picture, such as the scene it was drawn from.
+    """
+
+    id: str
+    image: Tensor
+    captions: tuple[str, ...]
+    label: int | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """What a training step receives.
+
+    Attributes:
+        image: (B, 3, H, W) float32 in [-1, 1].
+        caption: B captions, one drawn per visit of each picture.
+        label: (B,) int64, or None where the data has no classes.
+        id: B example ids.
+    """
+
+    image: Tensor
+    caption: list[str]
+    label: Tensor | None
+    id: list[str]
+
+    def __len__(self) -> int:
+        return len(self.caption)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        image = self.image.to(device, non_blocking=True)
+        label = None if self.label is None else self.label.to(device, non_blocking=True)
+        return Batch(image, self.caption, label, self.id)
+
+    def pin(self) -> Batch:
+        """The same batch in page-locked memory, from which a copy to a GPU does not block."""
+        label = None if self.label is None else self.label.pin_memory()
+        return Batch(self.image.pin_memory(), self.caption, label, self.id)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was left out, and why, in words that say how to mend it."""
+
+    path: str
+    reason: str
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], any shape."""
+    return image.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_bytes(image: Tensor) -> Tensor:
+    """float in [-1, 1] -> uint8 0..255 with rounding, any shape. The inverse of `to_unit`."""
+    return image.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def caption_number(seed: int, epoch: int, example_id: str, count: int) -> int:
+    """Which of `count` captions is read on this visit: a function of (seed, epoch, id) alone."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{example_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % count
+
+
+class CaptionedDataset(ABC):
+    """A sequence of `Example`s of one split at one size.
+
+    Attributes:
+        name: the spec that loads it again, e.g. `shapes:easy` or `folder:my/pictures`.
+        split: `train`, `validation`, `test`, or what else the data offers.
+        size: side of the square pictures, in pixels.
+        skipped: every file that was left out, with its reason.
+        endless: True where any index from 0 up is a fresh example and `len` is only the nominal epoch.
+    """
+
+    name: str
+    split: str
+    size: int
+    skipped: list[Skipped]
+    endless: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
+        """The examples at `indices`; row i is on its visit number `epochs[i]`, which decides its caption."""
+        examples = [self[i] for i in indices]
+        captions = [
+            e.captions[caption_number(seed, epoch, e.id, len(e.captions))]
+            for e, epoch in zip(examples, epochs, strict=True)
+        ]
+        labels = [e.label for e in examples]
+        label = None if any(x is None for x in labels) else torch.tensor(labels, dtype=torch.int64)
+        return Batch(
+            to_unit(torch.stack([e.image for e in examples])),
+            captions,
+            label,
+            [e.id for e in examples],
+        )
+
+    def all_captions(self, limit: int = 20_000) -> Iterator[str]:
+        """Captions to build a vocabulary from: every caption of the first `limit` examples."""
+        for i in range(min(limit, len(self))):
+            yield from self[i].captions
+
+    def showcase(self, count: int) -> list[Example]:
+        """`count` examples that show the breadth of the data, for sheets and reports."""
+        step = max(1, len(self) // count)
+        return [self[i] for i in range(0, len(self), step)][:count]

@@ -1,0 +1,412 @@
+"""`shapes`: a procedural captioned world, endless, deterministic, drawn in memory.
+
+A picture is drawn from a scene: one to four objects (shape, colour, size, place) on a background. A caption is made
+from the same scene, so it is always true, and the scene travels as `Example.meta`, so whoever scores a picture knows
+the truth. Captions cover the six tasks of GenEval (Ghosh et al. 2023): single object, two objects, counting, colours,
+position, colour attribution.
+
+Everything about example `index` is a function of (seed, split, index): random numbers come from a counter-based
+generator (SplitMix64, Steele et al. 2014), not from a stream, so a batch is vectorised and any example can be asked
+for alone.
+
+Combinations that training never shows (split `heldout` shows only such scenes):
+    pairs: some (shape, colour) pairs never occur, in any picture of `train`, `validation` and `test`;
+    relations: some (shape A left of shape B) and (shape A above shape B) never occur there.
+
+Levels: `easy` (the default: 4 shapes, 4 colours, plain white, places and sizes from a short list), `medium`
+(6 shapes, 6 colours, three plain backgrounds, free places) and `hard` (8 shapes, 8 colours, textured backgrounds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lineage.data.contract import Batch, CaptionedDataset, Example, to_unit
+from lineage.data.shapes_captions import DRAWS, PLACES, RELATIONS, SceneWords, caption
+from lineage.data.shapes_draw import BACKGROUNDS, COLOURS, SDF, TEXTURES, backgrounds, paint
+from lineage.errors import UserError, nearest
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+CAPTIONS = 5  # captions an example carries
+SPLITS = {"train": 20_000, "validation": 2_000, "test": 2_000, "heldout": 2_000}
+"""The splits and their nominal lengths; indices beyond the length are as good."""
+
+SMALL, LARGE = 0.18, 0.28  # radius as a share of the picture's side
+KINDS = ("single", "pair", "group", "mixed")
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard the world is.
+
+    Attributes:
+        shapes, colours, backgrounds, textures: how many of each vocabulary, from its start.
+        kinds: share of scenes with one object, two different ones, 2 to 4 alike, and 3 to 4 of two sorts.
+        free: objects stand anywhere and have any size between small and large; else on a coarse grid.
+    """
+
+    shapes: int
+    colours: int
+    backgrounds: int
+    textures: int
+    kinds: tuple[float, float, float, float]
+    free: bool
+
+
+LEVELS = {
+    "easy": Level(4, 4, 1, 1, (0.50, 0.30, 0.20, 0.0), free=False),
+    "medium": Level(6, 6, 3, 1, (0.40, 0.30, 0.20, 0.10), free=True),
+    "hard": Level(8, 8, 3, 5, (0.30, 0.30, 0.20, 0.20), free=True),
+}
+
+
+def uniforms(seed: int, stream: str, index: Ints, count: int) -> Floats:
+    """(B,) indices -> (B, count) numbers in [0, 1), a pure function of (seed, stream, index, column)."""
+    name = int.from_bytes(stream.encode()[:8].ljust(8, b"\0"), "little")
+    with np.errstate(over="ignore"):
+        key = _mix(np.array([seed], np.uint64) * np.uint64(0xD1B54A32D192ED03) + np.uint64(name))
+        row = _mix(key + index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        columns = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits = _mix(row[:, None] + columns)
+    return (bits >> np.uint64(11)) * (1.0 / (1 << 53))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass
+class Scenes:
+    """B scenes as arrays; unused object slots hold nothing of meaning.
+
+    Attributes:
+        kind: (B,) number into `KINDS`.
+        count: (B,) objects in the scene, 1 to 4.
+        first: (B,) how many of them are of the first sort (all but in `pair` and `mixed`).
+        shape, colour: (B, 4) numbers into the vocabularies.
+        radius: (B, 4) as a share of the side.
+        centre: (B, 4, 2) x and y as shares of the side, y downward.
+        relation: (B,) of a pair, how the first stands to the second: 0 left, 1 right, 2 above, 3 below, -1 none.
+        anchor: (B, 2) of a single object, column and row of its place on a 3 by 3 grid, -1 between places.
+        background, texture: (B,) numbers.
+        phase: (B, 2) shift of the texture.
+    """
+
+    kind: Ints
+    count: Ints
+    first: Ints
+    shape: Ints
+    colour: Ints
+    radius: Floats
+    centre: Floats
+    relation: Ints
+    anchor: Ints
+    background: Ints
+    texture: Ints
+    phase: Floats
+
+
+def heldout_pair(level: Level, shape: Ints, colour: Ints) -> Bools:
+    """True where (shape, colour) never occurs in training: every second shape lacks one colour."""
+    return (shape % 2 == 0) & (colour == (shape + 3) % level.colours)
+
+
+def heldout_relation(level: Level, first: Ints, second: Ints) -> tuple[Bools, Bools]:
+    """Shapes (any broadcastable arrays) -> (never `first` left of `second`, never `first` above `second`)."""
+    left = (first % 2 == 0) & (second == first + 1)
+    above = (first % 2 == 1) & (second == (first + 1) % level.shapes)
+    return left, above
+
+
+def make_scenes(level: Level, seed: int, split: str, index: Ints) -> Scenes:
+    """The scenes of examples `index` (B,). Vectorised: every draw is made for every row, and used where it applies."""
+    u = uniforms(seed, split, index, 32)
+    b = len(index)
+    pick = lambda column, n: (u[:, column] * n).astype(np.int64)  # noqa: E731
+
+    kind = np.searchsorted(np.cumsum(level.kinds), u[:, 0], side="right").clip(0, 3)
+    shape = np.stack([pick(1, level.shapes), pick(2, level.shapes)], 1)  # (B, 2) the two sorts
+    colour = np.stack([pick(3, level.colours), pick(4, level.colours)], 1)
+    axis = pick(5, 5)  # of a pair: 0, 1 side by side; 2, 3 one above the other; 4 diagonal
+    swapped = (axis % 2 == 1) & (axis < 4)  # the first object stands right of, or below, the second
+
+    if split == "heldout":
+        by_relation = (kind == 1) & (u[:, 6] < 0.5)
+        swapped = np.where(by_relation, u[:, 7] < 0.5, swapped)
+        _impose_relation(level, by_relation, swapped, shape, axis)
+        even = (shape[:, 0] // 2) * 2
+        shape[:, 0] = np.where(by_relation, shape[:, 0], even)
+        colour[:, 0] = np.where(by_relation, colour[:, 0], (even + 3) % level.colours)
+        _avoid_pairs(level, by_relation, shape, colour)
+    else:
+        swapped = _avoid_relations(level, kind, axis, swapped, shape)
+        _avoid_pairs(level, np.ones(b, bool), shape, colour)
+    colour[:, 1] = _distinct(level, shape, colour)
+
+    count = np.select([kind == 0, kind == 1, kind == 2], [1, 2, 2 + pick(8, 3)], 3 + pick(8, 2))
+    first = np.select([kind == 1, kind == 3], [1, 1 + pick(9, 2)], count)
+    sort = (np.arange(4)[None, :] >= first[:, None]).astype(np.int64)  # (B, 4) 0 first, 1 second
+    centre, radius, anchor = _layout(level, u, kind, count, axis, swapped)
+    relation = np.where(kind == 1, np.array([0, 0, 2, 2, -1])[axis], -1)
+    relation = np.where((relation >= 0) & swapped, relation + 1, relation)
+    return Scenes(
+        kind=kind,
+        count=count,
+        first=first,
+        shape=np.take_along_axis(shape, sort, 1),
+        colour=np.take_along_axis(colour, sort, 1),
+        radius=radius,
+        centre=centre,
+        relation=relation,
+        anchor=anchor,
+        background=pick(10, level.backgrounds),
+        texture=pick(11, level.textures),
+        phase=u[:, 12:14],
+    )
+
+
+def _avoid_pairs(level: Level, rows: Bools, shape: Ints, colour: Ints) -> None:
+    """Move each colour of `rows` on that would make a held-out pair with its shape; in place, both sorts."""
+    unseen = heldout_pair(level, shape, colour) & rows[:, None]
+    colour[:] = np.where(unseen, (colour + 1) % level.colours, colour)
+
+
+def _distinct(level: Level, shape: Ints, colour: Ints) -> Ints:
+    """Colours of the second sort, moved on where both sorts are alike; never onto a held-out pair."""
+    second = colour[:, 1]
+    alike = (shape[:, 0] == shape[:, 1]) & (colour[:, 0] == second)
+    moved = (second + 1) % level.colours
+    moved = np.where(heldout_pair(level, shape[:, 1], moved), (second + 2) % level.colours, moved)
+    return np.where(alike, moved, second)
+
+
+def _impose_relation(level: Level, rows: Bools, swapped: Bools, shape: Ints, axis: Ints) -> None:
+    """Make each pair of `rows` stand as training never shows; in place.
+
+    A shape with an even number has an unseen right-hand neighbour, one with an odd number an unseen lower one. A
+    swapped pair is told from the other side: "B right of A" for "A left of B".
+    """
+    front = shape[:, 0].copy()
+    behind = (front + 1) % level.shapes
+    shape[:, 0] = np.where(rows, np.where(swapped, behind, front), shape[:, 0])
+    shape[:, 1] = np.where(rows, np.where(swapped, front, behind), shape[:, 1])
+    axis[:] = np.where(rows, np.where(front % 2 == 0, 0, 2), axis)
+
+
+def _avoid_relations(level: Level, kind: Ints, axis: Ints, swapped: Bools, shape: Ints) -> Bools:
+    """Turn pairs round that would stand as training never shows; returns the new `swapped` (B,).
+
+    In pictures with 3 or 4 objects of two sorts the second takes the shape of the first instead (in place).
+    """
+    left, above = heldout_relation(level, shape[:, 0], shape[:, 1])
+    right, below = heldout_relation(level, shape[:, 1], shape[:, 0])
+    mixed = (kind == 3) & (left | above | right | below)
+    shape[:, 1] = np.where(mixed, shape[:, 0], shape[:, 1])
+    beside = (axis < 2) | (axis == 4)  # a diagonal is both
+    stacked = axis >= 2
+    must_swap = (left & beside) | (above & stacked)
+    must_stay = (right & beside) | (below & stacked)  # never both: the shapes' parities differ
+    return must_swap | (swapped & ~must_stay)
+
+
+def _layout(
+    level: Level, u: Floats, kind: Ints, count: Ints, axis: Ints, swapped: Bools
+) -> tuple[Floats, Floats, Ints]:
+    """Places and sizes that never overlap: centres (B, 4, 2), radii (B, 4), anchors (B, 2)."""
+    b = len(kind)
+    near, far = 9 / 32, 23 / 32
+    large = u[:, 14] < 0.5
+    if level.free:
+        single_radius = np.where(large, 0.26 + 0.06 * u[:, 15], 0.14 + 0.06 * u[:, 15])
+        radius = np.repeat((0.13 + 0.06 * u[:, 16])[:, None], 4, 1)
+        jitter = (u[:, 20:28].reshape(b, 4, 2) - 0.5) * 0.10
+    else:
+        single_radius = np.where(large, LARGE, SMALL)
+        radius = np.full((b, 4), SMALL)
+        jitter = ((u[:, 20:28].reshape(b, 4, 2) * 3).astype(np.int64) - 1) / 32
+    anchor = (u[:, 17:19] * 3).astype(np.int64)
+
+    quadrants = np.array([[near, near], [far, near], [near, far], [far, far]])
+    turn = (np.arange(4)[None, :] + (u[:, 19] * 4).astype(np.int64)[:, None]) % 4
+    centre = quadrants[turn]  # (B, 4, 2) groups of 3 or 4 start at a random quadrant
+    rows = np.array(  # of the two places of a pair, by axis: (5, 2, 2)
+        [[[near, 0.5], [far, 0.5]]] * 2
+        + [[[0.5, near], [0.5, far]]] * 2
+        + [[[near, near], [far, far]]]
+    )
+    two = count == 2
+    places = rows[axis]  # (B, 2, 2)
+    places = np.where(swapped[:, None, None], places[:, ::-1], places)
+    centre[:, :2] = np.where(two[:, None, None], places, centre[:, :2])
+    single = kind == 0
+    on_grid = (10 + 6 * anchor) / 32
+    if level.free:
+        margin = (single_radius + 0.02)[:, None]
+        alone = margin + (1 - 2 * margin) * u[:, 28:30]
+        third = (alone - 0.5) * 6.0
+        anchor = np.where(np.abs(third) < 0.4, 1, np.where(third < -1.0, 0, np.where(third > 1.0, 2, -1)))
+        centre[:, 0] = np.where(single[:, None], alone - jitter[:, 0], centre[:, 0])
+    else:
+        centre[:, 0] = np.where(single[:, None], on_grid, centre[:, 0])
+    radius[:, 0] = np.where(single, single_radius, radius[:, 0])
+    return centre + jitter, radius, np.where(single[:, None], anchor, -1)
+
+
+def render(scenes: Scenes, size: int) -> NDArray[np.uint8]:
+    """B scenes -> (B, 3, S, S) uint8."""
+    pad = int(np.ceil(0.35 * size)) + 3
+    canvas = np.zeros((len(scenes.kind), 3, size + 2 * pad, size + 2 * pad), np.float32)
+    inner = (slice(None), slice(None), slice(pad, pad + size), slice(pad, pad + size))
+    canvas[inner] = backgrounds(scenes.background, scenes.texture, scenes.phase, size)
+    palette = np.array(list(COLOURS.values()), np.float32)
+    names = list(SDF)
+    for slot in range(4):
+        for large in (True, False):  # windows are as wide as the largest object painted at once
+            chosen = (scenes.count > slot) & ((scenes.radius[:, slot] > 0.22) == large)
+            rows = np.nonzero(chosen)[0]
+            if len(rows):
+                paint(
+                    canvas,
+                    rows,
+                    scenes.shape[rows, slot],
+                    palette[scenes.colour[rows, slot]],
+                    scenes.centre[rows, slot] * size + pad,
+                    scenes.radius[rows, slot] * size,
+                    names,
+                )
+    return (canvas[inner] + np.float32(0.5)).astype(np.uint8)
+
+
+def scene_words(scenes: Scenes) -> list[SceneWords]:
+    """What the captions of B scenes may say."""
+    shapes, colours, grounds = list(SDF), list(COLOURS), list(BACKGROUNDS)
+    large = (scenes.radius[:, 0] > 0.22).tolist()
+    table = zip(
+        scenes.count.tolist(),
+        scenes.first.tolist(),
+        scenes.shape.tolist(),
+        scenes.colour.tolist(),
+        scenes.relation.tolist(),
+        scenes.anchor.tolist(),
+        scenes.background.tolist(),
+        large,
+        strict=True,
+    )
+    return [
+        SceneWords(
+            shapes=[shapes[s] for s in shape[:count]],
+            colours=[colours[c] for c in colour[:count]],
+            first=first,
+            large=is_large,
+            relation=tuple(RELATIONS)[relation] if relation >= 0 else None,
+            place=PLACES[anchor[1]][anchor[0]] if min(anchor) >= 0 else None,
+            background=grounds[ground],
+        )
+        for count, first, shape, colour, relation, anchor, ground, is_large in table
+    ]
+
+
+def scene_meta(scenes: Scenes, row: int) -> dict[str, Any]:
+    """One scene in words and numbers, as it travels in `Example.meta`; x, y and radius are shares of the side."""
+    words = scene_words(scenes)[row]
+    places = scenes.centre[row].tolist()
+    return {
+        "kind": KINDS[scenes.kind[row]],
+        "background": words.background,
+        "texture": TEXTURES[scenes.texture[row]],
+        "relation": words.relation,
+        "objects": [
+            {"shape": shape, "colour": colour, "x": x, "y": y, "radius": radius}
+            for shape, colour, (x, y), radius in zip(
+                words.shapes, words.colours, places, scenes.radius[row].tolist(), strict=False
+            )
+        ],
+    }
+
+
+class Shapes(CaptionedDataset):
+    """The world at one level, split and size. Any index from 0 up is a fresh example."""
+
+    endless = True
+
+    def __init__(self, level: str = "easy", split: str = "train", size: int = 32, seed: int = 0) -> None:
+        if level not in LEVELS:
+            raise UserError(f"shapes has no level {level!r}: {nearest(level, LEVELS)}")
+        if split not in SPLITS:
+            raise UserError(f"shapes has no split {split!r}: {nearest(split, SPLITS)}")
+        if not 16 <= size <= 256:
+            raise UserError(f"shapes draws pictures of 16 to 256 pixels, not {size}.")
+        self.name = f"shapes:{level}"
+        self.level = LEVELS[level]
+        self.split, self.size, self.seed = split, size, seed
+        self.skipped = []
+
+    def __len__(self) -> int:
+        return SPLITS[self.split]
+
+    def scenes(self, indices: Sequence[int]) -> Scenes:
+        """The scenes of `indices` as arrays."""
+        return make_scenes(self.level, self.seed, self.split, np.asarray(indices, np.int64))
+
+    def __getitem__(self, index: int) -> Example:
+        if index < 0:
+            raise IndexError(f"shapes has no example {index}: indices start at 0")
+        scenes = self.scenes([index])
+        words = scene_words(scenes)[0]
+        captions = [caption(words, self._draws([index], [k])[0]) for k in range(CAPTIONS)]
+        return Example(
+            id=f"{self.split}-{index}",
+            image=torch.from_numpy(render(scenes, self.size)[0]),
+            captions=tuple(dict.fromkeys(captions)),
+            label=int(self._labels(scenes)[0]),
+            meta=scene_meta(scenes, 0),
+        )
+
+    def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
+        scenes = self.scenes(indices)
+        visit = np.asarray(indices, np.int64) + (np.asarray(epochs, np.int64) << 40)
+        number = (uniforms(seed, "visit", visit, 1)[:, 0] * CAPTIONS).astype(np.int64).tolist()
+        draws = self._draws(indices, number)
+        return Batch(
+            to_unit(torch.from_numpy(render(scenes, self.size))),
+            [caption(words, draw) for words, draw in zip(scene_words(scenes), draws, strict=True)],
+            torch.from_numpy(self._labels(scenes)),
+            [f"{self.split}-{i}" for i in indices],
+        )
+
+    def _draws(self, indices: Sequence[int], number: Sequence[int]) -> list[list[float] | None]:
+        """The random numbers behind caption `number[i]` of example `indices[i]`; None for caption 0, the plain one."""
+        at = np.asarray(indices, np.int64) * CAPTIONS + np.asarray(number, np.int64)
+        draws = uniforms(self.seed, "words/" + self.split[:2], at, DRAWS).tolist()
+        return [draw if k else None for draw, k in zip(draws, number, strict=True)]
+
+    def _labels(self, scenes: Scenes) -> Ints:
+        """(B,) class of a scene: shape and colour of its first object, numbered together."""
+        return scenes.shape[:, 0] * self.level.colours + scenes.colour[:, 0]
+
+    def all_captions(self, limit: int = 20_000) -> Iterator[str]:
+        indices = np.arange(min(limit, len(self)))
+        words = scene_words(self.scenes(indices))
+        for number in range(CAPTIONS):
+            draws = self._draws(indices, np.full(len(indices), number))
+            yield from (caption(w, d) for w, d in zip(words, draws, strict=True))
+
+    def showcase(self, count: int) -> list[Example]:
+        """The first scenes of each kind in turn, so that few pictures show every task."""
+        kinds = self.scenes(np.arange(50 * count)).kind
+        present = [k for k in range(len(KINDS)) if (kinds == k).any()]
+        queues = [np.nonzero(kinds == k)[0].tolist() for k in present]
+        turns = [queue[turn] for turn in range(count) for queue in queues if turn < len(queue)]
+        return [self[i] for i in turns[:count]]

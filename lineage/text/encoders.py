@@ -1,0 +1,162 @@
+"""Text encoders, shared by all families: `bag`, `lstm` and `transformer` under the contract of `text/contract.py`.
+
+    bag          a table of word vectors; the sentence is their mean. Knows no order: "a red circle above a blue
+                 square" and "a blue square above a red circle" are one to it.
+    lstm         bidirectional LSTM (Hochreiter and Schmidhuber 1997) as in AttnGAN (Xu et al. 2018, section 3.2): a
+                 word is its two hidden states, the sentence the last state of each direction.
+    transformer  pre-norm causal transformer as the text side of CLIP (Radford et al. 2021, section 2.4); the sentence
+                 is the state at the last word. Departure: CLIP appends an end token and reads that; here the mask
+                 means words alone, so the last word takes its place (causal attention lets it see all others).
+
+"No caption" is the caption without words: one `<null>` token, so that attention always has something to look at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lineage.errors import UserError, nearest
+from lineage.nn.attention import Attention
+from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.tokenizer import NULL, PAD, Tokenizer
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of a text encoder.
+
+    Attributes:
+        tokenizer: `word` or `bpe`.
+        vocabulary: the most tokens that the tokeniser may have.
+        words: captions are cut after this many tokens.
+        width: D of words and sentence.
+        layers: of the LSTM or the transformer.
+        heads: of the transformer.
+    """
+
+    tokenizer: str = "word"
+    vocabulary: int = 4096
+    words: int = 32
+    width: int = 128
+    layers: int = 1
+    heads: int = 4
+
+
+class TokenEncoder(TextEncoder):
+    """What the encoders that are trained here have in common: tokeniser, word table, padding, cut.
+
+    Subclasses implement `forward(ids, mask) -> (words, sentence)`.
+    """
+
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.width = config, tokenizer, config.width
+        self.table = nn.Embedding(len(tokenizer), config.width, padding_idx=PAD)
+        nn.init.normal_(self.table.weight, std=1.0 / config.width**0.5)
+        with torch.no_grad():
+            self.table.weight[PAD].zero_()
+
+    def encode(self, captions: list[str]) -> TextFeatures:
+        return self._features([self.tokenizer.encode(c)[: self.config.words] for c in captions])
+
+    def null(self, count: int) -> TextFeatures:
+        return self._features([[NULL]] * count)
+
+    def unknown(self, captions: list[str]) -> list[str]:
+        return list(dict.fromkeys(w for caption in captions for w in self.tokenizer.unknown(caption)))
+
+    def _features(self, rows: list[list[int]]) -> TextFeatures:
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])  # (B, L)
+        ids = ids.to(self.table.weight.device, non_blocking=True)
+        mask = ids != PAD
+        words, sentence = self(ids, mask)
+        return TextFeatures(words, mask, sentence, ids)
+
+
+class BagEncoder(TokenEncoder):
+    """Word vectors and their mean. The baseline without word order."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
+        words = self.table(ids)  # (B, L, D), zero on padding
+        return words, words.sum(1) / mask.sum(1, keepdim=True)
+
+
+class LSTMEncoder(TokenEncoder):
+    """Bidirectional LSTM; each direction has half of the width."""
+
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        if config.width % 2:
+            raise UserError(f"The lstm encoder needs an even width, not encoder.width={config.width}.")
+        self.lstm = nn.LSTM(
+            config.width, config.width // 2, config.layers, batch_first=True, bidirectional=True
+        )
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.table(ids), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
+        )
+        states, (last, _) = self.lstm(packed)  # last: (layers * 2, B, D / 2)
+        words, _ = nn.utils.rnn.pad_packed_sequence(
+            states, batch_first=True, total_length=ids.shape[1]
+        )
+        return words, torch.cat([last[-2], last[-1]], dim=1)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask=mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class TransformerEncoder(TokenEncoder):
+    """Causal transformer. Padding stands behind the words, so causal attention never reaches it."""
+
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.position = nn.Parameter(torch.randn(config.words, config.width) * 0.01)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config.width, config.heads) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
+        length = ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # (L, L)
+        x = self.table(ids) + self.position[:length]  # (B, L, D)
+        for block in self.blocks:
+            x = block(x, causal)
+        words = self.norm(x)
+        last = mask.sum(1) - 1  # (B,) place of the last word
+        return words * mask[..., None], words[torch.arange(len(ids), device=ids.device), last]
+
+
+ENCODERS: dict[str, type[TokenEncoder]] = {
+    "bag": BagEncoder,
+    "lstm": LSTMEncoder,
+    "transformer": TransformerEncoder,
+}
+
+
+def make_encoder(name: str, config: TextConfig, tokenizer: Tokenizer) -> TextEncoder:
+    """The encoder called `name`, untrained. Raises `UserError` for a name there is not."""
+    if name not in ENCODERS:
+        raise UserError(f"There is no text encoder {name!r}: {nearest(name, ENCODERS)}")
+    return ENCODERS[name](config, tokenizer)
