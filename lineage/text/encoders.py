@@ -13,36 +13,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from lineage.config import TextConfig
 from lineage.errors import UserError, nearest
 from lineage.nn.attention import Attention
 from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.text.tokenizer import NULL, PAD, Tokenizer
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Sizes of a text encoder.
-
-    Attributes:
-        tokenizer: `word` or `bpe`.
-        vocabulary: the most tokens that the tokeniser may have.
-        words: captions are cut after this many tokens.
-        width: D of words and sentence.
-        layers: of the LSTM or the transformer.
-        heads: of the transformer.
-    """
-
-    tokenizer: str = "word"
-    vocabulary: int = 4096
-    words: int = 32
-    width: int = 128
-    layers: int = 1
-    heads: int = 4
 
 
 class TokenEncoder(TextEncoder):

@@ -1,0 +1,384 @@
+"""The training loop, once, for all systems. It knows no model.
+
+A system states its step as a coroutine that yields (group, loss terms) in the order in which they are optimised (see
+`lineage/contract.py`). For each turn the loop takes the gradient of the terms' sum for that group's parameters alone,
+clips it, takes the optimiser's step, and moves the average of the weights; then it resumes the coroutine, which now
+sees the updated parameters. One turn or many, the loop is the same.
+
+Exact resume: batch, noise and dropout of step n are functions of (seed, n); a checkpoint holds weights, averages,
+optimiser states, the step and the seconds spent. On the CPU, a run that was killed and resumed therefore gives bit for
+bit the weights of one that was not, if its budget is in steps or pictures (minutes are not the same twice).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lineage.config import OptimConfig, TrainConfig
+from lineage.contract import System
+from lineage.data.contract import Batch, CaptionedDataset
+from lineage.errors import CheckFailed, UserError
+from lineage.nn.draws import Draws, stream_seed
+from lineage.train.loader import Loader
+from lineage.train.log import Log
+from lineage.train.machine import Processes, autocast, channels_last, pick_device
+
+
+class Stopped(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+
+
+class Group:
+    """The parameters that one turn moves: their optimiser and their moving average."""
+
+    def __init__(self, name: str, modules: list[nn.Module], config: OptimConfig) -> None:
+        unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        self.parameters = list(unique.values())
+        self.clip = config.clip
+        self.lr = config.lr * config.rates.get(name, 1.0)
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() <= 1]
+        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        self.optimizer = kind(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=self.lr,
+            betas=(config.beta1, config.beta2),
+            fused=fused,
+        )
+        self.decay = config.average
+        self.average = [p.detach().clone() for p in self.parameters] if self.decay else None
+
+    def update(self, loss: Tensor, rate: float, step: int, processes: Processes) -> Tensor:
+        """Minimise `loss` by one step at `rate` times the group's own; returns the gradient's norm."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        processes.average(gradients)
+        limit = self.clip if self.clip > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        for part in self.optimizer.param_groups:
+            part["lr"] = self.lr * rate
+        self.optimizer.step()
+        if self.average is not None:
+            with torch.no_grad():  # a short memory at first, so that the start is forgotten
+                decay = min(self.decay, (1 + step) / (10 + step))
+                torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        return norm
+
+
+class Trainer:
+    """Trains one system on one data set until its budget is spent.
+
+    Args:
+        system: what to train; moved to the device.
+        dataset: what to train on.
+        optim: how each group is minimised.
+        train: budget, batch, precision and so on.
+        seed: of data order, captions and noise.
+        stage: name for the log and the progress bar.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        dataset: CaptionedDataset,
+        optim: OptimConfig,
+        train: TrainConfig,
+        seed: int = 0,
+        stage: str = "model",
+    ) -> None:
+        self.optim, self.train, self.seed, self.stage = optim, train, seed, stage
+        self.device = pick_device(train.device)
+        self.processes = Processes.join(self.device)
+        if train.batch % self.processes.world:
+            raise UserError(
+                f"train.batch={train.batch} does not divide by {self.processes.world} processes."
+            )
+        self.system = self._prepare(system)
+        self.loader = Loader(
+            dataset,
+            train.batch,
+            seed,
+            self.processes.rank,
+            self.processes.world,
+            train.prefetch,
+            pin=self.device.type == "cuda",
+        )
+        named = system.groups()
+        for name in optim.rates:
+            if name not in named:
+                raise UserError(f"optim.rates.{name}: the groups of this stage are {', '.join(named)}.")
+        self.groups = {name: Group(name, modules, optim) for name, modules in named.items()}
+        self.step = 0
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
+        self._waiting: list[tuple[int, dict[str, Tensor]]] = []  # terms of steps not yet looked at
+        self._asked_to_stop = False
+
+    def _prepare(self, system: System) -> System:
+        system = system.to(self.device)
+        self.layout = torch.contiguous_format
+        if channels_last(self.device, self.train):
+            self.layout = torch.channels_last
+            system = system.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
+            if self.processes.world > 1:
+                system = nn.SyncBatchNorm.convert_sync_batchnorm(system)
+        if self.train.compile:
+            for modules in system.groups().values():
+                for module in modules:
+                    if module is not system.text:  # strings to numbers is not for the compiler
+                        module.compile()
+        return system
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def advance(self, batch: Batch) -> dict[str, Tensor]:
+        """One training step; returns every loss term as `<group>/<term>` and gradient norms as `gradient/<group>`."""
+        torch.manual_seed(stream_seed("step", self.seed, self.stage, self.step, self.processes.rank))
+        draws = Draws(
+            (stream_seed("row", self.seed, self.stage, self.step, row) for row in self.loader.rows),
+            self.device,
+        )
+        batch = batch.to(self.device)
+        batch.image = batch.image.contiguous(memory_format=self.layout)
+        rate = self._rate()
+        seen: dict[str, Tensor] = {}
+        self.system.train()
+        with autocast(self.device, self.train.precision):
+            turns = self.system.losses(batch, self.system.text.encode(batch.caption), draws)
+        while True:
+            with autocast(self.device, self.train.precision):
+                turn = next(turns, None)
+            if turn is None:
+                break
+            name, terms = turn
+            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            norm = self.groups[name].update(loss, rate, self.step, self.processes)
+            seen |= {f"{name}/{term}": value.detach() for term, value in terms.items()}
+            seen[f"gradient/{name}"] = norm
+        self.step += 1
+        return seen
+
+    def _rate(self) -> float:
+        """Factor on every learning rate: warm-up by steps, decay by the share of the budget that is spent."""
+        warm = min(1.0, (self.step + 1) / self.optim.warmup) if self.optim.warmup else 1.0
+        spent = min(1.0, self.spent())
+        if self.optim.decay == "cosine":
+            return warm * (0.5 + 0.5 * math.cos(math.pi * spent))
+        return warm * (1.0 - spent) if self.optim.decay == "linear" else warm
+
+    def spent(self) -> float:
+        """Share of the budget that is spent, 1 or more when the run is done; 0 for ever without a budget."""
+        train = self.train
+        shares = [0.0]
+        if train.minutes is not None:
+            shares.append(self.seconds / (60 * train.minutes))
+        if train.steps is not None:
+            shares.append(self.step / train.steps)
+        if train.pictures is not None:
+            shares.append(self.step * train.batch / train.pictures)
+        return max(shares)
+
+    # --- the run --------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        log: Log | None = None,
+        checkpoint: Callable[[], None] = lambda: None,
+        sample: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train until the budget is spent.
+
+        Args:
+            log: where lines go, from the first process.
+            checkpoint: saves the state; called every `checkpoint_every` steps, when stopped, and at the end.
+            sample: draws a sheet, every `sample_every` steps; its time is not part of the budget.
+
+        Raises:
+            CheckFailed: when a loss is not finite; names step and term. The last checkpoint is from before.
+            Stopped: when asked to by Ctrl-C or SIGTERM, after saving.
+        """
+        train = self.train
+        batches = self.loader.batches(self.step)
+        due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
+        with self._signals(), self._bar() as bar:
+            clock, cpu, logged = time.perf_counter(), time.process_time(), self.step
+            start = self.seconds
+            while self._agreed_spent() < 1 and not self._asked_to_stop:
+                self._waiting.append((self.step + 1, self.advance(next(batches))))
+                now, now_cpu = time.perf_counter(), time.process_time()
+                self.seconds += now - clock
+                self.cpu_seconds += now_cpu - cpu
+                clock, cpu = now, now_cpu
+                if due(train.log_every):
+                    self._report(log, bar, start, logged)
+                    start, logged = self.seconds, self.step
+                if due(train.checkpoint_every):
+                    self._look_at_waiting()
+                    checkpoint()
+                if due(train.sample_every):
+                    sample()
+                if due(train.checkpoint_every) or due(train.sample_every):
+                    clock, cpu = time.perf_counter(), time.process_time()
+            batches.close()  # type: ignore[attr-defined]
+            if self._waiting:
+                self._report(log, bar, start, logged)
+            checkpoint()
+        if self._asked_to_stop and self.spent() < 1:
+            raise Stopped
+
+    def _agreed_spent(self) -> float:
+        """`spent`, the same in all processes, which also agree whether to stop."""
+        if self.processes.world == 1:
+            return self.spent()
+        spent, stop, self.seconds = self.processes.highest(
+            [self.spent(), float(self._asked_to_stop), self.seconds]
+        )
+        self._asked_to_stop = stop > 0
+        return max(spent, self.spent())
+
+    def _look_at_waiting(self) -> dict[str, float]:
+        """Means of the terms since the last look, over steps and processes. Stops at the first that is not finite."""
+        sums: dict[str, float] = {}
+        for number, terms in self._waiting:
+            values = torch.stack([value.float() for value in terms.values()]) if terms else torch.zeros(0)
+            self.processes.average([values])
+            for name, value in zip(terms, values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise CheckFailed(self._not_finite(number, name, value))
+                sums[name] = sums.get(name, 0.0) + value
+        count = max(1, len(self._waiting))
+        self._waiting.clear()
+        return {name: total / count for name, total in sums.items()}
+
+    def _not_finite(self, step: int, name: str, value: float) -> str:
+        every = self.train.checkpoint_every
+        last = (step - 1) // every * every if every else 0
+        saved = f"the last good checkpoint is from step {last}" if last else "there is no checkpoint yet"
+        what = f"the gradient of {name[9:]}" if name.startswith("gradient/") else f"the loss {name}"
+        return (
+            f"Step {step} of {self.stage}: {what} became {value}, so training stopped; {saved}. "
+            f"Lower the rate (--set optim.lr={self.optim.lr / 3:.1g}) or use --set train.precision=fp32."
+        )
+
+    def _report(self, log: Log | None, bar: tqdm, start: float, logged: int) -> None:
+        """One line in the log, one look for the bar."""
+        means = self._look_at_waiting()
+        speed = (self.step - logged) * self.train.batch / max(1e-9, self.seconds - start)
+        if log is not None and self.processes.first:
+            log.write(
+                {
+                    "stage": self.stage,
+                    "step": self.step,
+                    "pictures": self.step * self.train.batch,
+                    "seconds": round(self.seconds, 3),
+                    "cpu_seconds": round(self.cpu_seconds, 3),
+                    "pictures_per_second": round(speed, 2),
+                    "lr": self.optim.lr * self._rate(),
+                    **means,
+                }
+            )
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if "gradient/" not in name)
+        bar.set_postfix_str(f"step {self.step}, {speed:,.0f} pictures/s  {losses}", refresh=False)
+        bar.n = min(bar.total, round(self.spent() * bar.total, 1))
+        bar.refresh()
+
+    def _bar(self) -> tqdm:
+        """One bar a stage, in the unit of its budget."""
+        train = self.train
+        if train.minutes is not None:
+            total, unit = 60 * train.minutes, "s"
+        elif train.steps is not None:
+            total, unit = float(train.steps), " steps"
+        else:
+            total, unit = float(train.pictures or 1), " pictures"
+        layout = "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{unit} {elapsed}<{remaining} {postfix}"
+        hidden = None if self.processes.first else True
+        return tqdm(desc=self.stage, total=total, unit=unit, bar_format=layout, disable=hidden)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM ask the loop to stop after this step; a second Ctrl-C does not wait."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._asked_to_stop:
+                raise KeyboardInterrupt
+            self._asked_to_stop = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on exactly here."""
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "weights": self.system.state_dict(),
+            "groups": {
+                name: {"optimizer": group.optimizer.state_dict(), "average": group.average}
+                for name, group in self.groups.items()
+            },
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Raises `UserError` if it belongs to other networks."""
+        try:
+            self.system.load_state_dict(state["weights"])
+            for name, group in self.groups.items():
+                saved = state["groups"][name]
+                group.optimizer.load_state_dict(saved["optimizer"])
+                if group.average is not None:
+                    for average, value in zip(group.average, saved["average"], strict=True):
+                        average.copy_(value)
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.cpu_seconds = float(state["cpu_seconds"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            first = (str(error).splitlines() or ["incomplete"])[0]
+            raise UserError(
+                f"The checkpoint of stage {self.stage} does not fit this configuration ({first[:120]}); "
+                "resume with the settings it was made with, or choose another --out."
+            ) from error
+
+    @contextmanager
+    def averaged(self) -> Iterator[System]:
+        """The system with the moving average in place of its weights, for sampling and for the saved model."""
+        pairs = [(p, a) for g in self.groups.values() for p, a in zip(g.parameters, g.average or [], strict=False)]
+        kept = [parameter.detach().clone() for parameter, _ in pairs]
+        with torch.no_grad():
+            for parameter, average in pairs:
+                parameter.copy_(average)
+        try:
+            yield self.system
+        finally:
+            with torch.no_grad():
+                for (parameter, _), value in zip(pairs, kept, strict=True):
+                    parameter.copy_(value)

@@ -1,0 +1,109 @@
+"""What the machine offers: device, precision, memory layout, and the other processes of a `torchrun`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lineage.config import TrainConfig
+from lineage.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` as a device. Raises `UserError` if this machine has no such thing."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = (str(error).splitlines() or ["not available"])[0]
+        raise UserError(f"Device {name!r} cannot be used here ({first[:100]}); try --device cpu.") from None
+    return device
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which forward passes run: bfloat16 matrix products, or nothing."""
+    on = precision == "bf16" or (precision == "auto" and bfloat16_is_fast(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def channels_last(device: torch.device, train: TrainConfig) -> bool:
+    """Whether convolutions should lay channels out last: faster on tensor cores, not on CPUs at these sizes."""
+    return train.channels_last == "on" or (train.channels_last == "auto" and device.type == "cuda")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together; alone, rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Processes:
+        """Join the group that `torchrun` started, if it did."""
+        if "WORLD_SIZE" not in os.environ or not dist.is_available():
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each tensor by its mean over all processes, in one message; in place."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def highest(self, values: list[float]) -> list[float]:
+        """The largest of each value over all processes, so that all decide alike."""
+        if self.world == 1:
+            return values
+        flat = torch.tensor(values, dtype=torch.float64)
+        if dist.get_backend() == "nccl":
+            flat = flat.cuda()
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+        return flat.tolist()
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory used so far, in bytes: the allocator's on a GPU, the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,106 @@
+"""Files that are whole or absent: what a run folder is written with.
+
+Every file is written to a temporary name in the same folder and then renamed, so a run that is killed, or a disk that
+fills up, leaves the last good file in place. Tensors are saved as safetensors, training state as a torch file that is
+read with `weights_only=True`: no pickle is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lineage.errors import UserError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, all of it or nothing.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written; the old file is still whole.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The sentence for a file that could not be written."""
+    reason = error.strerror or str(error)
+    return UserError(
+        f"Could not write {path}: {reason}. Free some space there or choose another folder; "
+        "what was saved before is whole."
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, all of it or nothing."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises `UserError` if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: is {path.parent} a run folder?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it or train again.") from error
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, all of them or nothing."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, safetensors.torch.save(whole, {"format": "pt"}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors. Raises `UserError` if the file is missing or broken."""
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: has the run saved anything yet?") from None
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); train again.") from error
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state (tensors, numbers, text, lists and dicts of them), all of it or nothing."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a training state without executing anything. Raises `UserError` if it is broken or not one of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for files that are cut short or foreign
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} is damaged or not a checkpoint of this program ({first[:120]}); "
+            "delete it to start this run again from step 0."
+        ) from error
+    if not isinstance(state, dict) or "step" not in state or "weights" not in state:
+        raise UserError(
+            f"{path} is not a checkpoint of this program; delete it to start this run again from step 0."
+        )
+    return state
