@@ -1,0 +1,29 @@
+"""`lineage`: the history of text-to-image generation, from scratch, on the same captions.
+
+    lineage.load_dataset(spec, split="train", size=32)   a captioned data set
+    lineage.train(key, data=..., preset=..., out=...)    train a system; returns its run folder
+    lineage.load(run)                                    a trained system with `.generate(captions, seed=0)`
+    lineage.compare(keys, data=..., minutes=..., out=...)  train several on one budget and write a report
+
+Nothing heavy is imported until one of these is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {"load_dataset": "lineage.data", "load": "lineage.runs"}
+_CALLABLE_PACKAGES = ("train", "compare")
+
+__all__ = ["compare", "load", "load_dataset", "train"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _CALLABLE_PACKAGES:
+        return importlib.import_module(f"lineage.{name}")
+    raise AttributeError(f"module 'lineage' has no attribute {name!r}")

@@ -82,7 +82,7 @@ class System(nn.Module):
         wanted = [captions] if isinstance(captions, str) else list(captions)
         if not wanted:
             raise UserError("There is nothing to draw: give at least one caption.")
-        self._check_knobs(knobs)
+        self.check_knobs(knobs)
         training = self.training
         self.eval()
         try:
@@ -100,7 +100,8 @@ class System(nn.Module):
         parameters = list(inspect.signature(self.draw).parameters.values())[2:]
         return {p.name: p.default for p in parameters}
 
-    def _check_knobs(self, given: dict[str, Any]) -> None:
+    def check_knobs(self, given: dict[str, Any]) -> None:
+        """Raises `UserError` for a keyword that `generate` does not take."""
         for name in given:
             if name not in self.knobs():
                 hint = nearest(name, self.knobs()) if self.knobs() else "it has none."

@@ -42,14 +42,12 @@ class DDPMConfig:
     """A pixel diffusion model.
 
     Attributes:
-        size: side of the pictures.
         unet: the network.
         process: schedule and prediction.
         drop_text: share of training rows whose caption is dropped.
         steps, guidance, sampler: what `generate` uses unless told otherwise.
     """
 
-    size: int = 32
     unet: UNetConfig = field(default_factory=UNetConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     drop_text: float = 0.1
@@ -58,22 +56,29 @@ class DDPMConfig:
     sampler: str = "ddim"
 
     def __post_init__(self) -> None:
-        smallest = self.unet.patch * 2 ** (len(self.unet.multipliers) - 1)
-        if self.size % smallest:
-            raise UserError(
-                f"A UNet of {len(self.unet.multipliers)} levels at patch {self.unet.patch} needs a picture "
-                f"side that is a multiple of {smallest}, not {self.size}."
-            )
         if self.sampler not in SAMPLERS:
             raise UserError(f"There is no sampler {self.sampler!r}: {nearest(self.sampler, SAMPLERS)}")
 
 
 class DDPM(System):
-    """Noise to picture, caption in hand."""
+    """Noise to picture, caption in hand.
 
-    def __init__(self, config: DDPMConfig, text: TextEncoder) -> None:
+    Args:
+        config: network, process and sampling.
+        text: encoder of the captions; trained along.
+        size: S, side of the pictures in pixels.
+    """
+
+    def __init__(self, config: DDPMConfig, text: TextEncoder, size: int) -> None:
         super().__init__()
-        self.config, self.text = config, text
+        levels, patch = len(config.unet.multipliers), config.unet.patch
+        smallest = patch * 2 ** (levels - 1)
+        if size % smallest:
+            raise UserError(
+                f"A UNet of {levels} levels at patch {patch} needs a picture side that is a multiple of "
+                f"{smallest}, not size={size}."
+            )
+        self.config, self.text, self.size = config, text, size
         self.process = Process(config.process)
         self.unet = UNet(config.unet, text.width)
 
@@ -125,5 +130,5 @@ class DDPM(System):
                 x0 = without + scale * (towards - without)
             return x0.clamp(-1, 1)
 
-        x = draws.normal(3, self.config.size, self.config.size)
+        x = draws.normal(3, self.size, self.size)
         return SAMPLERS[name](denoise, x, self.process, steps or self.config.steps, draws)

@@ -1,0 +1,237 @@
+"""`gan_int_cls`: the first GAN that drew from captions (Reed et al. 2016, arXiv:1605.05396).
+
+The problem: a discriminator that only asks "is this picture real?" teaches a generator to draw well, not to draw what
+the caption says. What is new: a third kind of pair. Beside (real picture, its caption) and (fake picture, its caption)
+the discriminator sees (real picture, another caption) and must reject it, so that it learns to read. And the text of
+two captions, mixed, is a caption nobody wrote, on which the generator can be trained as well.
+
+    figure 2             `Generator`, `Discriminator`: a DCGAN (Radford et al. 2016) that is told the sentence
+    algorithm 1, line 8  s_r = D(x, h)          real picture, right caption
+    line 9               s_w = D(x, h_wrong)    real picture, wrong caption       } `discriminator_terms`
+    line 10, 11          s_f = D(G(z, h), h)    fake picture, right caption
+    line 12              L_D = log s_r + (log(1 - s_w) + log(1 - s_f)) / 2
+    line 14              L_G = log s_f                                              `generator_terms`
+    equation 5           text interpolation: L_G also at beta h1 + (1 - beta) h2, beta = 1/2
+
+Losses are on logits: -log sigmoid(s) = softplus(-s), and every term is a mean over its pairs.
+
+Departures: the sentence comes from whichever encoder the recipe names and is trained in the discriminator's turn (the
+paper's encoder was trained beforehand); a wrong caption that says the same as the right one, which happens where
+captions are short, does not count; and `r1`, off in the paper, is the gradient penalty on real pictures of Mescheder et
+al. (2018), taken every `r1_every` steps.
+
+Axes: B pictures, D width of the sentence, Z noise, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lineage.contract import System, Turn
+from lineage.data.contract import Batch
+from lineage.errors import UserError
+from lineage.nn.draws import Draws
+from lineage.text.contract import TextEncoder, TextFeatures
+
+
+@dataclass(frozen=True)
+class GANConfig:
+    """Sizes of the pair and weights of its losses.
+
+    Attributes:
+        noise: Z.
+        text: width that the sentence is projected to.
+        generator, discriminator: channels next to the picture; they double as the side halves, to 8 times.
+        interpolation: weight of the generator's loss on mixed captions; 0 leaves them out.
+        r1: weight of the gradient penalty; 0 leaves it out.
+        r1_every: steps between penalties, each weighted by as many.
+    """
+
+    noise: int = 100
+    text: int = 128
+    generator: int = 64
+    discriminator: int = 64
+    interpolation: float = 1.0
+    r1: float = 0.0
+    r1_every: int = 16
+
+
+def widths(channels: int, size: int) -> list[int]:
+    """Channels from the side next to the picture (`size` / 2) down to 4: doubling, at most 8 times `channels`."""
+    levels = (size // 4).bit_length() - 1
+    if size != 4 * 2**levels or levels < 1:
+        raise UserError(f"gan_int_cls draws pictures of 8, 16, 32, 64, ... pixels a side, not size={size}.")
+    return [channels * min(8, 2**level) for level in range(levels)]
+
+
+class TextProjection(nn.Sequential):
+    """Sentence to a smaller vector: linear, leaky ReLU (section 4.1)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(nn.Linear(inputs, outputs), nn.LeakyReLU(0.2))
+
+
+class Generator(nn.Module):
+    """Noise and sentence to a picture, by transposed convolutions from 4 x 4 up."""
+
+    def __init__(self, config: GANConfig, sentence: int, size: int) -> None:
+        super().__init__()
+        *rest, deepest = widths(config.generator, size)
+        self.text = TextProjection(sentence, config.text)
+        self.start = nn.Sequential(
+            nn.ConvTranspose2d(config.noise + config.text, deepest, 4, bias=False),
+            nn.BatchNorm2d(deepest),
+            nn.ReLU(),
+        )
+        layers: list[nn.Module] = []
+        for channels in reversed(rest):
+            layers += [
+                nn.ConvTranspose2d(deepest, channels, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+            ]
+            deepest = channels
+        self.grow = nn.Sequential(*layers)
+        self.paint = nn.Sequential(nn.ConvTranspose2d(deepest, 3, 4, stride=2, padding=1), nn.Tanh())
+
+    def forward(self, noise: Tensor, sentence: Tensor) -> Tensor:
+        """noise (B, Z), sentence (B, D) -> (B, 3, S, S) in [-1, 1]."""
+        seed = torch.cat([noise, self.text(sentence)], dim=1)[:, :, None, None]  # (B, Z + T, 1, 1)
+        return self.paint(self.grow(self.start(seed)))
+
+
+class Discriminator(nn.Module):
+    """Picture and sentence to a logit: real and fitting is high. The sentence joins at 4 x 4."""
+
+    def __init__(self, config: GANConfig, sentence: int, size: int) -> None:
+        super().__init__()
+        first, *rest = widths(config.discriminator, size)
+        layers: list[nn.Module] = [nn.Conv2d(3, first, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for channels in rest:
+            layers += [
+                nn.Conv2d(first, channels, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.LeakyReLU(0.2),
+            ]
+            first = channels
+        self.look = nn.Sequential(*layers)
+        self.text = TextProjection(sentence, config.text)
+        self.judge = nn.Sequential(
+            nn.Conv2d(first + config.text, first, 1, bias=False),
+            nn.BatchNorm2d(first),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(first, 1, 4),
+        )
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, C, 4, 4), without a look at the caption."""
+        return self.look(image)
+
+    def score(self, features: Tensor, sentence: Tensor) -> Tensor:
+        """(B, C, 4, 4), (B, D) -> logits (B,)."""
+        text = self.text(sentence)[:, :, None, None].expand(-1, -1, 4, 4)
+        return self.judge(torch.cat([features, text], dim=1)).flatten()
+
+    def forward(self, image: Tensor, sentence: Tensor) -> Tensor:
+        """(B, 3, S, S), (B, D) -> logits (B,)."""
+        return self.score(self.features(image), sentence)
+
+
+def discriminator_terms(real: Tensor, wrong: Tensor, fake: Tensor, mismatched: Tensor) -> dict[str, Tensor]:
+    """Line 12: logits (B,) of the three kinds of pair; `mismatched` (B,) is 0 where the wrong caption is right."""
+    rejected = F.softplus(wrong) * mismatched
+    return {
+        "real": F.softplus(-real).mean(),
+        "wrong": 0.5 * rejected.sum() / mismatched.sum().clamp(min=1.0),
+        "fake": 0.5 * F.softplus(fake).mean(),
+    }
+
+
+def generator_terms(fake: Tensor) -> Tensor:
+    """Line 14, in the form that does not saturate: logits (B,) -> -log sigmoid, a mean."""
+    return F.softplus(-fake).mean()
+
+
+def same_caption(ids: Tensor, others: Tensor) -> Tensor:
+    """(B, L), (B, L) token numbers -> (B,) True where both captions are made of the same words in the same order."""
+    return (ids == others).all(dim=1)
+
+
+class GanIntCls(System):
+    """Generator and discriminator, both told the sentence.
+
+    Args:
+        config: sizes and weights.
+        text: encoder of the captions; trained in the discriminator's turn.
+        size: S, side of the pictures in pixels, a power of 2 from 8 up.
+    """
+
+    def __init__(self, config: GANConfig, text: TextEncoder, size: int) -> None:
+        super().__init__()
+        self.config, self.text, self.size = config, text, size
+        self.generator = Generator(config, text.width, size)
+        self.discriminator = Discriminator(config, text.width, size)
+        for part in (self.generator, self.discriminator):
+            part.apply(_dcgan_weights)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.steps: Tensor
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        return {"discriminator": [self.discriminator, self.text], "generator": [self.generator]}
+
+    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+        """Algorithm 1. The fake picture is computed once; the generator's turn sees the updated discriminator."""
+        real, right = batch.image, text.sentence
+        wrong = right.roll(1, 0)  # (B, D) the caption of the row before
+        mismatched = (~same_caption(text.ids, text.ids.roll(1, 0))).float()  # (B,)
+        noise = draws.normal(self.config.noise)  # (B, Z)
+        fake = self.generator(noise, right.detach())
+
+        penalised = self.config.r1 > 0 and int(self.steps) % self.config.r1_every == 0
+        self.steps += 1
+        if penalised:
+            real = real.detach().requires_grad_()
+        seen = self.discriminator.features(real)
+        real_logits = self.discriminator.score(seen, right)
+        wrong_logits = self.discriminator.score(seen, wrong)
+        terms = discriminator_terms(real_logits, wrong_logits, self.discriminator(fake.detach(), right), mismatched)
+        if penalised:
+            terms["r1"] = self.config.r1_every * self.config.r1 / 2 * _gradient_penalty(real_logits, real)
+        yield "discriminator", terms
+
+        sentence = right.detach()
+        terms = {"right": generator_terms(self.discriminator(fake, sentence))}
+        if self.config.interpolation > 0:
+            mixed = 0.5 * sentence + 0.5 * wrong.detach()  # equation 5, beta = 1/2
+            between = self.generator(noise, mixed)
+            terms["between"] = self.config.interpolation * generator_terms(self.discriminator(between, mixed))
+        yield "generator", terms
+
+    def draw(self, captions: list[str], draws: Draws, truncation: float = 1.0) -> Tensor:
+        """Pictures (B, 3, S, S) of captions.
+
+        Args:
+            truncation: factor on the noise; below 1 draws more typical pictures that differ less.
+        """
+        noise = draws.normal(self.config.noise) * truncation
+        return self.generator(noise, self.text.encode(captions).sentence)
+
+
+def _gradient_penalty(logits: Tensor, image: Tensor) -> Tensor:
+    """R1: the squared norm of the logits' gradient in the picture, a mean over rows."""
+    (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
+    return gradient.float().square().sum(dim=(1, 2, 3)).mean()
+
+
+def _dcgan_weights(layer: nn.Module) -> None:
+    """Radford et al. 2016, section 4: kernels from N(0, 0.02), norm scales from N(1, 0.02)."""
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+    elif isinstance(layer, nn.BatchNorm2d):
+        nn.init.normal_(layer.weight, 1.0, 0.02)
+        nn.init.zeros_(layer.bias)

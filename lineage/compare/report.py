@@ -1,0 +1,118 @@
+"""The report of a comparison: one HTML file with everything in it, readable on a phone and on a wide screen, in light
+and in dark. The page is `report.html` in this folder, a Jinja2 template; here its pieces are made.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lineage.sheets import picture
+from lineage.train.store import write_bytes
+
+_INK = "#0a0b0c"  # stands for the page's own text colour, whatever that is
+_LINES = ("#3b7ddd", "#d9822b", "#2f9e6e", "#b0569f", "#8a8f2a", "#7a5cc9")
+
+Columns = Mapping[str, list[list[Tensor]]]
+
+
+def write_report(
+    path: Path, summary: dict[str, Any], real: list[Tensor], columns: Columns, logs: Mapping[str, list[dict[str, Any]]]
+) -> None:
+    """Write the page.
+
+    Args:
+        summary: the facts, as in `report.json`.
+        real: one picture (3, S, S) uint8 a caption.
+        columns: of each system, [caption][seed] pictures of the same kind.
+        logs: of each system, the lines of its `metrics.jsonl`.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"count": as_count, "seconds": as_seconds, "bytes": as_bytes}
+    template = environment.from_string(
+        resources.files("lineage.compare").joinpath("report.html").read_text(encoding="utf-8")
+    )
+    rows = [
+        {
+            "caption": caption,
+            "real": embed(real[i]),
+            "systems": [{"key": key, "pictures": [embed(p) for p in columns[key][i]]} for key in summary["order"]],
+        }
+        for i, caption in enumerate(summary["captions"])
+    ]
+    curves = {key: figure for key, log in logs.items() if (figure := curve(log)) is not None}
+    page = template.render(**summary, rows=rows, curves=curves, wall=wall_time(summary))
+    write_bytes(path, page.encode())
+
+
+def wall_time(summary: dict[str, Any]) -> float:
+    """Seconds of training, all systems together."""
+    return sum(s["seconds"] for facts in summary["systems"].values() for s in facts["training"].values())
+
+
+def embed(image: Tensor) -> str:
+    """(3, S, S) uint8 -> a data URL of a PNG."""
+    buffer = io.BytesIO()
+    picture(image).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def curve(log: list[dict[str, Any]]) -> Markup | None:
+    """Every loss term of a log over the minutes of training, as SVG that takes the page's colours; None without any."""
+    names = [name for name in (log[-1] if log else {}) if "/" in name and not name.startswith("gradient/")]
+    if not names:
+        return None
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lineage", "font.size": 9}):
+        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        for name, colour in zip(names, _LINES * 9, strict=False):
+            points = [(line["seconds"] / 60, line[name]) for line in log if name in line]
+            axes.plot(*zip(*_thinned(points), strict=True), label=name, color=colour, linewidth=1.2)
+        if all(line.get(name, 1) > 0 for line in log for name in names):
+            axes.set_yscale("log")
+        axes.set_xlabel("minutes of training", color=_INK)
+        axes.tick_params(colors=_INK, which="both")
+        axes.grid(True, color=_INK, alpha=0.12, linewidth=0.6)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(_INK)
+        axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
+
+
+def _thinned(points: list[tuple[float, float]], most: int = 120) -> list[tuple[float, float]]:
+    """At most about `most` points: means of neighbours."""
+    size = max(1, len(points) // most)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def as_count(value: float) -> str:
+    """1234567 -> `1.23 M`."""
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def as_seconds(value: float) -> str:
+    """0.0123 -> `12.3 ms`."""
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def as_bytes(value: float) -> str:
+    """1234567 -> `1.23 MB`."""
+    return as_count(value).replace(" k", " kB").replace(" M", " MB").replace(" G", " GB") if value >= 1e3 else f"{value:.0f} B"

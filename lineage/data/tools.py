@@ -1,0 +1,227 @@
+"""Tools for any captioned data set: look at it, check it, write it to a disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from lineage.data import ENDLESS, load_dataset, parse_spec
+from lineage.data.contract import CaptionedDataset, Example, Skipped
+from lineage.data.pictures import EmptyDatasetError
+from lineage.errors import UserError
+
+CELL = 128  # pixels that a picture on a sheet is scaled up to, about
+TEXT = 13  # height of the captions in pixels
+LINES = 5  # of a caption; a longer one ends in an ellipsis
+GAP = 10
+
+
+def contact_sheet(dataset: CaptionedDataset, count: int = 16, columns: int = 4) -> Image.Image:
+    """`count` pictures of a data set with their first captions below, `columns` to a row.
+
+    Pictures are scaled up by a whole factor, each pixel to a square, so what a model sees is what
+    the sheet shows.
+
+    Raises:
+        UserError: `count` or `columns` is less than 1.
+    """
+    if count < 1 or columns < 1:
+        raise UserError(
+            f"a sheet needs at least 1 picture and 1 column, not {count} and {columns}."
+        )
+    examples = dataset.showcase(count)
+    columns = min(columns, len(examples))
+    side = dataset.size * max(1, round(CELL / dataset.size))
+    width = max(side, CELL)
+    font = ImageFont.load_default(TEXT)
+    line = TEXT + 4
+    rows = [examples[i : i + columns] for i in range(0, len(examples), columns)]
+    texts = [[_wrap(e.captions[0], font, width) for e in row] for row in rows]
+    heights = [side + 4 + line * max(len(text) for text in row) + GAP for row in texts]
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = GAP
+    for row, row_texts, height in zip(rows, texts, heights, strict=True):
+        for column, (example, text) in enumerate(zip(row, row_texts, strict=True)):
+            left = GAP + column * (width + GAP)
+            picture = _picture(example).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left + (width - side) // 2, top))
+            for number, words in enumerate(text):
+                draw.text((left, top + side + 4 + number * line), words, "black", font)
+        top += height
+    return sheet
+
+
+def _picture(example: Example) -> Image.Image:
+    return Image.fromarray(
+        example.image.permute(1, 2, 0).contiguous().numpy()
+    )  # (3, S, S) -> (S, S, 3)
+
+
+def _wrap(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = LINES
+) -> list[str]:
+    """A caption in lines no wider than `width` pixels; words that are wider are broken."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    lines = [line for line in lines if line] or [""]
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(last + "...") > width:
+        last = last[:-1]
+    return [*lines[: most - 1], last.rstrip() + "..."]
+
+
+def check(spec: str, size: int = 32) -> dict[str, Any]:
+    """Load all splits of a data set and count.
+
+    `shapes` is endless: there it counts the nominal length of `train`, without drawing the
+    pictures.
+
+    Returns:
+        {"loaded": pictures, "captions": their captions, "skipped": [{"path", "reason"}, ...]}.
+        If files lie there but none is usable, `loaded` is 0 and `skipped` says why.
+
+    Raises:
+        UserError: the spec is wrong, or there is nothing at all.
+    """
+    split = "train" if parse_spec(spec)[0] in ENDLESS else "all"
+    try:
+        dataset = load_dataset(spec, split, size)
+    except EmptyDatasetError as nothing:
+        if not nothing.skipped:
+            raise
+        return _counts(0, 0, nothing.skipped)
+    captions = sum(1 for _ in dataset.all_captions(limit=len(dataset)))
+    return _counts(len(dataset), captions, dataset.skipped)
+
+
+def _counts(loaded: int, captions: int, skipped: list[Skipped]) -> dict[str, Any]:
+    files = [{"path": s.path, "reason": s.reason} for s in skipped]
+    return {"loaded": loaded, "captions": captions, "skipped": files}
+
+
+def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = None) -> int:
+    """Write a data set in the Hugging Face layout: `images/*.png` and `metadata.jsonl`.
+
+    It loads again as `imagefolder:` with the same pixels, captions, labels and splits. All is
+    written into a hidden folder beside `folder`, which takes the final name at the end: there is
+    never half a data set under it.
+
+    Args:
+        dataset: any; an endless one gives `count` examples, or its nominal length.
+        folder: must not exist, or be empty.
+        count: how many examples at most; None for all.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        UserError: the folder holds something, or it cannot be written to.
+    """
+    target = Path(folder).expanduser()
+    number = len(dataset) if count is None else count
+    number = number if dataset.endless else min(number, len(dataset))
+    if number < 1:
+        raise UserError(f"an export needs at least 1 example, not {count}.")
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(
+                f"{str(folder)!r} holds something already; name a new or an empty folder."
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        _write(dataset, partial, number)
+        partial.chmod(0o777 & ~_umask())  # mkdtemp opens it to its owner alone
+        if target.exists():
+            target.rmdir()  # empty, and not every system renames onto a folder
+        partial.rename(target)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return number
+
+
+def _unwritable(folder: str | Path, error: OSError) -> UserError:
+    why = error.strerror or str(error)
+    return UserError(f"the data set cannot be written to {str(folder)!r}: {why}.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write(dataset: CaptionedDataset, folder: Path, number: int) -> None:
+    """Pictures and metadata of the first `number` examples into an existing, empty folder."""
+    (folder / "images").mkdir()
+    taken: set[str] = set()
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as metadata:
+        for index in range(number):
+            example = dataset[index]
+            file_name = f"images/{_file_name(example.id, taken)}.png"
+            _picture(example).save(folder / file_name)
+            metadata.write(
+                json.dumps(_row(example, file_name, dataset.split), ensure_ascii=False) + "\n"
+            )
+
+
+def _row(example: Example, file_name: str, split: str) -> dict[str, Any]:
+    """One line of the metadata. An example that knows its own split keeps it."""
+    meta = {key: value for key, value in example.meta.items() if _is_json(value)}
+    row: dict[str, Any] = {"file_name": file_name, "text": example.captions[0]}
+    if len(example.captions) > 1:
+        row["alt_texts"] = list(example.captions[1:])
+    if example.label is not None:
+        row["label"] = example.label
+    row["split"] = meta.pop("split", split)
+    return row | ({"meta": meta} if meta else {})
+
+
+def _is_json(value: object) -> bool:
+    """Whether a value survives JSON: what comes back is equal to it."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == _plain(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _plain(value: object) -> object:
+    """Tuples as the lists that JSON makes of them."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _file_name(example_id: str, taken: set[str]) -> str:
+    """An id as a file name that every system takes, unlike any in `taken`, to which it is added."""
+    safe = re.sub(r"[^\w.-]", "_", example_id).lstrip(".")[:60].rstrip(".") or "picture"
+    name, copy = safe, 1
+    while name.lower() in taken:
+        copy += 1
+        name = f"{safe}-{copy}"
+    taken.add(name.lower())
+    return name

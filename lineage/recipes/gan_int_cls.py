@@ -1,0 +1,85 @@
+"""Recipe `gan_int_cls`: one stage, generator and discriminator, with the text encoder trained along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lineage.cgan.gan_int_cls import GANConfig, GanIntCls
+from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig
+from lineage.text.encoders import make_encoder
+from lineage.text.tokenizer import Tokenizer
+from lineage.train.stage import Stage, content
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """A run of `gan_int_cls`."""
+
+    model: GANConfig = field(default_factory=GANConfig)
+
+
+PRESETS = {
+    # Seconds, for tests: every part is there, at its smallest, the penalty too.
+    "smoke": Config(
+        key="gan_int_cls",
+        preset="smoke",
+        size=16,
+        encoder=TextConfig(width=16),
+        optim=OptimConfig("adam", lr=2e-4, beta1=0.5, beta2=0.999, weight_decay=0.0, clip=0.0),
+        train=TrainConfig(steps=20, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
+        model=GANConfig(noise=16, text=16, generator=8, discriminator=8, r1=0.1, r1_every=4),
+    ),
+    # Minutes on two CPU cores.
+    "tiny": Config(
+        key="gan_int_cls",
+        preset="tiny",
+        size=32,
+        encoder=TextConfig(width=64),
+        optim=OptimConfig(
+            "adam", lr=2e-4, beta1=0.5, beta2=0.999, weight_decay=0.0, warmup=0, decay="linear", clip=0.0, average=0.99
+        ),
+        train=TrainConfig(minutes=5, batch=64, checkpoint_every=500, sample_every=1000),
+        model=GANConfig(noise=32, text=64, generator=32, discriminator=32),
+    ),
+    # One GPU of 8 GB, under an hour: the paper's networks at the paper's 64 pixels, words in order.
+    "small": Config(
+        key="gan_int_cls",
+        preset="small",
+        size=64,
+        text="lstm",
+        encoder=TextConfig(width=256),
+        optim=OptimConfig(
+            "adam", lr=2e-4, beta1=0.5, beta2=0.999, weight_decay=0.0, warmup=0, decay="linear", clip=0.0, average=0.999
+        ),
+        train=TrainConfig(minutes=55, batch=128, checkpoint_every=1000, sample_every=2000),
+        model=GANConfig(),
+    ),
+    # Reed et al. 2016, section 5: 64 pixels, batch 64, Adam 2e-4 and 0.5, 600 epochs of 8,855 birds; 1,024-wide text.
+    "paper": Config(
+        key="gan_int_cls",
+        preset="paper",
+        size=64,
+        text="lstm",
+        encoder=TextConfig(width=1024, words=50),
+        optim=OptimConfig(
+            "adam", lr=2e-4, beta1=0.5, beta2=0.999, weight_decay=0.0, warmup=0, decay="none", clip=0.0, average=0.0
+        ),
+        train=TrainConfig(steps=83_000, batch=64, checkpoint_every=2000, sample_every=5000),
+        model=GANConfig(),
+    ),
+}
+
+
+def stages(config: Config, tokenizer: Tokenizer) -> list[Stage]:
+    """`gan`."""
+    return [
+        Stage(
+            name="gan",
+            build=lambda made: GanIntCls(
+                config.model, make_encoder(config.text, config.encoder, tokenizer), config.size
+            ),
+            optim=config.optim,
+            train=config.train,
+            settings=content(config),
+        )
+    ]

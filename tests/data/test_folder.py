@@ -1,0 +1,289 @@
+"""`folder:` and what all data sets on a disk share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lineage.data import load_dataset, parse_spec, pictures
+from lineage.data.contract import CaptionedDataset, to_unit
+from lineage.data.pictures import PictureDataset
+from lineage.errors import UserError
+
+
+def put(
+    path: Path, colour: tuple[int, ...] = (200, 30, 30), size: tuple[int, int] = (32, 32)
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def say(path: Path, *captions: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(captions) + "\n", encoding="utf-8")
+
+
+def pair(root: Path, key: str, *captions: str, colour: tuple[int, ...] = (200, 30, 30)) -> None:
+    put(root / f"{key}.png", colour)
+    say(root / f"{key}.txt", *captions)
+
+
+def reasons(dataset: CaptionedDataset) -> dict[str, str]:
+    return {s.path: s.reason for s in dataset.skipped}
+
+
+def test_every_line_is_a_caption_and_the_id_is_the_path(tmp_path: Path) -> None:
+    pair(tmp_path, "b/cat", "  a red cat ", "", "one cat", colour=(1, 2, 3))
+    pair(tmp_path, "cat", "another cat")
+    data = load_dataset(f"folder:{tmp_path}")
+    assert [e.id for e in data] == ["b/cat", "cat"]
+    assert data[0].captions == ("a red cat", "one cat")
+    assert data[0].image.shape == (3, 32, 32) and data[0].image.dtype == torch.uint8
+    assert data[0].image[:, 5, 5].tolist() == [1, 2, 3]
+    assert data.skipped == [] and data.split == "train" and data.name == f"folder:{tmp_path}"
+
+
+def test_everything_left_out_is_reported(tmp_path: Path) -> None:
+    pair(tmp_path, "good", "a good one")
+    put(tmp_path / "mute.png")
+    say(tmp_path / "blind.txt", "nothing to see")
+    pair(tmp_path, "blank", " ", "")
+    put(tmp_path / "latin.png")
+    (tmp_path / "latin.txt").write_bytes("un café".encode("latin-1"))
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
+    say(tmp_path / "broken.txt", "a broken one")
+    whole = put(tmp_path / "torn.png", size=(64, 64)).read_bytes()
+    (tmp_path / "torn.png").write_bytes(whole[:-40])
+    say(tmp_path / "torn.txt", "half a file")
+    put(tmp_path / "good.webp")
+    data = load_dataset(f"folder:{tmp_path}")
+    assert [e.id for e in data] == ["good"]
+    found = reasons(data)
+    assert set(found) == {
+        "mute.png",
+        "blind.txt",
+        "blank.txt",
+        "latin.txt",
+        "broken.jpg",
+        "torn.png",
+        "good.webp",
+    }
+    assert "mute.txt is missing" in found["mute.png"]
+    assert "without a picture" in found["blind.txt"]
+    assert "no caption" in found["blank.txt"]
+    assert "UTF-8" in found["latin.txt"]
+    assert "good.png was taken" in found["good.webp"]
+
+
+def test_rows_stay_aligned_when_pictures_in_the_middle_are_broken(tmp_path: Path) -> None:
+    for number in range(6):
+        pair(tmp_path, f"p{number}", f"number {number}", colour=(number * 40, 0, 0))
+    for number in (0, 3):
+        (tmp_path / f"p{number}.png").write_bytes(b"broken")
+    data = load_dataset(f"folder:{tmp_path}")
+    assert [(e.captions[0], int(e.image[0, 0, 0])) for e in data] == [
+        (f"number {n}", n * 40) for n in (1, 2, 4, 5)
+    ]
+
+
+def test_a_byte_order_mark_and_windows_lines_are_no_part_of_a_caption(tmp_path: Path) -> None:
+    put(tmp_path / "a.PNG")
+    (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbfa red cat\r\na cat\r\n")
+    assert load_dataset(str(tmp_path))[0].captions == ("a red cat", "a cat")
+
+
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
+    pair(tmp_path, "a", "a")
+    for hidden in ("._a.png", ".hidden/b.png", "__MACOSX/c.png"):
+        put(tmp_path / hidden)
+    data = load_dataset(f"folder:{tmp_path}")
+    assert len(data) == 1 and data.skipped == []
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    pair(tmp_path / "elsewhere", "a", "a")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
+    assert [e.id for e in load_dataset(f"folder:{tmp_path / 'set'}")] == ["linked/a"]
+
+
+def test_transparency_becomes_white_and_any_mode_rgb(tmp_path: Path) -> None:
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (32, 32), (0, 0)).save(tmp_path / "clear_grey.png")
+    palette = Image.new("P", (32, 32), 0)
+    palette.putpalette([9, 9, 9, 50, 60, 70])
+    palette.save(tmp_path / "clear_palette.png", transparency=0)
+    Image.new("L", (32, 32), 77).save(tmp_path / "grey.png")
+    Image.fromarray(np.full((32, 32), 77 * 256, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "ink.jpg")
+    for file in list(tmp_path.iterdir()):
+        say(file.with_suffix(".txt"), "x")
+    data = load_dataset(str(tmp_path))
+    centre = {e.id: e.image[:, 16, 16].tolist() for e in data}
+    assert centre["clear"] == centre["clear_grey"] == centre["clear_palette"] == [255] * 3
+    assert centre["grey"] == centre["deep"] == [77] * 3
+    red, green, blue = centre["ink"]
+    assert red > 200 and max(green, blue) < 60
+
+
+def test_exif_orientation_is_respected(tmp_path: Path) -> None:
+    image = Image.new("RGB", (32, 32), "white")
+    image.paste((255, 0, 0), (0, 0, 32, 16))  # red above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # held upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    say(tmp_path / "a.txt", "x")
+    turned = load_dataset(str(tmp_path))[0].image
+    assert turned[:, 4, 16].tolist() == [255, 255, 255]
+    assert turned[:, 28, 16].tolist() == [255, 0, 0]
+
+
+def test_the_centred_square_is_kept(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (96, 32), "blue")
+    wide.paste((255, 0, 0), (32, 0, 64, 32))
+    wide.save(tmp_path / "wide.png")
+    wide.rotate(90, expand=True).save(tmp_path / "high.png")
+    for name in ("wide", "high"):
+        say(tmp_path / f"{name}.txt", "x")
+    for example in load_dataset(str(tmp_path)):
+        assert (example.image == torch.tensor([255, 0, 0])[:, None, None]).all()
+
+
+def test_large_jpegs_are_resized_truly(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 255, 512, dtype=np.uint8)[None, :, None], (512, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "ramp.jpg", quality=95)
+    say(tmp_path / "ramp.txt", "x")
+    got = load_dataset(str(tmp_path), size=16)[0].image.float()
+    want = torch.linspace(0, 255, 512).view(16, 32).mean(1)
+    assert (got - want).abs().max() < 4
+
+
+def test_batch_equals_the_naive_rule(tmp_path: Path) -> None:
+    for number in range(5):
+        captions = [f"caption {number} {k}" for k in range(number + 1)]
+        pair(tmp_path, f"p{number}", *captions, colour=(number * 50, 10, 20))
+    data = load_dataset(str(tmp_path))
+    indices, epochs = [3, 0, 3, 4], [0, 7, 1, 12]
+    fast = data.batch(indices, epochs, seed=5)
+    naive = CaptionedDataset.batch(data, indices, epochs, seed=5)
+    assert torch.equal(fast.image, naive.image) and fast.image.dtype == torch.float32
+    assert fast.caption == naive.caption and fast.id == naive.id and fast.label is None
+    assert torch.equal(fast.image[0], to_unit(data[3].image))
+    drawn = {data.batch([4], [epoch], seed=5).caption[0] for epoch in range(60)}
+    assert drawn == set(data[4].captions)
+
+
+def test_an_example_does_not_share_memory_with_the_data(tmp_path: Path) -> None:
+    pair(tmp_path, "a", "x")
+    data = load_dataset(str(tmp_path))
+    data[0].image.zero_()
+    assert data[0].image.any()
+
+
+def test_pixels_beyond_the_limit_lie_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        pair(tmp_path, f"p{number}", "x", colour=(number * 50, 1, 2))
+    (tmp_path / "p1.png").write_bytes(b"broken")
+    want = load_dataset(str(tmp_path))
+    monkeypatch.setattr(pictures, "IN_MEMORY", 1000)
+    mapped: list[type] = []
+    room = PictureDataset._room
+
+    def spy(self: PictureDataset, count: int) -> object:
+        pixels = room(self, count)
+        mapped.append(type(pixels))
+        return pixels
+
+    monkeypatch.setattr(PictureDataset, "_room", spy)
+    got = load_dataset(str(tmp_path))
+    assert mapped == [np.memmap]
+    assert isinstance(got, PictureDataset) and isinstance(want, PictureDataset)
+    assert torch.equal(got.images, want.images) and got.fingerprint() == want.fingerprint()
+
+
+def test_the_fingerprint_reads_ids_captions_and_pixels(tmp_path: Path) -> None:
+    def mark(root: str, key: str = "a", caption: str = "x", red: int = 9) -> str:
+        pair(tmp_path / root, key, caption, colour=(red, 0, 0))
+        data = load_dataset(str(tmp_path / root))
+        assert isinstance(data, PictureDataset)
+        return data.fingerprint()
+
+    first = mark("0")
+    assert mark("1") == first
+    assert len({first, mark("2", key="b"), mark("3", caption="y"), mark("4", red=8)}) == 4
+
+
+def test_a_folder_without_anything_usable_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing could be loaded"):
+        load_dataset(f"folder:{tmp_path}")
+    put(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png.*a\.txt is missing.*one caption a line"):
+        load_dataset(f"folder:{tmp_path}")
+    (tmp_path / "a.png").write_bytes(b"no")
+    say(tmp_path / "a.txt", "x")
+    with pytest.raises(UserError, match=r"a\.png: .*no picture"):
+        load_dataset(f"folder:{tmp_path}")
+
+
+def test_a_split_that_does_not_exist(tmp_path: Path) -> None:
+    pair(tmp_path, "a", "x")
+    with pytest.raises(UserError, match=r"no split 'test'.*train \(1\)"):
+        load_dataset(f"folder:{tmp_path}", split="test")
+    assert len(load_dataset(f"folder:{tmp_path}", split="all")) == 1
+
+
+@pytest.mark.parametrize("size", [0, 7, 5000])
+def test_impossible_sizes(tmp_path: Path, size: int) -> None:
+    pair(tmp_path, "a", "x")
+    with pytest.raises(UserError, match=str(size)):
+        load_dataset(f"folder:{tmp_path}", size=size)
+
+
+def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pair(tmp_path / "pics", "a", "x")
+    (tmp_path / "odd:name").mkdir()
+    assert parse_spec("shapes") == ("shapes", "")
+    assert parse_spec("shapes:hard") == ("shapes", "hard")
+    assert parse_spec("folder:a/b:c") == ("folder", "a/b:c")
+    assert parse_spec("pics") == ("folder", "pics")
+    assert parse_spec("odd:name") == ("folder", "odd:name")
+    assert load_dataset("shapes").name == "shapes:easy"
+    assert load_dataset("pics").name == "folder:pics"
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("shape", "did you mean 'shapes'"),
+        ("foldr:x", "did you mean 'folder'"),
+        ("zebra:x", "there is: folder, imagefolder, shapes"),
+        ("shapes:esay", "did you mean 'easy'"),
+        ("folder:", "folder:PATH"),
+        ("folder", "there is no data set or folder 'folder'"),
+        ("folder:no/such/place", "no/such/place"),
+        ("no/such/place", "no/such/place"),
+        (r"C:\pictures", "no data set or folder"),
+        ("C:/pictures", "no data set or folder"),
+        ("", "no data set or folder"),
+    ],
+)
+def test_wrong_specs_are_explained(spec: str, said: str) -> None:
+    with pytest.raises(UserError) as told:
+        load_dataset(spec)
+    assert said in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_file_is_no_data_set(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.png")
+    for spec in (str(file), f"folder:{file}"):
+        with pytest.raises(UserError, match="is a file"):
+            load_dataset(spec)

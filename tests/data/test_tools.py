@@ -1,0 +1,160 @@
+"""Sheets, checks and exports of data sets."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lineage.data import load_dataset
+from lineage.data.contract import CaptionedDataset, Example
+from lineage.data.tools import _file_name, check, contact_sheet, export
+from lineage.errors import UserError
+
+
+class Odd(CaptionedDataset):
+    """Examples as awkward as they come."""
+
+    name, split, size, skipped = "odd", "test", 16, []
+    ids = ("a/b", "a_b", "A/B", "..", "con:é*?", "x" * 300)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        noise = torch.Generator().manual_seed(index)
+        image = torch.randint(0, 256, (3, 16, 16), generator=noise, dtype=torch.uint8)
+        captions = ("a straße, \"quoted\"\tand 'more'", f"number {index}")[: 1 + index % 2]
+        meta = {"ok": {"deep": [1, None]}, "nan": float("nan"), "tensor": torch.zeros(1), "t": (1,)}
+        return Example(self.ids[index], image, captions, index, meta)
+
+
+def test_an_export_loads_again(tmp_path: Path) -> None:
+    data = Odd()
+    assert export(data, tmp_path / "new" / "out") == 6
+    again = load_dataset(f"imagefolder:{tmp_path / 'new' / 'out'}", split="test", size=16)
+    assert again.skipped == [] and len(again) == 6
+    for old, new in zip(data, again, strict=True):
+        assert torch.equal(old.image, new.image)
+        assert (old.captions, old.label) == (new.captions, new.label)
+        assert new.meta["ok"] == {"deep": [1, None]} and new.meta["t"] == [1]
+        assert "nan" not in new.meta and "tensor" not in new.meta
+    names = [p.name for p in (tmp_path / "new").iterdir()]
+    assert names == ["out"]  # nothing temporary stays
+
+
+def test_the_rows_of_an_export(tmp_path: Path) -> None:
+    export(load_dataset("shapes:easy", "heldout"), tmp_path / "out", count=3)
+    rows = [json.loads(x) for x in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 == len(list((tmp_path / "out/images").iterdir()))
+    for row in rows:
+        assert set(row) - {"alt_texts"} == {"file_name", "text", "label", "split", "meta"}
+        assert row["split"] == "heldout" and row["meta"]["objects"]
+        assert (tmp_path / "out" / row["file_name"]).is_file()
+
+
+def test_splits_survive_an_export_of_all_of_them(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "in" / split / "a.png")
+        (tmp_path / "in" / split / "metadata.csv").write_text("file_name,text\na.png,x\n")
+    export(load_dataset(str(tmp_path / "in"), "all", 16), tmp_path / "out")
+    for split in ("train", "validation"):
+        again = load_dataset(str(tmp_path / "out"), split, 16)
+        assert [e.meta["source"].split("/")[0] for e in again] == [split.replace("idation", "")]
+
+
+def test_file_names_are_safe_and_unique() -> None:
+    taken: set[str] = set()
+    names = [_file_name(x, taken) for x in ("a/b", "a_b", "A\\B", "../../etc", ".", "é" * 99)]
+    assert len({n.lower() for n in names}) == len(names)
+    assert names[:2] == ["a_b", "a_b-2"]
+    assert all("/" not in n and not n.startswith(".") and len(n.encode()) < 200 for n in names)
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something"):
+        export(load_dataset("shapes"), tmp_path, 2)
+    with pytest.raises(UserError, match="holds something"):
+        export(load_dataset("shapes"), tmp_path / "note.txt", 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+    (tmp_path / "empty").mkdir()
+    export(load_dataset("shapes"), tmp_path / "empty", 2)
+    assert len(load_dataset(str(tmp_path / "empty"))) == 2
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = Image.Image.save, []
+
+    def fill_up(self: Image.Image, file: Any, *rest: Any, **more: Any) -> None:
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, file, *rest, **more)
+
+    monkeypatch.setattr(Image.Image, "save", fill_up)
+    with pytest.raises(UserError, match="No space left"):
+        export(load_dataset("shapes"), tmp_path / "out", 5)
+    assert len(calls) == 3 and list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        export(load_dataset("shapes"), tmp_path / "file" / "out", 2)
+
+
+def test_check_of_shapes_is_quick_and_exact() -> None:
+    assert check("shapes:easy", 32) == {"loaded": 20_000, "captions": 100_000, "skipped": []}
+
+
+def test_check_covers_all_splits(tmp_path: Path) -> None:
+    for split, text in (("train", "a"), ("test", "b")):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / split / "p.png")
+        row = {"file_name": "p.png", "text": text, "alt_texts": ["more"]}
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps(row))
+    (tmp_path / "test" / "alone.png").write_bytes(b"")
+    report = check(str(tmp_path), 32)
+    assert report["loaded"] == 2 and report["captions"] == 4
+    assert [s["path"] for s in report["skipped"]] == ["test/alone.png"]
+    assert set(report["skipped"][0]) == {"path", "reason"}
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_check_of_a_folder_with_nothing_usable(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing could be loaded"):
+        check(f"folder:{tmp_path}")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.png").write_bytes(b"x")
+    report = check(f"folder:{tmp_path}")
+    assert report["loaded"] == 0 and len(report["skipped"]) == 2
+
+
+@pytest.mark.parametrize(("size", "side"), [(16, 128), (32, 128), (48, 144), (64, 128), (256, 256)])
+def test_a_sheet_shows_each_pixel_as_a_square(size: int, side: int) -> None:
+    data = load_dataset("shapes:easy", size=size)
+    sheet = np.asarray(contact_sheet(data, 3, 2))
+    factor = side // size
+    first = sheet[10 : 10 + side, 10 : 10 + side]
+    assert (first[::factor, ::factor] == data.showcase(3)[0].image.permute(1, 2, 0).numpy()).all()
+    assert (first[::factor] == first[factor - 1 :: factor]).all()
+    below = sheet[10 + side + 4 : 10 + side + 24, 10 : 10 + side]
+    assert (below < 100).any()  # the caption is printed there
+
+
+def test_sheets_of_few_pictures_and_long_words(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("w" * 900 + " " + "long " * 90)
+    sheet = contact_sheet(load_dataset(str(tmp_path), size=16), 50, 9)
+    assert sheet.width < 200 and sheet.height < 300
+    assert (np.asarray(sheet)[:, -8:] == 255).all()  # nothing runs over the edge
+    with pytest.raises(UserError, match="at least 1"):
+        contact_sheet(load_dataset("shapes"), 0, 2)
