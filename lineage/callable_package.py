@@ -1,7 +1,8 @@
 """Packages that are functions as well: `lineage.train(...)` beside `lineage.train.loop`.
 
-`lineage.train` is both the function that users call and the package that holds the loop. Python binds a package's
-name in its parent as soon as any of its modules is imported, so the package itself is made callable.
+`lineage.train` is both the function that users call and the package that holds the loop. Python
+binds a package's name in its parent as soon as any of its modules is imported, so the package
+itself is made callable.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The command line: `lineage` and `python -m lineage`.
 
-Exit codes: 0 done, 1 a check did not hold, 2 the user's input or environment is at fault (one sentence on standard
-error), 130 interrupted. With `--json`, standard output holds one JSON document and nothing else.
+Exit codes: 0 done, 1 a check did not hold, 2 the user's input or environment is at fault (one
+sentence on standard error), 130 interrupted. With `--json`, standard output holds one JSON document
+and nothing else.
 
 Answers in text need no PyTorch, so each command imports what it needs when it runs.
 """
@@ -29,7 +30,9 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        options = _parser().parse_args(_known_command(sys.argv[1:] if arguments is None else arguments))
+        options = _parser().parse_args(
+            _known_command(sys.argv[1:] if arguments is None else arguments)
+        )
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except UserError as error:
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-# --- the commands ---------------------------------------------------------------------------------------------------
+# --- the commands ----------------------------------------------------------
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -67,7 +70,9 @@ def _data_show(options: argparse.Namespace) -> None:
     dataset = load_dataset(options.spec, options.split, options.size, options.seed)
     out = Path(options.out)
     save_picture(contact_sheet(dataset, options.count, options.columns), out)
-    print(f"{out}: {min(options.count, len(dataset))} of {len(dataset):,} pictures of {options.spec}")
+    print(
+        f"{out}: {min(options.count, len(dataset))} of {len(dataset):,} pictures of {options.spec}"
+    )
 
 
 def _data_check(options: argparse.Namespace) -> None:
@@ -108,7 +113,7 @@ def _train(options: argparse.Namespace) -> None:
         resume=options.resume,
         settings=_settings(options.set),
     )
-    print(f"{folder}: trained; draw with: lineage sample {folder} \"a caption\"")
+    print(f'{folder}: trained; draw with: lineage sample {folder} "a caption"')
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -121,10 +126,14 @@ def _sample(options: argparse.Namespace) -> None:
     unknown = system.text.unknown(options.captions)
     if unknown:
         print(f"lineage: not seen in training: {', '.join(unknown)}", file=sys.stderr)
-    images = to_bytes(system.generate(captions, seed=options.seed, **_typed(system, _settings(options.set)))).cpu()
+    images = to_bytes(
+        system.generate(captions, seed=options.seed, **_typed(system, _settings(options.set)))
+    ).cpu()
     out = Path(options.out)
     if options.single:
-        paths = [out.with_name(f"{out.stem}_{i:03d}{out.suffix or '.png'}") for i in range(len(images))]
+        paths = [
+            out.with_name(f"{out.stem}_{i:03d}{out.suffix or '.png'}") for i in range(len(images))
+        ]
         for image, path in zip(images, paths, strict=True):
             save_picture(picture(image), path)
         print("\n".join(map(str, paths)))
@@ -157,7 +166,7 @@ def _verify(options: argparse.Namespace) -> int:
     return run(options.files, json_output=options.json)
 
 
-# --- parsing --------------------------------------------------------------------------------------------------------
+# --- parsing ---------------------------------------------------------------
 
 
 def _settings(given: list[str]) -> dict[str, str]:
@@ -207,12 +216,15 @@ def _number(text: str) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="lineage",
-        description="The history of text-to-image generation, from scratch: train every milestone on the same captions.",
+        description="The history of text-to-image generation, from scratch: "
+        "train every milestone on the same captions.",
     )
     parser.add_argument("--version", action="version", version=f"lineage {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    def add(name: str, run: Callable[[argparse.Namespace], Any], text: str, to: Any = commands) -> Parser:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], Any], text: str, to: Any = commands
+    ) -> Parser:
         command: Parser = to.add_parser(name, help=text, description=text)
         command.set_defaults(command=run)
         return command
@@ -221,22 +233,32 @@ def _parser() -> Parser:
     command.add_argument("--tree", action="store_true", help="by what builds on what")
     command.add_argument("--json", action="store_true")
 
-    data = commands.add_parser("data", help="look at a data set, check it, write it", description="Data sets.")
+    data = commands.add_parser(
+        "data", help="look at a data set, check it, write it", description="Data sets."
+    )
     actions = data.add_subparsers(required=True, metavar="ACTION", parser_class=Parser)
     show = add("show", _data_show, "draw a contact sheet with captions", actions)
     show.add_argument("--out", default="data.png", help="the picture to write (data.png)")
     show.add_argument("--count", type=_number, default=24, help="pictures (24)")
     show.add_argument("--columns", type=_number, default=6, help="pictures in a row (6)")
-    check = add("check", _data_check, "count, and name every rejected file with its reason", actions)
+    check = add(
+        "check", _data_check, "count, and name every rejected file with its reason", actions
+    )
     check.add_argument("--json", action="store_true")
     export = add("export", _data_export, "write any data set as an imagefolder", actions)
     export.add_argument("--out", required=True, help="the folder to write")
     export.add_argument("--count", type=_number, help="at most so many pictures")
     for command in (show, check, export):
-        command.add_argument("spec", help="shapes, shapes:hard, a path, folder:PATH, imagefolder:PATH")
-        command.add_argument("--size", type=_number, default=32, help="side of the pictures in pixels (32)")
+        command.add_argument(
+            "spec", help="shapes, shapes:hard, a path, folder:PATH, imagefolder:PATH"
+        )
+        command.add_argument(
+            "--size", type=_number, default=32, help="side of the pictures in pixels (32)"
+        )
     for command in (show, export):
-        command.add_argument("--split", default="train", help="train, validation, test, ... (train)")
+        command.add_argument(
+            "--split", default="train", help="train, validation, test, ... (train)"
+        )
         command.add_argument("--seed", type=int, default=0)
 
     command = add("train", _train, "train all stages of a system")
@@ -250,12 +272,18 @@ def _parser() -> Parser:
     command.add_argument("captions", nargs="+", metavar="CAPTION")
     command.add_argument("--out", default="sample.png", help="the sheet to write (sample.png)")
     command.add_argument("--count", type=_number, default=1, help="pictures of each caption (1)")
-    command.add_argument("--single", action="store_true", help="one file a picture, without caption")
+    command.add_argument(
+        "--single", action="store_true", help="one file a picture, without caption"
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="auto")
-    command.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="as in guidance=3")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KNOB=VALUE", help="as in guidance=3"
+    )
 
-    command = add("compare", _compare, "train several systems on one budget each and write a report")
+    command = add(
+        "compare", _compare, "train several systems on one budget each and write a report"
+    )
     command.add_argument("keys", nargs="*", metavar="KEY", help="the systems (all that work)")
     command.add_argument("--out", default="runs/compare", help="the folder to write (runs/compare)")
     _run_options(command)
@@ -269,8 +297,12 @@ def _parser() -> Parser:
 def _run_options(command: Parser) -> None:
     command.add_argument("--data", help="a data set (shapes)")
     command.add_argument("--preset", default="tiny", help="smoke, tiny, small or paper (tiny)")
-    command.add_argument("--minutes", type=float, help="budget of each system in minutes of training")
+    command.add_argument(
+        "--minutes", type=float, help="budget of each system in minutes of training"
+    )
     command.add_argument("--steps", type=int, help="budget in steps")
     command.add_argument("--seed", type=int)
     command.add_argument("--device", help="cpu, cuda, mps or auto (auto)")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as in optim.lr=3e-4")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="as in optim.lr=3e-4"
+    )

@@ -1,7 +1,8 @@
 """Configurations: frozen dataclasses, reachable by dotted names, saved as JSON.
 
-`RunConfig` is what every run has; a recipe extends it with `model`, the configuration of its system. Whatever a
-field's type is, `--set a.b=value` reaches it by name, and a run folder's `config.json` builds it again.
+`RunConfig` is what every run has; a recipe extends it with `model`, the configuration of its
+system. Whatever a field's type is, `--set a.b=value` reaches it by name, and a run folder's
+`config.json` builds it again.
 """
 
 from __future__ import annotations
@@ -78,13 +79,16 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The budget of a run, and how the loop goes about it. Where two budgets are given, the first to be spent ends it.
+    """The budget of a run, and how the loop goes about it. Where two budgets are given, the first
+    to be spent ends it.
 
     Attributes:
         minutes, steps, pictures: the budget; None sets no limit.
         batch: pictures a step (in all processes together).
-        checkpoint_every, sample_every, log_every: in steps; 0 never (a finished run is always saved).
-        precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the machine has the instructions for it.
+        checkpoint_every, sample_every, log_every: in steps; 0 never (a finished run is always
+            saved).
+        precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the machine has the instructions
+            for it.
         channels_last: memory layout of convolutions: `on`, `off`, or `auto`: on for CUDA.
         compile: hand the networks to torch.compile (a minute of warm-up).
         prefetch: batches prepared ahead in a thread; 0 prepares each when it is asked for.
@@ -155,7 +159,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], saved: dict[str, Any], at: str = "") -> C:
-    """Build `cls` from what `to_dict` gave. Raises `UserError` for an unknown name or a value of the wrong type."""
+    """Build `cls` from what `to_dict` gave.
+
+    Raises `UserError` for an unknown name or a value of the wrong type.
+    """
     hints = typing.get_type_hints(cls)
     for name in saved:
         if name not in hints:
@@ -167,7 +174,8 @@ def with_field(config: C, path: str, value: Any) -> C:
     """A copy of `config` with the field at the dotted `path` set to `value`, which may be text.
 
     Raises:
-        UserError: for a name that does not exist (the nearest ones are suggested) or a value of the wrong type.
+        UserError: for a name that does not exist (the nearest ones are suggested) or a value of the
+            wrong type.
     """
     changed = to_dict(config)
     known = set(field_names(config))
@@ -191,7 +199,9 @@ def field_names(config: Any, at: str = "") -> list[str]:
     """Every dotted name that `with_field` reaches."""
     names: list[str] = []
     for name, value in (config if isinstance(config, dict) else to_dict(config)).items():
-        names += field_names(value, f"{at}{name}.") if isinstance(value, dict) and value else [at + name]
+        names += (
+            field_names(value, f"{at}{name}.") if isinstance(value, dict) and value else [at + name]
+        )
     return names
 
 

@@ -1,6 +1,8 @@
-"""The contract of a system: what every family gives to the loop, to `lineage.load` and to a comparison.
+"""The contract of a system: what every family gives to the loop, to `lineage.load` and to a
+comparison.
 
-    losses    one training step as a coroutine, which yields each loss in the order in which it is optimised;
+    losses    one training step as a coroutine, which yields each loss in the order in which it is
+              optimised;
     groups    the parameters that each of those losses moves;
     generate  captions -> pictures.
 
@@ -30,7 +32,8 @@ class System(nn.Module):
     """One text-to-image system.
 
     Attributes:
-        text: the encoder through which it reads captions; trained with it if one of `groups` holds it.
+        text: the encoder through which it reads captions; trained with it if one of `groups` holds
+            it.
         at_once: how many pictures `generate` makes in one go.
     """
 
@@ -43,7 +46,10 @@ class System(nn.Module):
 
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Module]]:
-        """The modules that each turn of `losses` trains, by the turn's name; empty if nothing is trained."""
+        """The modules that each turn of `losses` trains, by the turn's name.
+
+        Empty if nothing is trained.
+        """
 
     @abstractmethod
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
@@ -55,12 +61,16 @@ class System(nn.Module):
             draws: a random stream for each row; all noise of the step comes from here.
 
         Yields:
-            (group, terms): the loop minimises the sum of `terms` over the parameters of `group`, then resumes.
+            (group, terms): the loop minimises the sum of `terms` over the parameters of `group`,
+            then resumes.
         """
 
     @abstractmethod
     def draw(self, captions: list[str], draws: Draws) -> Tensor:
-        """Pictures of `captions`, (B, 3, H, W). Row i uses stream i of `draws`. Further keywords are the knobs."""
+        """Pictures of `captions`, (B, 3, H, W).
+
+        Row i uses stream i of `draws`. Further keywords are the knobs.
+        """
 
     @torch.no_grad()
     def generate(self, captions: str | Sequence[str], *, seed: int = 0, **knobs: Any) -> Tensor:

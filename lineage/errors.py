@@ -1,8 +1,8 @@
 """Faults that are the user's to mend, told in one sentence.
 
-Everything that a wrong input, a full disk or a typing error can cause is raised as `UserError`; the command line
-prints its text on standard error and exits with its code, without a traceback. Anything else that is raised is a
-defect of this package and keeps its traceback.
+Everything that a wrong input, a full disk or a typing error can cause is raised as `UserError`; the
+command line prints its text on standard error and exits with its code, without a traceback.
+Anything else that is raised is a defect of this package and keeps its traceback.
 """
 
 from __future__ import annotations

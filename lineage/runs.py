@@ -1,12 +1,12 @@
 """Runs: from a system's key to a run folder, and from a run folder to a system that draws.
 
-    config.json         every setting, and what the run was made with
-    tokenizer.json      the words, trained from the captions
-    model.safetensors   the weights to sample from (moving averages)
-    state.pt            all that resuming needs
-    metrics.jsonl       the log
-    cost.json           steps, pictures, seconds and memory of each stage
-    samples/            sheets of the same captions and seeds as training goes on
+config.json         every setting, and what the run was made with
+tokenizer.json      the words, trained from the captions
+model.safetensors   the weights to sample from (moving averages)
+state.pt            all that resuming needs
+metrics.jsonl       the log
+cost.json           steps, pictures, seconds and memory of each stage
+samples/            sheets of the same captions and seeds as training goes on
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def configure(
     device: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The configuration of a run: a preset, then what was asked for. `minutes` and `steps` replace its budget."""
+    """The configuration of a run.
+
+    A preset, then what was asked for. `minutes` and `steps` replace its budget.
+    """
     return _changed(preset(key, preset_name), data, minutes, steps, seed, device, settings)
 
 
@@ -91,22 +94,28 @@ def train(
         out: the run folder; `runs/<key>` if None.
         seed: of the weights, the data order and the noise.
         device: `cpu`, `cuda`, `mps` or `auto`.
-        resume: go on with the run in `out`, with the settings it was made with; a new budget may be given.
+        resume: go on with the run in `out`, with the settings it was made with; a new budget may be
+            given.
         settings: any other field of the configuration by its dotted name, as `{"optim.lr": 3e-4}`.
 
     Raises:
-        UserError: what was given does not fit, or the folder holds a run already; one sentence says what to do.
+        UserError: what was given does not fit, or the folder holds a run already; one sentence says
+            what to do.
         Interrupted: asked to stop; everything is saved, and the sentence says how to go on.
     """
     folder = Path(out) if out is not None else Path("runs") / key
     find_recipe(key)
     started = (folder / "config.json").exists()
     if started and not resume:
-        raise UserError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out.")
+        raise UserError(
+            f"{folder} holds a run already: add --resume to go on with it, or choose another --out."
+        )
     if started:
         saved = read_config(folder)
         if saved.key != key:
-            raise UserError(f"{folder} holds a run of {saved.key}, not of {key}: choose another --out.")
+            raise UserError(
+                f"{folder} holds a run of {saved.key}, not of {key}: choose another --out."
+            )
         config = _changed(saved, data, minutes, steps, seed, device, settings)
     else:
         config = configure(
@@ -125,7 +134,9 @@ def train(
         run.run()
     except Stopped:
         parts = ["lineage", "train", key, "--out", str(folder), "--resume"]
-        raise Interrupted(f"Stopped; everything is saved. Go on with: {shlex.join(parts)}") from None
+        raise Interrupted(
+            f"Stopped; everything is saved. Go on with: {shlex.join(parts)}"
+        ) from None
     return folder
 
 
@@ -136,9 +147,16 @@ def _prepare(folder: Path, config: RunConfig, started: bool) -> RunStages:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
-    made_with = {"lineage": lineage.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    made_with = {
+        "lineage": lineage.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     fingerprint = _fingerprint(dataset)
-    if started and (known := read_json(folder / "config.json").get("data_fingerprint")) != fingerprint:
+    if (
+        started
+        and (known := read_json(folder / "config.json").get("data_fingerprint")) != fingerprint
+    ):
         raise UserError(
             f"The data {config.data} is no longer what the run in {folder} began with "
             f"({known} then, {fingerprint} now): restore it, or choose another --out."
@@ -146,7 +164,9 @@ def _prepare(folder: Path, config: RunConfig, started: bool) -> RunStages:
     if started:
         tokenizer = read_tokenizer(folder)
     else:
-        tokenizer = make_tokenizer(config.encoder.tokenizer, dataset.all_captions(), config.encoder.vocabulary)
+        tokenizer = make_tokenizer(
+            config.encoder.tokenizer, dataset.all_captions(), config.encoder.vocabulary
+        )
         write_json(folder / "tokenizer.json", tokenizer.to_json())
     write_json(
         folder / "config.json",
@@ -180,7 +200,10 @@ def _seed_weights(seed: int) -> None:
 
 
 def _fingerprint(dataset: CaptionedDataset) -> str:
-    """What identifies the data of a run: the hash of user files, or the name of an endless world."""
+    """What identifies the data of a run.
+
+    The hash of user files, or the name of an endless world.
+    """
     return dataset.fingerprint() if hasattr(dataset, "fingerprint") else dataset.name
 
 
@@ -192,22 +215,34 @@ def sample_sheet(system: System, examples: list[Example], path: Path, seed: int 
 
 
 def save_picture(image: Any, path: Path) -> None:
-    """Save a PIL picture. Raises `UserError` if it cannot be written or its ending is not one of a picture."""
+    """Save a PIL picture.
+
+    Raises `UserError` if it cannot be written or its ending is not one of a picture.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     except ValueError as error:
-        raise UserError(f"{path} does not end like a picture file; try {path.with_suffix('.png')}.") from error
+        raise UserError(
+            f"{path} does not end like a picture file; try {path.with_suffix('.png')}."
+        ) from error
     except OSError as error:
         raise unwritable(path, error) from error
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration of a run folder. Raises `UserError` if it is missing, broken or of an unknown system."""
+    """The configuration of a run folder.
+
+    Raises `UserError` if it is missing, broken or of an unknown system.
+    """
     saved = read_json(folder / "config.json")
     if not isinstance(saved, dict) or "key" not in saved:
         raise UserError(f"{folder / 'config.json'} is not the configuration of a run.")
-    fields = {name: value for name, value in saved.items() if name not in ("made_with", "data_fingerprint")}
+    fields = {
+        name: value
+        for name, value in saved.items()
+        if name not in ("made_with", "data_fingerprint")
+    }
     return from_dict(find_recipe(saved["key"]).Config, fields)
 
 

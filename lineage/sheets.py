@@ -13,15 +13,21 @@ _TEXT = 12  # font size in pixels
 
 
 def picture(image: Tensor, at_least: int = 0) -> Image.Image:
-    """(3, H, W) uint8 -> a PIL picture, enlarged by a whole factor to `at_least` pixels a side or a little under."""
+    """(3, H, W) uint8 -> a PIL picture, enlarged by a whole factor to `at_least` pixels a side or a
+    little under.
+    """
     array = np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
     drawn = Image.fromarray(array)
     factor = max(1, round(at_least / max(drawn.size)))
     return drawn.resize((drawn.width * factor, drawn.height * factor), Image.Resampling.NEAREST)
 
 
-def sheet(images: Sequence[Tensor], captions: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:
-    """Pictures (3, H, W) uint8 in rows of `columns`, each enlarged to about `side` pixels over its caption."""
+def sheet(
+    images: Sequence[Tensor], captions: Sequence[str], columns: int = 8, side: int = 128
+) -> Image.Image:
+    """Pictures (3, H, W) uint8 in rows of `columns`, each enlarged to about `side` pixels over its
+    caption.
+    """
     drawn = [picture(image, side) for image in images]
     cell = max(d.width for d in drawn)
     columns = min(columns, len(drawn))
@@ -30,7 +36,9 @@ def sheet(images: Sequence[Tensor], captions: Sequence[str], columns: int = 8, s
     line = _TEXT + 4
     rows = [range(i, min(i + columns, len(drawn))) for i in range(0, len(drawn), columns)]
     heights = [cell + line * max(len(texts[i]) for i in row) + 2 * _MARGIN for row in rows]
-    canvas = Image.new("RGB", (columns * (cell + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), "white")
+    canvas = Image.new(
+        "RGB", (columns * (cell + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), "white"
+    )
     pen = ImageDraw.Draw(canvas)
     top = _MARGIN
     for row, height in zip(rows, heights, strict=True):
@@ -44,7 +52,10 @@ def sheet(images: Sequence[Tensor], captions: Sequence[str], columns: int = 8, s
 
 
 def wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-    """`text` in lines that are at most `width` pixels wide; at most four, the last cut with an ellipsis."""
+    """`text` in lines that are at most `width` pixels wide.
+
+    At most four, the last cut with an ellipsis.
+    """
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

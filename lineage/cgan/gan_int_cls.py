@@ -1,24 +1,27 @@
 """`gan_int_cls`: the first GAN that drew from captions (Reed et al. 2016, arXiv:1605.05396).
 
-The problem: a discriminator that only asks "is this picture real?" teaches a generator to draw well, not to draw what
-the caption says. What is new: a third kind of pair. Beside (real picture, its caption) and (fake picture, its caption)
-the discriminator sees (real picture, another caption) and must reject it, so that it learns to read. And the text of
-two captions, mixed, is a caption nobody wrote, on which the generator can be trained as well.
+The problem: a discriminator that only asks "is this picture real?" teaches a generator to draw
+well, not to draw what the caption says. What is new: a third kind of pair. Beside (real picture,
+its caption) and (fake picture, its caption) the discriminator sees (real picture, another caption)
+and must reject it, so that it learns to read. And the text of two captions, mixed, is a caption
+nobody wrote, on which the generator can be trained as well.
 
-    figure 2             `Generator`, `Discriminator`: a DCGAN (Radford et al. 2016) that is told the sentence
+    figure 2             `Generator`, `Discriminator`: a DCGAN (Radford et al. 2016) that is told
+                         the sentence
     algorithm 1, line 8  s_r = D(x, h)          real picture, right caption
-    line 9               s_w = D(x, h_wrong)    real picture, wrong caption       } `discriminator_terms`
+    line 9               s_w = D(x, h_wrong)    real picture, wrong caption
     line 10, 11          s_f = D(G(z, h), h)    fake picture, right caption
-    line 12              L_D = log s_r + (log(1 - s_w) + log(1 - s_f)) / 2
-    line 14              L_G = log s_f                                              `generator_terms`
+    line 12              L_D = log s_r + (log(1 - s_w) + log(1 - s_f)) / 2: `discriminator_terms`
+    line 14              L_G = log s_f: `generator_terms`
     equation 5           text interpolation: L_G also at beta h1 + (1 - beta) h2, beta = 1/2
 
 Losses are on logits: -log sigmoid(s) = softplus(-s), and every term is a mean over its pairs.
 
-Departures: the sentence comes from whichever encoder the recipe names and is trained in the discriminator's turn (the
-paper's encoder was trained beforehand); a wrong caption that says the same as the right one, which happens where
-captions are short, does not count; and `r1`, off in the paper, is the gradient penalty on real pictures of Mescheder et
-al. (2018), taken every `r1_every` steps.
+Departures: the sentence comes from whichever encoder the recipe names and is trained in the
+discriminator's turn (the paper's encoder was trained beforehand); a wrong caption that says the
+same as the right one, which happens where captions are short, does not count; and `r1`, off in the
+paper, is the gradient penalty on real pictures of Mescheder et al. (2018), taken every `r1_every`
+steps.
 
 Axes: B pictures, D width of the sentence, Z noise, C channels.
 """
@@ -46,7 +49,8 @@ class GANConfig:
     Attributes:
         noise: Z.
         text: width that the sentence is projected to.
-        generator, discriminator: channels next to the picture; they double as the side halves, to 8 times.
+        generator, discriminator: channels next to the picture; they double as the side halves, to 8
+            times.
         interpolation: weight of the generator's loss on mixed captions; 0 leaves them out.
         r1: weight of the gradient penalty; 0 leaves it out.
         r1_every: steps between penalties, each weighted by as many.
@@ -62,10 +66,12 @@ class GANConfig:
 
 
 def widths(channels: int, size: int) -> list[int]:
-    """Channels from the side next to the picture (`size` / 2) down to 4: doubling, at most 8 times `channels`."""
+    """Channels at sides `size` / 2 down to 4: doubling, at most 8 times `channels`."""
     levels = (size // 4).bit_length() - 1
     if size != 4 * 2**levels or levels < 1:
-        raise UserError(f"gan_int_cls draws pictures of 8, 16, 32, 64, ... pixels a side, not size={size}.")
+        raise UserError(
+            f"gan_int_cls draws pictures of 8, 16, 32, 64, ... pixels a side, not size={size}."
+        )
     return [channels * min(8, 2**level) for level in range(levels)]
 
 
@@ -97,7 +103,9 @@ class Generator(nn.Module):
             ]
             deepest = channels
         self.grow = nn.Sequential(*layers)
-        self.paint = nn.Sequential(nn.ConvTranspose2d(deepest, 3, 4, stride=2, padding=1), nn.Tanh())
+        self.paint = nn.Sequential(
+            nn.ConvTranspose2d(deepest, 3, 4, stride=2, padding=1), nn.Tanh()
+        )
 
     def forward(self, noise: Tensor, sentence: Tensor) -> Tensor:
         """noise (B, Z), sentence (B, D) -> (B, 3, S, S) in [-1, 1]."""
@@ -142,8 +150,13 @@ class Discriminator(nn.Module):
         return self.score(self.features(image), sentence)
 
 
-def discriminator_terms(real: Tensor, wrong: Tensor, fake: Tensor, mismatched: Tensor) -> dict[str, Tensor]:
-    """Line 12: logits (B,) of the three kinds of pair; `mismatched` (B,) is 0 where the wrong caption is right."""
+def discriminator_terms(
+    real: Tensor, wrong: Tensor, fake: Tensor, mismatched: Tensor
+) -> dict[str, Tensor]:
+    """Line 12, from the logits (B,) of the three kinds of pair.
+
+    `mismatched` (B,) is 0 where the wrong caption is right.
+    """
     rejected = F.softplus(wrong) * mismatched
     return {
         "real": F.softplus(-real).mean(),
@@ -158,7 +171,9 @@ def generator_terms(fake: Tensor) -> Tensor:
 
 
 def same_caption(ids: Tensor, others: Tensor) -> Tensor:
-    """(B, L), (B, L) token numbers -> (B,) True where both captions are made of the same words in the same order."""
+    """(B, L), (B, L) token numbers -> (B,) True where both captions are made of the same words in
+    the same order.
+    """
     return (ids == others).all(dim=1)
 
 
@@ -185,7 +200,10 @@ class GanIntCls(System):
         return {"discriminator": [self.discriminator, self.text], "generator": [self.generator]}
 
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
-        """Algorithm 1. The fake picture is computed once; the generator's turn sees the updated discriminator."""
+        """Algorithm 1.
+
+        The fake picture is computed once; the generator's turn sees the updated discriminator.
+        """
         real, right = batch.image, text.sentence
         wrong = right.roll(1, 0)  # (B, D) the caption of the row before
         mismatched = (~same_caption(text.ids, text.ids.roll(1, 0))).float()  # (B,)
@@ -199,9 +217,13 @@ class GanIntCls(System):
         seen = self.discriminator.features(real)
         real_logits = self.discriminator.score(seen, right)
         wrong_logits = self.discriminator.score(seen, wrong)
-        terms = discriminator_terms(real_logits, wrong_logits, self.discriminator(fake.detach(), right), mismatched)
+        terms = discriminator_terms(
+            real_logits, wrong_logits, self.discriminator(fake.detach(), right), mismatched
+        )
         if penalised:
-            terms["r1"] = self.config.r1_every * self.config.r1 / 2 * _gradient_penalty(real_logits, real)
+            terms["r1"] = (
+                self.config.r1_every * self.config.r1 / 2 * _gradient_penalty(real_logits, real)
+            )
         yield "discriminator", terms
 
         sentence = right.detach()
@@ -209,7 +231,9 @@ class GanIntCls(System):
         if self.config.interpolation > 0:
             mixed = 0.5 * sentence + 0.5 * wrong.detach()  # equation 5, beta = 1/2
             between = self.generator(noise, mixed)
-            terms["between"] = self.config.interpolation * generator_terms(self.discriminator(between, mixed))
+            terms["between"] = self.config.interpolation * generator_terms(
+                self.discriminator(between, mixed)
+            )
         yield "generator", terms
 
     def draw(self, captions: list[str], draws: Draws, truncation: float = 1.0) -> Tensor:

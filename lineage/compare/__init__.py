@@ -1,4 +1,7 @@
-"""Equal-budget comparison of systems and its report. Called, it is `lineage.compare.run.compare`."""
+"""Equal-budget comparison of systems and its report.
+
+Called, it is `lineage.compare.run.compare`.
+"""
 
 from lineage.callable_package import make_callable
 

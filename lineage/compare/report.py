@@ -1,5 +1,6 @@
-"""The report of a comparison: one HTML file with everything in it, readable on a phone and on a wide screen, in light
-and in dark. The page is `report.html` in this folder, a Jinja2 template; here its pieces are made.
+"""The report of a comparison: one HTML file with everything in it, readable on a phone and on a
+wide screen, in light and in dark. The page is `report.html` in this folder, a Jinja2 template; here
+its pieces are made.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ Columns = Mapping[str, list[list[Tensor]]]
 
 
 def write_report(
-    path: Path, summary: dict[str, Any], real: list[Tensor], columns: Columns, logs: Mapping[str, list[dict[str, Any]]]
+    path: Path,
+    summary: dict[str, Any],
+    real: list[Tensor],
+    columns: Columns,
+    logs: Mapping[str, list[dict[str, Any]]],
 ) -> None:
     """Write the page.
 
@@ -46,7 +51,10 @@ def write_report(
         {
             "caption": caption,
             "real": embed(real[i]),
-            "systems": [{"key": key, "pictures": [embed(p) for p in columns[key][i]]} for key in summary["order"]],
+            "systems": [
+                {"key": key, "pictures": [embed(p) for p in columns[key][i]]}
+                for key in summary["order"]
+            ],
         }
         for i, caption in enumerate(summary["captions"])
     ]
@@ -57,7 +65,9 @@ def write_report(
 
 def wall_time(summary: dict[str, Any]) -> float:
     """Seconds of training, all systems together."""
-    return sum(s["seconds"] for facts in summary["systems"].values() for s in facts["training"].values())
+    return sum(
+        s["seconds"] for facts in summary["systems"].values() for s in facts["training"].values()
+    )
 
 
 def embed(image: Tensor) -> str:
@@ -68,8 +78,15 @@ def embed(image: Tensor) -> str:
 
 
 def curve(log: list[dict[str, Any]]) -> Markup | None:
-    """Every loss term of a log over the minutes of training, as SVG that takes the page's colours; None without any."""
-    names = [name for name in (log[-1] if log else {}) if "/" in name and not name.startswith("gradient/")]
+    """Every loss term of a log over the minutes of training, as SVG that takes the page's colours;
+
+    None without any.
+    """
+    names = [
+        name
+        for name in (log[-1] if log else {})
+        if "/" in name and not name.startswith("gradient/")
+    ]
     if not names:
         return None
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lineage", "font.size": 9}):
@@ -115,4 +132,8 @@ def as_seconds(value: float) -> str:
 
 def as_bytes(value: float) -> str:
     """1234567 -> `1.23 MB`."""
-    return as_count(value).replace(" k", " kB").replace(" M", " MB").replace(" G", " GB") if value >= 1e3 else f"{value:.0f} B"
+    return (
+        as_count(value).replace(" k", " kB").replace(" M", " MB").replace(" G", " GB")
+        if value >= 1e3
+        else f"{value:.0f} B"
+    )

@@ -1,7 +1,9 @@
-"""The comparison: the named systems on the same data, the same budget and the same captions, and a report.
+"""The comparison: the named systems on the same data, the same budget and the same captions, and a
+report.
 
-Each system is trained by a process of its own (`lineage train`), so that its peak memory is its own, and in a folder of
-its own, so that a comparison that was stopped goes on where it was when the same command is given again.
+Each system is trained by a process of its own (`lineage train`), so that its peak memory is its
+own, and in a folder of its own, so that a comparison that was stopped goes on where it was when the
+same command is given again.
 
     OUT/<key>/         the run folder of each system
     OUT/report.html    the page: one file, no network
@@ -57,7 +59,8 @@ def compare(
 
     Args:
         keys: the systems; all that work if none are named.
-        data, minutes, steps, preset, seed, device, settings: as for `lineage.train`; the same for every system.
+        data, minutes, steps, preset, seed, device, settings: as for `lineage.train`; the same for
+            every system.
         out: the folder for runs and report. Finished runs in it are not trained again.
 
     Raises:
@@ -68,11 +71,21 @@ def compare(
     folder, chosen = Path(out), list(dict.fromkeys(keys or working()))
     for key in chosen:
         lookup(key)
-    options = {"data": data, "minutes": minutes, "steps": steps, "seed": seed, "device": device}
-    configs = {key: configure(key, preset_name=preset, settings=settings, **options) for key in chosen}  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "data": data,
+        "minutes": minutes,
+        "steps": steps,
+        "seed": seed,
+        "device": device,
+    }
+    configs = {
+        key: configure(key, preset_name=preset, settings=settings, **options) for key in chosen
+    }
     sizes = {config.size for config in configs.values()}
     if len(sizes) > 1:
-        raise UserError(f"The systems draw at different sizes at preset {preset}; set one with --set size=...")
+        raise UserError(
+            f"The systems draw at different sizes at preset {preset}; set one with --set size=..."
+        )
     config = configs[chosen[0]]
     shown = _captions(config)
 
@@ -98,12 +111,21 @@ def compare(
     write_json(folder / "report.json", summary)
     real = [example.image for example in shown]
     _write_sheet(folder / "sheet.png", summary, real, columns)
-    write_report(folder / "report.html", summary, real, columns, {k: read_log(folder / k / "metrics.jsonl") for k in chosen})
+    write_report(
+        folder / "report.html",
+        summary,
+        real,
+        columns,
+        {k: read_log(folder / k / "metrics.jsonl") for k in chosen},
+    )
     return folder / "report.html"
 
 
 def _captions(config: RunConfig) -> list[Example]:
-    """The examples whose captions all systems draw: from a split that training does not see, if there is one."""
+    """The examples whose captions all systems draw.
+
+    From a split that training does not see, if there is one.
+    """
     for split in ("validation", "test", "train"):
         try:
             return load_dataset(config.data, split, config.size, config.seed).showcase(CAPTIONS)
@@ -113,9 +135,22 @@ def _captions(config: RunConfig) -> list[Example]:
     raise AssertionError("unreachable")
 
 
-def _train(key: str, folder: Path, preset: str, options: dict[str, Any], settings: Mapping[str, Any]) -> None:
+def _train(
+    key: str, folder: Path, preset: str, options: dict[str, Any], settings: Mapping[str, Any]
+) -> None:
     """Train one system in a process of its own, or go on with what its folder holds."""
-    command = [sys.executable, "-m", "lineage", "train", key, "--out", str(folder), "--resume", "--preset", preset]
+    command = [
+        sys.executable,
+        "-m",
+        "lineage",
+        "train",
+        key,
+        "--out",
+        str(folder),
+        "--resume",
+        "--preset",
+        preset,
+    ]
     command += _flags(options, settings)
     child = subprocess.Popen(command)
 
@@ -140,8 +175,15 @@ def _train(key: str, folder: Path, preset: str, options: dict[str, Any], setting
 
 
 def _flags(options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    flags = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
-    return flags + [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    flags = [
+        part
+        for name, value in options.items()
+        if value is not None
+        for part in (f"--{name}", str(value))
+    ]
+    return flags + [
+        part for name, value in settings.items() for part in ("--set", f"{name}={value}")
+    ]
 
 
 def _command(
@@ -154,7 +196,9 @@ def _command(
     return [shlex.join(line) for line in lines]
 
 
-def _draw(key: str, folder: Path, shown: list[Example]) -> tuple[list[list[Tensor]], dict[str, Any]]:
+def _draw(
+    key: str, folder: Path, shown: list[Example]
+) -> tuple[list[list[Tensor]], dict[str, Any]]:
     """The pictures of one system, [caption][seed] of (3, S, S) uint8, and the facts about it."""
     captions = [example.captions[0] for example in shown]
     config, cost = read_config(folder), read_json(folder / "cost.json")
@@ -173,10 +217,14 @@ def _draw(key: str, folder: Path, shown: list[Example]) -> tuple[list[list[Tenso
     return [[pictures[i] for pictures in by_seed] for i in range(len(captions))], facts
 
 
-def _write_sheet(path: Path, summary: dict[str, Any], real: list[Tensor], columns: dict[str, Any]) -> None:
+def _write_sheet(
+    path: Path, summary: dict[str, Any], real: list[Tensor], columns: dict[str, Any]
+) -> None:
     """One row a caption, the real picture first; for the README and for slides."""
     keys = list(columns)
-    pictures = [p for i, truth in enumerate(real) for p in (truth, *(columns[key][i][0] for key in keys))]
+    pictures = [
+        p for i, truth in enumerate(real) for p in (truth, *(columns[key][i][0] for key in keys))
+    ]
     texts = [t for caption in summary["captions"] for t in (caption, *keys)]
     save_picture(sheet(pictures, texts, columns=1 + len(keys), side=96), path)
 

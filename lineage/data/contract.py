@@ -1,6 +1,7 @@
 """The data contract: what every captioned data set gives and what a training step receives.
 
-A data set is a sequence of `Example`s with one fast path, `batch`, that a loader calls. No tokenising, no image
+A data set is a sequence of `Example`s with one fast path, `batch`, that a loader calls. No
+tokenising, no image
 pyramids and no mismatched pairs here: each of these belongs to the family that needs it.
 
 Shapes: B batch, 3 colour channels, H and W pixels (H == W == `size`).
@@ -100,7 +101,8 @@ class CaptionedDataset(ABC):
         split: `train`, `validation`, `test`, or what else the data offers.
         size: side of the square pictures, in pixels.
         skipped: every file that was left out, with its reason.
-        endless: True where any index from 0 up is a fresh example and `len` is only the nominal epoch.
+        endless: True where any index from 0 up is a fresh example and `len` is only the nominal
+            epoch.
     """
 
     name: str
@@ -119,7 +121,10 @@ class CaptionedDataset(ABC):
         return (self[i] for i in range(len(self)))
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
-        """The examples at `indices`; row i is on its visit number `epochs[i]`, which decides its caption."""
+        """The examples at `indices`.
+
+        Row i is on its visit number `epochs[i]`, which decides its caption.
+        """
         examples = [self[i] for i in indices]
         captions = [
             e.captions[caption_number(seed, epoch, e.id, len(e.captions))]

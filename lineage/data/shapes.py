@@ -1,20 +1,23 @@
 """`shapes`: a procedural captioned world, endless, deterministic, drawn in memory.
 
-A picture is drawn from a scene: one to four objects (shape, colour, size, place) on a background. A caption is made
-from the same scene, so it is always true, and the scene travels as `Example.meta`, so whoever scores a picture knows
-the truth. Captions cover the six tasks of GenEval (Ghosh et al. 2023): single object, two objects, counting, colours,
-position, colour attribution.
+A picture is drawn from a scene: one to four objects (shape, colour, size, place) on a background. A
+caption is made from the same scene, so it is always true, and the scene travels as `Example.meta`,
+so whoever scores a picture knows the truth. Captions cover the six tasks of GenEval (Ghosh et al.
+2023): single object, two objects, counting, colours, position, colour attribution.
 
-Everything about example `index` is a function of (seed, split, index): random numbers come from a counter-based
-generator (SplitMix64, Steele et al. 2014), not from a stream, so a batch is vectorised and any example can be asked
-for alone.
+Everything about example `index` is a function of (seed, split, index): random numbers come from a
+counter-based generator (SplitMix64, Steele et al. 2014), not from a stream, so a batch is
+vectorised and any example can be asked for alone.
 
 Combinations that training never shows (split `heldout` shows only such scenes):
-    pairs: some (shape, colour) pairs never occur, in any picture of `train`, `validation` and `test`;
+    pairs: some (shape, colour) pairs never occur, in any picture of `train`, `validation` and
+        `test`;
     relations: some (shape A left of shape B) and (shape A above shape B) never occur there.
 
-Levels: `easy` (the default: 4 shapes, 4 colours, plain white, places and sizes from a short list), `medium`
-(6 shapes, 6 colours, three plain backgrounds, free places) and `hard` (8 shapes, 8 colours, textured backgrounds).
+Levels: `easy` (the default: 4 shapes, 4 colours, plain white, places and sizes from a short list),
+    `medium`
+(6 shapes, 6 colours, three plain backgrounds, free places) and `hard` (8 shapes, 8 colours,
+textured backgrounds).
 """
 
 from __future__ import annotations
@@ -50,8 +53,10 @@ class Level:
 
     Attributes:
         shapes, colours, backgrounds, textures: how many of each vocabulary, from its start.
-        kinds: share of scenes with one object, two different ones, 2 to 4 alike, and 3 to 4 of two sorts.
-        free: objects stand anywhere and have any size between small and large; else on a coarse grid.
+        kinds: share of scenes with one object, two different ones, 2 to 4 alike, and 3 to 4 of two
+            sorts.
+        free: objects stand anywhere and have any size between small and large; else on a coarse
+            grid.
     """
 
     shapes: int
@@ -70,7 +75,9 @@ LEVELS = {
 
 
 def uniforms(seed: int, stream: str, index: Ints, count: int) -> Floats:
-    """(B,) indices -> (B, count) numbers in [0, 1), a pure function of (seed, stream, index, column)."""
+    """(B,) indices -> (B, count) numbers in [0, 1), a pure function of (seed, stream, index,
+    column).
+    """
     name = int.from_bytes(stream.encode()[:8].ljust(8, b"\0"), "little")
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed], np.uint64) * np.uint64(0xD1B54A32D192ED03) + np.uint64(name))
@@ -98,8 +105,10 @@ class Scenes:
         shape, colour: (B, 4) numbers into the vocabularies.
         radius: (B, 4) as a share of the side.
         centre: (B, 4, 2) x and y as shares of the side, y downward.
-        relation: (B,) of a pair, how the first stands to the second: 0 left, 1 right, 2 above, 3 below, -1 none.
-        anchor: (B, 2) of a single object, column and row of its place on a 3 by 3 grid, -1 between places.
+        relation: (B,) of a pair, how the first stands to the second: 0 left, 1 right, 2 above, 3
+            below, -1 none.
+        anchor: (B, 2) of a single object, column and row of its place on a 3 by 3 grid, -1 between
+            places.
         background, texture: (B,) numbers.
         phase: (B, 2) shift of the texture.
     """
@@ -124,14 +133,19 @@ def heldout_pair(level: Level, shape: Ints, colour: Ints) -> Bools:
 
 
 def heldout_relation(level: Level, first: Ints, second: Ints) -> tuple[Bools, Bools]:
-    """Shapes (any broadcastable arrays) -> (never `first` left of `second`, never `first` above `second`)."""
+    """Shapes (any broadcastable arrays) -> (never `first` left of `second`, never `first` above
+    `second`).
+    """
     left = (first % 2 == 0) & (second == first + 1)
     above = (first % 2 == 1) & (second == (first + 1) % level.shapes)
     return left, above
 
 
 def make_scenes(level: Level, seed: int, split: str, index: Ints) -> Scenes:
-    """The scenes of examples `index` (B,). Vectorised: every draw is made for every row, and used where it applies."""
+    """The scenes of examples `index` (B,).
+
+    Vectorised: every draw is made for every row, and used where it applies.
+    """
     u = uniforms(seed, split, index, 32)
     b = len(index)
     pick = lambda column, n: (u[:, column] * n).astype(np.int64)  # noqa: E731
@@ -142,6 +156,8 @@ def make_scenes(level: Level, seed: int, split: str, index: Ints) -> Scenes:
     axis = pick(5, 5)  # of a pair: 0, 1 side by side; 2, 3 one above the other; 4 diagonal
     swapped = (axis % 2 == 1) & (axis < 4)  # the first object stands right of, or below, the second
 
+    step = 1 + pick(30, level.colours - 1)  # from a held-out colour to any other
+
     if split == "heldout":
         by_relation = (kind == 1) & (u[:, 6] < 0.5)
         swapped = np.where(by_relation, u[:, 7] < 0.5, swapped)
@@ -149,10 +165,10 @@ def make_scenes(level: Level, seed: int, split: str, index: Ints) -> Scenes:
         even = (shape[:, 0] // 2) * 2
         shape[:, 0] = np.where(by_relation, shape[:, 0], even)
         colour[:, 0] = np.where(by_relation, colour[:, 0], (even + 3) % level.colours)
-        _avoid_pairs(level, by_relation, shape, colour)
+        _avoid_pairs(level, by_relation, shape, colour, step)
     else:
         swapped = _avoid_relations(level, kind, axis, swapped, shape)
-        _avoid_pairs(level, np.ones(b, bool), shape, colour)
+        _avoid_pairs(level, np.ones(b, bool), shape, colour, step)
     colour[:, 1] = _distinct(level, shape, colour)
 
     count = np.select([kind == 0, kind == 1, kind == 2], [1, 2, 2 + pick(8, 3)], 3 + pick(8, 2))
@@ -177,14 +193,20 @@ def make_scenes(level: Level, seed: int, split: str, index: Ints) -> Scenes:
     )
 
 
-def _avoid_pairs(level: Level, rows: Bools, shape: Ints, colour: Ints) -> None:
-    """Move each colour of `rows` on that would make a held-out pair with its shape; in place, both sorts."""
+def _avoid_pairs(level: Level, rows: Bools, shape: Ints, colour: Ints, step: Ints) -> None:
+    """Move each colour of `rows` on that would make a held-out pair with its shape.
+
+    In place, both sorts.
+    """
     unseen = heldout_pair(level, shape, colour) & rows[:, None]
-    colour[:] = np.where(unseen, (colour + 1) % level.colours, colour)
+    colour[:] = np.where(unseen, (colour + step[:, None]) % level.colours, colour)
 
 
 def _distinct(level: Level, shape: Ints, colour: Ints) -> Ints:
-    """Colours of the second sort, moved on where both sorts are alike; never onto a held-out pair."""
+    """Colours of the second sort, moved on where both sorts are alike.
+
+    Never onto a held-out pair.
+    """
     second = colour[:, 1]
     alike = (shape[:, 0] == shape[:, 1]) & (colour[:, 0] == second)
     moved = (second + 1) % level.colours
@@ -195,7 +217,8 @@ def _distinct(level: Level, shape: Ints, colour: Ints) -> Ints:
 def _impose_relation(level: Level, rows: Bools, swapped: Bools, shape: Ints, axis: Ints) -> None:
     """Make each pair of `rows` stand as training never shows; in place.
 
-    A shape with an even number has an unseen right-hand neighbour, one with an odd number an unseen lower one. A
+    A shape with an even number has an unseen right-hand neighbour, one with an odd number an unseen
+    lower one. A
     swapped pair is told from the other side: "B right of A" for "A left of B".
     """
     front = shape[:, 0].copy()
@@ -208,7 +231,8 @@ def _impose_relation(level: Level, rows: Bools, swapped: Bools, shape: Ints, axi
 def _avoid_relations(level: Level, kind: Ints, axis: Ints, swapped: Bools, shape: Ints) -> Bools:
     """Turn pairs round that would stand as training never shows; returns the new `swapped` (B,).
 
-    In pictures with 3 or 4 objects of two sorts the second takes the shape of the first instead (in place).
+    In pictures with 3 or 4 objects of two sorts the second takes the shape of the first instead (in
+    place).
     """
     left, above = heldout_relation(level, shape[:, 0], shape[:, 1])
     right, below = heldout_relation(level, shape[:, 1], shape[:, 0])
@@ -256,7 +280,9 @@ def _layout(
         margin = (single_radius + 0.02)[:, None]
         alone = margin + (1 - 2 * margin) * u[:, 28:30]
         third = (alone - 0.5) * 6.0
-        anchor = np.where(np.abs(third) < 0.4, 1, np.where(third < -1.0, 0, np.where(third > 1.0, 2, -1)))
+        anchor = np.where(
+            np.abs(third) < 0.4, 1, np.where(third < -1.0, 0, np.where(third > 1.0, 2, -1))
+        )
         centre[:, 0] = np.where(single[:, None], alone - jitter[:, 0], centre[:, 0])
     else:
         centre[:, 0] = np.where(single[:, None], on_grid, centre[:, 0])
@@ -319,7 +345,10 @@ def scene_words(scenes: Scenes) -> list[SceneWords]:
 
 
 def scene_meta(scenes: Scenes, row: int) -> dict[str, Any]:
-    """One scene in words and numbers, as it travels in `Example.meta`; x, y and radius are shares of the side."""
+    """One scene in words and numbers, as it travels in `Example.meta`.
+
+    X, y and radius are shares of the side.
+    """
     words = scene_words(scenes)[row]
     places = scenes.centre[row].tolist()
     return {
@@ -341,7 +370,9 @@ class Shapes(CaptionedDataset):
 
     endless = True
 
-    def __init__(self, level: str = "easy", split: str = "train", size: int = 32, seed: int = 0) -> None:
+    def __init__(
+        self, level: str = "easy", split: str = "train", size: int = 32, seed: int = 0
+    ) -> None:
         if level not in LEVELS:
             raise UserError(f"shapes has no level {level!r}: {nearest(level, LEVELS)}")
         if split not in SPLITS:
@@ -356,7 +387,7 @@ class Shapes(CaptionedDataset):
     def __len__(self) -> int:
         return SPLITS[self.split]
 
-    def scenes(self, indices: Sequence[int]) -> Scenes:
+    def scenes(self, indices: Sequence[int] | Ints) -> Scenes:
         """The scenes of `indices` as arrays."""
         return make_scenes(self.level, self.seed, self.split, np.asarray(indices, np.int64))
 
@@ -386,8 +417,13 @@ class Shapes(CaptionedDataset):
             [f"{self.split}-{i}" for i in indices],
         )
 
-    def _draws(self, indices: Sequence[int], number: Sequence[int]) -> list[list[float] | None]:
-        """The random numbers behind caption `number[i]` of example `indices[i]`; None for caption 0, the plain one."""
+    def _draws(
+        self, indices: Sequence[int] | Ints, number: Sequence[int] | Ints
+    ) -> list[list[float] | None]:
+        """The random numbers behind caption `number[i]` of example `indices[i]`;
+
+        None for caption 0, the plain one.
+        """
         at = np.asarray(indices, np.int64) * CAPTIONS + np.asarray(number, np.int64)
         draws = uniforms(self.seed, "words/" + self.split[:2], at, DRAWS).tolist()
         return [draw if k else None for draw, k in zip(draws, number, strict=True)]

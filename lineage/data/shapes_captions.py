@@ -5,8 +5,9 @@
     thing   := a|an [size] [colour] shape [place]   or   a shape that is colour
     joint   := and | next to | left of | right of | above | below   (and their longer forms)
 
-Caption 0 is the plain one, which evaluation reads: it names every colour and, for two objects side by side or one
-above the other, how they stand. The others leave things out, turn them round or add what is also true.
+Caption 0 is the plain one, which evaluation reads: it names every colour and, for two objects side
+by side or one above the other, how they stand. The others leave things out, turn them round or add
+what is also true.
 """
 
 from __future__ import annotations
@@ -52,14 +53,19 @@ class SceneWords(NamedTuple):
 
 
 def caption(scene: SceneWords, draw: list[float] | None) -> str:
-    """One caption. `draw`: `DRAWS` numbers in [0, 1) that choose among the paraphrases; None gives the plain one."""
+    """One caption.
+
+    `draw`: `DRAWS` numbers in [0, 1) that choose among the paraphrases; None gives the plain one.
+    """
     count, first = len(scene.shapes), scene.first
     if count == 1:
         what = _single(scene, draw)
     elif count == 2 and first == 1:
         what = _pair(scene, draw)
     else:
-        coloured = draw is None or draw[0] < 0.8 or first < count  # two sorts may differ by colour alone
+        coloured = (
+            draw is None or draw[0] < 0.8 or first < count
+        )  # two sorts may differ by colour alone
         what = _group(first, scene.shapes[0], scene.colours[0] if coloured else "", draw)
         if first < count:
             what += " and " + _group(count - first, scene.shapes[-1], scene.colours[-1], draw)

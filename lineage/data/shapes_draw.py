@@ -1,8 +1,9 @@
 """Drawing: pictures of shapes from signed distance functions, vectorised over a whole batch.
 
-A signed distance function gives, for each point, the distance to the outline of a shape: negative inside, positive
-outside. In units of pixels, `clip(0.5 - distance, 0, 1)` is then the share of the pixel that the shape covers, which
-is all that anti-aliasing needs. Each object is drawn only in the window that it can touch.
+A signed distance function gives, for each point, the distance to the outline of a shape: negative
+inside, positive outside. In units of pixels, `clip(0.5 - distance, 0, 1)` is then the share of the
+pixel that the shape covers, which is all that anti-aliasing needs. Each object is drawn only in the
+window that it can touch.
 
 Shapes: M objects, P points of a window; B pictures of S x S pixels.
 """
@@ -105,7 +106,8 @@ def backgrounds(
 ) -> Array:
     """(B,) colour and texture numbers, (B, 2) phases in [0, 1) -> (B, 3, S, S) float32 in 0..255.
 
-    A texture moves every channel by the same amount, at most 26 of 255, so that the background keeps its name.
+    A texture moves every channel by the same amount, at most 26 of 255, so that the background
+    keeps its name.
     """
     palette = np.array(list(BACKGROUNDS.values()), np.float32)
     canvas = np.empty((len(colour), 3, size, size), np.float32)
@@ -152,7 +154,8 @@ def paint(
     radius: NDArray[np.float64],
     shape_names: list[str],
 ) -> None:
-    """Paint M objects, at most one on each picture, over `canvas` (B, 3, S + 2 pad, S + 2 pad), in place.
+    """Paint M objects, at most one on each picture, over `canvas` (B, 3, S + 2 pad, S + 2 pad), in
+    place.
 
     Args:
         picture: (M,) row of the canvas that each object is painted on.

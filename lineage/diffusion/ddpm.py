@@ -1,22 +1,27 @@
-"""`ddpm`: denoising diffusion in pixels (Ho, Jain and Abbeel 2020, arXiv:2006.11239), told what to draw.
+"""`ddpm`: denoising diffusion in pixels (Ho, Jain and Abbeel 2020, arXiv:2006.11239), told what to
+draw.
 
-The problem: to draw from p(picture | caption) without an adversary. What is new: learn to undo noise. A picture is
-noised in T small steps; a network that predicts what the noise hid, trained by plain least squares, can walk back from
-pure noise, one step at a time.
+The problem: to draw from p(picture | caption) without an adversary. What is new: learn to undo
+noise. A picture is noised in T small steps; a network that predicts what the noise hid, trained by
+plain least squares, can walk back from pure noise, one step at a time.
 
-    algorithm 1 (training)   `DDPM.losses`:  t ~ U, eps ~ N(0, 1), minimise |target - UNet(x_t, t, text)|^2
-    algorithm 2 (sampling)   `samplers.ddpm_sample`, and its faster descendant `ddim_sample` (the default)
-    equation 4, 7, 14        `process.py`
+    algorithm 1 (training)   `DDPM.losses`:  t ~ U, eps ~ N(0, 1), minimise |target - UNet(x_t, t,
+    text)|^2 algorithm 2 (sampling)   `samplers.ddpm_sample`, and its faster descendant
+    `ddim_sample` (the default) equation 4, 7, 14        `process.py`
     appendix B               `unet.py`
 
 Added to the paper, which knows no captions:
     text     by attention to the words and by the sentence (`unet.py`);
-    guidance without a classifier (Ho and Salimans 2022, arXiv:2207.12598): captions are dropped in training with
-             probability `drop_text`; in sampling, x_0 is moved away from what the network would draw without a
-             caption: x_0 = x_0(null) + guidance * (x_0(text) - x_0(null)). guidance = 1 is plain sampling.
+    guidance without a classifier (Ho and Salimans 2022, arXiv:2207.12598): captions are dropped in
+    training with
+             probability `drop_text`; in sampling, x_0 is moved away from what the network would
+             draw without a
+             caption: x_0 = x_0(null) + guidance * (x_0(text) - x_0(null)). guidance = 1 is plain
+                 sampling.
 
-Departures, at the presets that are not `paper`: the network predicts x_0 instead of the noise, which on a small budget
-is the largest single gain (results/ has the trial), over the cosine schedule.
+Departures, at the presets that are not `paper`: the network predicts x_0 instead of the noise,
+which on a small budget is the largest single gain (results/ has the trial), over the cosine
+schedule.
 """
 
 from __future__ import annotations
@@ -57,7 +62,9 @@ class DDPMConfig:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise UserError(f"There is no sampler {self.sampler!r}: {nearest(self.sampler, SAMPLERS)}")
+            raise UserError(
+                f"There is no sampler {self.sampler!r}: {nearest(self.sampler, SAMPLERS)}"
+            )
 
 
 class DDPM(System):
@@ -75,8 +82,8 @@ class DDPM(System):
         smallest = patch * 2 ** (levels - 1)
         if size % smallest:
             raise UserError(
-                f"A UNet of {levels} levels at patch {patch} needs a picture side that is a multiple of "
-                f"{smallest}, not size={size}."
+                f"A UNet of {levels} levels at patch {patch} needs a picture side that is a "
+                f"multiple of {smallest}, not size={size}."
             )
         self.config, self.text, self.size = config, text, size
         self.process = Process(config.process)
@@ -94,7 +101,10 @@ class DDPM(System):
         output = self.unet(
             self.process.noised(x0, noise, t), t, text.where(keep, self.text.null(len(batch)))
         )
-        yield "denoiser", {f"mse_{self.config.process.prediction}": self.process.loss(output, x0, noise, t)}
+        yield (
+            "denoiser",
+            {f"mse_{self.config.process.prediction}": self.process.loss(output, x0, noise, t)},
+        )
 
     def draw(
         self,
@@ -118,7 +128,11 @@ class DDPM(System):
             raise UserError(f"There is no sampler {name!r}: {nearest(name, SAMPLERS)}")
         scale = self.config.guidance if guidance is None else guidance
         text = self.text.encode(captions)
-        away = self.text.encode([negative] * len(captions)) if negative else self.text.null(len(captions))
+        away = (
+            self.text.encode([negative] * len(captions))
+            if negative
+            else self.text.null(len(captions))
+        )
         both = TextFeatures.cat([text, away])
 
         def denoise(noised: Tensor, t: Tensor) -> Tensor:

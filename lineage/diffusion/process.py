@@ -1,12 +1,17 @@
-"""The diffusion process: its noise schedule, what the network predicts, and the loss. No network is known here.
+"""The diffusion process: its noise schedule, what the network predicts, and the loss. No network is
+known here.
 
-    forward     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                   (Ho et al. 2020, equation 4)
-    loss        E_t,x0,eps |target - network(x_t, t)|^2                          (equation 14, for target = eps)
-    posterior   q(x_s | x_t, x_0) for s < t                                      (equations 6 and 7, any stride)
+    forward     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                   (Ho et al. 2020,
+                equation 4)
+    loss        E_t,x0,eps |target - network(x_t, t)|^2                          (equation 14, for
+                target = eps)
+    posterior   q(x_s | x_t, x_0) for s < t                                      (equations 6 and 7,
+                any stride)
 
-Schedules: `linear` (Ho et al. 2020, section 4: beta from 1e-4 to 0.02 over 1,000 steps) and `cosine` (Nichol and
-Dhariwal 2021, equation 17). Predictions: `noise` (the paper's), `x0`, and `v` = sqrt(abar) eps - sqrt(1 - abar) x_0
-(Salimans and Ho 2022, appendix D).
+Schedules: `linear` (Ho et al. 2020, section 4: beta from 1e-4 to 0.02 over 1,000 steps) and
+    `cosine` (Nichol and
+Dhariwal 2021, equation 17). Predictions: `noise` (the paper's), `x0`, and `v` = sqrt(abar) eps -
+sqrt(1 - abar) x_0 (Salimans and Ho 2022, appendix D).
 
 Tables are made in float64 and used in float32. Axes: B pictures, T steps; t counts from 0 to T - 1.
 """
@@ -55,7 +60,9 @@ class ProcessConfig:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise UserError(f"There is no schedule {self.schedule!r}: {nearest(self.schedule, SCHEDULES)}")
+            raise UserError(
+                f"There is no schedule {self.schedule!r}: {nearest(self.schedule, SCHEDULES)}"
+            )
         if self.prediction not in PREDICTIONS:
             hint = nearest(self.prediction, PREDICTIONS)
             raise UserError(f"There is no prediction {self.prediction!r}: {hint}")

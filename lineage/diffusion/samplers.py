@@ -1,9 +1,11 @@
 """Samplers: pure functions of (denoise, x, process, steps, draws). They know no network.
 
-    ddpm_sample   ancestral sampling (Ho et al. 2020, algorithm 2), on all T steps or on some of them
+    ddpm_sample   ancestral sampling (Ho et al. 2020, algorithm 2), on all T steps or on some of
+                  them
     ddim_sample   the implicit sampler (Song et al. 2021, equation 12); eta = 0 adds no noise
 
-`denoise(x_t, t)` gives the estimate of x_0, guidance and clipping included; x is (B, 3, H, W), t (B,).
+`denoise(x_t, t)` gives the estimate of x_0, guidance and clipping included; x is (B, 3, H, W), t
+(B,).
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ def timesteps(total: int, steps: int) -> list[int]:
 def ddim_sample(
     denoise: Denoise, x: Tensor, process: Process, steps: int, draws: Draws, eta: float = 0.0
 ) -> Tensor:
-    """From noise x at t = T - 1 to a picture: x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z.
+    """From noise x at t = T - 1 to a picture: x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2)
+    eps + sigma z.
 
-    `eta` = 1 makes sigma^2 the variance of the posterior q(x_s | x_t, x_0), which is ancestral sampling.
+    `eta` = 1 makes sigma^2 the variance of the posterior q(x_s | x_t, x_0), which is ancestral
+    sampling.
     """
     visited = timesteps(process.steps, steps)
     for now, following in zip(visited, [*visited[1:], None], strict=True):
@@ -51,7 +55,10 @@ def ddim_sample(
 
 
 def ddpm_sample(denoise: Denoise, x: Tensor, process: Process, steps: int, draws: Draws) -> Tensor:
-    """Algorithm 2: each step draws from the posterior q(x_s | x_t, x_0) of equation 7, s the next step visited."""
+    """Algorithm 2.
+
+    Each step draws from the posterior q(x_s | x_t, x_0) of equation 7, s the next step visited.
+    """
     return ddim_sample(denoise, x, process, steps, draws, eta=1.0)
 
 

@@ -1,18 +1,21 @@
 """The UNet of DDPM (Ho et al. 2020, appendix B), told about text.
 
     residual block    norm, SiLU, conv, + time, norm, SiLU, conv, + input
-    attention block   norm, self-attention over the pixels, + input; then, if the text comes by cross-attention
-                      (Rombach et al. 2022, section 3.3), norm, attention to the words, + input
-    UNet              down the levels, a middle, and up again; each step up sees what the step down kept
+    attention block   norm, self-attention over the pixels, + input; then, if the text comes by
+                      cross-attention (Rombach et al. 2022, section 3.3), norm, attention to the
+                      words, + input
+    UNet              down the levels, a middle, and up again; each step up sees what the step down
+                      kept
 
-Where the time goes in, the sentence is added, so that `sentence` conditioning is the same network without attention to
-words.
+Where the time goes in, the sentence is added, so that `sentence` conditioning is the same network
+without attention to words.
 
-Departures from the paper, each a setting: `patch` folds squares of pixels into channels before the first convolution
-and unfolds them after the last (a quarter of the work at patch 2); dropout is off at the small presets; and two heads
-or more where the paper has one.
+Departures from the paper, each a setting: `patch` folds squares of pixels into channels before the
+first convolution and unfolds them after the last (a quarter of the work at patch 2); dropout is off
+at the small presets; and two heads or more where the paper has one.
 
-Axes: B pictures, C channels, H W pixels of a level, N = H W, L words, D width of the text, E width of the time vector.
+Axes: B pictures, C channels, H W pixels of a level, N = H W, L words, D width of the text, E width
+    of the time vector.
 """
 
 from __future__ import annotations
@@ -38,12 +41,14 @@ class UNetConfig:
 
     Attributes:
         width: channels of the first level.
-        multipliers: channels of each level, as multiples of `width`; each level has half the pixels a side.
+        multipliers: channels of each level, as multiples of `width`; each level has half the pixels
+            a side.
         blocks: residual blocks a level.
         attention: levels (0 is the finest) with attention blocks; the middle always has one.
         heads: of every attention.
         patch: side of the square of pixels that is folded into channels.
-        conditioning: how text comes in: `cross` (attention to words, and the sentence), `sentence`, `none`.
+        conditioning: how text comes in: `cross` (attention to words, and the sentence), `sentence`,
+            `none`.
         dropout: in the residual blocks.
     """
 
@@ -63,7 +68,10 @@ class UNetConfig:
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
-    """t (B,) -> (B, width): sines and cosines of falling frequency (Vaswani et al. 2017, section 3.5)."""
+    """t (B,) -> (B, width).
+
+    Sines and cosines of falling frequency (Vaswani et al. 2017, section 3.5).
+    """
     half = width // 2
     frequencies = torch.exp(
         -math.log(10_000) / (half - 1) * torch.arange(half, device=t.device, dtype=torch.float32)

@@ -23,15 +23,18 @@ def parameters(system: System) -> dict[str, int]:
 
 
 def flops_per_picture(system: System, caption: str) -> int:
-    """Floating-point operations of drawing one picture, as torch counts them: products and sums of matrix products,
-    convolutions and attention."""
+    """Floating-point operations of drawing one picture, as torch counts them: products and sums of
+    matrix products, convolutions and attention."""
     with FlopCounterMode(display=False) as counter:
         system.generate([caption])
     return int(counter.get_total_flops())
 
 
 def seconds_per_picture(system: System, captions: list[str], repeats: int = 3) -> float:
-    """Seconds for one picture when all `captions` are drawn together: the median of `repeats`, after one more."""
+    """Seconds for one picture when all `captions` are drawn together.
+
+    The median of `repeats`, after one more.
+    """
     times = []
     for number in range(repeats + 1):
         started = time.perf_counter()

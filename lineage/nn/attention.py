@@ -1,8 +1,8 @@
 """Multi-head attention for text and pictures, with one mask convention: True = may be looked at.
 
-The arithmetic is softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, equation 1). On a GPU it runs as the fused kernel; on
-the CPU as two matrix products, which are faster there at these sizes and, unlike the fused kernel, can be
-differentiated twice (gradient penalties).
+The arithmetic is softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, equation 1). On a GPU it runs as
+the fused kernel; on the CPU as two matrix products, which are faster there at these sizes and,
+unlike the fused kernel, can be differentiated twice (gradient penalties).
 
 Axes: B batch, N queries, M keys, H heads, d width of a head, D = H d.
 """
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, H, N, d), (B, H, M, d), (B, H, M, d) -> (B, H, N, d); `mask` broadcasts to (B, H, N, M), True = look."""
+    """(B, H, N, d), (B, H, M, d), (B, H, M, d) -> (B, H, N, d).
+
+    `mask` broadcasts to (B, H, N, M), True = look.
+    """
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
@@ -45,8 +48,12 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(context_width or width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, D), context (B, M, C) or None for x itself, mask bool over (B, H, N, M) -> (B, N, D)."""
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, D), context (B, M, C) or None for x itself, mask bool over (B, H, N, M) -> (B,
+        N, D).
+        """
         query = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads)
         pairs = self.key_value(x if context is None else context)
         key, value = rearrange(pairs, "b m (two h d) -> two b h m d", two=2, h=self.heads)

@@ -1,8 +1,9 @@
 """Random numbers that belong to a row, not to a batch.
 
-Each row of a batch has its own stream, seeded by what the row is (a training step and position, or a seed and a
-number of the picture). So picture i of `generate` is the same whether it is made alone or among others, a run that
-is resumed draws what it would have drawn, and two processes that share a batch draw what one would.
+Each row of a batch has its own stream, seeded by what the row is (a training step and position, or
+a seed and a number of the picture). So picture i of `generate` is the same whether it is made alone
+or among others, a run that is resumed draws what it would have drawn, and two processes that share
+a batch draw what one would.
 
 The numbers are drawn on the CPU and then moved, so a GPU starts from the same noise.
 """
@@ -35,7 +36,9 @@ class Draws:
         self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     @classmethod
-    def for_pictures(cls, seed: int, count: int, device: torch.device | str, first: int = 0) -> Draws:
+    def for_pictures(
+        cls, seed: int, count: int, device: torch.device | str, first: int = 0
+    ) -> Draws:
         """The streams of pictures `first` to `first + count - 1` under `seed`."""
         return cls((stream_seed("picture", seed, first + i) for i in range(count)), device)
 
@@ -58,4 +61,6 @@ class Draws:
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """(B, *shape) int64 uniform in 0 .. high - 1."""
-        return self._stack([torch.randint(high, shape, generator=stream) for stream in self._streams])
+        return self._stack(
+            [torch.randint(high, shape, generator=stream) for stream in self._streams]
+        )

@@ -1,4 +1,5 @@
-"""Recipes: data set + text encoder + stages of one system, at each preset. The only place where families meet.
+"""Recipes: data set + text encoder + stages of one system, at each preset. The only place where
+families meet.
 
 `lineage/recipes/<key>.py` holds `Config` (a `RunConfig` with the system's `model`), `PRESETS` and
 `stages(config, tokenizer)`.
@@ -27,9 +28,12 @@ class Recipe(Protocol):
 
 
 def find_recipe(key: str) -> Recipe:
-    """The recipe of a working system. Raises `UserError` for a key that is unknown or only planned."""
+    """The recipe of a working system.
+
+    Raises `UserError` for a key that is unknown or only planned.
+    """
     lookup(key)
-    module: Recipe = importlib.import_module(f"lineage.recipes.{key}")  # type: ignore[assignment]
+    module: Recipe = importlib.import_module(f"lineage.recipes.{key}")
     return module
 
 

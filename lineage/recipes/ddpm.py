@@ -20,7 +20,9 @@ class Config(RunConfig):
     model: DDPMConfig = field(default_factory=DDPMConfig)
 
 
-def _unet(width: int, multipliers: tuple[int, ...], attention: tuple[int, ...], patch: int) -> UNetConfig:
+def _unet(
+    width: int, multipliers: tuple[int, ...], attention: tuple[int, ...], patch: int
+) -> UNetConfig:
     return UNetConfig(width, multipliers, 1, attention, heads=4, patch=patch, dropout=0.0)
 
 
@@ -65,7 +67,15 @@ PRESETS = {
         size=32,
         text="transformer",
         encoder=TextConfig(tokenizer="bpe", vocabulary=8192, width=256, layers=4),
-        optim=OptimConfig("adam", lr=2e-4, beta2=0.999, weight_decay=0.0, warmup=5000, decay="none", average=0.9999),
+        optim=OptimConfig(
+            "adam",
+            lr=2e-4,
+            beta2=0.999,
+            weight_decay=0.0,
+            warmup=5000,
+            decay="none",
+            average=0.9999,
+        ),
         train=TrainConfig(steps=800_000, batch=128, checkpoint_every=5000, sample_every=10_000),
         model=DDPMConfig(UNetConfig(), ProcessConfig(), steps=1000, sampler="ddpm"),
     ),

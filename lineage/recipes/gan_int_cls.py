@@ -1,4 +1,7 @@
-"""Recipe `gan_int_cls`: one stage, generator and discriminator, with the text encoder trained along."""
+"""Recipe `gan_int_cls`:
+
+one stage, generator and discriminator, with the text encoder trained along.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,15 @@ PRESETS = {
         size=32,
         encoder=TextConfig(width=64),
         optim=OptimConfig(
-            "adam", lr=2e-4, beta1=0.5, beta2=0.999, weight_decay=0.0, warmup=0, decay="linear", clip=0.0, average=0.99
+            "adam",
+            lr=2e-4,
+            beta1=0.5,
+            beta2=0.999,
+            weight_decay=0.0,
+            warmup=0,
+            decay="linear",
+            clip=0.0,
+            average=0.99,
         ),
         train=TrainConfig(minutes=5, batch=64, checkpoint_every=500, sample_every=1000),
         model=GANConfig(noise=32, text=64, generator=32, discriminator=32),
@@ -49,12 +60,21 @@ PRESETS = {
         text="lstm",
         encoder=TextConfig(width=256),
         optim=OptimConfig(
-            "adam", lr=2e-4, beta1=0.5, beta2=0.999, weight_decay=0.0, warmup=0, decay="linear", clip=0.0, average=0.999
+            "adam",
+            lr=2e-4,
+            beta1=0.5,
+            beta2=0.999,
+            weight_decay=0.0,
+            warmup=0,
+            decay="linear",
+            clip=0.0,
+            average=0.999,
         ),
         train=TrainConfig(minutes=55, batch=128, checkpoint_every=1000, sample_every=2000),
         model=GANConfig(),
     ),
-    # Reed et al. 2016, section 5: 64 pixels, batch 64, Adam 2e-4 and 0.5, 600 epochs of 8,855 birds; 1,024-wide text.
+    # Reed et al. 2016, section 5: 64 pixels, batch 64, Adam 2e-4 and 0.5, 600 epochs of 8,855
+    # birds; 1,024-wide text.
     "paper": Config(
         key="gan_int_cls",
         preset="paper",
@@ -62,7 +82,15 @@ PRESETS = {
         text="lstm",
         encoder=TextConfig(width=1024, words=50),
         optim=OptimConfig(
-            "adam", lr=2e-4, beta1=0.5, beta2=0.999, weight_decay=0.0, warmup=0, decay="none", clip=0.0, average=0.0
+            "adam",
+            lr=2e-4,
+            beta1=0.5,
+            beta2=0.999,
+            weight_decay=0.0,
+            warmup=0,
+            decay="none",
+            clip=0.0,
+            average=0.0,
         ),
         train=TrainConfig(steps=83_000, batch=64, checkpoint_every=2000, sample_every=5000),
         model=GANConfig(),

@@ -19,14 +19,19 @@ class Config(RunConfig):
 
 
 def _preset(name: str, size: int, memory: int) -> Config:
-    """The budget is a full memory: nothing is learnt by looking longer. The encoder only counts words."""
+    """The budget is a full memory.
+
+    Nothing is learnt by looking longer. The encoder only counts words.
+    """
     return Config(
         key="retrieval",
         preset=name,
         size=size,
         encoder=TextConfig(width=16),
         optim=OptimConfig(average=0.0),
-        train=TrainConfig(pictures=memory, batch=64, checkpoint_every=0, sample_every=0, log_every=16),
+        train=TrainConfig(
+            pictures=memory, batch=64, checkpoint_every=0, sample_every=0, log_every=16
+        ),
         model=RetrievalConfig(memory=memory),
     )
 

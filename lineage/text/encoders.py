@@ -1,14 +1,18 @@
-"""Text encoders, shared by all families: `bag`, `lstm` and `transformer` under the contract of `text/contract.py`.
+"""Text encoders, shared by all families: `bag`, `lstm` and `transformer` under the contract of
+`text/contract.py`.
 
-    bag          a table of word vectors; the sentence is their mean. Knows no order: "a red circle above a blue
-                 square" and "a blue square above a red circle" are one to it.
-    lstm         bidirectional LSTM (Hochreiter and Schmidhuber 1997) as in AttnGAN (Xu et al. 2018, section 3.2): a
-                 word is its two hidden states, the sentence the last state of each direction.
-    transformer  pre-norm causal transformer as the text side of CLIP (Radford et al. 2021, section 2.4); the sentence
-                 is the state at the last word. Departure: CLIP appends an end token and reads that; here the mask
-                 means words alone, so the last word takes its place (causal attention lets it see all others).
+    bag          a table of word vectors; the sentence is their mean. Knows no order: "a red circle
+                 above a blue square" and "a blue square above a red circle" are one to it.
+    lstm         bidirectional LSTM (Hochreiter and Schmidhuber 1997) as in AttnGAN (Xu et al. 2018,
+                 section 3.2): a word is its two hidden states, the sentence the last state of each
+                 direction.
+    transformer  pre-norm causal transformer as the text side of CLIP (Radford et al. 2021, section
+                 2.4); the sentence is the state at the last word. Departure: CLIP appends an end
+                 token and reads that; here the mask means words alone, so the last word takes its
+                 place (causal attention lets it see all others).
 
-"No caption" is the caption without words: one `<null>` token, so that attention always has something to look at.
+"No caption" is the caption without words: one `<null>` token, so that attention always has
+something to look at.
 """
 
 from __future__ import annotations
@@ -44,7 +48,9 @@ class TokenEncoder(TextEncoder):
         return self._features([[NULL]] * count)
 
     def unknown(self, captions: list[str]) -> list[str]:
-        return list(dict.fromkeys(w for caption in captions for w in self.tokenizer.unknown(caption)))
+        return list(
+            dict.fromkeys(w for caption in captions for w in self.tokenizer.unknown(caption))
+        )
 
     def _features(self, rows: list[list[int]]) -> TextFeatures:
         length = max(map(len, rows))
@@ -70,7 +76,9 @@ class LSTMEncoder(TokenEncoder):
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
         if config.width % 2:
-            raise UserError(f"The lstm encoder needs an even width, not encoder.width={config.width}.")
+            raise UserError(
+                f"The lstm encoder needs an even width, not encoder.width={config.width}."
+            )
         self.lstm = nn.LSTM(
             config.width, config.width // 2, config.layers, batch_first=True, bidirectional=True
         )

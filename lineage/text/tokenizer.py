@@ -1,11 +1,14 @@
-"""Tokenisers: captions to numbers, trained from the captions of the training set and saved with the run.
+"""Tokenisers: captions to numbers, trained from the captions of the training set and saved with the
+run.
 
 Two kinds under one contract:
     `word`: one token a word; what training never saw becomes `<unk>` and is reported by `unknown`.
-    `bpe`: byte-level byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): frequent words are one token,
+    `bpe`: byte-level byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): frequent
+    words are one token,
         rare ones several, and nothing is unknown, since every byte is a token.
 
-Both are saved as plain JSON. Tokens 0, 1 and 2 mean the same everywhere: padding, unknown word, no caption.
+Both are saved as plain JSON. Tokens 0, 1 and 2 mean the same everywhere: padding, unknown word, no
+caption.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]|_", re.UNICODE)
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-case words and punctuation marks, in order: `A dog's ball.` -> `a`, `dog's`, `ball`, `.`"""
+    """Lower-case words and punctuation marks, in order.
+
+    `A dog's ball.` -> `a`, `dog's`, `ball`, `.`
+    """
     return _WORD.findall(caption.lower())
 
 
@@ -74,7 +80,10 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int) -> WordTokenizer:
-        """The `size` most frequent words; ties go by the alphabet, so that the order of the data does not matter."""
+        """The `size` most frequent words.
+
+        Ties go by the alphabet, so that the order of the data does not matter.
+        """
         counts = Counter(word for caption in captions for word in split_words(caption))
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         return cls(ranked[: size - len(SPECIAL)])
@@ -84,7 +93,9 @@ class WordTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         offset = len(SPECIAL)
-        return " ".join(self.words[i - offset] if i >= offset else "<unk>" for i in ids if i not in (PAD, NULL))
+        return " ".join(
+            self.words[i - offset] if i >= offset else "<unk>" for i in ids if i not in (PAD, NULL)
+        )
 
     def unknown(self, caption: str) -> list[str]:
         return [word for word in split_words(caption) if word not in self._number]
@@ -99,8 +110,9 @@ class WordTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding.
 
-    A caption is cut into words, each with the blank before it; a word starts as its UTF-8 bytes, and the merges join
-    neighbours in the order in which training found them. Tokens: 3 special, 256 bytes, one for each merge.
+    A caption is cut into words, each with the blank before it; a word starts as its UTF-8 bytes,
+    and the merges join neighbours in the order in which training found them. Tokens: 3 special, 256
+    bytes, one for each merge.
 
     Args:
         merges: pairs of token numbers; merge k makes token `3 + 256 + k`.
@@ -125,7 +137,9 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int) -> BPETokenizer:
-        """Merge the most frequent pair of neighbours until there are `size` tokens or no pair occurs twice."""
+        """Merge the most frequent pair of neighbours until there are `size` tokens or no pair
+        occurs twice.
+        """
         counts = Counter(piece for caption in captions for piece in cls._pieces(caption))
         words = {piece: [cls._BYTE + value for value in piece.encode()] for piece in counts}
         merges: list[tuple[int, int]] = []
@@ -173,7 +187,9 @@ class BPETokenizer(Tokenizer):
 
 
 def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """`ids` with every occurrence of the neighbours `pair` replaced by `new`, from left to right."""
+    """`ids` with every occurrence of the neighbours `pair` replaced by `new`, from left to
+    right.
+    """
     merged: list[int] = []
     i = 0
     while i < len(ids):
@@ -201,4 +217,6 @@ def tokenizer_from_json(saved: dict[str, Any]) -> Tokenizer:
         return WordTokenizer(list(saved["words"]))
     if saved.get("kind") == "bpe":
         return BPETokenizer([(left, right) for left, right in saved["merges"]])
-    raise UserError(f"A saved tokeniser is of kind {saved.get('kind')!r}, which this version does not know.")
+    raise UserError(
+        f"A saved tokeniser is of kind {saved.get('kind')!r}, which this version does not know."
+    )

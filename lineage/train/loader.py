@@ -1,7 +1,8 @@
 """The common loader: a data set, a batch size and a seed, turned into batch number 0, 1, 2, ...
 
-Batch `n` is a function of (data set, batch size, seed, n) alone. So the position in the data is the step number, a run
-that is resumed goes on where it was, and processes that share a batch each take their rows of the same one.
+Batch `n` is a function of (data set, batch size, seed, n) alone. So the position in the data is the
+step number, a run that is resumed goes on where it was, and processes that share a batch each take
+their rows of the same one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from lineage.data.contract import Batch, CaptionedDataset
 class Loader:
     """Batches of a data set in a seeded order.
 
-    A finite data set is visited in a fresh order each epoch; a batch may reach from one epoch into the next, so no
-    picture is ever left out. An endless one is read from index 0 on.
+    A finite data set is visited in a fresh order each epoch; a batch may reach from one epoch into
+    the next, so no picture is ever left out. An endless one is read from index 0 on.
 
     Args:
         dataset: what to read.
@@ -65,7 +66,10 @@ class Loader:
         return self._order[1]
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
-        """Batches `first`, `first + 1`, ... without end. An error of the data set is raised here, in its turn."""
+        """Batches `first`, `first + 1`, ...
+
+        without end. An error of the data set is raised here, in its turn.
+        """
         if self.prefetch == 0:
             number = first
             while True:
@@ -87,7 +91,9 @@ class Loader:
                 ready.get_nowait()
             worker.join(timeout=5)
 
-    def _work(self, first: int, ready: queue.Queue[Batch | Exception], done: threading.Event) -> None:
+    def _work(
+        self, first: int, ready: queue.Queue[Batch | Exception], done: threading.Event
+    ) -> None:
         number = first
         while not done.is_set():
             item: Batch | Exception

@@ -1,7 +1,9 @@
-"""The log of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard beside it where that is installed.
+"""The log of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard beside it where that
+is installed.
 
-Each line holds `stage`, `step`, `pictures`, `seconds` and `cpu_seconds` of training, `pictures_per_second`, `lr`, the
-mean of every loss term since the line before as `<group>/<term>`, and `gradient/<group>`, the norm before clipping.
+Each line holds `stage`, `step`, `pictures`, `seconds` and `cpu_seconds` of training,
+`pictures_per_second`, `lr`, the mean of every loss term since the line before as `<group>/<term>`,
+and `gradient/<group>`, the norm before clipping.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Log:
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop what was logged beyond the checkpoint from which a run goes on."""
-        kept = [line for line in read_log(self.path) if line["stage"] != stage or line["step"] <= step]
+        kept = [
+            line for line in read_log(self.path) if line["stage"] != stage or line["step"] <= step
+        ]
         write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:

@@ -1,13 +1,15 @@
 """The training loop, once, for all systems. It knows no model.
 
-A system states its step as a coroutine that yields (group, loss terms) in the order in which they are optimised (see
-`lineage/contract.py`). For each turn the loop takes the gradient of the terms' sum for that group's parameters alone,
-clips it, takes the optimiser's step, and moves the average of the weights; then it resumes the coroutine, which now
-sees the updated parameters. One turn or many, the loop is the same.
+A system states its step as a coroutine that yields (group, loss terms) in the order in which they
+are optimised (see `lineage/contract.py`). For each turn the loop takes the gradient of the terms'
+sum for that group's parameters alone, clips it, takes the optimiser's step, and moves the average
+of the weights; then it resumes the coroutine, which now sees the updated parameters. One turn or
+many, the loop is the same.
 
-Exact resume: batch, noise and dropout of step n are functions of (seed, n); a checkpoint holds weights, averages,
-optimiser states, the step and the seconds spent. On the CPU, a run that was killed and resumed therefore gives bit for
-bit the weights of one that was not, if its budget is in steps or pictures (minutes are not the same twice).
+Exact resume: batch, noise and dropout of step n are functions of (seed, n); a checkpoint holds
+weights, averages, optimiser states, the step and the seconds spent. On the CPU, a run that was
+killed and resumed therefore gives bit for bit the weights of one that was not, if its budget is in
+steps or pictures (minutes are not the same twice).
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ class Group:
         self.average = [p.detach().clone() for p in self.parameters] if self.decay else None
 
     def update(self, loss: Tensor, rate: float, step: int, processes: Processes) -> Tensor:
-        """Minimise `loss` by one step at `rate` times the group's own; returns the gradient's norm."""
+        """Minimise `loss` by one step at `rate` times the group's own.
+
+        Returns the gradient's norm.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -77,7 +82,7 @@ class Group:
         if self.average is not None:
             with torch.no_grad():  # a short memory at first, so that the start is forgotten
                 decay = min(self.decay, (1 + step) / (10 + step))
-                torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+                torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - decay)
         return norm
 
 
@@ -122,7 +127,9 @@ class Trainer:
         named = system.groups()
         for name in optim.rates:
             if name not in named:
-                raise UserError(f"optim.rates.{name}: the groups of this stage are {', '.join(named)}.")
+                raise UserError(
+                    f"optim.rates.{name}: the groups of this stage are {', '.join(named)}."
+                )
         self.groups = {name: Group(name, modules, optim) for name, modules in named.items()}
         self.step = 0
         self.seconds = 0.0
@@ -148,11 +155,16 @@ class Trainer:
                         module.compile()
         return system
 
-    # --- one step -------------------------------------------------------------------------------------------------
+    # --- one step --------------------------------------------------------------
 
     def advance(self, batch: Batch) -> dict[str, Tensor]:
-        """One training step; returns every loss term as `<group>/<term>` and gradient norms as `gradient/<group>`."""
-        torch.manual_seed(stream_seed("step", self.seed, self.stage, self.step, self.processes.rank))
+        """One training step.
+
+        Returns every loss term as `<group>/<term>` and gradient norms as `gradient/<group>`.
+        """
+        torch.manual_seed(
+            stream_seed("step", self.seed, self.stage, self.step, self.processes.rank)
+        )
         draws = Draws(
             (stream_seed("row", self.seed, self.stage, self.step, row) for row in self.loader.rows),
             self.device,
@@ -178,7 +190,10 @@ class Trainer:
         return seen
 
     def _rate(self) -> float:
-        """Factor on every learning rate: warm-up by steps, decay by the share of the budget that is spent."""
+        """Factor on every learning rate.
+
+        Warm-up by steps, decay by the share of the budget that is spent.
+        """
         warm = min(1.0, (self.step + 1) / self.optim.warmup) if self.optim.warmup else 1.0
         spent = min(1.0, self.spent())
         if self.optim.decay == "cosine":
@@ -186,7 +201,10 @@ class Trainer:
         return warm * (1.0 - spent) if self.optim.decay == "linear" else warm
 
     def spent(self) -> float:
-        """Share of the budget that is spent, 1 or more when the run is done; 0 for ever without a budget."""
+        """Share of the budget that is spent, 1 or more when the run is done;
+
+        0 for ever without a budget.
+        """
         train = self.train
         shares = [0.0]
         if train.minutes is not None:
@@ -197,7 +215,7 @@ class Trainer:
             shares.append(self.step * train.batch / train.pictures)
         return max(shares)
 
-    # --- the run --------------------------------------------------------------------------------------------------
+    # --- the run ---------------------------------------------------------------
 
     def run(
         self,
@@ -209,11 +227,13 @@ class Trainer:
 
         Args:
             log: where lines go, from the first process.
-            checkpoint: saves the state; called every `checkpoint_every` steps, when stopped, and at the end.
+            checkpoint: saves the state; called every `checkpoint_every` steps, when stopped, and at
+                the end.
             sample: draws a sheet, every `sample_every` steps; its time is not part of the budget.
 
         Raises:
-            CheckFailed: when a loss is not finite; names step and term. The last checkpoint is from before.
+            CheckFailed: when a loss is not finite; names step and term. The last checkpoint is from
+                before.
             Stopped: when asked to by Ctrl-C or SIGTERM, after saving.
         """
         train = self.train
@@ -256,10 +276,17 @@ class Trainer:
         return max(spent, self.spent())
 
     def _look_at_waiting(self) -> dict[str, float]:
-        """Means of the terms since the last look, over steps and processes. Stops at the first that is not finite."""
+        """Means of the terms since the last look, over steps and processes.
+
+        Stops at the first that is not finite.
+        """
         sums: dict[str, float] = {}
         for number, terms in self._waiting:
-            values = torch.stack([value.float() for value in terms.values()]) if terms else torch.zeros(0)
+            values = (
+                torch.stack([value.float() for value in terms.values()])
+                if terms
+                else torch.zeros(0)
+            )
             self.processes.average([values])
             for name, value in zip(terms, values.tolist(), strict=True):
                 if not math.isfinite(value):
@@ -272,11 +299,16 @@ class Trainer:
     def _not_finite(self, step: int, name: str, value: float) -> str:
         every = self.train.checkpoint_every
         last = (step - 1) // every * every if every else 0
-        saved = f"the last good checkpoint is from step {last}" if last else "there is no checkpoint yet"
+        saved = (
+            f"the last good checkpoint is from step {last}"
+            if last
+            else "there is no checkpoint yet"
+        )
         what = f"the gradient of {name[9:]}" if name.startswith("gradient/") else f"the loss {name}"
         return (
             f"Step {step} of {self.stage}: {what} became {value}, so training stopped; {saved}. "
-            f"Lower the rate (--set optim.lr={self.optim.lr / 3:.1g}) or use --set train.precision=fp32."
+            f"Lower the rate (--set optim.lr={self.optim.lr / 3:.1g}) "
+            "or use --set train.precision=fp32."
         )
 
     def _report(self, log: Log | None, bar: tqdm, start: float, logged: int) -> None:
@@ -296,7 +328,9 @@ class Trainer:
                     **means,
                 }
             )
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if "gradient/" not in name)
+        losses = "  ".join(
+            f"{name} {value:.4g}" for name, value in means.items() if "gradient/" not in name
+        )
         bar.set_postfix_str(f"step {self.step}, {speed:,.0f} pictures/s  {losses}", refresh=False)
         bar.n = min(bar.total, round(self.spent() * bar.total, 1))
         bar.refresh()
@@ -310,13 +344,19 @@ class Trainer:
             total, unit = float(train.steps), " steps"
         else:
             total, unit = float(train.pictures or 1), " pictures"
-        layout = "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{unit} {elapsed}<{remaining} {postfix}"
+        layout = (
+            "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{unit} "
+            "{elapsed}<{remaining} {postfix}"
+        )
         hidden = None if self.processes.first else True
         return tqdm(desc=self.stage, total=total, unit=unit, bar_format=layout, disable=hidden)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM ask the loop to stop after this step; a second Ctrl-C does not wait."""
+        """Ctrl-C and SIGTERM ask the loop to stop after this step.
+
+        A second Ctrl-C does not wait.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -333,7 +373,7 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    # --- state ----------------------------------------------------------------------------------------------------
+    # --- state -----------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on exactly here."""
@@ -364,14 +404,21 @@ class Trainer:
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             first = (str(error).splitlines() or ["incomplete"])[0]
             raise UserError(
-                f"The checkpoint of stage {self.stage} does not fit this configuration ({first[:120]}); "
-                "resume with the settings it was made with, or choose another --out."
+                f"The checkpoint of stage {self.stage} does not fit this configuration "
+                f"({first[:120]}); resume with the settings it was made with, "
+                "or choose another --out."
             ) from error
 
     @contextmanager
     def averaged(self) -> Iterator[System]:
-        """The system with the moving average in place of its weights, for sampling and for the saved model."""
-        pairs = [(p, a) for g in self.groups.values() for p, a in zip(g.parameters, g.average or [], strict=False)]
+        """The system with the moving average in place of its weights, for sampling and for the
+        saved model.
+        """
+        pairs = [
+            (p, a)
+            for g in self.groups.values()
+            for p, a in zip(g.parameters, g.average or [], strict=False)
+        ]
         kept = [parameter.detach().clone() for parameter, _ in pairs]
         with torch.no_grad():
             for parameter, average in pairs:

@@ -1,4 +1,7 @@
-"""What the machine offers: device, precision, memory layout, and the other processes of a `torchrun`."""
+"""What the machine offers:
+
+device, precision, memory layout, and the other processes of a `torchrun`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from lineage.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` as a device. Raises `UserError` if this machine has no such thing."""
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` as a device.
+
+    Raises `UserError` if this machine has no such thing.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -23,7 +29,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = (str(error).splitlines() or ["not available"])[0]
-        raise UserError(f"Device {name!r} cannot be used here ({first[:100]}); try --device cpu.") from None
+        raise UserError(
+            f"Device {name!r} cannot be used here ({first[:100]}); try --device cpu."
+        ) from None
     return device
 
 
@@ -44,7 +52,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def channels_last(device: torch.device, train: TrainConfig) -> bool:
-    """Whether convolutions should lay channels out last: faster on tensor cores, not on CPUs at these sizes."""
+    """Whether convolutions should lay channels out last.
+
+    Faster on tensor cores, not on CPUs at these sizes.
+    """
     return train.channels_last == "on" or (train.channels_last == "auto" and device.type == "cuda")
 
 
@@ -96,7 +107,10 @@ class Processes:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory used so far, in bytes: the allocator's on a GPU, the process's resident memory on a CPU."""
+    """Most memory used so far, in bytes.
+
+    The allocator's on a GPU, the process's resident memory on a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

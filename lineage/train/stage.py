@@ -1,11 +1,13 @@
 """Stages: a recipe is a list of them, and a finished one is found again by its content.
 
-A stage trains one system. It may need what earlier stages made (`stage1 -> stage2`, `damsm -> gan`, `codec -> prior`).
-When a stage that others need is finished, its weights are kept under a key that is a hash of its configuration and of
-everything it was built from: data, text, seed, program version, and the keys of the stages it needed. A later run with
-the same key takes them from there, whatever folder it trains in.
+A stage trains one system. It may need what earlier stages made (`stage1 -> stage2`, `damsm -> gan`,
+`codec -> prior`). When a stage that others need is finished, its weights are kept under a key that
+is a hash of its configuration and of
+everything it was built from: data, text, seed, program version, and the keys of the stages it
+needed. A later run with the same key takes them from there, whatever folder it trains in.
 
-The last stage's system is what a run is for: it holds all that generation needs, and is saved in the run folder.
+The last stage's system is what a run is for: it holds all that generation needs, and is saved in
+the run folder.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ from lineage.errors import UserError
 from lineage.train.log import Log
 from lineage.train.loop import Stopped, Trainer
 from lineage.train.machine import peak_memory
-from lineage.train.store import load_state, load_tensors, read_json, save_state, save_tensors, write_json
+from lineage.train.store import (
+    load_state,
+    load_tensors,
+    read_json,
+    save_state,
+    save_tensors,
+    write_json,
+)
 
 Made = dict[str, System]
 """The systems of the stages done so far, by stage name."""
@@ -38,7 +47,8 @@ class Stage:
     Attributes:
         name: unique in its recipe.
         build: makes the stage's system, untrained, from the systems made before it.
-        optim, train: how it is trained; the budget in `train` is the whole run's, of which it gets `share`.
+        optim, train: how it is trained; the budget in `train` is the whole run's, of which it gets
+            `share`.
         settings: everything else that its result depends on, as JSON values.
         needs: names of the stages whose systems it is built from.
         share: of the run's budget; the shares of a recipe sum to 1.
@@ -64,7 +74,9 @@ class Stage:
 
 
 def content(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run that its stages' results depend on, beside optimiser, budget, data and seed."""
+    """The settings of a run that its stages' results depend on, beside optimiser, budget, data and
+    seed.
+    """
     settings = to_dict(config)
     return {name: settings[name] for name in ("key", "text", "encoder", "model")}
 
@@ -93,7 +105,10 @@ def content_key(stage: Stage, origin: dict[str, Any], keys: dict[str, str]) -> s
 
 
 def artefact_folder() -> Path:
-    """Where finished stages are kept: `$LINEAGE_CACHE`, or `~/.cache/lineage`, and `stages` in it."""
+    """Where finished stages are kept.
+
+    `$LINEAGE_CACHE`, or `~/.cache/lineage`, and `stages` in it.
+    """
     return Path(os.environ.get("LINEAGE_CACHE", Path.home() / ".cache" / "lineage")) / "stages"
 
 
@@ -144,8 +159,13 @@ class RunStages:
         return made[self.stages[-1].name]
 
     def _train(self, stage: Stage, system: System, last: bool) -> System:
-        """Train one stage, from its checkpoint if the folder holds one; returns it with averaged weights."""
-        trainer = Trainer(system, self.dataset, stage.optim, stage.budgeted(), seed=self.seed, stage=stage.name)
+        """Train one stage, from its checkpoint if the folder holds one.
+
+        Returns it with averaged weights.
+        """
+        trainer = Trainer(
+            system, self.dataset, stage.optim, stage.budgeted(), seed=self.seed, stage=stage.name
+        )
         first = trainer.processes.first
         state_path, key = self.folder / "state.pt", self.keys[stage.name]
         if state_path.exists():
@@ -154,8 +174,8 @@ class RunStages:
                 trainer.load_state(state)
             elif state.get("stage") not in {done.name for done in self.stages}:
                 raise UserError(
-                    f"{state_path} is of a stage called {state.get('stage')!r}, which this recipe does not have; "
-                    "choose another --out."
+                    f"{state_path} is of a stage called {state.get('stage')!r}, which this recipe "
+                    "does not have; choose another --out."
                 )
         log = Log(self.folder) if first else None
         if log is not None:

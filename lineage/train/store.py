@@ -1,8 +1,9 @@
 """Files that are whole or absent: what a run folder is written with.
 
-Every file is written to a temporary name in the same folder and then renamed, so a run that is killed, or a disk that
-fills up, leaves the last good file in place. Tensors are saved as safetensors, training state as a torch file that is
-read with `weights_only=True`: no pickle is ever executed.
+Every file is written to a temporary name in the same folder and then renamed, so a run that is
+killed, or a disk that fills up, leaves the last good file in place. Tensors are saved as
+safetensors, training state as a torch file that is read with `weights_only=True`: no pickle is ever
+executed.
 """
 
 from __future__ import annotations
@@ -79,18 +80,25 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"There is no {path}: has the run saved anything yet?") from None
     except (OSError, safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); train again.") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}); train again."
+        ) from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state (tensors, numbers, text, lists and dicts of them), all of it or nothing."""
+    """Write a training state (tensors, numbers, text, lists and dicts of them), all of it or
+    nothing.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a training state without executing anything. Raises `UserError` if it is broken or not one of ours."""
+    """Read a training state without executing anything.
+
+    Raises `UserError` if it is broken or not one of ours.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for files that are cut short or foreign
@@ -101,6 +109,7 @@ def load_state(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or "step" not in state or "weights" not in state:
         raise UserError(
-            f"{path} is not a checkpoint of this program; delete it to start this run again from step 0."
+            f"{path} is not a checkpoint of this program; "
+            "delete it to start this run again from step 0."
         )
     return state

@@ -76,7 +76,8 @@ def test_a_csv_with_commas_quotes_and_lists(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     put(tmp_path / "b.png")
     (tmp_path / "metadata.csv").write_bytes(
-        b'\xef\xbb\xbffile_name,text,label,alt_texts\r\na.png,"red, ""big"" cat",3,"[""one"", ""two""]"\r\n'
+        b"\xef\xbb\xbffile_name,text,label,alt_texts\r\n"
+        b'a.png,"red, ""big"" cat",3,"[""one"", ""two""]"\r\n'
         b"b.png,a dog,4,\r\n"
     )
     data = load_dataset(str(tmp_path))
