@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_MARGIN = 8
-_TEXT = 12  # font size in pixels
+_MARGIN = 10
+_TEXT = 13  # font size in pixels
+_LINES = 5  # of a caption; a longer one ends in an ellipsis
 
 
 def picture(image: Tensor, at_least: int = 0) -> Image.Image:
@@ -29,10 +30,10 @@ def sheet(
     caption.
     """
     drawn = [picture(image, side) for image in images]
-    cell = max(d.width for d in drawn)
+    cell = max(side, *(d.width for d in drawn))
     columns = min(columns, len(drawn))
     font = ImageFont.load_default(_TEXT)
-    texts = [wrap(caption, cell, font) for caption in captions]
+    texts = [wrap(caption, font, cell) for caption in captions]
     line = _TEXT + 4
     rows = [range(i, min(i + columns, len(drawn))) for i in range(0, len(drawn), columns)]
     heights = [cell + line * max(len(texts[i]) for i in row) + 2 * _MARGIN for row in rows]
@@ -44,25 +45,32 @@ def sheet(
     for row, height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
             left = _MARGIN + column * (cell + _MARGIN)
-            canvas.paste(drawn[i], (left, top))
+            canvas.paste(drawn[i], (left + (cell - drawn[i].width) // 2, top))
             for number, text in enumerate(texts[i]):
                 pen.text((left, top + cell + 4 + number * line), text, fill="black", font=font)
         top += height
     return canvas
 
 
-def wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-    """`text` in lines that are at most `width` pixels wide.
-
-    At most four, the last cut with an ellipsis.
-    """
-    lines: list[str] = []
+def wrap(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = _LINES
+) -> list[str]:
+    """A caption in lines no wider than `width` pixels; words that are wider are broken."""
+    lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > 4:
-        lines = [*lines[:3], lines[3] + " …"]
-    return lines
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    lines = [line for line in lines if line] or [""]
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(last + "...") > width:
+        last = last[:-1]
+    return [*lines[: most - 1], last.rstrip() + "..."]

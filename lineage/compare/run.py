@@ -152,7 +152,7 @@ def _train(
         preset,
     ]
     command += _flags(options, settings)
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
     def pass_on(number: int, frame: object) -> None:
         child.terminate()

@@ -11,24 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from lineage.data import ENDLESS, load_dataset, parse_spec
 from lineage.data.contract import CaptionedDataset, Example, Skipped
 from lineage.data.pictures import EmptyDatasetError
 from lineage.errors import UserError
-
-CELL = 128  # pixels that a picture on a sheet is scaled up to, about
-TEXT = 13  # height of the captions in pixels
-LINES = 5  # of a caption; a longer one ends in an ellipsis
-GAP = 10
+from lineage.sheets import picture, sheet
 
 
 def contact_sheet(dataset: CaptionedDataset, count: int = 16, columns: int = 4) -> Image.Image:
     """`count` pictures of a data set with their first captions below, `columns` to a row.
-
-    Pictures are scaled up by a whole factor, each pixel to a square, so what a model sees is what
-    the sheet shows.
 
     Raises:
         UserError: `count` or `columns` is less than 1.
@@ -38,56 +31,7 @@ def contact_sheet(dataset: CaptionedDataset, count: int = 16, columns: int = 4) 
             f"a sheet needs at least 1 picture and 1 column, not {count} and {columns}."
         )
     examples = dataset.showcase(count)
-    columns = min(columns, len(examples))
-    side = dataset.size * max(1, round(CELL / dataset.size))
-    width = max(side, CELL)
-    font = ImageFont.load_default(TEXT)
-    line = TEXT + 4
-    rows = [examples[i : i + columns] for i in range(0, len(examples), columns)]
-    texts = [[_wrap(e.captions[0], font, width) for e in row] for row in rows]
-    heights = [side + 4 + line * max(len(text) for text in row) + GAP for row in texts]
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    top = GAP
-    for row, row_texts, height in zip(rows, texts, heights, strict=True):
-        for column, (example, text) in enumerate(zip(row, row_texts, strict=True)):
-            left = GAP + column * (width + GAP)
-            picture = _picture(example).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left + (width - side) // 2, top))
-            for number, words in enumerate(text):
-                draw.text((left, top + side + 4 + number * line), words, "black", font)
-        top += height
-    return sheet
-
-
-def _picture(example: Example) -> Image.Image:
-    return Image.fromarray(
-        example.image.permute(1, 2, 0).contiguous().numpy()
-    )  # (3, S, S) -> (S, S, 3)
-
-
-def _wrap(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = LINES
-) -> list[str]:
-    """A caption in lines no wider than `width` pixels; words that are wider are broken."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        lines.append("")
-        for letter in word:
-            if font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    lines = [line for line in lines if line] or [""]
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and font.getlength(last + "...") > width:
-        last = last[:-1]
-    return [*lines[: most - 1], last.rstrip() + "..."]
+    return sheet([e.image for e in examples], [e.captions[0] for e in examples], columns)
 
 
 def check(spec: str, size: int = 32) -> dict[str, Any]:
@@ -183,7 +127,7 @@ def _write(dataset: CaptionedDataset, folder: Path, number: int) -> None:
         for index in range(number):
             example = dataset[index]
             file_name = f"images/{_file_name(example.id, taken)}.png"
-            _picture(example).save(folder / file_name)
+            picture(example.image).save(folder / file_name)
             metadata.write(
                 json.dumps(_row(example, file_name, dataset.split), ensure_ascii=False) + "\n"
             )

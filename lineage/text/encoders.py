@@ -37,7 +37,7 @@ class TokenEncoder(TextEncoder):
         super().__init__()
         self.config, self.tokenizer, self.width = config, tokenizer, config.width
         self.table = nn.Embedding(len(tokenizer), config.width, padding_idx=PAD)
-        nn.init.normal_(self.table.weight, std=1.0 / config.width**0.5)
+        nn.init.normal_(self.table.weight)
         with torch.no_grad():
             self.table.weight[PAD].zero_()
 

@@ -1,0 +1,540 @@
+"""The contract of a system, held against every system that the catalogue calls working.
+
+A new system needs no test of its own for any of this: once its row says `works`, it is tested here.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lineage
+from lineage import runs
+from lineage.catalog import CATALOG, working
+from lineage.cli import main
+from lineage.config import OptimConfig, TrainConfig
+from lineage.contract import System
+from lineage.data.contract import Batch, CaptionedDataset
+from lineage.errors import Interrupted, UserError
+from lineage.nn.draws import Draws
+from lineage.recipes import find_recipe
+from lineage.text.contract import TextFeatures
+from lineage.text.encoders import ENCODERS
+from lineage.text.tokenizer import WordTokenizer
+from lineage.train.loop import Group, Trainer
+from lineage.train.stage import content
+from lineage.train.store import load_state, load_tensors
+
+KEYS = working()
+CAPTIONS = [
+    "a red circle",
+    "a blue square above a green triangle",
+    "a zorp beneath three quuxes",  # words that training never saw
+    "",
+    "two small yellow stars to the left of a large purple ring",
+]
+BATCH = 8
+
+
+def trainer_for(system: System, data: CaptionedDataset, **optim: Any) -> Trainer:
+    """A trainer in full precision, without warm-up, so that a single step moves what it should."""
+    config = OptimConfig(**{"warmup": 0, "decay": "none", "lr": 1e-3, **optim})
+    return Trainer(system, data, config, TrainConfig(batch=BATCH, precision="fp32", prefetch=0))
+
+
+def fill(system: System, data: CaptionedDataset) -> System:
+    """A few large steps, so that retrieval has something to show and no layer is still at zero."""
+    trainer = trainer_for(system, data, lr=1e-2)
+    for number in range(4):
+        trainer.advance(trainer.loader.at(number))
+    return system.eval()
+
+
+# --- what a recipe declares -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_recipe_agrees_with_the_catalogue(key: str, tokenizer: WordTokenizer) -> None:
+    """A preset or stage that the list promises and the recipe lacks fails at the user's desk."""
+    recipe, row = find_recipe(key), CATALOG[key]
+    assert set(recipe.PRESETS) == set(row.presets)
+    for name, config in recipe.PRESETS.items():
+        assert isinstance(config, recipe.Config)
+        assert (config.key, config.preset) == (key, name)
+        stages = recipe.stages(config, tokenizer)
+        assert tuple(stage.name for stage in stages) == row.stages
+        assert sum(stage.share for stage in stages) == pytest.approx(1)
+        for number, stage in enumerate(stages):
+            assert set(stage.needs) <= {s.name for s in stages[:number]}
+            assert stage.settings.items() >= content(config).items()
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [(key, name) for key in KEYS for name in CATALOG[key].presets]
+)
+def test_every_preset_builds(key: str, name: str, tokenizer: WordTokenizer) -> None:
+    """On the meta device, where the largest network costs no memory."""
+    recipe = find_recipe(key)
+    with torch.device("meta"):
+        system = runs.build(recipe.stages(recipe.PRESETS[name], tokenizer))
+    groups = system.groups()
+    assert isinstance(system, System)
+    trained = {id(p) for modules in groups.values() for m in modules for p in m.parameters()}
+    if groups:  # nothing that the system holds may be left out of training by oversight
+        assert trained == {id(p) for p in system.parameters() if p.requires_grad}
+
+
+def test_every_system_has_a_budget_at_every_preset() -> None:
+    """Without one, training never ends."""
+    for key in KEYS:
+        for config in find_recipe(key).PRESETS.values():
+            train = config.train
+            assert train.minutes or train.steps or train.pictures, (key, config.preset)
+
+
+def test_ddpm_paper_is_the_network_of_ho_et_al(tokenizer: WordTokenizer) -> None:
+    """35.7 million parameters: section 4 of the paper; exactly, the published CIFAR10 network."""
+    from dataclasses import replace
+
+    from lineage.diffusion.unet import UNet
+
+    config = find_recipe("ddpm").PRESETS["paper"].model.unet  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        unet = UNet(replace(config, conditioning="none"), text_width=256)
+    assert sum(p.numel() for p in unet.parameters()) == 35_746_307
+
+
+# --- one training step ------------------------------------------------------------------------
+
+
+class Turns:
+    """Watches `Group.update`: what moved, by whom, and which gradients there were."""
+
+    def __init__(self, system: System, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.order: list[str] = []
+        self.moved: dict[str, set[str]] = {}
+        self.felt: dict[str, set[str]] = {}
+        names = {id(p): name for name, p in system.named_parameters()}
+        by_group = {id(group): name for name, group in trainer.groups.items()}
+        original = Group.update
+
+        def update(group: Group, *args: Any, **kwargs: Any) -> Tensor:
+            turn = by_group[id(group)]
+            before = {name: p.detach().clone() for name, p in system.named_parameters()}
+            assert self.outside is None or all(
+                torch.equal(before[name], value) for name, value in self.outside.items()
+            ), "parameters moved between two turns"
+            norm = original(group, *args, **kwargs)
+            after = dict(system.named_parameters())
+            self.order.append(turn)
+            self.moved.setdefault(turn, set()).update(
+                name for name, value in before.items() if not torch.equal(value, after[name])
+            )
+            self.felt.setdefault(turn, set()).update(
+                names[id(p)] for p in group.parameters if p.grad is not None and p.grad.any()
+            )
+            self.outside = {name: p.detach().clone() for name, p in after.items()}
+            return norm
+
+        self.outside: dict[str, Tensor] | None = None
+        monkeypatch.setattr(Group, "update", update)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_each_turn_moves_its_own_parameters_and_no_others(
+    key: str, make_system: Any, shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator that moves in the discriminator's turn, or a part that never learns, is a bug.
+
+    Networks that start some layers at zero pass gradients on only after these have moved, so a few
+    steps are taken; without weight decay, since decay moves what no gradient reaches.
+    """
+    system, _ = make_system(key)
+    trainer = trainer_for(system, shapes, weight_decay=0.0)
+    turns = Turns(system, trainer, monkeypatch)
+    seen: dict[str, Tensor] = {}
+    for number in range(5):
+        seen = trainer.advance(trainer.loader.at(number))
+        assert all(torch.isfinite(value).all() for value in seen.values()), (number, seen)
+    groups = system.groups()
+    assert set(turns.order) == set(groups)
+    assert turns.order == turns.order[: len(turns.order) // 5] * 5
+    for name, modules in groups.items():
+        own = {id(p) for module in modules for p in module.parameters()}
+        expected = {n for n, p in system.named_parameters() if id(p) in own}
+        assert turns.moved[name] == expected
+        assert turns.felt[name] == expected
+        assert f"gradient/{name}" in seen
+        assert any(term.startswith(f"{name}/") for term in seen)
+    if not groups:
+        assert seen == {}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_losses_yield_the_groups_in_order(
+    key: str, make_system: Any, shapes: CaptionedDataset
+) -> None:
+    """A turn that names no group, or a term that is no scalar, stops training at its first step."""
+    system, _ = make_system(key)
+    batch = shapes.batch(range(BATCH), [0] * BATCH, 0)
+    text = system.text.encode(batch.caption)
+    turns = list(system.losses(batch, text, Draws(range(BATCH))))
+    assert [name for name, _ in turns] == list(system.groups())
+    for _, terms in turns:
+        assert terms and all(t.shape == () and t.requires_grad for t in terms.values())
+
+
+def test_retrieval_stores_what_it_is_shown(make_system: Any, shapes: CaptionedDataset) -> None:
+    """It has nothing to train, so a step that stores nothing would look like success."""
+    system, _ = make_system("retrieval")
+    before = int(system.count)
+    batch = shapes.batch(range(BATCH), [0] * BATCH, 0)
+    assert list(system.losses(batch, system.text.encode(batch.caption), Draws(range(BATCH)))) == []
+    assert int(system.count) == before + BATCH
+    drawn = system.generate(batch.caption[0])
+    assert (drawn - batch.image).abs().flatten(1).amax(1).min() < 1e-2
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("text", list(ENCODERS))
+def test_any_encoder_works(
+    key: str, text: str, make_system: Any, shapes: CaptionedDataset
+) -> None:
+    """A comparison holds the encoder fixed, so each system must take each."""
+    system, _ = make_system(key, text=text, encoder__heads=2)
+    trainer = trainer_for(system, shapes)
+    seen = trainer.advance(trainer.loader.at(0))
+    assert all(torch.isfinite(value).all() for value in seen.values())
+    pictures = system.generate(CAPTIONS, seed=3)
+    assert pictures.shape == (len(CAPTIONS), 3, 16, 16)
+    assert torch.isfinite(pictures).all()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_batch_of_one_trains(key: str, make_system: Any, shapes: CaptionedDataset) -> None:
+    """The last resort on a small machine is --set train.batch=1 or 2."""
+    system, _ = make_system(key)
+    trainer = Trainer(system, shapes, OptimConfig(), TrainConfig(batch=2, precision="fp32"))
+    assert all(torch.isfinite(v).all() for v in trainer.advance(trainer.loader.at(0)).values())
+
+
+# --- generation -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(make_system: Any, shapes: CaptionedDataset) -> Callable[[str], System]:
+    """key -> a system after a few steps."""
+    done: dict[str, System] = {}
+
+    def get(key: str) -> System:
+        if key not in done:
+            system = fill(make_system(key)[0], shapes)
+            done[key] = system
+        return done[key]
+
+    return get
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_pictures_have_the_shape_and_range_of_the_contract(
+    key: str, trained: Callable[[str], System]
+) -> None:
+    system = trained(key)
+    pictures = system.generate(CAPTIONS, seed=1)
+    assert pictures.shape == (len(CAPTIONS), 3, 16, 16)
+    assert pictures.dtype == torch.float32
+    assert pictures.min() >= -1 and pictures.max() <= 1
+    assert pictures.flatten(1).std(1).max() > 0.01  # something is drawn
+    assert not pictures.requires_grad
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_seed_is_a_picture(key: str, trained: Callable[[str], System]) -> None:
+    """The same seed gives the same pictures, whatever was drawn before; another gives others."""
+    system = trained(key)
+    first = system.generate(CAPTIONS, seed=1)
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert torch.equal(first, system.generate(CAPTIONS, seed=1))
+    other = system.generate(CAPTIONS, seed=2)
+    if system.groups():
+        assert all((first - other).abs().flatten(1).amax(1) > 1e-3)
+    else:  # retrieval draws lots only among pictures that tie, as all do for the empty caption
+        seeds = [system.generate("", seed=seed) for seed in range(8)]
+        assert any(not torch.equal(seeds[0], picture) for picture in seeds[1:])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_pictures_of_one_batch_differ_by_their_place(
+    key: str, trained: Callable[[str], System]
+) -> None:
+    """The same caption eight times should be eight pictures, not one."""
+    system = trained(key)
+    caption = "a red circle" if system.groups() else ""
+    pictures = system.generate([caption] * 8, seed=1)
+    assert any((pictures[0] - other).abs().max() > 1e-3 for other in pictures[1:])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_picture_does_not_depend_on_its_batch(
+    key: str, trained: Callable[[str], System]
+) -> None:
+    """Normalisation over the batch, padding to the longest caption, or shared noise would show."""
+    system = trained(key)
+    together = system.generate(CAPTIONS, seed=5)
+    for i in range(len(CAPTIONS)):
+        others = [CAPTIONS[(j * 3 + 1) % len(CAPTIONS)] for j in range(len(CAPTIONS) + 2)]
+        others[i] = CAPTIONS[i]
+        torch.testing.assert_close(
+            system.generate(others, seed=5)[i], together[i], atol=1e-4, rtol=0
+        )
+        shorter = system.generate([CAPTIONS[0]] * i + [CAPTIONS[i]], seed=5)
+        torch.testing.assert_close(shorter[i], together[i], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_picture_does_not_depend_on_how_many_are_made_at_once(
+    key: str, trained: Callable[[str], System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long list is drawn in parts; part two must go on counting where part one stopped."""
+    system = trained(key)
+    together = system.generate(CAPTIONS, seed=5)
+    monkeypatch.setattr(system, "at_once", 2)
+    torch.testing.assert_close(system.generate(CAPTIONS, seed=5), together, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_caption_matters(key: str, trained: Callable[[str], System]) -> None:
+    """The easiest way to pass every other test is to ignore the text."""
+    system = trained(key)
+    red, blue = (system.generate(caption, seed=1) for caption in ("a red circle", CAPTIONS[4]))
+    assert (red - blue).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_one_string_is_one_caption(key: str, trained: Callable[[str], System]) -> None:
+    """Read as a sequence, it would be drawn letter by letter."""
+    system = trained(key)
+    one = system.generate("a red circle", seed=1)
+    assert torch.equal(one, system.generate(["a red circle"], seed=1))
+    assert one.shape[0] == 1
+    assert torch.equal(one, system.generate(("a red circle",), seed=1))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_wrong_requests_are_told_in_a_sentence(key: str, trained: Callable[[str], System]) -> None:
+    system = trained(key)
+    with pytest.raises(UserError, match="at least one caption"):
+        system.generate([])
+    with pytest.raises(UserError, match="'gidance'"):
+        system.generate("a red circle", gidance=3)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_generating_leaves_the_system_as_it_was(
+    key: str, trained: Callable[[str], System]
+) -> None:
+    """Sheets are drawn in the middle of training: weights, statistics and mode must survive."""
+    system = trained(key)
+    system.train()
+    before = {name: value.clone() for name, value in system.state_dict().items()}
+    system.generate(CAPTIONS, seed=1)
+    assert system.training
+    assert all(torch.equal(before[name], value) for name, value in system.state_dict().items())
+    system.eval()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_knobs_are_listed_with_their_defaults(key: str, trained: Callable[[str], System]) -> None:
+    """Giving each knob its default changes nothing."""
+    system = trained(key)
+    plain = system.generate(CAPTIONS[:2], seed=1)
+    assert torch.equal(plain, system.generate(CAPTIONS[:2], seed=1, **system.knobs()))
+
+
+# --- runs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_loaded_run_draws_what_the_trained_system_draws(
+    key: str, smoke_run: Callable[[str], Any]
+) -> None:
+    folder, system = smoke_run(key)
+    loaded = lineage.load(folder)
+    assert not loaded.training
+    assert torch.equal(loaded.generate(CAPTIONS, seed=4), system.generate(CAPTIONS, seed=4))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_run_folder_holds_what_the_design_says(
+    key: str, smoke_run: Callable[[str], Any]
+) -> None:
+    folder, _ = smoke_run(key)
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "state.pt", "cost.json"):
+        assert (folder / name).is_file(), name
+    assert (folder / "metrics.jsonl").read_text().strip()
+    assert list((folder / "samples").glob("*.png"))
+    assert not list(folder.glob("**/*.partial"))
+    assert runs.read_config(folder) == find_recipe(key).PRESETS["smoke"]
+
+
+class StopAfter:
+    """Asks a run to stop after so many steps, as Ctrl-C does."""
+
+    def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = Trainer.advance
+
+        def advance(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
+            seen = original(trainer, batch)
+            if trainer.step == steps:
+                signal.raise_signal(signal.SIGINT)
+            return seen
+
+        monkeypatch.setattr(Trainer, "advance", advance)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The saved model byte for byte, and everything in the training state but the clock."""
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    first, second = load_state(one / "state.pt"), load_state(other / "state.pt")
+    pairs = list(zip(_leaves(first), _leaves(second), strict=True))
+    assert len(pairs) > 3
+    for (name, a), (other_name, b) in pairs:
+        assert name == other_name
+        if name in (".seconds", ".cpu_seconds"):
+            continue
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
+
+
+def _leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{at}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{at}.{number}")
+    else:
+        yield at, value
+
+
+RESUME = {"train.batch": 8, "train.checkpoint_every": 3, "train.log_every": 2}
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_stopped_run_ends_like_one_that_was_never_stopped(
+    key: str,
+    stop: int,
+    train_run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped at a checkpoint and between two; anything that is not saved shows as another bit."""
+    whole = train_run(tmp_path / "whole", key, RESUME, steps=7).folder
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patched:
+        StopAfter(stop, patched)
+        with pytest.raises(Interrupted, match="--resume"):
+            train_run(parts, key, RESUME, steps=7)
+    assert load_state(parts / "state.pt")["step"] == stop
+    train_run(parts, key, {}, resume=True)
+    assert_same_run(whole, parts)
+    steps = [line["step"] for line in runs_log(parts)]
+    assert steps == sorted(set(steps)) and steps[-1] == load_state(parts / "state.pt")["step"]
+
+
+def runs_log(folder: Path) -> list[dict[str, Any]]:
+    from lineage.train.log import read_log
+
+    return read_log(folder / "metrics.jsonl")
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.002)
+
+
+LONG = {"train.checkpoint_every": 7, "train.sample_every": 0}
+FLAGS = ["--preset", "smoke", "--set", "train.checkpoint_every=7", "--set", "train.sample_every=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [key for key in ("ddpm", "gan_int_cls") if key in KEYS])
+def test_a_killed_run_ends_like_one_that_was_never_killed(
+    key: str, train_run: Callable[..., Any], command: Callable[..., Any], tmp_path: Path
+) -> None:
+    """SIGKILL leaves no time to tidy up: the last checkpoint must be whole, and be enough."""
+    whole = train_run(tmp_path / "whole", key, LONG, steps=60).folder
+    killed = tmp_path / "killed"
+    process = command("train", key, *FLAGS, "--steps", 60, "--out", killed)
+    wait_for(killed / "state.pt", process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    reached = load_state(killed / "state.pt")["step"]
+    assert reached % 7 == 0 and 0 < reached < 60
+    assert main(["train", key, "--out", str(killed), "--resume"]) == 0
+    assert_same_run(whole, killed)
+    steps = [line["step"] for line in runs_log(killed)]
+    assert steps == list(range(5, 65, 5))
+    assert not list(killed.glob("**/*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(
+    number: signal.Signals, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = command("train", "ddpm", *FLAGS, "--steps", 100_000, "--out", folder)
+    wait_for(folder / "state.pt", process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors and str(folder) in errors
+    assert "Traceback" not in errors
+    assert load_state(folder / "state.pt")["step"] > 0
+    assert load_tensors(folder / "model.safetensors")
+
+
+def test_text_features_reach_the_loop_with_gradient(
+    make_system: Any, shapes: CaptionedDataset
+) -> None:
+    """Encoders that are trained along must get their gradient through `losses`."""
+    seen: list[bool] = []
+    for key in KEYS:
+        system, _ = make_system(key)
+        if any(system.text in modules for modules in system.groups().values()):
+            original = system.losses
+
+            def losses(
+                batch: Batch, text: TextFeatures, draws: Draws, call: Any = original
+            ) -> Iterator[Any]:
+                seen.append(text.sentence.requires_grad)
+                return call(batch, text, draws)
+
+            system.losses = losses  # type: ignore[method-assign]
+            trainer = trainer_for(system, shapes)
+            trainer.advance(trainer.loader.at(0))
+    assert seen and all(seen)
+
+
+def test_groups_share_no_parameters(make_system: Any) -> None:
+    """Two optimisers on one parameter would each undo half of what the other did."""
+    for key in KEYS:
+        system, _ = make_system(key)
+        owners = [
+            {id(p) for module in modules for p in nn.Module.parameters(module)}
+            for modules in system.groups().values()
+        ]
+        assert sum(map(len, owners)) == len(set().union(*owners)) if owners else True
