@@ -34,7 +34,8 @@ RESULTS = Path(__file__).parent.parent / "results"
 SAME = ["a red circle"] * 8 + ["a blue square"] * 8
 COLUMNS = ["trial", "system", "changes", "min", "steps", "pictures/s", "cpu s", "parameters"]
 COLUMNS += ["single", "pair", "group", "colour", "held out", "spread"]
-LEGEND = """`single`, `pair`, `group`: share of pictures with exactly the scene asked for (and standing so).
+LEGEND = """`single`, `pair`, `group`: share of pictures with exactly the scene asked for (and
+standing so).
 `colour`: exactly its set of colours. `held out`: exactly the scene, for combinations that training
 never shows. `spread`: mean standard deviation of a pixel, of 255, over 8 pictures of one caption.
 `cpu s` below twice the seconds of the budget means that the machine was shared. What real pictures

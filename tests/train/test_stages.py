@@ -207,19 +207,6 @@ def test_a_stop_at_the_very_end_of_a_stage_is_heard(
     assert "spread" not in trained
 
 
-def test_a_longer_second_budget_keeps_the_first_stage_that_is_done(
-    trained: list[str], shapes: CaptionedDataset, tmp_path: Path
-) -> None:
-    """`--resume --steps MORE` on a finished run must not destroy what was trained."""
-    run_in(tmp_path / "run", shapes).run()
-    before = load_state(tmp_path / "run" / "state.pt")
-    trained.clear()
-    run_in(tmp_path / "run", shapes, recipe(train=replace(TRAIN, steps=40))).run()
-    after = load_state(tmp_path / "run" / "state.pt")
-    assert (before["stage"], before["step"]) == ("spread", 12)
-    assert (after["stage"], after["step"]) == ("spread", 24)
-
-
 def key_of(
     optim: OptimConfig = OPTIM,
     train: TrainConfig = TRAIN,

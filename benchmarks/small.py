@@ -1,0 +1,112 @@
+"""Does preset `small` fit a card of 8 GB and an hour? An estimate, unless a GPU is at hand.
+
+    python benchmarks/small.py             writes results/small.json
+
+On a GPU: the peak of the allocator and the pictures a second over a hundred steps. Without one,
+reckoned: memory from the tensors that autograd keeps for a step (measured here in bfloat16 at a
+    small batch, scaled to the preset's) and the
+weights, gradients, moments and averages; time from the floating-point operations of a step at
+`TERAFLOPS` sustained, a third of what a consumer card of 8 GB promises for bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lineage.compare.run import machine
+from lineage.config import with_field
+from lineage.data import load_dataset
+from lineage.recipes import find_recipe, preset
+from lineage.runs import build
+from lineage.text.tokenizer import make_tokenizer
+from lineage.train.loop import Trainer
+from lineage.train.machine import peak_memory
+from lineage.train.store import write_json
+
+OUT = Path(__file__).parent.parent / "results" / "small.json"
+TERAFLOPS = 8.0
+
+
+def trainer(key: str, batch: int | None) -> Trainer:
+    """A trainer of `key` at `small`, with its own batch or a smaller one."""
+    config = with_field(preset(key, "small"), "train.precision", "bf16")
+    if batch is not None:
+        config = with_field(config, "train.batch", batch)
+    dataset = load_dataset(config.data, "train", config.size)
+    tokenizer = make_tokenizer("word", dataset.all_captions(), config.encoder.vocabulary)
+    system = build(find_recipe(key).stages(config, tokenizer))
+    return Trainer(system, dataset, config.optim, config.train)
+
+
+def measured(key: str, steps: int = 100) -> dict[str, Any]:
+    """On the GPU at hand."""
+    run = trainer(key, None)
+    batches = run.loader.batches()
+    for _ in range(10):
+        run.advance(next(batches))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(steps):
+        run.advance(next(batches))
+    torch.cuda.synchronize()
+    speed = steps * run.train.batch / (time.perf_counter() - started)
+    return {
+        "kind": "measured",
+        "pictures_per_second": round(speed),
+        "peak_gigabytes": round(peak_memory(run.device) / 1e9, 2),
+    }
+
+
+def reckoned(key: str, batch: int = 4) -> dict[str, Any]:
+    """From floating-point operations and kept tensors."""
+    run = trainer(key, batch)
+    full = preset(key, "small").train
+    kept: dict[int, int] = {}
+    flops = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in run.system.parameters()}
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+    ):
+        run.advance(run.loader.at(0))
+    flops = counter.get_total_flops()
+    activations = sum(size for place, size in kept.items() if place not in weights)
+    parameters = sum(p.numel() for p in run.system.parameters())
+    # weights, gradients, two moments, an average: 4 bytes each
+    memory = activations / batch * full.batch + 20 * parameters
+    speed = TERAFLOPS * 1e12 / (flops / batch)
+    minutes = full.minutes or 0.0
+    return {
+        "kind": "estimate",
+        "parameters": parameters,
+        "batch": full.batch,
+        "gigaflops_per_picture_in_training": round(flops / batch / 1e9, 2),
+        "gigabytes_of_activations": round(activations / batch * full.batch / 1e9, 2),
+        "gigabytes_in_all": round(memory / 1e9, 2),
+        "assumed_teraflops": TERAFLOPS,
+        "pictures_per_second": round(speed),
+        "minutes": minutes,
+        "million_pictures": round(speed * minutes * 60 / 1e6, 2),
+    }
+
+
+def main() -> None:
+    how = measured if torch.cuda.is_available() else reckoned
+    result = {key: how(key) for key in ("gan_int_cls", "ddpm")} | {"machine": machine()}
+    write_json(OUT, result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
