@@ -84,7 +84,7 @@ class TrainConfig:
 
     Attributes:
         minutes, steps, pictures: the budget; None sets no limit.
-        batch: pictures a step (in all processes together).
+        batch: pictures a step, in each process of a `torchrun`.
         checkpoint_every, sample_every, log_every: in steps; 0 never (a finished run is always
             saved).
         precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the machine has the instructions

@@ -29,7 +29,7 @@ from lineage.nn.draws import stream_seed
 from lineage.recipes import find_recipe, preset
 from lineage.sheets import sheet
 from lineage.text.tokenizer import Tokenizer, make_tokenizer, tokenizer_from_json
-from lineage.train.machine import pick_device
+from lineage.train.machine import Processes, pick_device
 from lineage.train.stage import RunStages, Stage, Stopped, load_weights
 from lineage.train.store import read_json, unwritable, write_json
 
@@ -128,8 +128,9 @@ def train(
             device=device,
             settings=settings,
         )
-    pick_device(config.train.device)
-    run = _prepare(folder, config, started)
+    processes = Processes.join(pick_device(config.train.device))
+    processes.wait()  # all have seen whether the folder holds a run before the first one writes
+    run = _prepare(folder, config, started, processes.first)
     try:
         run.run()
     except Stopped:
@@ -140,13 +141,9 @@ def train(
     return folder
 
 
-def _prepare(folder: Path, config: RunConfig, started: bool) -> RunStages:
-    """Data, words and stages of a run, and its first files."""
+def _prepare(folder: Path, config: RunConfig, started: bool, writes: bool) -> RunStages:
+    """Data, words and stages of a run, and its first files, which one process writes."""
     dataset = load_dataset(config.data, "train", config.size, config.seed)
-    try:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
     made_with = {
         "lineage": lineage.__version__,
         "torch": torch.__version__,
@@ -167,11 +164,10 @@ def _prepare(folder: Path, config: RunConfig, started: bool) -> RunStages:
         tokenizer = make_tokenizer(
             config.encoder.tokenizer, dataset.all_captions(), config.encoder.vocabulary
         )
+    if writes:
+        saved = {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with}
         write_json(folder / "tokenizer.json", tokenizer.to_json())
-    write_json(
-        folder / "config.json",
-        {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with},
-    )
+        write_json(folder / "config.json", saved)
     shown = dataset.showcase(16)
 
     def draw_sheet(system: System, stage: str, step: int) -> None:

@@ -110,21 +110,18 @@ class Trainer:
         self.optim, self.train, self.seed, self.stage = optim, train, seed, stage
         self.device = pick_device(train.device)
         self.processes = Processes.join(self.device)
-        if train.batch % self.processes.world:
-            raise UserError(
-                f"train.batch={train.batch} does not divide by {self.processes.world} processes."
-            )
+        self.batch = train.batch * self.processes.world  # pictures a step, all processes together
         self.system = self._prepare(system)
         self.loader = Loader(
             dataset,
-            train.batch,
+            self.batch,
             seed,
             self.processes.rank,
             self.processes.world,
             train.prefetch,
             pin=self.device.type == "cuda",
         )
-        named = system.groups()
+        named = self.system.groups()
         for name in optim.rates:
             if name not in named:
                 raise UserError(
@@ -201,10 +198,7 @@ class Trainer:
         return warm * (1.0 - spent) if self.optim.decay == "linear" else warm
 
     def spent(self) -> float:
-        """Share of the budget that is spent, 1 or more when the run is done;
-
-        0 for ever without a budget.
-        """
+        """Share of the budget that is spent: 1 or more when the run is done, 0 without a budget."""
         train = self.train
         shares = [0.0]
         if train.minutes is not None:
@@ -212,7 +206,7 @@ class Trainer:
         if train.steps is not None:
             shares.append(self.step / train.steps)
         if train.pictures is not None:
-            shares.append(self.step * train.batch / train.pictures)
+            shares.append(self.step * self.batch / train.pictures)
         return max(shares)
 
     # --- the run ---------------------------------------------------------------
@@ -314,13 +308,13 @@ class Trainer:
     def _report(self, log: Log | None, bar: tqdm, start: float, logged: int) -> None:
         """One line in the log, one look for the bar."""
         means = self._look_at_waiting()
-        speed = (self.step - logged) * self.train.batch / max(1e-9, self.seconds - start)
+        speed = (self.step - logged) * self.batch / max(1e-9, self.seconds - start)
         if log is not None and self.processes.first:
             log.write(
                 {
                     "stage": self.stage,
                     "step": self.step,
-                    "pictures": self.step * self.train.batch,
+                    "pictures": self.step * self.batch,
                     "seconds": round(self.seconds, 3),
                     "cpu_seconds": round(self.cpu_seconds, 3),
                     "pictures_per_second": round(speed, 2),

@@ -213,7 +213,7 @@ class RunStages:
             return
         path = self.folder / "cost.json"
         cost = read_json(path) if path.exists() else {}
-        pictures = trainer.step * trainer.train.batch
+        pictures = trainer.step * trainer.batch
         cost[trainer.stage] = {
             "steps": trainer.step,
             "pictures": pictures,

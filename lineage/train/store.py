@@ -102,7 +102,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for files that are cut short or foreign
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(
             f"{path} is damaged or not a checkpoint of this program ({first[:120]}); "
             "delete it to start this run again from step 0."

@@ -104,7 +104,7 @@ def test_a_causal_word_does_not_see_what_follows() -> None:
 
 
 def test_both_directions_of_the_lstm_reach_a_word() -> None:
-    encoder = make("lstm")
+    encoder = make("lstm", config=TextConfig(width=WIDTH, layers=1))
     half = WIDTH // 2
     one, other = encoder.encode(["a red circle", "a red ring"]).words
     torch.testing.assert_close(one[0, :half], other[0, :half])
