@@ -91,7 +91,8 @@ class TrainConfig:
             for it.
         channels_last: memory layout of convolutions: `on`, `off`, or `auto`: on for CUDA.
         compile: hand the networks to torch.compile (a minute of warm-up).
-        prefetch: batches prepared ahead in a thread; 0 prepares each when it is asked for.
+        prefetch: batches prepared ahead in a thread; 0 prepares each when it is asked for; None is
+            2 for a GPU and 0 for a CPU, where a thread beside the arithmetic slows both.
         device: `cpu`, `cuda`, `mps`, or `auto`: the best there is.
     """
 
@@ -105,7 +106,7 @@ class TrainConfig:
     precision: str = "auto"
     channels_last: str = "auto"
     compile: bool = False
-    prefetch: int = 2
+    prefetch: int | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class TrainConfig:
         if self.batch < 1:
             raise UserError(f"train.batch={self.batch} must be at least 1.")
         for name in ("checkpoint_every", "sample_every", "log_every", "prefetch"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must not be negative.")
 
 

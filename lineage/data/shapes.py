@@ -292,8 +292,9 @@ def _layout(
 
 def render(scenes: Scenes, size: int) -> NDArray[np.uint8]:
     """B scenes -> (B, 3, S, S) uint8."""
-    pad = int(np.ceil(0.35 * size)) + 3
-    canvas = np.zeros((len(scenes.kind), 3, size + 2 * pad, size + 2 * pad), np.float32)
+    pad = int(np.ceil(0.07 * size)) + 4  # what the window of an object may reach beyond the border
+    wide = size + 2 * pad
+    canvas = np.zeros((len(scenes.kind), 3, wide, wide), np.float32)
     inner = (slice(None), slice(None), slice(pad, pad + size), slice(pad, pad + size))
     canvas[inner] = backgrounds(scenes.background, scenes.texture, scenes.phase, size)
     palette = np.array(list(COLOURS.values()), np.float32)

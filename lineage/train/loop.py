@@ -112,14 +112,15 @@ class Trainer:
         self.processes = Processes.join(self.device)
         self.batch = train.batch * self.processes.world  # pictures a step, all processes together
         self.system = self._prepare(system)
+        on_gpu = self.device.type == "cuda"
         self.loader = Loader(
             dataset,
             self.batch,
             seed,
             self.processes.rank,
             self.processes.world,
-            train.prefetch,
-            pin=self.device.type == "cuda",
+            prefetch=(2 if on_gpu else 0) if train.prefetch is None else train.prefetch,
+            pin=on_gpu,
         )
         named = self.system.groups()
         for name in optim.rates:
