@@ -29,7 +29,7 @@ MAY = {
     "data": BASE,
     "text": BASE | {"nn", "config"},
     "train": BASE | {"callable_package", "config", "contract", "data.contract", "nn"},
-    **{family: CONTRACTS for family in FAMILIES},
+    **dict.fromkeys(FAMILIES, CONTRACTS),
 }
 """For each part, the modules or packages of ours that it may import beside itself. Parts that are
 not listed (recipes, evaluate, compare, official, runs, cli) sit on top and are held to less."""

@@ -1,4 +1,4 @@
-"""`gan_int_cls`: its losses against the paper's logarithms, its pairs, its penalty and its widths."""
+"""`gan_int_cls`: losses against the paper's logarithms, pairs, penalty and widths."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def test_the_discriminator_minimises_line_12() -> None:
     s_r, s_w, s_f = (x.sigmoid().tolist() for x in (real, wrong, fake))
     terms = discriminator_terms(real, wrong, fake, torch.ones(B))
     log = lambda p: torch.tensor(p, dtype=torch.float64).log().item()  # noqa: E731
-    paper = sum(
-        log(s_r[i]) + (log(1 - s_w[i]) + log(1 - s_f[i])) / 2 for i in range(B)
-    )
+    paper = sum(log(s_r[i]) + (log(1 - s_w[i]) + log(1 - s_f[i])) / 2 for i in range(B))
     assert sum(terms.values()).item() == pytest.approx(-paper / B, rel=1e-5)
     assert terms["real"].item() == pytest.approx(-sum(map(log, s_r)) / B, rel=1e-5)
     assert terms["wrong"].item() == pytest.approx(-sum(log(1 - p) for p in s_w) / B / 2, rel=1e-5)
@@ -69,7 +67,9 @@ def test_the_discriminator_minimises_line_12() -> None:
 
 def test_the_generator_minimises_line_14() -> None:
     fake = logits(0)
-    assert generator_terms(fake).item() == pytest.approx(-fake.sigmoid().log().mean().item(), rel=1e-5)
+    assert generator_terms(fake).item() == pytest.approx(
+        -fake.sigmoid().log().mean().item(), rel=1e-5
+    )
 
 
 def test_a_sure_judge_gives_finite_losses() -> None:
@@ -86,7 +86,9 @@ def test_a_wrong_caption_that_is_right_does_not_count() -> None:
     mismatched = torch.tensor([1.0, 0.0, 0.0, 1.0])
     terms = discriminator_terms(real, wrong, fake, mismatched)
     rejected = -(1 - wrong.sigmoid()).log()
-    assert terms["wrong"].item() == pytest.approx((rejected[0] + rejected[3]).item() / 2 / 2, rel=1e-5)
+    assert terms["wrong"].item() == pytest.approx(
+        (rejected[0] + rejected[3]).item() / 2 / 2, rel=1e-5
+    )
     none = discriminator_terms(real, wrong, fake, torch.zeros(B))
     assert none["wrong"] == 0 and torch.isfinite(sum(none.values()))
     assert torch.equal(none["real"], terms["real"]) and torch.equal(none["fake"], terms["fake"])
@@ -281,7 +283,9 @@ def test_every_side_that_can_be_works(size: int, tokenizer: WordTokenizer) -> No
     assert system.discriminator(pictures, text.null(2).sentence).shape == (2,)
 
 
-@pytest.mark.parametrize("change", [{"r1_every": 0, "r1": 1.0}, {"noise": -1}, {"generator": 0}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"r1_every": 0, "r1": 1.0}, {"noise": -1}, {"generator": 0}], ids=str
+)
 def test_settings_that_cannot_be_are_told(
     change: dict[str, Any], shapes: CaptionedDataset, tokenizer: WordTokenizer
 ) -> None:
@@ -299,11 +303,14 @@ def test_truncation_scales_the_noise(tokenizer: WordTokenizer) -> None:
 
 
 def test_weights_start_as_in_the_dcgan(tokenizer: WordTokenizer) -> None:
-    """Kernels from N(0, 0.02), norm scales from N(1, 0.02): at torch's own start GANs fail often."""
+    """Kernels from N(0, 0.02), norm scales from N(1, 0.02): at torch's own, GANs often fail."""
     system = make(tokenizer, generator=32, discriminator=32)
     for part in (system.generator, system.discriminator):
         for layer in part.modules():
-            if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d) and layer.weight.numel() > 4000:
+            if (
+                isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d)
+                and layer.weight.numel() > 4000
+            ):
                 assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
             if isinstance(layer, torch.nn.BatchNorm2d):
                 assert layer.weight.mean().item() == pytest.approx(1, abs=0.02)

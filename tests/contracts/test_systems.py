@@ -205,9 +205,7 @@ def test_retrieval_stores_what_it_is_shown(make_system: Any, shapes: CaptionedDa
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("text", list(ENCODERS))
-def test_any_encoder_works(
-    key: str, text: str, make_system: Any, shapes: CaptionedDataset
-) -> None:
+def test_any_encoder_works(key: str, text: str, make_system: Any, shapes: CaptionedDataset) -> None:
     """A comparison holds the encoder fixed, so each system must take each."""
     system, _ = make_system(key, text=text, encoder__heads=2)
     trainer = trainer_for(system, shapes)
@@ -220,9 +218,9 @@ def test_any_encoder_works(
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_batch_of_one_trains(key: str, make_system: Any, shapes: CaptionedDataset) -> None:
-    """The last resort on a small machine is --set train.batch=1 or 2."""
+    """The last resort on a small machine is --set train.batch=1."""
     system, _ = make_system(key)
-    trainer = Trainer(system, shapes, OptimConfig(), TrainConfig(batch=2, precision="fp32"))
+    trainer = Trainer(system, shapes, OptimConfig(), TrainConfig(batch=1, precision="fp32"))
     assert all(torch.isfinite(v).all() for v in trainer.advance(trainer.loader.at(0)).values())
 
 
@@ -284,9 +282,7 @@ def test_pictures_of_one_batch_differ_by_their_place(
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_picture_does_not_depend_on_its_batch(
-    key: str, trained: Callable[[str], System]
-) -> None:
+def test_a_picture_does_not_depend_on_its_batch(key: str, trained: Callable[[str], System]) -> None:
     """Normalisation over the batch, padding to the longest caption, or shared noise would show."""
     system = trained(key)
     together = system.generate(CAPTIONS, seed=5)
@@ -339,9 +335,7 @@ def test_wrong_requests_are_told_in_a_sentence(key: str, trained: Callable[[str]
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_generating_leaves_the_system_as_it_was(
-    key: str, trained: Callable[[str], System]
-) -> None:
+def test_generating_leaves_the_system_as_it_was(key: str, trained: Callable[[str], System]) -> None:
     """Sheets are drawn in the middle of training: weights, statistics and mode must survive."""
     system = trained(key)
     system.train()
@@ -374,9 +368,7 @@ def test_a_loaded_run_draws_what_the_trained_system_draws(
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_run_folder_holds_what_the_design_says(
-    key: str, smoke_run: Callable[[str], Any]
-) -> None:
+def test_a_run_folder_holds_what_the_design_says(key: str, smoke_run: Callable[[str], Any]) -> None:
     folder, _ = smoke_run(key)
     for name in ("config.json", "tokenizer.json", "model.safetensors", "state.pt", "cost.json"):
         assert (folder / name).is_file(), name

@@ -126,7 +126,7 @@ def test_each_row_has_its_own_time_and_text() -> None:
 
 
 def test_wrong_settings_are_told(shapes: CaptionedDataset, tokenizer: WordTokenizer) -> None:
-    with pytest.raises(UserError, match="'croos'.*'cross'"):
+    with pytest.raises(UserError, match=r"'croos'.*'cross'"):
         UNetConfig(conditioning="croos")
     with pytest.raises(UserError, match="did you mean 'ddim'"):
         DDPMConfig(sampler="ddin")

@@ -89,6 +89,7 @@ def test_a_linear_chain_that_is_too_short_is_told(steps: int) -> None:
         process = Process(ProcessConfig(steps=steps, schedule="linear", prediction="noise"))
     except UserError:
         return
+    assert (process.betas < 1).all()
     t = torch.full((B,), steps - 1)
     x = process.noised(pictures(), noise(), t)
     assert torch.isfinite(process.to_x0(noise(), x, t)).all()
@@ -188,9 +189,7 @@ def test_timesteps() -> None:
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
-def test_a_perfect_denoiser_finds_the_picture_at_any_number_of_steps(
-    name: str, steps: int
-) -> None:
+def test_a_perfect_denoiser_finds_the_picture_at_any_number_of_steps(name: str, steps: int) -> None:
     x0 = pictures()
     calls: list[int] = []
 

@@ -109,7 +109,7 @@ def test_the_most_frequent_words_come_first_and_ties_by_the_alphabet() -> None:
 @pytest.mark.parametrize("size", [3, 4, 5, 8, 1000])
 def test_the_vocabulary_of_words_is_limited(size: int) -> None:
     one = WordTokenizer.train(CAPTIONS, size)
-    assert len(one) == min(size, len(set(sum(map(split_words, CAPTIONS), []))) + len(SPECIAL))
+    assert len(one) == min(size, len({w for c in CAPTIONS for w in split_words(c)}) + len(SPECIAL))
 
 
 @pytest.mark.parametrize("size", [259, 260, 270, 10_000])
@@ -191,7 +191,7 @@ def test_bpe_makes_frequent_words_short() -> None:
 
 
 def test_unknown_kinds_are_told() -> None:
-    with pytest.raises(UserError, match="'wrod'.*did you mean 'word'"):
+    with pytest.raises(UserError, match=r"'wrod'.*did you mean 'word'"):
         make_tokenizer("wrod", CAPTIONS, 100)
     for saved in ({"kind": "sentencepiece"}, {}):
         with pytest.raises(UserError, match="does not know"):

@@ -1,4 +1,4 @@
-"""Two processes under torchrun train what one process does on the same whole batch."""
+"""Two processes under torchrun train what one process does on a batch of twice the size."""
 
 from __future__ import annotations
 
@@ -21,13 +21,22 @@ FLAGS = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_two_processes_train_what_one_does(train_run: Callable[..., Any], tmp_path: Path) -> None:
-    """The whole batch is 8 either way; rows have noise of their own, gradients are averaged."""
+    """8 pictures a step either way; rows have noise of their own, and gradients are averaged."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     train_run(alone, "ddpm", SETTINGS, steps=12)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["train", "ddpm", "--preset", "smoke", "--steps", "12", "--out", str(together)]
     done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "lineage", *arguments, *FLAGS],
+        [
+            sys.executable,
+            *torchrun,
+            "-m",
+            "lineage",
+            *arguments,
+            *FLAGS,
+            "--set",
+            "train.batch=4",  # in each process
+        ],
         capture_output=True,
         text=True,
         timeout=120,

@@ -39,9 +39,7 @@ def seen(batches: list[Batch]) -> list[int]:
 
 def same(one: Batch, other: Batch) -> bool:
     return (
-        torch.equal(one.image, other.image)
-        and one.caption == other.caption
-        and one.id == other.id
+        torch.equal(one.image, other.image) and one.caption == other.caption and one.id == other.id
     )
 
 

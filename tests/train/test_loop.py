@@ -1,4 +1,4 @@
-"""The loop on a system small enough to work out by hand: budget, rate, clipping, average, log, faults."""
+"""The loop on a system small enough to work out by hand: budget, rate, average, log, faults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NoText(TextEncoder):
 
 
 class Hill(System):
-    """Minimises 10 x (weight - goal)^2 / 2 for each of its weights, with a term of its own for each."""
+    """Minimises 10 w^2 / 2 over its weights, with one term for the weight and one for the bias."""
 
     def __init__(self, poison: int | None = None) -> None:
         super().__init__()
@@ -70,7 +70,13 @@ class Hill(System):
         return torch.zeros(len(captions), 3, 4, 4)
 
 
-PLAIN: dict[str, Any] = {"warmup": 0, "decay": "none", "average": 0.0, "weight_decay": 0.0, "clip": 0.0}
+PLAIN: dict[str, Any] = {
+    "warmup": 0,
+    "decay": "none",
+    "average": 0.0,
+    "weight_decay": 0.0,
+    "clip": 0.0,
+}
 
 
 def trainer(
@@ -141,10 +147,7 @@ def test_checkpoints_and_sheets_come_when_they_are_due(shapes: CaptionedDataset)
         ("linear", [0.25, 0.5 * 7 / 8, 0.75 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
         (
             "cosine",
-            [
-                min(1, (k + 1) / 4) * (1 + math.cos(math.pi * k / 8)) / 2
-                for k in range(8)
-            ],
+            [min(1, (k + 1) / 4) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)],
         ),
     ],
 )
@@ -213,14 +216,14 @@ def test_the_moving_average_is_the_naive_one(shapes: CaptionedDataset) -> None:
     naive = [p.detach().clone() for p in system.parameters()]
     for k in range(12):
         one.advance(one.loader.at(k))
+        weights = [p.detach().clone() for p in system.parameters()]
         d = min(0.3, (1 + k) / (10 + k))
-        naive = [d * a + (1 - d) * p.detach() for a, p in zip(naive, system.parameters(), strict=True)]
-    weights = [p.detach().clone() for p in system.parameters()]
-    with one.averaged() as averaged:
-        for parameter, expected in zip(averaged.parameters(), naive, strict=True):
-            torch.testing.assert_close(parameter.detach(), expected)
-    for parameter, expected in zip(system.parameters(), weights, strict=True):
-        assert torch.equal(parameter, expected)
+        naive = [d * a + (1 - d) * w for a, w in zip(naive, weights, strict=True)]
+        with one.averaged() as averaged:
+            for parameter, expected in zip(averaged.parameters(), naive, strict=True):
+                torch.testing.assert_close(parameter.detach(), expected)
+        for parameter, expected in zip(system.parameters(), weights, strict=True):
+            assert torch.equal(parameter, expected)
     assert not torch.allclose(naive[0], weights[0], atol=1e-4)
 
 
@@ -307,7 +310,10 @@ def test_a_gradient_that_is_not_finite_is_named(shapes: CaptionedDataset) -> Non
 
     class Cliff(Hill):
         def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
-            yield "point", {"root": (self.point.weight - self.point.weight.detach()).abs().sum().sqrt()}
+            yield (
+                "point",
+                {"root": (self.point.weight - self.point.weight.detach()).abs().sum().sqrt()},
+            )
 
     with pytest.raises(CheckFailed, match="the gradient of point became"):
         trainer(shapes, Cliff(), steps=2).run()
@@ -326,13 +332,3 @@ def test_state_of_another_network_is_told(shapes: CaptionedDataset) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="does not fit"):  # a run that kept no average
         trainer(shapes, optim={"average": 0.9}).load_state(state)
-
-
-def test_a_batch_that_processes_cannot_share_is_told(
-    shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lineage.train.machine import Processes
-
-    monkeypatch.setattr(Processes, "join", classmethod(lambda cls, device: Processes(0, 3)))
-    with pytest.raises(UserError, match=r"train\.batch=4.*3 processes"):
-        trainer(shapes)

@@ -20,7 +20,7 @@ from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.train.log import read_log
 from lineage.train.loop import Stopped, Trainer
 from lineage.train.stage import Made, RunStages, Stage, artefact_folder, content_key
-from lineage.train.store import load_state, load_tensors, read_json, save_state
+from lineage.train.store import load_tensors, read_json, save_state
 
 
 class NoText(TextEncoder):
@@ -215,7 +215,12 @@ def key_of(
     **origin: Any,
 ) -> str:
     stage = Stage(
-        "mean", lambda made: Mean(), optim, train, settings or {"model": 1}, needs=tuple(needs or {})
+        "mean",
+        lambda made: Mean(),
+        optim,
+        train,
+        settings or {"model": 1},
+        needs=tuple(needs or {}),
     )
     return content_key(stage, {**ORIGIN, **origin}, needs or {})
 

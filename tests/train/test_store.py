@@ -78,9 +78,7 @@ def test_a_full_disk_leaves_the_old_file_whole(
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
 
-def test_nothing_is_left_where_nothing_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_left_where_nothing_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(UserError):
         save_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(2)})
