@@ -126,9 +126,7 @@ def _sample(options: argparse.Namespace) -> None:
     unknown = system.text.unknown(options.captions)
     if unknown:
         print(f"lineage: not seen in training: {', '.join(unknown)}", file=sys.stderr)
-    images = to_bytes(
-        system.generate(captions, seed=options.seed, **_typed(system, _settings(options.set)))
-    ).cpu()
+    images = to_bytes(system.generate(captions, seed=options.seed, **_settings(options.set))).cpu()
     out = Path(options.out)
     if options.single:
         paths = [
@@ -178,18 +176,6 @@ def _settings(given: list[str]) -> dict[str, str]:
             raise UserError(f"--set {item!r} should read name=value, as in --set optim.lr=3e-4.")
         settings[name] = value
     return settings
-
-
-def _typed(system: Any, knobs: dict[str, str]) -> dict[str, Any]:
-    """Knobs of `generate` from text: numbers as numbers, true and false as such."""
-    typed: dict[str, Any] = {}
-    for name, value in knobs.items():
-        try:
-            typed[name] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
-        except ValueError:
-            typed[name] = value
-    system.check_knobs(typed)
-    return typed
 
 
 def _print_json(value: Any) -> None:

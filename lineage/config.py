@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -39,6 +40,15 @@ class TextConfig:
     width: int = 128
     layers: int = 1
     heads: int = 4
+
+    def __post_init__(self) -> None:
+        _one_of("encoder.tokenizer", self.tokenizer, ("word", "bpe"))
+        least = {"words": 1, "width": 1, "layers": 1, "heads": 1}
+        least["vocabulary"] = (
+            4 if self.tokenizer == "word" else 260
+        )  # special tokens, bytes, one more
+        for name, value in least.items():
+            at_least("encoder." + name, getattr(self, name), value)
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,13 @@ class OptimConfig:
         _one_of("optim.decay", self.decay, ("cosine", "linear", "none"))
         if not self.lr > 0:
             raise UserError(f"optim.lr={self.lr} must be above 0.")
-        if not 0 <= self.average < 1:
-            raise UserError(f"optim.average={self.average} must be at least 0 and below 1.")
+        for name in ("beta1", "beta2", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"optim.{name}={getattr(self, name)} must be at least 0 and below 1."
+                )
+        for name in ("weight_decay", "warmup", "clip"):
+            at_least("optim." + name, getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -116,11 +131,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"train.{name}={value} must be above 0.")
-        if self.batch < 1:
-            raise UserError(f"train.batch={self.batch} must be at least 1.")
+        at_least("train.batch", self.batch, 1)
         for name in ("checkpoint_every", "sample_every", "log_every", "prefetch"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"train.{name}={getattr(self, name)} must not be negative.")
+            at_least("train." + name, getattr(self, name) or 0, 0)
 
 
 @dataclass(frozen=True)
@@ -147,6 +160,16 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        at_least("size", self.size, 4)
+        at_least("seed", self.seed, 0)
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raises `UserError` if the setting `name` is below `least`, or not a number."""
+    if not value >= least:
+        raise UserError(f"{name}={value} must be at least {least}.")
+
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
@@ -168,7 +191,11 @@ def from_dict(cls: type[C], saved: dict[str, Any], at: str = "") -> C:
     for name in saved:
         if name not in hints:
             raise UserError(f"The configuration has no field {at + name!r}: {nearest(name, hints)}")
-    return cls(**{name: _value(hints[name], value, at + name) for name, value in saved.items()})
+    for field_ in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = field_.default is field_.default_factory is dataclasses.MISSING
+        if required and field_.name not in saved:
+            raise UserError(f"The configuration lacks the field {at + field_.name!r}.")
+    return cls(**{name: typed(hints[name], value, at + name) for name, value in saved.items()})
 
 
 def with_field(config: C, path: str, value: Any) -> C:
@@ -190,8 +217,9 @@ def with_field(config: C, path: str, value: Any) -> C:
     if dataclasses.is_dataclass(hint) and leaf not in place:
         raise UserError(f"There is no setting {path!r}: {nearest(path, known)}")
     if isinstance(place.get(leaf), dict) and not isinstance(value, dict):
-        inside = ", ".join(sorted(name for name in known if name.startswith(path + ".")))
-        raise UserError(f"{path!r} is a group of settings; set one of them: {inside}")
+        inside = sorted(name for name in known if name.startswith(path + "."))
+        hint_text = ", ".join(inside) or f"{path}.NAME=VALUE"
+        raise UserError(f"{path!r} is a group of settings; set one of them: {hint_text}")
     place[leaf] = value
     return from_dict(type(config), changed)
 
@@ -213,22 +241,30 @@ def _inner(hint: Any, name: str) -> Any:
     return typing.get_args(hint)[1]
 
 
-def _value(hint: Any, value: Any, at: str) -> Any:
-    """`value`, which may be text from the command line, as the type that `hint` asks for."""
+def typed(hint: Any, value: Any, at: str) -> Any:
+    """`value`, which may be text from the command line, as the type that `hint` asks for.
+
+    Raises:
+        UserError: if it cannot be read as one; the sentence calls it `at`.
+    """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{at}={value!r} should be a group of settings.")
         return from_dict(hint, value, at + ".")  # type: ignore[arg-type]
     if origin in (types.UnionType, typing.Union):
-        if value is None or value == "none":
+        if value is None or (value == "none" and type(None) in inner):
             return None
-        return _value(next(h for h in inner if h is not type(None)), value, at)
+        return typed(next(h for h in inner if h is not type(None)), value, at)
     if origin is tuple:
         parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
-        return tuple(_value(inner[0], part, at) for part in parts if part != "")
+        if not isinstance(parts, list | tuple):
+            raise UserError(f"{at}={value!r} should be a list, as in {at}=1,2,3.")
+        return tuple(typed(inner[0], part, at) for part in parts if part != "")
     if origin is dict:
-        return {name: _value(inner[1], part, f"{at}.{name}") for name, part in value.items()}
+        if not isinstance(value, dict):
+            raise UserError(f"{at}={value!r} should be a group of settings, as in {at}.NAME=VALUE.")
+        return {name: typed(inner[1], part, f"{at}.{name}") for name, part in value.items()}
     return _plain(hint, value, at)
 
 
@@ -245,6 +281,8 @@ def _plain(hint: Any, value: Any, at: str) -> Any:
         if not isinstance(value, str):
             raise wrong
         return value
+    if hint is int and re.fullmatch(r"[+-]?\d+", str(value)):
+        return int(value)
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -14,11 +14,12 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from lineage.config import typed
 from lineage.data.contract import Batch
 from lineage.errors import UserError, nearest
 from lineage.nn.draws import Draws
@@ -92,7 +93,7 @@ class System(nn.Module):
         wanted = [captions] if isinstance(captions, str) else list(captions)
         if not wanted:
             raise UserError("There is nothing to draw: give at least one caption.")
-        self.check_knobs(knobs)
+        knobs = self.typed_knobs(knobs)
         training = self.training
         self.eval()
         try:
@@ -110,9 +111,15 @@ class System(nn.Module):
         parameters = list(inspect.signature(self.draw).parameters.values())[2:]
         return {p.name: p.default for p in parameters}
 
-    def check_knobs(self, given: dict[str, Any]) -> None:
-        """Raises `UserError` for a keyword that `generate` does not take."""
+    def typed_knobs(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Knobs as the types that `draw` asks for, from values or from text.
+
+        Raises:
+            UserError: for a knob that there is not, or a value of the wrong type.
+        """
+        hints = get_type_hints(self.draw)
         for name in given:
             if name not in self.knobs():
                 hint = nearest(name, self.knobs()) if self.knobs() else "it has none."
                 raise UserError(f"{type(self).__name__} has no knob {name!r}: {hint}")
+        return {name: typed(hints[name], value, name) for name, value in given.items()}

@@ -164,6 +164,9 @@ def _prepare(folder: Path, config: RunConfig, started: bool, writes: bool) -> Ru
         tokenizer = make_tokenizer(
             config.encoder.tokenizer, dataset.all_captions(), config.encoder.vocabulary
         )
+    stages = find_recipe(config.key).stages(config, tokenizer)
+    with torch.device("meta"):
+        build(stages)  # what cannot be built is told before anything is written
     if writes:
         saved = {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with}
         write_json(folder / "tokenizer.json", tokenizer.to_json())
@@ -175,7 +178,7 @@ def _prepare(folder: Path, config: RunConfig, started: bool, writes: bool) -> Ru
 
     return RunStages(
         folder=folder,
-        stages=find_recipe(config.key).stages(config, tokenizer),
+        stages=stages,
         dataset=dataset,
         origin={
             "data": config.data,
@@ -232,7 +235,7 @@ def read_config(folder: Path) -> RunConfig:
     Raises `UserError` if it is missing, broken or of an unknown system.
     """
     saved = read_json(folder / "config.json")
-    if not isinstance(saved, dict) or "key" not in saved:
+    if not isinstance(saved, dict) or not isinstance(saved.get("key"), str):
         raise UserError(f"{folder / 'config.json'} is not the configuration of a run.")
     fields = {
         name: value

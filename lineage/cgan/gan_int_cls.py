@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lineage.config import at_least
 from lineage.contract import System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
@@ -63,6 +64,12 @@ class GANConfig:
     interpolation: float = 1.0
     r1: float = 0.0
     r1_every: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "text", "generator", "discriminator", "r1_every"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("interpolation", "r1"):
+            at_least(f"model.{name}", getattr(self, name), 0)
 
 
 def widths(channels: int, size: int) -> list[int]:

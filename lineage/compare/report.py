@@ -78,22 +78,20 @@ def embed(image: Tensor) -> str:
 
 
 def curve(log: list[dict[str, Any]]) -> Markup | None:
-    """Every loss term of a log over the minutes of training, as SVG that takes the page's colours;
+    """Every loss term of a log over the minutes of training, as SVG that takes the page's colours.
 
-    None without any.
+    None for a log without losses.
     """
-    names = [
-        name
-        for name in (log[-1] if log else {})
-        if "/" in name and not name.startswith("gradient/")
-    ]
+    minutes = _minutes(log)
+    names = [name for name in dict.fromkeys(n for line in log for n in line) if "/" in name]
+    names = [name for name in names if not name.startswith("gradient/")]
     if not names:
         return None
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lineage", "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
         axes = figure.add_subplot()
         for name, colour in zip(names, _LINES * 9, strict=False):
-            points = [(line["seconds"] / 60, line[name]) for line in log if name in line]
+            points = [(m, line[name]) for m, line in zip(minutes, log, strict=True) if name in line]
             axes.plot(*zip(*_thinned(points), strict=True), label=name, color=colour, linewidth=1.2)
         if all(line.get(name, 1) > 0 for line in log for name in names):
             axes.set_yscale("log")
@@ -110,6 +108,18 @@ def curve(log: list[dict[str, Any]]) -> Markup | None:
     return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
 
 
+def _minutes(log: list[dict[str, Any]]) -> list[float]:
+    """When each line was written, in minutes of training of all stages together."""
+    minutes: list[float] = []
+    before, stage, seconds = 0.0, None, 0.0
+    for line in log:
+        if line["stage"] != stage:
+            before += seconds
+        stage, seconds = line["stage"], line["seconds"]
+        minutes.append((before + seconds) / 60)
+    return minutes
+
+
 def _thinned(points: list[tuple[float, float]], most: int = 120) -> list[tuple[float, float]]:
     """At most about `most` points: means of neighbours."""
     size = max(1, len(points) // most)
@@ -117,23 +127,25 @@ def _thinned(points: list[tuple[float, float]], most: int = 120) -> list[tuple[f
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
+def _with_unit(value: float, units: tuple[str, ...]) -> str:
+    """Three digits and a unit, each a thousand times the one before it."""
+    power = 0
+    while float(f"{value:.3g}") >= 1000 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    digits = f"{value:,.0f}" if float(f"{value:.3g}") >= 1000 else f"{value:.3g}"
+    return f"{digits} {units[power]}".strip()
+
+
 def as_count(value: float) -> str:
     """1234567 -> `1.23 M`."""
-    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:.3g}"
+    return _with_unit(value, ("", "k", "M", "G", "T"))
 
 
 def as_seconds(value: float) -> str:
     """0.0123 -> `12.3 ms`."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    return _with_unit(value * 1e3, ("ms", "s"))
 
 
 def as_bytes(value: float) -> str:
     """1234567 -> `1.23 MB`."""
-    return (
-        as_count(value).replace(" k", " kB").replace(" M", " MB").replace(" G", " GB")
-        if value >= 1e3
-        else f"{value:.0f} B"
-    )
+    return _with_unit(value, ("B", "kB", "MB", "GB", "TB"))

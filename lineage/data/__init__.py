@@ -76,6 +76,8 @@ def load_dataset(
     Raises:
         UserError: the spec, the path, the split or the size is wrong, or nothing could be loaded.
     """
+    if seed < 0:
+        raise UserError(f"seed={seed} must be at least 0.")
     kind, rest = parse_spec(spec)
     return KINDS[kind](rest, split, size, seed)
 

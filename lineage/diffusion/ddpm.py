@@ -127,6 +127,7 @@ class DDPM(System):
         if name not in SAMPLERS:
             raise UserError(f"There is no sampler {name!r}: {nearest(name, SAMPLERS)}")
         scale = self.config.guidance if guidance is None else guidance
+        wanted = self.config.steps if steps is None else steps
         text = self.text.encode(captions)
         away = (
             self.text.encode([negative] * len(captions))
@@ -145,4 +146,4 @@ class DDPM(System):
             return x0.clamp(-1, 1)
 
         x = draws.normal(3, self.size, self.size)
-        return SAMPLERS[name](denoise, x, self.process, steps or self.config.steps, draws)
+        return SAMPLERS[name](denoise, x, self.process, wanted, draws)

@@ -66,8 +66,8 @@ class ProcessConfig:
         if self.prediction not in PREDICTIONS:
             hint = nearest(self.prediction, PREDICTIONS)
             raise UserError(f"There is no prediction {self.prediction!r}: {hint}")
-        if self.steps < 2:
-            raise UserError(f"A diffusion process needs 2 steps or more, not {self.steps}.")
+        if self.steps < 2 or not bool((SCHEDULES[self.schedule](self.steps) < 1).all()):
+            raise UserError(f"steps={self.steps} are too few for a {self.schedule} schedule.")
 
 
 class Process:
@@ -78,14 +78,14 @@ class Process:
         self.steps = config.steps
         self.betas = SCHEDULES[config.schedule](config.steps)  # (T,) float64
         self.abar = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64
-        self._float_abar = self.abar.float()
+        self._roots = torch.stack([self.abar.sqrt(), (1 - self.abar).sqrt()]).float()  # (2, T)
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t (B,) -> sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1)."""
-        if self._float_abar.device != t.device:
-            self._float_abar = self._float_abar.to(t.device)
-        abar = self._float_abar[t][:, None, None, None]
-        return abar.sqrt(), (1 - abar).sqrt()
+        if self._roots.device != t.device:
+            self._roots = self._roots.to(t.device)
+        signal, sigma = self._roots[:, t, None, None, None]  # (B, 1, 1, 1) each
+        return signal, sigma
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of equation 4; x0 and noise (B, 3, H, W), t (B,)."""

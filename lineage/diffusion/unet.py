@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lineage.config import at_least
 from lineage.errors import UserError, nearest
 from lineage.nn.attention import Attention
 from lineage.text.contract import TextFeatures
@@ -65,6 +66,12 @@ class UNetConfig:
         if self.conditioning not in CONDITIONING:
             hint = nearest(self.conditioning, CONDITIONING)
             raise UserError(f"There is no conditioning {self.conditioning!r}: {hint}")
+        for name in ("width", "blocks", "heads", "patch"):
+            at_least(f"unet.{name}", getattr(self, name), 1)
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(
+                f"unet.multipliers={self.multipliers} must name a width for each level."
+            )
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:

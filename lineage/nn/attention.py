@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lineage.errors import UserError
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B, H, N, d), (B, H, M, d), (B, H, M, d) -> (B, H, N, d).
@@ -41,8 +43,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        if heads < 1 or width % heads:
+            raise UserError(f"A width of {width} cannot be shared by {heads} heads of attention.")
         self.heads = heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(context_width or width, 2 * width)

@@ -437,8 +437,7 @@ def run(paths: Iterable[str | Path], json_output: bool = False, out: TextIO | No
     Raises:
         UserError: as `verify`.
     """
-    out = sys.stdout if out is None else out
-    checks = []
+    out, checks = out or sys.stdout, []
     for reference in _read_all(paths):
         checks.append(check_reference(reference))
         if not json_output:

@@ -203,7 +203,14 @@ def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def make_tokenizer(kind: str, captions: Iterable[str], size: int) -> Tokenizer:
-    """Train a tokeniser of `kind` (`word` or `bpe`) with at most `size` tokens from `captions`."""
+    """Train a tokeniser of `kind` (`word` or `bpe`) with at most `size` tokens from `captions`.
+
+    Raises:
+        UserError: for another kind, or a size below the special tokens (and all bytes).
+    """
+    least = len(SPECIAL) + (256 if kind == "bpe" else 0)
+    if size <= least:
+        raise UserError(f"A {kind} tokeniser needs more than {least} tokens, not {size}.")
     if kind == "word":
         return WordTokenizer.train(captions, size)
     if kind == "bpe":
@@ -211,12 +218,13 @@ def make_tokenizer(kind: str, captions: Iterable[str], size: int) -> Tokenizer:
     raise UserError(f"There is no tokeniser {kind!r}: {nearest(kind, ('word', 'bpe'))}")
 
 
-def tokenizer_from_json(saved: dict[str, Any]) -> Tokenizer:
-    """The tokeniser that `to_json` described."""
-    if saved.get("kind") == "word":
-        return WordTokenizer(list(saved["words"]))
-    if saved.get("kind") == "bpe":
-        return BPETokenizer([(left, right) for left, right in saved["merges"]])
-    raise UserError(
-        f"A saved tokeniser is of kind {saved.get('kind')!r}, which this version does not know."
-    )
+def tokenizer_from_json(saved: Any) -> Tokenizer:
+    """The tokeniser that `to_json` described. Raises `UserError` for anything else."""
+    try:
+        if saved["kind"] == "word":
+            return WordTokenizer([str(word) for word in saved["words"]])
+        if saved["kind"] == "bpe":
+            return BPETokenizer([(int(left), int(right)) for left, right in saved["merges"]])
+    except (TypeError, KeyError, ValueError, IndexError):
+        pass
+    raise UserError("The saved tokeniser is damaged, or of a kind that this version does not know.")

@@ -42,7 +42,11 @@ class Stopped(Exception):
 
 
 class Group:
-    """The parameters that one turn moves: their optimiser and their moving average."""
+    """The parameters that one turn moves: their optimiser and their moving average.
+
+    The average is taken of the modules' floating-point buffers too, such as the statistics of batch
+    norm, which belong to the weights they were taken with.
+    """
 
     def __init__(self, name: str, modules: list[nn.Module], config: OptimConfig) -> None:
         unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
@@ -63,7 +67,9 @@ class Group:
             fused=fused,
         )
         self.decay = config.average
-        self.average = [p.detach().clone() for p in self.parameters] if self.decay else None
+        buffers = {id(b): b for m in modules for b in m.buffers() if b.is_floating_point()}
+        self.tracked: list[Tensor] = [*self.parameters, *buffers.values()]
+        self.average = [t.detach().clone() for t in self.tracked] if self.decay else None
 
     def update(self, loss: Tensor, rate: float, step: int, processes: Processes) -> Tensor:
         """Minimise `loss` by one step at `rate` times the group's own.
@@ -82,7 +88,7 @@ class Group:
         if self.average is not None:
             with torch.no_grad():  # a short memory at first, so that the start is forgotten
                 decay = min(self.decay, (1 + step) / (10 + step))
-                torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - decay)
+                torch._foreach_lerp_(self.average, self.tracked, 1 - decay)
         return norm
 
 
@@ -133,6 +139,7 @@ class Trainer:
         self.seconds = 0.0
         self.cpu_seconds = 0.0
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []  # terms of steps not yet looked at
+        self._saved = 0  # step of the last checkpoint
         self._asked_to_stop = False
 
     def _prepare(self, system: System) -> System:
@@ -249,6 +256,7 @@ class Trainer:
                 if due(train.checkpoint_every):
                     self._look_at_waiting()
                     checkpoint()
+                    self._saved = self.step
                 if due(train.sample_every):
                     sample()
                 if due(train.checkpoint_every) or due(train.sample_every):
@@ -257,7 +265,7 @@ class Trainer:
             if self._waiting:
                 self._report(log, bar, start, logged)
             checkpoint()
-        if self._asked_to_stop and self.spent() < 1:
+        if self._asked_to_stop:
             raise Stopped
 
     def _agreed_spent(self) -> float:
@@ -292,11 +300,9 @@ class Trainer:
         return {name: total / count for name, total in sums.items()}
 
     def _not_finite(self, step: int, name: str, value: float) -> str:
-        every = self.train.checkpoint_every
-        last = (step - 1) // every * every if every else 0
         saved = (
-            f"the last good checkpoint is from step {last}"
-            if last
+            f"the last good checkpoint is from step {self._saved}"
+            if self._saved
             else "there is no checkpoint yet"
         )
         what = f"the gradient of {name[9:]}" if name.startswith("gradient/") else f"the loss {name}"
@@ -396,6 +402,7 @@ class Trainer:
                         average.copy_(value)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.cpu_seconds = float(state["cpu_seconds"])
+            self._saved = self.step
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             first = (str(error).splitlines() or ["incomplete"])[0]
             raise UserError(
@@ -409,11 +416,8 @@ class Trainer:
         """The system with the moving average in place of its weights, for sampling and for the
         saved model.
         """
-        pairs = [
-            (p, a)
-            for g in self.groups.values()
-            for p, a in zip(g.parameters, g.average or [], strict=False)
-        ]
+        groups = [group for group in self.groups.values() if group.average is not None]
+        pairs = [(t, a) for g in groups for t, a in zip(g.tracked, g.average or [], strict=True)]
         kept = [parameter.detach().clone() for parameter, _ in pairs]
         with torch.no_grad():
             for parameter, average in pairs:

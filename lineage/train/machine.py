@@ -26,6 +26,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not a device to train on")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = (str(error).splitlines() or ["not available"])[0]

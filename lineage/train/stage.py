@@ -26,7 +26,7 @@ from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError
 from lineage.train.log import Log
 from lineage.train.loop import Stopped, Trainer
-from lineage.train.machine import peak_memory
+from lineage.train.machine import Processes, peak_memory
 from lineage.train.store import (
     load_state,
     load_tensors,
@@ -153,7 +153,7 @@ class RunStages:
                 load_weights(system, kept)
             else:
                 system = self._train(stage, system, last)
-                if not last:
+                if not last and Processes.join(next(system.parameters()).device).first:
                     save_tensors(kept, system.state_dict())
             made[stage.name] = system.eval()
         return made[self.stages[-1].name]
@@ -167,16 +167,16 @@ class RunStages:
             system, self.dataset, stage.optim, stage.budgeted(), seed=self.seed, stage=stage.name
         )
         first = trainer.processes.first
-        state_path, key = self.folder / "state.pt", self.keys[stage.name]
+        place = self.folder if last else self.folder / "stages" / stage.name
+        state_path, key = place / "state.pt", self.keys[stage.name]
         if state_path.exists():
             state = load_state(state_path)
-            if state.get("stage") == stage.name:
-                trainer.load_state(state)
-            elif state.get("stage") not in {done.name for done in self.stages}:
+            if state.get("stage") != stage.name:
                 raise UserError(
-                    f"{state_path} is of a stage called {state.get('stage')!r}, which this recipe "
-                    "does not have; choose another --out."
+                    f"{state_path} is of a stage called {state.get('stage')!r}, not "
+                    f"{stage.name!r}; choose another --out."
                 )
+            trainer.load_state(state)
         log = Log(self.folder) if first else None
         if log is not None:
             log.forget_after(stage.name, trainer.step)
@@ -213,6 +213,8 @@ class RunStages:
             return
         path = self.folder / "cost.json"
         cost = read_json(path) if path.exists() else {}
+        if cost.get(trainer.stage, {}).get("steps") == trainer.step:
+            return  # it was finished before; this process only looked
         pictures = trainer.step * trainer.batch
         cost[trainer.stage] = {
             "steps": trainer.step,
