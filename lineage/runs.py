@@ -236,7 +236,10 @@ def read_config(folder: Path) -> RunConfig:
     """
     saved = read_json(folder / "config.json")
     if not isinstance(saved, dict) or not isinstance(saved.get("key"), str):
-        raise UserError(f"{folder / 'config.json'} is not the configuration of a run.")
+        key = saved.get("key") if isinstance(saved, dict) else saved
+        raise UserError(
+            f"{folder / 'config.json'} is not the configuration of a run: {key!r} is no system."
+        )
     fields = {
         name: value
         for name, value in saved.items()

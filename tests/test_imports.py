@@ -23,7 +23,7 @@ MAY = {
     "callable_package": set(),
     "config": BASE,
     "catalog": BASE,
-    "contract": {"errors", "data.contract", "nn.draws", "text.contract"},
+    "contract": {"config", "errors", "data.contract", "nn.draws", "text.contract"},
     "sheets": BASE,
     "nn": BASE,
     "data": BASE,

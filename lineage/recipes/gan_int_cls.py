@@ -52,7 +52,7 @@ PRESETS = {
         preset="tiny",
         size=32,
         encoder=TextConfig(width=64),
-        optim=replace(_PAPER, lr=6e-4, decay="linear", average=0.99),
+        optim=replace(_PAPER, lr=1.2e-3, decay="linear", average=0.99),
         train=TrainConfig(minutes=5, batch=64, checkpoint_every=500, sample_every=1000),
         model=GANConfig(noise=32, text=64, generator=32, discriminator=32, r1=5.0, r1_every=8),
     ),

@@ -100,7 +100,7 @@ def test_wrong_settings_are_told() -> None:
         ProcessConfig(schedule="cosin")
     with pytest.raises(UserError, match="'eps'"):
         ProcessConfig(prediction="eps")
-    with pytest.raises(UserError, match="2 steps or more"):
+    with pytest.raises(UserError, match="too few for a linear schedule"):
         ProcessConfig(steps=1)
 
 
