@@ -20,9 +20,10 @@ from PIL import Image
 from reader import scores
 
 from lineage.compare.run import machine
-from lineage.config import with_field
+from lineage.config import RunConfig, with_field
+from lineage.contract import System
 from lineage.data import load_dataset
-from lineage.data.contract import to_bytes
+from lineage.data.contract import Example, to_bytes
 from lineage.nn.draws import stream_seed
 from lineage.recipes import find_recipe, preset
 from lineage.runs import build
@@ -32,14 +33,14 @@ from lineage.train.store import write_bytes
 
 RESULTS = Path(__file__).parent.parent / "results"
 SAME = ["a red circle"] * 8 + ["a blue square"] * 8
-COLUMNS = ["trial", "system", "changes", "min", "steps", "pictures/s", "cpu s", "parameters"]
-COLUMNS += ["single", "pair", "group", "colour", "held out", "spread"]
-LEGEND = """`single`, `pair`, `group`: share of pictures with exactly the scene asked for (and
-standing so).
+COLUMNS = ["trial", "system", "changes", "min", "threads", "cpu s", "steps", "pictures/s"]
+COLUMNS += ["size", "single", "pair", "group", "colour", "held out", "spread"]
+LEGEND = """`single`, `pair`, `group`: share of pictures with exactly the scene asked for, standing so.
 `colour`: exactly its set of colours. `held out`: exactly the scene, for combinations that training
 never shows. `spread`: mean standard deviation of a pixel, of 255, over 8 pictures of one caption.
-`cpu s` below twice the seconds of the budget means that the machine was shared. What real pictures
-score, and what they score with the captions of others, is what `benchmarks/reader.py` prints.
+`size`: parameters. `cpu s` below threads times the seconds of the budget means that the machine
+was shared, so compare `steps` before you compare scores. `benchmarks/reader.py` prints what real
+pictures score, and what they score with the captions of others.
 """
 
 
@@ -50,6 +51,26 @@ class LastLine:
 
     def write(self, line: dict[str, Any]) -> None:
         self.line = line
+
+
+def examples(config: RunConfig, split: str) -> list[Example]:
+    """The 192 scenes of `split` that every trial is scored on."""
+    held = load_dataset(config.data, split, config.size, config.seed)
+    return [held[i] for i in range(192)]
+
+
+def draw(system: System, wanted: list[Example], knobs: dict[str, Any]) -> np.ndarray:
+    """(N, 3, S, S) uint8 pictures of the plain captions."""
+    return to_bytes(system.generate([e.captions[0] for e in wanted], **knobs)).cpu().numpy()
+
+
+def score_splits(system: System, config: RunConfig, knobs: dict[str, Any]) -> dict[str, Any]:
+    """The reader's scores on scenes of both kinds: as in training, and with unseen combinations."""
+    result = {}
+    for split in ("validation", "heldout"):
+        wanted = examples(config, split)
+        result[split] = scores(draw(system, wanted, knobs), [e.meta for e in wanted])
+    return result
 
 
 def trial(
@@ -84,20 +105,12 @@ def trial(
         "losses": {k: round(v, 5) for k, v in log.line.items() if "/" in k},
     }
     with trainer.averaged() as averaged:
-        for split in ("validation", "heldout"):
-            held = load_dataset(config.data, split, config.size, config.seed)
-            examples = [held[i] for i in range(192)]
-            images = (
-                to_bytes(averaged.generate([e.captions[0] for e in examples], **knobs))
-                .cpu()
-                .numpy()
-            )
-            result[split] = scores(images, [e.meta for e in examples])
-            if split == "validation":
-                shown = images[:96]
+        result |= score_splits(averaged, config, knobs)
         same = to_bytes(averaged.generate(SAME, **knobs)).cpu().numpy()
     result["spread"] = round(float(same[:8].astype(float).std(0).mean()), 1)
     if keep:
+        with trainer.averaged() as averaged:
+            shown = draw(averaged, examples(config, "validation")[:96], knobs)
         tiles = np.concatenate([shown, same]).transpose(0, 2, 3, 1)  # (112, S, S, 3)
         rows = [np.concatenate(list(tiles[i : i + 16]), axis=1) for i in range(0, len(tiles), 16)]
         path = RESULTS / "sheets" / f"{name}.png"
@@ -122,9 +135,10 @@ def table() -> str:
         ]
         cells += [
             f"{t['minutes']:g}",
+            t["machine"]["threads"],
+            t["cpu_seconds"],
             t["steps"],
             t["pictures_per_second"],
-            t["cpu_seconds"],
             f"{t['parameters'] / 1e6:.2f} M",
         ]
         cells += [v[k]["strict"] for k in ("single", "pair", "group")]
