@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 SAME = ["a red circle"] * 8 + ["a blue square"] * 8
 COLUMNS = ["trial", "system", "changes", "min", "threads", "cpu s", "steps", "pictures/s"]
 COLUMNS += ["size", "single", "pair", "group", "colour", "held out", "spread"]
-LEGEND = """`single`, `pair`, `group`: share of pictures with exactly the scene asked for, standing so.
+LEGEND = """`single`, `pair`, `group`: share of pictures with exactly the scene asked for.
 `colour`: exactly its set of colours. `held out`: exactly the scene, for combinations that training
 never shows. `spread`: mean standard deviation of a pixel, of 255, over 8 pictures of one caption.
 `size`: parameters. `cpu s` below threads times the seconds of the budget means that the machine

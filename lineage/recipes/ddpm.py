@@ -47,7 +47,7 @@ PRESETS = {
         encoder=TextConfig(width=64),
         optim=OptimConfig(lr=2e-3, warmup=100, average=0.995),
         train=TrainConfig(minutes=5, batch=32, checkpoint_every=500, sample_every=1000),
-        model=DDPMConfig(_unet(24, (1, 2, 3), (1, 2), 2), _LEAN, steps=30),
+        model=DDPMConfig(_unet(16, (1, 2, 3), (1, 2), 2), _LEAN, steps=30),
     ),
     # One GPU of 8 GB, under an hour: words in order, 16 times the width.
     "small": Config(
