@@ -56,5 +56,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 }
 """Words that all stand in the `source` of a system's reference files. The longest match wins."""
 
-VERIFIERS: dict[str, str | Verifier] = {}
+VERIFIERS: dict[str, str | Verifier] = {
+    "metrics": "lineage.official.metrics:verify_metrics",
+}
 """The systems that are covered, each by its verifier or by "module:function"."""

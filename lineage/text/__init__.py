@@ -1,0 +1,20 @@
+"""Tokenisers and text encoders, shared by all families.
+
+make_tokenizer(kind, captions, size)   `word` or `bpe`, trained from captions
+make_encoder(name, config, tokenizer)  `bag`, `lstm` or `transformer`, untrained
+TextEncoder, TextFeatures              the contract that every family reads
+"""
+
+from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.encoders import ENCODERS, make_encoder
+from lineage.text.tokenizer import Tokenizer, make_tokenizer, tokenizer_from_json
+
+__all__ = [
+    "ENCODERS",
+    "TextEncoder",
+    "TextFeatures",
+    "Tokenizer",
+    "make_encoder",
+    "make_tokenizer",
+    "tokenizer_from_json",
+]
