@@ -220,13 +220,13 @@ def _draw(
 def _write_sheet(
     path: Path, summary: dict[str, Any], real: list[Tensor], columns: dict[str, Any]
 ) -> None:
-    """One row a caption, the real picture first; for the README and for slides."""
+    """Two captions a row, each behind its real picture; for the README and for slides."""
     keys = list(columns)
     pictures = [
         p for i, truth in enumerate(real) for p in (truth, *(columns[key][i][0] for key in keys))
     ]
     texts = [t for caption in summary["captions"] for t in (caption, *keys)]
-    save_picture(sheet(pictures, texts, columns=1 + len(keys), side=96), path)
+    save_picture(sheet(pictures, texts, columns=2 * (1 + len(keys)), side=96), path)
 
 
 def machine() -> dict[str, Any]:

@@ -39,7 +39,9 @@ PRESETS = {
         train=TrainConfig(steps=20, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
         model=DDPMConfig(_unet(8, (1, 2), (1,), 2), _LEAN, steps=5),
     ),
-    # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width.
+    # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width; a bag
+    # of words, since in the first minutes encoders that know word order are slower than they help
+    # (results/trials.md has each alone).
     "tiny": Config(
         key="ddpm",
         preset="tiny",
