@@ -63,6 +63,18 @@ class Batch:
         label = None if self.label is None else self.label.to(device, non_blocking=True)
         return Batch(image, self.caption, label, self.id)
 
+    def split(self, rows: int) -> list[Batch]:
+        """The same pictures in batches of `rows`, in order."""
+        return [
+            Batch(
+                self.image[i : i + rows],
+                self.caption[i : i + rows],
+                None if self.label is None else self.label[i : i + rows],
+                self.id[i : i + rows],
+            )
+            for i in range(0, len(self), rows)
+        ]
+
     def pin(self) -> Batch:
         """The same batch in page-locked memory, from which a copy to a GPU does not block."""
         label = None if self.label is None else self.label.pin_memory()

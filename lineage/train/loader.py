@@ -15,6 +15,8 @@ import numpy as np
 
 from lineage.data.contract import Batch, CaptionedDataset
 
+READ_AT_ONCE = 256  # rows
+
 
 class Loader:
     """Batches of a data set in a seeded order.
@@ -48,12 +50,16 @@ class Loader:
 
     def at(self, number: int) -> Batch:
         """Batch `number`, counted from 0."""
-        visits = [number * self.size + row for row in self.rows]
-        if self.dataset.endless:
-            return self._ready(self.dataset.batch(visits, [0] * len(visits), self.seed))
-        places = [divmod(visit, len(self.dataset)) for visit in visits]
-        indices = [int(self._epoch(epoch)[place]) for epoch, place in places]
-        return self._ready(self.dataset.batch(indices, [epoch for epoch, _ in places], self.seed))
+        return self.several(number, 1)[0]
+
+    def several(self, first: int, count: int) -> list[Batch]:
+        """Batches `first` to `first + count - 1`, read in one go, which costs less for each."""
+        numbers = range(first, first + count)
+        visits = [number * self.size + row for number in numbers for row in self.rows]
+        places = [(0, v) if self.dataset.endless else divmod(v, len(self.dataset)) for v in visits]
+        indices = [i if self.dataset.endless else int(self._epoch(e)[i]) for e, i in places]
+        whole = self.dataset.batch(indices, [epoch for epoch, _ in places], self.seed)
+        return [self._ready(part) for part in whole.split(len(self.rows))]
 
     def _ready(self, batch: Batch) -> Batch:
         return batch.pin() if self.pin else batch
@@ -71,10 +77,7 @@ class Loader:
         without end. An error of the data set is raised here, in its turn.
         """
         if self.prefetch == 0:
-            number = first
-            while True:
-                yield self.at(number)
-                number += 1
+            yield from self._one_after_the_other(first)
         ready: queue.Queue[Batch | Exception] = queue.Queue(self.prefetch)
         done = threading.Event()
         worker = threading.Thread(target=self._work, args=(first, ready, done), daemon=True)
@@ -90,6 +93,17 @@ class Loader:
             while not ready.empty():  # let a worker that waits for room see that it is done
                 ready.get_nowait()
             worker.join(timeout=5)
+
+    def _one_after_the_other(self, number: int) -> Iterator[Batch]:
+        """Without a thread: a few batches are read in one go, the next few when they are used."""
+        count = max(1, READ_AT_ONCE // len(self.rows))
+        while True:
+            try:
+                batches = self.several(number, count)
+            except Exception:
+                batches = [self.at(number)]  # an error is raised in its turn
+            yield from batches
+            number += len(batches)
 
     def _work(
         self, first: int, ready: queue.Queue[Batch | Exception], done: threading.Event
