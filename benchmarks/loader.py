@@ -10,6 +10,7 @@ neighbouring blocks is reported.
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -47,6 +48,7 @@ def loader_share(key: str, blocks: int = 12, block_seconds: float = 1.5) -> dict
     config = with_field(preset(key, "tiny"), "train.minutes", 60)
     dataset = load_dataset(config.data, "train", config.size)
     tokenizer = make_tokenizer("word", dataset.all_captions(), config.encoder.vocabulary)
+    gc.freeze()  # as Trainer.run does
     trainer = Trainer(
         build(find_recipe(key).stages(config, tokenizer)), dataset, config.optim, config.train
     )

@@ -297,7 +297,8 @@ def render(scenes: Scenes, size: int) -> NDArray[np.uint8]:
     canvas = np.zeros((len(scenes.kind), 3, wide, wide), np.float32)
     inner = (slice(None), slice(None), slice(pad, pad + size), slice(pad, pad + size))
     canvas[inner] = backgrounds(scenes.background, scenes.texture, scenes.phase, size)
-    palette = np.array(list(COLOURS.values()), np.float32)
+    canvas += np.float32(0.5)  # all that is painted is half a level higher, so a cut rounds
+    palette = np.array(list(COLOURS.values()), np.float32) + np.float32(0.5)
     names = list(SDF)
     for slot in range(4):
         for large in (True, False):  # windows are as wide as the largest object painted at once
@@ -313,7 +314,7 @@ def render(scenes: Scenes, size: int) -> NDArray[np.uint8]:
                     scenes.radius[rows, slot] * size,
                     names,
                 )
-    return (canvas[inner] + np.float32(0.5)).astype(np.uint8)
+    return canvas[inner].astype(np.uint8)
 
 
 def scene_words(scenes: Scenes) -> list[SceneWords]:

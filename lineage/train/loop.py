@@ -14,6 +14,7 @@ steps or pictures (minutes are not the same twice).
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import threading
@@ -241,6 +242,7 @@ class Trainer:
         train = self.train
         batches = self.loader.batches(self.step)
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
+        gc.freeze()  # what exists now will stay: do not look through it again and again
         with self._signals(), self._bar() as bar:
             clock, cpu, logged = time.perf_counter(), time.process_time(), self.step
             start = self.seconds
