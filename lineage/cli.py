@@ -101,18 +101,8 @@ def _data_export(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from lineage.runs import train
 
-    folder = train(
-        options.key,
-        data=options.data,
-        preset=options.preset,
-        minutes=options.minutes,
-        steps=options.steps,
-        out=options.out,
-        seed=options.seed,
-        device=options.device,
-        resume=options.resume,
-        settings=_settings(options.set),
-    )
+    arguments = _run_arguments(options)
+    folder = train(options.key, out=options.out, resume=options.resume, **arguments)
     print(f'{folder}: trained; draw with: lineage sample {folder} "a caption"')
 
 
@@ -144,17 +134,7 @@ def _sample(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from lineage.compare.run import compare
 
-    report = compare(
-        options.keys,
-        data=options.data,
-        minutes=options.minutes,
-        steps=options.steps,
-        preset=options.preset,
-        out=options.out,
-        seed=options.seed,
-        device=options.device,
-        settings=_settings(options.set),
-    )
+    report = compare(options.keys, out=options.out, **_run_arguments(options))
     print(report)
 
 
@@ -165,6 +145,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 # --- parsing ---------------------------------------------------------------
+
+
+def _run_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What `train` and `compare` have in common; see `_run_options`."""
+    names = ("data", "preset", "minutes", "steps", "seed", "device")
+    return {name: getattr(options, name) for name in names} | {"settings": _settings(options.set)}
 
 
 def _settings(given: list[str]) -> dict[str, str]:
