@@ -37,9 +37,22 @@ from lineage.train.loader import Loader
 from lineage.train.log import Log
 from lineage.train.machine import Processes, autocast, channels_last, pick_device
 
+LOOK_AT_LEAST_EVERY = 1000
+"""Steps after which losses are looked at, however rarely they are logged."""
+
 
 class Stopped(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Spares the garbage collector what exists already, or it would look through it all the time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Group:
@@ -242,8 +255,7 @@ class Trainer:
         train = self.train
         batches = self.loader.batches(self.step)
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
-        gc.freeze()  # what exists now will stay: do not look through it again and again
-        with self._signals(), self._bar() as bar:
+        with self._signals(), _frozen(), self._bar() as bar:
             clock, cpu, logged = time.perf_counter(), time.process_time(), self.step
             start = self.seconds
             while self._agreed_spent() < 1 and not self._asked_to_stop:
@@ -255,8 +267,9 @@ class Trainer:
                 if due(train.log_every):
                     self._report(log, bar, start, logged)
                     start, logged = self.seconds, self.step
-                if due(train.checkpoint_every):
+                if due(train.checkpoint_every) or len(self._waiting) >= LOOK_AT_LEAST_EVERY:
                     self._look_at_waiting()
+                if due(train.checkpoint_every):
                     checkpoint()
                     self._saved = self.step
                 if due(train.sample_every):
@@ -285,7 +298,7 @@ class Trainer:
 
         Stops at the first that is not finite.
         """
-        sums: dict[str, float] = {}
+        seen: dict[str, list[float]] = {}
         for number, terms in self._waiting:
             values = (
                 torch.stack([value.float() for value in terms.values()])
@@ -296,10 +309,9 @@ class Trainer:
             for name, value in zip(terms, values.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise CheckFailed(self._not_finite(number, name, value))
-                sums[name] = sums.get(name, 0.0) + value
-        count = max(1, len(self._waiting))
+                seen.setdefault(name, []).append(value)
         self._waiting.clear()
-        return {name: total / count for name, total in sums.items()}
+        return {name: sum(values) / len(values) for name, values in seen.items()}
 
     def _not_finite(self, step: int, name: str, value: float) -> str:
         saved = (

@@ -332,3 +332,21 @@ def test_state_of_another_network_is_told(shapes: CaptionedDataset) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="does not fit"):  # a run that kept no average
         trainer(shapes, optim={"average": 0.9}).load_state(state)
+
+
+class Sometimes(Hill):
+    """A term that appears in every third step only, with the value 6."""
+
+    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+        for name, terms in super().losses(batch, text, draws):
+            if self.calls % 3 == 1:
+                terms["penalty"] = 6.0 + 0.0 * self.point.bias.sum()
+            yield name, terms
+
+
+def test_a_rare_term_is_averaged_over_the_steps_that_have_it(
+    shapes: CaptionedDataset, tmp_path: Path
+) -> None:
+    """A lazy penalty divided by all steps would look as many times smaller as it is rare."""
+    trainer(shapes, Sometimes(), steps=6, log_every=6).run(Log(tmp_path))
+    assert read_log(tmp_path / "metrics.jsonl")[-1]["point/penalty"] == pytest.approx(6.0)
