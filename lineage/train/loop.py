@@ -47,7 +47,7 @@ class Stopped(Exception):
 
 @contextmanager
 def _frozen() -> Iterator[None]:
-    """Spares the garbage collector what exists already, or it would look through it all the time."""
+    """Spares the garbage collector all that exists already; it would look at it again and again."""
     gc.freeze()
     try:
         yield
