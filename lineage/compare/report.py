@@ -88,7 +88,7 @@ def curve(log: list[dict[str, Any]]) -> Markup | None:
     if not names:
         return None
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lineage", "font.size": 9}):
-        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
         for name, colour in zip(names, _LINES * 9, strict=False):
             points = [(m, line[name]) for m, line in zip(minutes, log, strict=True) if name in line]
@@ -101,7 +101,7 @@ def curve(log: list[dict[str, Any]]) -> Markup | None:
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(_INK)
-        axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK, fontsize=7)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
