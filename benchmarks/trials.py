@@ -1,4 +1,4 @@
-"""Short trials: what learns fastest on this machine? One thing changed at a time, every trial kept.
+"""Short trials: what learns fastest on this machine? One thing changed at a time.
 
     python benchmarks/trials.py NAME KEY --minutes 2 --set optim.lr=1e-3
 
