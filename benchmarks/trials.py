@@ -1,149 +1,89 @@
 """Short trials: what learns fastest on this machine? One thing changed at a time.
 
-    python benchmarks/trials.py NAME KEY --minutes 2 --set optim.lr=1e-3
+    python benchmarks/trials.py NAME KEY --minutes 2 --set optim.lr=1e-3 --out results/trials.jsonl
 
-Trains KEY at preset `tiny` with the changes, scores 192 validation scenes with `reader.py`, and
-appends a line to `results/trials.jsonl`, which `results/trials.md` shows as a table (`--table`
-writes it again). With `--sheet`, the pictures are kept as `results/sheets/NAME.png`: 96 of the
-captions, 8 times "a red circle", 8 times "a blue square".
+Trains KEY at preset `tiny` with the changes, scores it as `lineage evaluate` does, appends a line
+to the file and writes the table beside it as Markdown (`--table` only writes it again). With
+`--sheet` the last sample sheet is kept as `sheets/NAME.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from reader import scores
-
-from lineage.compare.run import machine
-from lineage.config import RunConfig, with_field
-from lineage.contract import System
-from lineage.data import load_dataset
-from lineage.data.contract import Example, to_bytes
-from lineage.nn.draws import stream_seed
-from lineage.recipes import find_recipe, preset
-from lineage.runs import build
-from lineage.text.tokenizer import make_tokenizer
-from lineage.train.loop import Trainer
-from lineage.train.store import write_bytes
+import lineage
+from lineage.evaluate.cost import machine
+from lineage.evaluate.run import Setting, score_runs
+from lineage.train.store import read_json, write_bytes
 
 RESULTS = Path(__file__).parent.parent / "results"
-SAME = ["a red circle"] * 8 + ["a blue square"] * 8
-COLUMNS = ["trial", "system", "changes", "min", "threads", "cpu s", "steps", "pictures/s"]
-COLUMNS += ["size", "single", "pair", "group", "colour", "held out", "spread"]
-LEGEND = """`single`, `pair`, `group`: share of pictures with exactly the scene asked for.
-`colour`: exactly its set of colours. `held out`: exactly the scene, for combinations that training
-never shows. `spread`: mean standard deviation of a pixel, of 255, over 8 pictures of one caption.
-`size`: parameters. `cpu s` below threads times the seconds of the budget means that the machine
-was shared, so compare `steps` before you compare scores. `benchmarks/reader.py` prints what real
-pictures score, and what they score with the captions of others.
+HEAD = ["trial", "system", "changes", "seed", "min", "threads", "cpu s", "steps", "pictures/s"]
+HEAD += ["single", "two", "counting", "colours", "position", "attributes", "overall", "held out"]
+HEAD += ["object", "colour", "count", "relation", "FID", "spread"]
+LEGEND = """Six tasks, `overall` (their mean) and `held out` (the same for combinations that
+training never shows): share of pictures with exactly the scene asked for. `object`, `colour`,
+`count`, `relation`: share with that part right. `spread`: of samples of one caption, 1 as real
+ones. `cpu s` below threads times the seconds of the budget means that the machine was shared, so
+compare `steps` before you compare scores. The last lines say what real pictures score, with their
+own prompts and with others of the same task.
 """
 
 
-class LastLine:
-    """A log that remembers only its last line."""
-
-    line: dict[str, Any]
-
-    def write(self, line: dict[str, Any]) -> None:
-        self.line = line
-
-
-def examples(config: RunConfig, split: str) -> list[Example]:
-    """The 192 scenes of `split` that every trial is scored on."""
-    held = load_dataset(config.data, split, config.size, config.seed)
-    return [held[i] for i in range(192)]
-
-
-def draw(system: System, wanted: list[Example], knobs: dict[str, Any]) -> np.ndarray:
-    """(N, 3, S, S) uint8 pictures of the plain captions."""
-    return to_bytes(system.generate([e.captions[0] for e in wanted], **knobs)).cpu().numpy()
-
-
-def score_splits(system: System, config: RunConfig, knobs: dict[str, Any]) -> dict[str, Any]:
-    """The reader's scores on scenes of both kinds: as in training, and with unseen combinations."""
-    result = {}
-    for split in ("validation", "heldout"):
-        wanted = examples(config, split)
-        result[split] = scores(draw(system, wanted, knobs), [e.meta for e in wanted])
-    return result
-
-
-def trial(
-    name: str, key: str, minutes: float, changes: list[str], knobs: dict[str, Any], keep: bool
-) -> dict[str, Any]:
-    """Train, draw, score."""
-    import torch
-
-    config = with_field(preset(key, "tiny"), "train.minutes", minutes)
-    for change in changes:
-        config = with_field(config, *change.split("=", 1))
-    dataset = load_dataset(config.data, "train", config.size, config.seed)
-    tokenizer = make_tokenizer(
-        config.encoder.tokenizer, dataset.all_captions(), config.encoder.vocabulary
-    )
-    torch.manual_seed(stream_seed("weights", config.seed))
-    system = build(find_recipe(key).stages(config, tokenizer))
-    trainer = Trainer(system, dataset, config.optim, config.train, seed=config.seed, stage=name)
-    log = LastLine()
-    trainer.run(log)  # type: ignore[arg-type]
-    result = {
+def trial(name: str, key: str, minutes: float, changes: list[str], keep: Path | None) -> Any:
+    """Train in a folder that is thrown away, and score."""
+    settings = dict(change.split("=", 1) for change in changes)
+    with tempfile.TemporaryDirectory() as folder:
+        run = lineage.train(key, minutes=minutes, out=Path(folder) / key, settings=settings)
+        document, _ = score_runs([run], Setting(pictures=500))
+        cost, config = read_json(run / "cost.json"), read_json(run / "config.json")
+        if keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(sorted((run / "samples").glob("*.png"))[-1], keep)
+    scores = document["runs"][0]
+    return {
         "name": name,
         "key": key,
         "changes": changes,
-        "knobs": knobs,
         "minutes": minutes,
-        "seed": config.seed,
-        "steps": trainer.step,
-        "pictures_per_second": round(trainer.step * config.train.batch / trainer.seconds),
-        "cpu_seconds": round(trainer.cpu_seconds),
-        "parameters": sum(p.numel() for p in system.parameters()),
-        "losses": {k: round(v, 5) for k, v in log.line.items() if "/" in k},
+        "seed": config["seed"],
+        "cost": cost,
+        "parameters": scores["cost"]["sampling"]["parameters"]["all"],
+        "scores": {n: scores[n] for n in ("composition", "quality", "diversity", "text_fit")},
+        "bounds": {row: document[row]["composition"] for row in ("real", "shuffled")},
+        "protocol": document["protocol"],
+        "machine": machine(),
     }
-    with trainer.averaged() as averaged:
-        result |= score_splits(averaged, config, knobs)
-        same = to_bytes(averaged.generate(SAME, **knobs)).cpu().numpy()
-    result["spread"] = round(float(same[:8].astype(float).std(0).mean()), 1)
-    if keep:
-        with trainer.averaged() as averaged:
-            shown = draw(averaged, examples(config, "validation")[:96], knobs)
-        tiles = np.concatenate([shown, same]).transpose(0, 2, 3, 1)  # (112, S, S, 3)
-        rows = [np.concatenate(list(tiles[i : i + 16]), axis=1) for i in range(0, len(tiles), 16)]
-        path = RESULTS / "sheets" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.concatenate(rows)).resize((1024, 448), Image.Resampling.NEAREST).save(
-            path
-        )
-    return result | {"machine": machine()}
 
 
-def table() -> str:
-    """All trials as a Markdown table."""
-    lines = ["# Trials", "", __doc__.split("\n\n")[0], ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for text in (RESULTS / "trials.jsonl").read_text().splitlines():
-        t = json.loads(text)
-        v = t["validation"]
-        cells = [
-            t["name"],
-            t["key"],
-            " ".join(t["changes"] + [f"{k}={w}" for k, w in t["knobs"].items()]) or "–",
-        ]
-        cells += [
-            f"{t['minutes']:g}",
-            t["machine"]["threads"],
-            t["cpu_seconds"],
-            t["steps"],
-            t["pictures_per_second"],
-            f"{t['parameters'] / 1e6:.2f} M",
-        ]
-        cells += [v[k]["strict"] for k in ("single", "pair", "group")]
-        cells += [v["all"]["colour"], t["heldout"]["all"]["strict"], t["spread"]]
+def shares(composition: Any) -> list[str]:
+    """The cells from `single` to `relation`."""
+    test, heldout = composition["test"], composition["heldout"]
+    found = [*test["tasks"].values(), test["overall"], heldout["overall"], *test["parts"].values()]
+    return [f"{score['value']:.2f}" for score in found]
+
+
+def table(path: Path) -> str:
+    """All trials of a file as a Markdown table."""
+    lines = ["# Trials", "", "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    trials = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    for t in trials:
+        stages, scores = t["cost"].values(), t["scores"]
+        cells = [t["name"], t["key"], " ".join(t["changes"]) or "–", t["seed"], f"{t['minutes']:g}"]
+        cells += [t["machine"]["threads"], round(sum(s["cpu_seconds"] for s in stages))]
+        cells += [" + ".join(str(s["steps"]) for s in stages)]
+        cells += [" / ".join(f"{s['pictures_per_second']:.0f}" for s in stages)]
+        cells += shares(scores["composition"])
+        cells += [f"{scores['quality']['fid']['value']:.2f}"]
+        cells += [f"{scores['diversity']['spread_against_real']['value']:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for row, composition in trials[-1]["bounds"].items():
+        cells = [f"*{row}*", *[""] * 8, *shares(composition), "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n" + LEGEND
 
 
@@ -153,20 +93,18 @@ def main() -> None:
     parser.add_argument("key", nargs="?")
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--knob", action="append", default=[], help="of generate, as in guidance=2")
     parser.add_argument("--sheet", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "trials.jsonl")
     options = parser.parse_args()
     if options.name:
-        knobs = {k: json.loads(v) for k, v in (item.split("=", 1) for item in options.knob)}
-        line = json.dumps(
-            trial(options.name, options.key, options.minutes, options.set, knobs, options.sheet)
-        )
-        with open(RESULTS / "trials.jsonl", "a") as file:
-            file.write(line + "\n")
-        print(line)
+        sheet = options.out.parent / "sheets" / f"{options.name}.png" if options.sheet else None
+        result = trial(options.name, options.key, options.minutes, options.set, sheet)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(options.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
     if options.table or options.name:
-        write_bytes(RESULTS / "trials.md", table().encode())
+        write_bytes(options.out.with_suffix(".md"), table(options.out).encode())
 
 
 if __name__ == "__main__":

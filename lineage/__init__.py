@@ -2,9 +2,9 @@
 
     lineage.load_dataset(spec, split="train", size=32)   a captioned data set
     lineage.train(key, data=..., preset=..., out=...)    train a system; returns its run folder
-    lineage.load(run)                                    a trained system with `.generate(captions,
-    seed=0)` lineage.compare(keys, data=..., minutes=..., out=...)  train several on one budget and
-    write a report
+    lineage.load(run)                                    a trained system, which can `generate`
+    lineage.evaluate(run)                                its scores, each with its protocol
+    lineage.compare(keys, data=..., minutes=..., out=...)  train several on one budget, and a report
 
 Nothing heavy is imported until one of these is used.
 """
@@ -17,9 +17,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {"load_dataset": "lineage.data", "load": "lineage.runs"}
-_CALLABLE_PACKAGES = ("train", "compare")
+_CALLABLE_PACKAGES = ("train", "evaluate", "compare")
 
-__all__ = ["compare", "load", "load_dataset", "train"]
+__all__ = ["compare", "evaluate", "load", "load_dataset", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -78,7 +78,7 @@ _ROWS = (
         idea="A GAN whose generator reads the caption and whose discriminator also rejects real "
         "pictures with the wrong caption.",
         family="cgan",
-        stages=("gan",),
+        stages=("text", "gan"),
         presets=PRESETS,
         status="works",
     ),
@@ -91,7 +91,9 @@ _ROWS = (
         idea="Draw a small sketch first, then let a second GAN refine it at a higher resolution.",
         family="cgan",
         builds_on=("gan_int_cls",),
-        stages=("stage1", "stage2"),
+        stages=("text", "stage1", "stage2"),
+        presets=PRESETS,
+        status="works",
     ),
     Row(
         key="tac_gan",

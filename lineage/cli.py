@@ -131,10 +131,23 @@ def _sample(options: argparse.Namespace) -> None:
         print(out)
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    from lineage.evaluate.run import evaluate
+    from lineage.evaluate.table import tables
+
+    names = ("data", "pictures", "seed", "prompts", "features", "scorer", "device", "batch", "out")
+    document = evaluate(options.runs, **{name: getattr(options, name) for name in names})
+    if options.json:
+        _print_json(document)
+    else:
+        print(tables(document))
+
+
 def _compare(options: argparse.Namespace) -> None:
     from lineage.compare.run import compare
 
-    report = compare(options.keys, out=options.out, **_run_arguments(options))
+    arguments = _run_arguments(options)
+    report = compare(options.keys, out=options.out, pictures=options.pictures, **arguments)
     print(report)
 
 
@@ -142,6 +155,15 @@ def _verify(options: argparse.Namespace) -> int:
     from lineage.official.verify import run
 
     return run(options.files, json_output=options.json)
+
+
+def _import_weights(options: argparse.Namespace) -> None:
+    from lineage.official.importing import import_weights
+
+    note = import_weights(options.key, options.file, options.out)
+    if note:
+        print(f"lineage: {note}", file=sys.stderr)
+    print(options.out)
 
 
 # --- parsing ---------------------------------------------------------------
@@ -168,7 +190,7 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-_COMMANDS = ("list", "data", "train", "sample", "compare", "verify")
+_COMMANDS = ("list", "data", "train", "sample", "evaluate", "compare", "verify", "import-weights")
 
 
 def _known_command(arguments: Sequence[str]) -> Sequence[str]:
@@ -253,16 +275,41 @@ def _parser() -> Parser:
         "--set", action="append", default=[], metavar="KNOB=VALUE", help="as in guidance=3"
     )
 
+    command = add("evaluate", _evaluate, "score runs: composition, quality, text fit, cost")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders of the same data")
+    command.add_argument("--json", action="store_true")
+    command.add_argument("--out", help="a folder for scores.json and sheets of failed pictures")
+    command.add_argument("--pictures", type=_number, default=1000, help="to draw, at most (1000)")
+    command.add_argument("--data", help="another data set than the runs' own")
+    command.add_argument("--prompts", metavar="FILE", help="prompts in GenEval's line schema")
+    command.add_argument(
+        "--features", default="auto", help="judge, scorer, inception:FILE or auto (auto)"
+    )
+    command.add_argument(
+        "--scorer", default="auto", help="hub:MODEL (a path or an id), none or auto (auto)"
+    )
+    command.add_argument("--batch", type=_number, help="pictures drawn at once; changes no score")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="auto")
+
     command = add(
         "compare", _compare, "train several systems on one budget each and write a report"
     )
     command.add_argument("keys", nargs="*", metavar="KEY", help="the systems (all that work)")
     command.add_argument("--out", default="runs/compare", help="the folder to write (runs/compare)")
+    command.add_argument(
+        "--pictures", type=_number, default=1000, help="to draw for the scores, at most (1000)"
+    )
     _run_options(command)
 
     command = add("verify", _verify, "check our classes against numbers of the official code")
     command.add_argument("files", nargs="+", metavar="FILE")
     command.add_argument("--json", action="store_true")
+
+    command = add("import-weights", _import_weights, "turn a published checkpoint into a run")
+    command.add_argument("key", metavar="KEY", help="the system, as in `lineage list`")
+    command.add_argument("file", metavar="FILE", help="the published .pth, .pt or .safetensors")
+    command.add_argument("--out", required=True, help="the run folder to write")
     return parser
 
 

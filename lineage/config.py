@@ -32,6 +32,8 @@ class TextConfig:
         width: D of words and sentence.
         layers: of the LSTM or the transformer.
         heads: of the transformer.
+        letters: that `char_cnn_rnn` reads of a caption.
+        channels: of its first convolution.
     """
 
     tokenizer: str = "word"
@@ -40,10 +42,12 @@ class TextConfig:
     width: int = 128
     layers: int = 1
     heads: int = 4
+    letters: int = 201
+    channels: int = 384
 
     def __post_init__(self) -> None:
-        _one_of("encoder.tokenizer", self.tokenizer, ("word", "bpe"))
-        least = {"words": 1, "width": 1, "layers": 1, "heads": 1}
+        one_of("encoder.tokenizer", self.tokenizer, ("word", "bpe"))
+        least = {"words": 1, "width": 1, "layers": 1, "heads": 1, "letters": 1, "channels": 1}
         least["vocabulary"] = (
             4 if self.tokenizer == "word" else 260
         )  # special tokens, bytes, one more
@@ -79,8 +83,8 @@ class OptimConfig:
     average: float = 0.995
 
     def __post_init__(self) -> None:
-        _one_of("optim.name", self.name, ("adamw", "adam"))
-        _one_of("optim.decay", self.decay, ("cosine", "linear", "none"))
+        one_of("optim.name", self.name, ("adamw", "adam"))
+        one_of("optim.decay", self.decay, ("cosine", "linear", "none"))
         if not self.lr > 0:
             raise UserError(f"optim.lr={self.lr} must be above 0.")
         for name in ("beta1", "beta2", "average"):
@@ -125,8 +129,8 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
-        _one_of("train.channels_last", self.channels_last, ("auto", "on", "off"))
+        one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
+        one_of("train.channels_last", self.channels_last, ("auto", "on", "off"))
         for name in ("minutes", "steps", "pictures"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -171,7 +175,8 @@ def at_least(name: str, value: float, least: float) -> None:
         raise UserError(f"{name}={value} must be at least {least}.")
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises `UserError` if the setting `name` is none of the known values."""
     if value not in known:
         raise UserError(f"{name}={value!r} is not possible: {nearest(value, known)}")
 
@@ -205,6 +210,9 @@ def with_field(config: C, path: str, value: Any) -> C:
         UserError: for a name that does not exist (the nearest ones are suggested) or a value of the
             wrong type.
     """
+    if path == "recipe" and hasattr(config, "with_recipe"):  # a name for several fields
+        recipe: C = config.with_recipe(str(value))
+        return recipe
     changed = to_dict(config)
     known = set(field_names(config))
     *parents, leaf = path.split(".")

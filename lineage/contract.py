@@ -6,6 +6,8 @@ comparison.
     groups    the parameters that each of those losses moves;
     generate  captions -> pictures.
 
+What only helps others to draw (a text encoder, a matching model) has the first two: `Trainable`.
+
 Axes: B pictures, 3 H W.
 """
 
@@ -29,17 +31,21 @@ Turn = tuple[str, dict[str, Tensor]]
 """(name of the parameter group to update, named loss terms whose sum is minimised)."""
 
 
-class System(nn.Module):
-    """One text-to-image system.
+class Trainable(nn.Module):
+    """What a stage trains: a step as a coroutine, and the parameters that its turns move.
 
     Attributes:
         text: the encoder through which it reads captions; trained with it if one of `groups` holds
             it.
-        at_once: how many pictures `generate` makes in one go.
+        facts: what the last step found out beside its losses, scalars for the log.
     """
 
     text: TextEncoder
-    at_once: int = 64
+    facts: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts = {}
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +72,22 @@ class System(nn.Module):
             then resumes.
         """
 
+    def remark(self, means: dict[str, float]) -> str:
+        """What the means of `facts` over some steps say of the training's health, in a few words;
+        empty if all is well.
+        """
+        return ""
+
+
+class System(Trainable):
+    """One text-to-image system.
+
+    Attributes:
+        at_once: how many pictures `generate` makes in one go.
+    """
+
+    at_once: int = 64
+
     @abstractmethod
     def draw(self, captions: list[str], draws: Draws) -> Tensor:
         """Pictures of `captions`, (B, 3, H, W).
@@ -73,7 +95,6 @@ class System(nn.Module):
         Row i uses stream i of `draws`. Further keywords are the knobs.
         """
 
-    @torch.no_grad()
     def generate(self, captions: str | Sequence[str], *, seed: int = 0, **knobs: Any) -> Tensor:
         """Draw one picture for each caption.
 
@@ -90,21 +111,27 @@ class System(nn.Module):
         Raises:
             UserError: for no captions, or for a knob that the system does not have.
         """
+        return torch.cat(list(self.generate_in_parts(captions, seed=seed, **knobs)))
+
+    def generate_in_parts(
+        self, captions: str | Sequence[str], *, seed: int = 0, **knobs: Any
+    ) -> Iterator[Tensor]:
+        """What `generate` returns, `at_once` pictures at a time, as soon as they are drawn."""
         wanted = [captions] if isinstance(captions, str) else list(captions)
         if not wanted:
             raise UserError("There is nothing to draw: give at least one caption.")
         knobs = self.typed_knobs(knobs)
-        training = self.training
-        self.eval()
-        try:
-            parts = []
-            for first in range(0, len(wanted), self.at_once):
-                chunk = wanted[first : first + self.at_once]
-                draws = Draws.for_pictures(seed, len(chunk), self.device, first)
-                parts.append(self.draw(chunk, draws, **knobs).float().clamp(-1, 1))
-        finally:
-            self.train(training)
-        return torch.cat(parts)
+        for first in range(0, len(wanted), self.at_once):
+            chunk = wanted[first : first + self.at_once]
+            draws = Draws.for_pictures(seed, len(chunk), self.device, first)
+            training = self.training
+            self.eval()
+            try:
+                with torch.no_grad():
+                    part = self.draw(chunk, draws, **knobs).float().clamp(-1, 1)
+            finally:
+                self.train(training)
+            yield part
 
     def knobs(self) -> dict[str, Any]:
         """The keywords that `generate` takes beside `seed`, with their defaults."""

@@ -21,7 +21,7 @@ import torch
 
 import lineage
 from lineage.config import RunConfig, from_dict, to_dict, with_field
-from lineage.contract import System
+from lineage.contract import System, Trainable
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
 from lineage.errors import Interrupted, UserError
@@ -65,7 +65,7 @@ def _changed(
         config = with_field(config, "train.minutes", minutes)
         config = with_field(config, "train.steps", steps)
     given = {"data": data, "seed": seed, "train.device": device, **(settings or {})}
-    for name, value in given.items():
+    for name, value in sorted(given.items(), key=lambda item: item[0] != "recipe"):
         if value is not None:
             config = with_field(config, name, value)
     return config
@@ -149,7 +149,7 @@ def _prepare(folder: Path, config: RunConfig, started: bool, writes: bool) -> Ru
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    fingerprint = _fingerprint(dataset)
+    fingerprint = fingerprint_of(dataset)
     if (
         started
         and (known := read_json(folder / "config.json").get("data_fingerprint")) != fingerprint
@@ -198,7 +198,7 @@ def _seed_weights(seed: int) -> None:
     torch.manual_seed(stream_seed("weights", seed))
 
 
-def _fingerprint(dataset: CaptionedDataset) -> str:
+def fingerprint_of(dataset: CaptionedDataset) -> str:
     """What identifies the data of a run.
 
     The hash of user files, or the name of an endless world.
@@ -270,7 +270,9 @@ def load(run: str | Path, device: str = "auto") -> System:
 
 def build(stages: list[Stage]) -> System:
     """The untrained system of the last stage, built through the ones before it."""
-    made: dict[str, System] = {}
+    made: dict[str, Trainable] = {}
     for stage in stages:
         made[stage.name] = stage.build(made)
-    return made[stages[-1].name]
+    last = made[stages[-1].name]
+    assert isinstance(last, System)
+    return last

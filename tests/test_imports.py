@@ -25,6 +25,7 @@ MAY = {
     "catalog": BASE,
     "contract": {"config", "errors", "data.contract", "nn.draws", "text.contract"},
     "sheets": BASE,
+    "units": set(),
     "nn": BASE,
     "data": BASE,
     "text": BASE | {"nn", "config"},

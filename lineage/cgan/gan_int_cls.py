@@ -17,11 +17,12 @@ nobody wrote, on which the generator can be trained as well.
 
 Losses are on logits: -log sigmoid(s) = softplus(-s), and every term is a mean over its pairs.
 
-Departures: the sentence comes from whichever encoder the recipe names and is trained in the
-discriminator's turn (the paper's encoder was trained beforehand); a wrong caption that says the
-same as the right one, which happens where captions are short, does not count; and `r1`, off in the
-paper, is the gradient penalty on real pictures of Mescheder et al. (2018), taken every `r1_every`
-steps.
+The sentence comes from an encoder that was trained beforehand (`joint_embedding.py`) and is left as
+it is.
+
+Departures: a wrong caption that says the same as the right one, which happens where captions are
+short, does not count; and `r1`, off in the paper, is the gradient penalty on real pictures of
+Mescheder et al. (2018), taken every `r1_every` steps.
 
 Axes: B pictures, D width of the sentence, Z noise, C channels.
 """
@@ -40,6 +41,7 @@ from lineage.contract import System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
+from lineage.nn.gan import dcgan_weights, different, gan_health, gan_remark, gradient_penalty
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
@@ -177,45 +179,38 @@ def generator_terms(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
-def same_caption(ids: Tensor, others: Tensor) -> Tensor:
-    """(B, L), (B, L) token numbers -> (B,) True where both captions are made of the same words in
-    the same order.
-    """
-    return (ids == others).all(dim=1)
-
-
 class GanIntCls(System):
     """Generator and discriminator, both told the sentence.
 
     Args:
         config: sizes and weights.
-        text: encoder of the captions; trained in the discriminator's turn.
+        text: trained encoder of the captions; left as it is.
         size: S, side of the pictures in pixels, a power of 2 from 8 up.
     """
 
     def __init__(self, config: GANConfig, text: TextEncoder, size: int) -> None:
         super().__init__()
-        self.config, self.text, self.size = config, text, size
+        self.config, self.text, self.size = config, text.requires_grad_(False), size
         self.generator = Generator(config, text.width, size)
         self.discriminator = Discriminator(config, text.width, size)
         for part in (self.generator, self.discriminator):
-            part.apply(_dcgan_weights)
+            part.apply(dcgan_weights)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.steps: Tensor
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        return {"discriminator": [self.discriminator, self.text], "generator": [self.generator]}
+        return {"discriminator": [self.discriminator], "generator": [self.generator]}
 
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
         """Algorithm 1.
 
         The fake picture is computed once; the generator's turn sees the updated discriminator.
         """
-        real, right = batch.image, text.sentence
+        real, right = batch.image, text.sentence.detach()
         wrong = right.roll(1, 0)  # (B, D) the caption of the row before
-        mismatched = (~same_caption(text.ids, text.ids.roll(1, 0))).float()  # (B,)
+        mismatched = different(batch.caption, real.device)  # (B,)
         noise = draws.normal(self.config.noise)  # (B, Z)
-        fake = self.generator(noise, right.detach())
+        fake = self.generator(noise, right)
 
         penalised = self.config.r1 > 0 and int(self.steps) % self.config.r1_every == 0
         self.steps += 1
@@ -224,24 +219,28 @@ class GanIntCls(System):
         seen = self.discriminator.features(real)
         real_logits = self.discriminator.score(seen, right)
         wrong_logits = self.discriminator.score(seen, wrong)
-        terms = discriminator_terms(
-            real_logits, wrong_logits, self.discriminator(fake.detach(), right), mismatched
-        )
+        fake_logits = self.discriminator(fake.detach(), right)
+        terms = discriminator_terms(real_logits, wrong_logits, fake_logits, mismatched)
         if penalised:
             terms["r1"] = (
-                self.config.r1_every * self.config.r1 / 2 * _gradient_penalty(real_logits, real)
+                self.config.r1_every * self.config.r1 / 2 * gradient_penalty(real_logits, real)
             )
+        self.facts = gan_health(
+            real_logits, wrong_logits, fake_logits, mismatched, drawn=fake, shown=real
+        )
         yield "discriminator", terms
 
-        sentence = right.detach()
-        terms = {"right": generator_terms(self.discriminator(fake, sentence))}
+        terms = {"right": generator_terms(self.discriminator(fake, right))}
         if self.config.interpolation > 0:
-            mixed = 0.5 * sentence + 0.5 * wrong.detach()  # equation 5, beta = 1/2
+            mixed = 0.5 * right + 0.5 * wrong  # equation 5, beta = 1/2
             between = self.generator(noise, mixed)
             terms["between"] = self.config.interpolation * generator_terms(
                 self.discriminator(between, mixed)
             )
         yield "generator", terms
+
+    def remark(self, means: dict[str, float]) -> str:
+        return gan_remark(means)
 
     def draw(self, captions: list[str], draws: Draws, truncation: float = 1.0) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
@@ -251,18 +250,3 @@ class GanIntCls(System):
         """
         noise = draws.normal(self.config.noise) * truncation
         return self.generator(noise, self.text.encode(captions).sentence)
-
-
-def _gradient_penalty(logits: Tensor, image: Tensor) -> Tensor:
-    """R1: the squared norm of the logits' gradient in the picture, a mean over rows."""
-    (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
-    return gradient.float().square().sum(dim=(1, 2, 3)).mean()
-
-
-def _dcgan_weights(layer: nn.Module) -> None:
-    """Radford et al. 2016, section 4: kernels from N(0, 0.02), norm scales from N(1, 0.02)."""
-    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(layer.weight, 0.0, 0.02)
-    elif isinstance(layer, nn.BatchNorm2d):
-        nn.init.normal_(layer.weight, 1.0, 0.02)
-        nn.init.zeros_(layer.bias)

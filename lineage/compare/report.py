@@ -18,11 +18,16 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lineage.evaluate.judge import PARTS
+from lineage.evaluate.table import cell
 from lineage.sheets import picture
 from lineage.train.store import write_bytes
+from lineage.units import as_bytes, as_count, as_seconds
 
 _INK = "#0a0b0c"  # stands for the page's own text colour, whatever that is
 _LINES = ("#3b7ddd", "#d9822b", "#2f9e6e", "#b0569f", "#8a8f2a", "#7a5cc9")
+
+MISSES = 12  # failed pictures of a system on the page
 
 Columns = Mapping[str, list[list[Tensor]]]
 
@@ -33,6 +38,7 @@ def write_report(
     real: list[Tensor],
     columns: Columns,
     logs: Mapping[str, list[dict[str, Any]]],
+    failed: Mapping[str, list[tuple[str, str, str, Tensor]]],
 ) -> None:
     """Write the page.
 
@@ -41,6 +47,7 @@ def write_report(
         real: one picture (3, S, S) uint8 a caption.
         columns: of each system, [caption][seed] pictures of the same kind.
         logs: of each system, the lines of its `metrics.jsonl`.
+        failed: of each system, (task, caption, what the judge sees, picture) where it failed.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"count": as_count, "seconds": as_seconds, "bytes": as_bytes}
@@ -59,8 +66,87 @@ def write_report(
         for i, caption in enumerate(summary["captions"])
     ]
     curves = {key: figure for key, log in logs.items() if (figure := curve(log)) is not None}
-    page = template.render(**summary, rows=rows, curves=curves, wall=wall_time(summary))
+    misses = {
+        key: [
+            {"task": task, "prompt": prompt, "seen": seen, "picture": embed(image)}
+            for task, prompt, seen, image in of[:MISSES]
+        ]
+        for key, of in failed.items()
+    }
+    page = template.render(
+        **summary,
+        rows=rows,
+        curves=curves,
+        wall=wall_time(summary),
+        bars=bars(summary["scores"], summary["order"]),
+        lines=score_lines(summary["scores"]),
+        misses=misses,
+    )
     write_bytes(path, page.encode())
+
+
+def bars(scores: dict[str, Any], order: list[str]) -> list[dict[str, Any]]:
+    """The strict shares as bars: a panel for each split, in it the tasks, in each the systems."""
+    panels = []
+    titles = {"test": "Combinations that training shows", "heldout": "Combinations it never shows"}
+    for split, title in titles.items():
+        if split not in scores["real"].get("composition", {}):
+            continue
+        real, floor = (scores[row]["composition"][split] for row in ("real", "shuffled"))
+        runs = [run["composition"][split] for run in scores["runs"]]
+        tasks = [
+            {
+                "name": name.replace("_", " "),
+                "bars": [
+                    {"key": key, **_of(run, name)} for key, run in zip(order, runs, strict=True)
+                ],
+                "real": _of(real, name)["value"],
+                "floor": _of(floor, name)["value"],
+            }
+            for name in [*real["tasks"], "overall"]
+        ]
+        panels.append({"title": title, "tasks": tasks})
+    return panels
+
+
+def _of(composition: dict[str, Any], task: str) -> dict[str, Any]:
+    return dict(composition["overall"] if task == "overall" else composition["tasks"][task])
+
+
+def score_lines(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """The other scores: a line for each, with a cell for each run, then real and shuffled."""
+    rows = [*scores["runs"], scores["real"], scores["shuffled"]]
+    wanted: list[tuple[tuple[str, ...], str]] = [
+        (("composition", "test", "parts", part), f"{part} right, of those asked for")
+        for part in PARTS
+    ]
+    wanted += [
+        (("quality", "fid"), "FID ↓"),
+        (("quality", "kid"), "KID ↓"),
+        (("quality", "precision"), "precision"),
+        (("quality", "recall"), "recall"),
+        (("quality", "density"), "density"),
+        (("quality", "coverage"), "coverage"),
+        (("diversity", "spread_against_real"), "spread of one caption's samples, real = 1"),
+        (("diversity", "spread"), "spread of one caption's samples"),
+        (("memorisation", "nearer_than_unseen_real"), "nearer to training than unseen real"),
+        (("text_fit", "r_precision"), "R-precision"),
+        (("text_fit", "clip_score"), "CLIP score"),
+    ]
+    lines = []
+    for path, name in wanted:
+        found = [_at(row, path) for row in rows]
+        if any(score is not None for score in found):
+            lines.append({"name": name, "cells": [cell(score) for score in found]})
+    return lines
+
+
+def _at(row: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+    """What stands in nested dicts at `path`, or None."""
+    at: Any = row
+    for name in path:
+        at = at.get(name, {}) if isinstance(at, dict) else {}
+    return at or None
 
 
 def wall_time(summary: dict[str, Any]) -> float:
@@ -125,27 +211,3 @@ def _thinned(points: list[tuple[float, float]], most: int = 120) -> list[tuple[f
     size = max(1, len(points) // most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-def _with_unit(value: float, units: tuple[str, ...]) -> str:
-    """Three digits and a unit, each a thousand times the one before it."""
-    power = 0
-    while float(f"{value:.3g}") >= 1000 and power < len(units) - 1:
-        value, power = value / 1000, power + 1
-    digits = f"{value:,.0f}" if float(f"{value:.3g}") >= 1000 else f"{value:.3g}"
-    return f"{digits} {units[power]}".strip()
-
-
-def as_count(value: float) -> str:
-    """1234567 -> `1.23 M`."""
-    return _with_unit(value, ("", "k", "M", "G", "T"))
-
-
-def as_seconds(value: float) -> str:
-    """0.0123 -> `12.3 ms`."""
-    return _with_unit(value * 1e3, ("ms", "s"))
-
-
-def as_bytes(value: float) -> str:
-    """1234567 -> `1.23 MB`."""
-    return _with_unit(value, ("B", "kB", "MB", "GB", "TB"))

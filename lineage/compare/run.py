@@ -9,11 +9,12 @@ same command is given again.
     OUT/report.html    the page: one file, no network
     OUT/report.json    the same facts
     OUT/sheet.png      the same captions across systems
+    OUT/<key>_failed.png, <key>_nearest.png    prompts that were not met, and the pictures that lie
+                       nearest to training pictures
 """
 
 from __future__ import annotations
 
-import platform
 import shlex
 import signal
 import subprocess
@@ -23,21 +24,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import lineage
 from lineage.catalog import CATALOG, lookup, working
 from lineage.compare.report import write_report
 from lineage.config import RunConfig, to_dict
 from lineage.data import load_dataset
 from lineage.data.contract import Example, to_bytes
 from lineage.errors import CheckFailed, Interrupted, UserError
-from lineage.evaluate.cost import sampling_cost
+from lineage.evaluate.cost import machine
+from lineage.evaluate.run import Scored, Setting, score_runs, write_sheets
 from lineage.runs import configure, load, read_config, save_picture
 from lineage.sheets import sheet
 from lineage.train.log import read_log
-from lineage.train.store import read_json, write_json
+from lineage.train.store import write_json
 
 CAPTIONS = 12  # rows of the sheet
 SEEDS = (0, 1)  # pictures of each caption and system
@@ -54,14 +54,16 @@ def compare(
     seed: int | None = None,
     device: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    pictures: int = 1000,
 ) -> Path:
-    """Train each system on the same budget and write the report; returns its path.
+    """Train each system on the same budget, score it and write the report; returns its path.
 
     Args:
         keys: the systems; all that work if none are named.
         data, minutes, steps, preset, seed, device, settings: as for `lineage.train`; the same for
             every system.
         out: the folder for runs and report. Finished runs in it are not trained again.
+        pictures: drawn for the scores of each, at most; see `lineage.evaluate`.
 
     Raises:
         UserError: what was given does not fit some system; told before any is trained.
@@ -93,11 +95,16 @@ def compare(
         print(f"[{number}/{len(chosen)}] {key}: {CATALOG[key].title}", file=sys.stderr)
         _train(key, folder / key, preset, options, settings or {})
 
+    setting = Setting(pictures=pictures, device=config.train.device)
+    scores, scored = score_runs([folder / key for key in chosen], setting)
     columns, facts = {}, {}
-    for key in chosen:
-        columns[key], facts[key] = _draw(key, folder / key, shown)
+    for key, one in zip(chosen, scored, strict=True):
+        columns[key] = _draw(folder / key, shown)
+        facts[key] = _facts(key, folder / key, one)
+        write_sheets(one, folder, key)
     summary = {
         "systems": facts,
+        "scores": scores,
         "order": chosen,
         "captions": [example.captions[0] for example in shown],
         "seeds": list(SEEDS),
@@ -117,6 +124,7 @@ def compare(
         real,
         columns,
         {k: read_log(folder / k / "metrics.jsonl") for k in chosen},
+        {k: one.failed for k, one in zip(chosen, scored, strict=True)},
     )
     return folder / "report.html"
 
@@ -196,25 +204,25 @@ def _command(
     return [shlex.join(line) for line in lines]
 
 
-def _draw(
-    key: str, folder: Path, shown: list[Example]
-) -> tuple[list[list[Tensor]], dict[str, Any]]:
-    """The pictures of one system, [caption][seed] of (3, S, S) uint8, and the facts about it."""
+def _draw(folder: Path, shown: list[Example]) -> list[list[Tensor]]:
+    """The pictures of one system, [caption][seed] of (3, S, S) uint8."""
     captions = [example.captions[0] for example in shown]
-    config, cost = read_config(folder), read_json(folder / "cost.json")
-    system = load(folder, device=config.train.device)
+    system = load(folder, device=read_config(folder).train.device)
     by_seed = [to_bytes(system.generate(captions, seed=seed)).cpu() for seed in SEEDS]
+    return [[pictures[i] for pictures in by_seed] for i in range(len(captions))]
+
+
+def _facts(key: str, folder: Path, scored: Scored) -> dict[str, Any]:
+    """What the report says of one system beside its scores."""
     row = CATALOG[key]
-    facts = {
+    return {
         "title": row.title,
         "year": row.year,
         "paper": row.paper,
         "idea": row.idea,
-        "training": cost,
-        "sampling": sampling_cost(system, captions, folder / "model.safetensors"),
-        "config": to_dict(config),
+        **scored.scores["cost"],
+        "config": to_dict(read_config(folder)),
     }
-    return [[pictures[i] for pictures in by_seed] for i in range(len(captions))], facts
 
 
 def _write_sheet(
@@ -227,26 +235,3 @@ def _write_sheet(
     ]
     texts = [t for caption in summary["captions"] for t in (caption, *keys)]
     save_picture(sheet(pictures, texts, columns=2 * (1 + len(keys)), side=96), path)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lineage": lineage.__version__,
-    }
-
-
-def _processor() -> str:
-    """The processor's name, as well as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

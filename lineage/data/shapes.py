@@ -174,7 +174,7 @@ def make_scenes(level: Level, seed: int, split: str, index: Ints) -> Scenes:
     count = np.select([kind == 0, kind == 1, kind == 2], [1, 2, 2 + pick(8, 3)], 3 + pick(8, 2))
     first = np.select([kind == 1, kind == 3], [1, 1 + pick(9, 2)], count)
     sort = (np.arange(4)[None, :] >= first[:, None]).astype(np.int64)  # (B, 4) 0 first, 1 second
-    centre, radius, anchor = _layout(level, u, kind, count, axis, swapped)
+    centre, radius, anchor = layout(level, u, kind, count, axis, swapped)
     relation = np.where(kind == 1, np.array([0, 0, 2, 2, -1])[axis], -1)
     relation = np.where((relation >= 0) & swapped, relation + 1, relation)
     return Scenes(
@@ -245,7 +245,7 @@ def _avoid_relations(level: Level, kind: Ints, axis: Ints, swapped: Bools, shape
     return must_swap | (swapped & ~must_stay)
 
 
-def _layout(
+def layout(
     level: Level, u: Floats, kind: Ints, count: Ints, axis: Ints, swapped: Bools
 ) -> tuple[Floats, Floats, Ints]:
     """Places and sizes that never overlap: centres (B, 4, 2), radii (B, 4), anchors (B, 2)."""

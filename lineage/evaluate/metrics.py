@@ -6,6 +6,7 @@ No network is known here.
     fidelity and   `precision_recall` (improved precision and recall), `density_coverage`
     diversity
     text fit       `clip_score`, `r_precision`
+    copying        `nearest_distance`, `nearer`; and `spread` among samples of one caption
 
 Everything is computed in float64, whatever comes in. A number means something only with its
 protocol: which network took the features, of how many real and how many generated pictures.
@@ -43,17 +44,35 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """KID (Binkowski et al. 2018, section 4): the unbiased squared MMD, kernel (x.y / D + 1)^3."""
+    once = [torch.ones(1, len(rows), dtype=torch.float64) for rows in (real, fake)]
+    return float(kernel_distances(real, fake, *once))
+
+
+def kernel_distances(
+    real: Tensor, fake: Tensor, real_counts: Tensor, fake_counts: Tensor
+) -> Tensor:
+    """KID of T resampled pairs of sets, of which each kernel is computed once.
+
+    Args:
+        real_counts: (T, N) how often each real picture is in each set; rows have one sum.
+        fake_counts: (T, M) likewise.
+
+    Returns:
+        (T,) float64.
+    """
     x, y = _rows(real, at_least=2), _rows(fake, at_least=2)
+    w, v = real_counts.double(), fake_counts.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def without_self(square: Tensor) -> Tensor:
-        count = len(square)
-        return (square.sum() - square.trace()) / (count * (count - 1))
+    def without_self(square: Tensor, counts: Tensor) -> Tensor:
+        count = counts.sum(1)
+        every = ((counts @ square) * counts).sum(1) - counts @ square.diagonal()
+        return every / (count * (count - 1))
 
-    within = without_self(kernel(x, x)) + without_self(kernel(y, y))
-    return float(within - 2 * kernel(x, y).mean())
+    across = ((w @ kernel(x, y)) * v).sum(1) / (w.sum(1) * v.sum(1))
+    return without_self(kernel(x, x), w) + without_self(kernel(y, y), v) - 2 * across
 
 
 def kernel_distance_with_error(
@@ -81,11 +100,17 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[f
     Precision: the share of generated pictures inside the ball of some real one; its radius is the
     distance to that picture's `neighbours`-th other real neighbour. Recall: the same, exchanged.
     """
+    precise, recalled = inside_balls(real, fake, neighbours)
+    return float(precise.mean()), float(recalled.mean())
+
+
+def inside_balls(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[Tensor, Tensor]:
+    """What precision and recall are the means of: (M,) and (N,) float64, 1 or 0 a picture."""
     x, y = _rows(real, neighbours + 1), _rows(fake, neighbours + 1)
     apart = _distances(x, y)  # (N, M)
-    precision = (apart < _radii(x, neighbours)[:, None]).any(0)
-    recall = (apart < _radii(y, neighbours)[None, :]).any(1)
-    return float(precision.double().mean()), float(recall.double().mean())
+    precise = (apart < _radii(x, neighbours)[:, None]).any(0)
+    recalled = (apart < _radii(y, neighbours)[None, :]).any(1)
+    return precise.double(), recalled.double()
 
 
 def density_coverage(real: Tensor, fake: Tensor, neighbours: int = 5) -> tuple[float, float]:
@@ -94,10 +119,40 @@ def density_coverage(real: Tensor, fake: Tensor, neighbours: int = 5) -> tuple[f
     Density: in how many balls of real pictures a generated one lies, divided by `neighbours`.
     Coverage: the share of real pictures with a generated one in their ball.
     """
+    dense, covered = ball_counts(real, fake, neighbours)
+    return float(dense.mean()), float(covered.mean())
+
+
+def ball_counts(real: Tensor, fake: Tensor, neighbours: int = 5) -> tuple[Tensor, Tensor]:
+    """What density and coverage are the means of: (M,) and (N,) float64."""
     x, y = _rows(real, neighbours + 1), _rows(fake, at_least=1)
     inside = _distances(x, y) < _radii(x, neighbours)[:, None]  # (N, M)
-    density = inside.double().sum(0).mean() / neighbours
-    return float(density), float(inside.any(1).double().mean())
+    return inside.double().sum(0) / neighbours, inside.any(1).double()
+
+
+def spread(groups: Tensor) -> Tensor:
+    """How far apart the samples of one caption lie: (G, K, D) -> (G,) mean distance of pairs."""
+    count = groups.shape[1]
+    apart = torch.cdist(groups.double(), groups.double())
+    return apart.sum((1, 2)) / (count * (count - 1))
+
+
+def nearest_distance(rows: Tensor, others: Tensor) -> Tensor:
+    """(M, D), (N, D) -> (M,) the distance of each row to the nearest of the others."""
+    parts = [_distances(part, others.double()).amin(1) for part in rows.double().split(256)]
+    return torch.cat(parts)
+
+
+def nearer(fake: Tensor, real: Tensor) -> Tensor:
+    """(M,) and (N,) distances -> (M,) float64, the share of the real ones that each lies below,
+    ties counting half.
+
+    The mean is the Mann-Whitney statistic. Of distances to the nearest training picture it is the
+    test for copying of Meehan et al. (2020, section 3): 0.5 where generated pictures lie as near as
+    real ones that training never saw, towards 1 where they are copies.
+    """
+    apart = fake.double()[:, None] - real.double()[None, :]
+    return ((apart < 0).double() + (apart == 0).double() / 2).mean(1)
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
@@ -117,7 +172,12 @@ def clip_score(image: Tensor, text: Tensor) -> float:
 
     Features (M, D) of pictures and of their captions -> mean of max(100 cosine, 0).
     """
-    return float((100 * _cosine(image, text)).clamp(min=0).mean())
+    return float(clip_scores(image, text).mean())
+
+
+def clip_scores(image: Tensor, text: Tensor) -> Tensor:
+    """What the CLIP score is the mean of: (M,) float64."""
+    return (100 * _cosine(image, text)).clamp(min=0)
 
 
 def r_precision(image: Tensor, candidates: Tensor) -> float:
@@ -127,7 +187,16 @@ def r_precision(image: Tensor, candidates: Tensor) -> float:
         image: (M, D) embeddings of pictures.
         candidates: (M, K, D) embeddings of captions; number 0 is the true one.
     """
-    return float((_cosine(image[:, None], candidates).argmax(1) == 0).double().mean())
+    return float(found_first(image, candidates).mean())
+
+
+def found_first(image: Tensor, candidates: Tensor) -> Tensor:
+    """What R-precision is the mean of: (M,) float64, 1 where the true caption is the nearest, and
+    1 / k where k captions are equally near and the true one is among them.
+    """
+    near = _cosine(image[:, None], candidates)  # (M, K)
+    nearest = near == near.amax(1, keepdim=True)
+    return nearest[:, 0].double() / nearest.sum(1)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

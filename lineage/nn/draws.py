@@ -11,7 +11,8 @@ The numbers are drawn on the CPU and then moved, so a GPU starts from the same n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +55,16 @@ class Draws:
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) standard normal."""
         return self._stack([torch.randn(shape, generator=stream) for stream in self._streams])
+
+    def turned(self, widths: Sequence[int], share: float) -> list[Tensor]:
+        """(B, width) standard normal for each of `widths`, `share` of a quarter turn on the way to
+        other noise. A turn keeps the variance, which a straight line would not.
+        """
+        own = [self.normal(width) for width in widths]
+        if not share:
+            return own
+        turn = share * math.pi / 2
+        return [math.cos(turn) * part + math.sin(turn) * self.normal(part.shape[1]) for part in own]
 
     def uniform(self, *shape: int) -> Tensor:
         """(B, *shape) uniform in [0, 1)."""

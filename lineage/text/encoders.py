@@ -17,12 +17,15 @@ something to look at.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
 from lineage.errors import UserError, nearest
 from lineage.nn.attention import Attention
+from lineage.text.char_cnn_rnn import CharCNNRNN
 from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.text.tokenizer import NULL, PAD, Tokenizer
 
@@ -134,7 +137,8 @@ class TransformerEncoder(TokenEncoder):
         return words * mask[..., None], words[torch.arange(len(ids), device=ids.device), last]
 
 
-ENCODERS: dict[str, type[TokenEncoder]] = {
+ENCODERS: dict[str, Callable[[TextConfig, Tokenizer], TextEncoder]] = {
+    "char_cnn_rnn": CharCNNRNN,
     "bag": BagEncoder,
     "lstm": LSTMEncoder,
     "transformer": TransformerEncoder,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lineage.config import OptimConfig, TrainConfig
-from lineage.contract import System
+from lineage.contract import Trainable
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import CheckFailed, UserError
 from lineage.nn.draws import Draws, stream_seed
@@ -120,7 +120,7 @@ class Trainer:
 
     def __init__(
         self,
-        system: System,
+        system: Trainable,
         dataset: CaptionedDataset,
         optim: OptimConfig,
         train: TrainConfig,
@@ -156,7 +156,7 @@ class Trainer:
         self._saved = 0  # step of the last checkpoint
         self._asked_to_stop = False
 
-    def _prepare(self, system: System) -> System:
+    def _prepare(self, system: Trainable) -> Trainable:
         system = system.to(self.device)
         self.layout = torch.contiguous_format
         if channels_last(self.device, self.train):
@@ -179,7 +179,8 @@ class Trainer:
     def advance(self, batch: Batch) -> dict[str, Tensor]:
         """One training step.
 
-        Returns every loss term as `<group>/<term>` and gradient norms as `gradient/<group>`.
+        Returns every loss term as `<group>/<term>`, gradient norms as `gradient/<group>`, and the
+        system's facts as `health/<fact>`.
         """
         torch.manual_seed(
             stream_seed("step", self.seed, self.stage, self.step, self.processes.rank)
@@ -205,6 +206,7 @@ class Trainer:
             norm = self.groups[name].update(loss, rate, self.step, self.processes)
             seen |= {f"{name}/{term}": value.detach() for term, value in terms.items()}
             seen[f"gradient/{name}"] = norm
+        seen |= {f"health/{name}": value for name, value in self.system.facts.items()}
         self.step += 1
         return seen
 
@@ -330,6 +332,8 @@ class Trainer:
         """One line in the log, one look for the bar."""
         means = self._look_at_waiting()
         speed = (self.step - logged) * self.batch / max(1e-9, self.seconds - start)
+        health = {n[7:]: value for n, value in means.items() if n.startswith("health/")}
+        remark = self.system.remark(health)
         if log is not None and self.processes.first:
             log.write(
                 {
@@ -341,12 +345,13 @@ class Trainer:
                     "pictures_per_second": round(speed, 2),
                     "lr": self.optim.lr * self._rate(),
                     **means,
+                    **({"remark": remark} if remark else {}),
                 }
             )
-        losses = "  ".join(
-            f"{name} {value:.4g}" for name, value in means.items() if "gradient/" not in name
-        )
-        bar.set_postfix_str(f"step {self.step}, {speed:,.0f} pictures/s  {losses}", refresh=False)
+        shown = {n: value for n, value in means.items() if n.split("/")[0] in self.groups}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in (shown | health).items())
+        head = f"step {self.step}, {speed:,.0f} pictures/s  "
+        bar.set_postfix_str(head + text + (f"  ({remark})" if remark else ""), refresh=False)
         bar.n = min(bar.total, round(self.spent() * bar.total, 1))
         bar.refresh()
 
@@ -426,7 +431,7 @@ class Trainer:
             ) from error
 
     @contextmanager
-    def averaged(self) -> Iterator[System]:
+    def averaged(self) -> Iterator[Trainable]:
         """The system with the moving average in place of its weights, for sampling and for the
         saved model.
         """

@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lineage.config import OptimConfig, RunConfig, TrainConfig, to_dict
-from lineage.contract import System
+from lineage.contract import System, Trainable
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError
 from lineage.train.log import Log
 from lineage.train.loop import Stopped, Trainer
 from lineage.train.machine import Processes, peak_memory
 from lineage.train.store import (
+    cache_folder,
     load_state,
     load_tensors,
     read_json,
@@ -36,7 +36,7 @@ from lineage.train.store import (
     write_json,
 )
 
-Made = dict[str, System]
+Made = dict[str, Trainable]
 """The systems of the stages done so far, by stage name."""
 
 
@@ -55,7 +55,7 @@ class Stage:
     """
 
     name: str
-    build: Callable[[Made], System]
+    build: Callable[[Made], Trainable]
     optim: OptimConfig
     train: TrainConfig
     settings: dict[str, Any]
@@ -104,14 +104,6 @@ def content_key(stage: Stage, origin: dict[str, Any], keys: dict[str, str]) -> s
     return f"{stage.name}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
 
 
-def artefact_folder() -> Path:
-    """Where finished stages are kept.
-
-    `$LINEAGE_CACHE`, or `~/.cache/lineage`, and `stages` in it.
-    """
-    return Path(os.environ.get("LINEAGE_CACHE", Path.home() / ".cache" / "lineage")) / "stages"
-
-
 @dataclass
 class RunStages:
     """Trains the stages of one run in its folder.
@@ -135,7 +127,7 @@ class RunStages:
     sheet: Callable[[System, str, int], None]
     keys: dict[str, str] = field(default_factory=dict)
 
-    def run(self) -> System:
+    def run(self) -> Trainable:
         """Train what is not yet trained and return the last system, with averaged weights.
 
         Raises:
@@ -147,7 +139,7 @@ class RunStages:
             self.seeded()
             system = stage.build(made)
             key = self.keys[stage.name] = content_key(stage, self.origin, self.keys)
-            kept = artefact_folder() / key / "model.safetensors"
+            kept = cache_folder("stages") / key / "model.safetensors"
             last = stage is self.stages[-1]
             if not last and kept.exists():
                 load_weights(system, kept)
@@ -158,7 +150,7 @@ class RunStages:
             made[stage.name] = system.eval()
         return made[self.stages[-1].name]
 
-    def _train(self, stage: Stage, system: System, last: bool) -> System:
+    def _train(self, stage: Stage, system: Trainable, last: bool) -> Trainable:
         """Train one stage, from its checkpoint if the folder holds one.
 
         Returns it with averaged weights.
@@ -192,7 +184,8 @@ class RunStages:
         def sample() -> None:
             if first:
                 with trainer.averaged() as averaged:
-                    self.sheet(averaged, stage.name, trainer.step)
+                    if isinstance(averaged, System):
+                        self.sheet(averaged, stage.name, trainer.step)
             trainer.processes.wait()
 
         try:
@@ -228,7 +221,7 @@ class RunStages:
         write_json(path, cost)
 
 
-def load_weights(system: System, path: Path) -> None:
+def load_weights(system: Trainable, path: Path) -> None:
     """Load saved weights strictly. Raises `UserError` if they are of another network."""
     tensors = load_tensors(path)
     try:
@@ -245,7 +238,6 @@ __all__ = [
     "RunStages",
     "Stage",
     "Stopped",
-    "artefact_folder",
     "content",
     "content_key",
     "load_weights",

@@ -9,6 +9,7 @@ executed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -65,6 +66,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"There is no {path}: is {path.parent} a run folder?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it or train again.") from error
+
+
+def fingerprint(data: bytes) -> str:
+    """A short name for some bytes, by which the same ones are known again."""
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: `$LINEAGE_CACHE`, or `~/.cache/lineage`, and `kind` in
+    it.
+    """
+    return Path(os.environ.get("LINEAGE_CACHE", Path.home() / ".cache" / "lineage")) / kind
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -19,8 +19,8 @@ from lineage.nn.draws import Draws
 from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.train.log import read_log
 from lineage.train.loop import Stopped, Trainer
-from lineage.train.stage import Made, RunStages, Stage, artefact_folder, content_key
-from lineage.train.store import load_tensors, read_json, save_state
+from lineage.train.stage import Made, RunStages, Stage, content_key
+from lineage.train.store import cache_folder, load_tensors, read_json, save_state
 
 
 class NoText(TextEncoder):
@@ -130,7 +130,7 @@ def test_the_budget_is_shared_out_and_the_second_builds_on_the_first(
     system = run.run()
     assert trained == ["mean"] * 8 + ["spread"] * 12
     assert isinstance(system, Spread)
-    kept = load_tensors(artefact_folder() / run.keys["mean"] / "model.safetensors")
+    kept = load_tensors(cache_folder("stages") / run.keys["mean"] / "model.safetensors")
     assert torch.equal(system.mean.colour.weight, kept["colour.weight"])
     saved = load_tensors(tmp_path / "run" / "model.safetensors")
     assert torch.equal(saved["mean.colour.weight"], kept["colour.weight"])
@@ -280,7 +280,7 @@ def test_a_kept_stage_that_is_damaged_is_told(
 ) -> None:
     run = run_in(tmp_path / "one", shapes)
     run.run()
-    kept = artefact_folder() / run.keys["mean"] / "model.safetensors"
+    kept = cache_folder("stages") / run.keys["mean"] / "model.safetensors"
     kept.write_bytes(kept.read_bytes()[:20])
     with pytest.raises(UserError, match=r"model\.safetensors"):
         run_in(tmp_path / "two", shapes).run()

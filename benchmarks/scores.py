@@ -1,0 +1,42 @@
+"""The README's table, from the scores of a comparison.
+
+python benchmarks/scores.py results/demo/report.json --out results/demo/scores.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lineage.evaluate.judge import PARTS
+from lineage.evaluate.prompts import TASKS
+from lineage.train.store import read_json, write_bytes
+
+HEAD = ["", *(task.replace("_", " ") for task in TASKS), "unseen combinations", *PARTS]
+
+
+def row(name: str, composition: dict[str, Any]) -> str:
+    """One line of the table."""
+    test, heldout = composition["test"], composition["heldout"]
+    scores = [*(test["tasks"][task] for task in TASKS), heldout["overall"]]
+    scores += [test["parts"][part] for part in PARTS]
+    return "| " + " | ".join([name, *(f"{score['value']:.2f}" for score in scores)]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    scores = read_json(options.report)["scores"]
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    lines += [row(f"`{run['system']}`", run["composition"]) for run in scores["runs"]]
+    lines += [row(f"*{name}*", scores[name]["composition"]) for name in ("real", "shuffled")]
+    text = "\n".join(lines) + "\n"
+    write_bytes(options.out, text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,451 @@
+"""`stackgan`: a sketch, then a picture (Zhang et al. 2017, arXiv:1612.03242).
+
+The problem: a generator that is asked for a large picture at once loses either the caption or the
+detail. What is new: two stages, of which the first draws the rough shapes and colours small, and
+the second, given that drawing and the caption again, draws it large and mends it; and conditioning
+augmentation, which draws the condition from a Gaussian around the sentence, so that few captions
+cover the space between them.
+
+    section 3.2, eq. 2   `ConditioningAugmentation`, `kl_term`: c = mu + sigma eps, KL to N(0, I)
+    section 3.3          `StageOneGenerator`, `Discriminator`: noise and c to a small picture
+      eq. 3, 4           `discriminator_terms`, `convinced`
+    section 3.4          `StageTwoGenerator`: picture, down to 16 x 16, joined by c, residual
+      eq. 5, 6           blocks, up; the same functions
+    `StageOne`, `StageTwo`   the two training steps
+
+Weights, losses and details are those of the authors' PyTorch code, where it differs from the paper:
+no bias and batch norm after the first linear layer; ReLU over mu and log sigma^2, so both are never
+negative; the KL term is a mean, not a sum, and weighs 2; the discriminator is told mu, not c; a
+wrong pair is a picture with the caption of the next row, B - 1 of them; the second stage's
+discriminator also judges pictures without their captions.
+
+Losses are on logits: -log sigmoid(s) = softplus(-s), and every term is a mean over its pairs.
+
+Departures: a wrong caption that says the same as the right one, which happens where captions are
+short, does not count. `StackGANConfig` has the changes of later work as switches, all off in the
+paper: `loss` hinge (Lim and Ye 2017), `r1` (Mescheder et al. 2018), `norm` spectral (Miyato et al.
+2018), `augment` (Zhao et al. 2020, translation and cutout).
+
+Axes: B pictures, D width of the sentence, C width of the condition, Z noise, S side, s stage I's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor, nn
+
+from lineage.config import at_least, one_of
+from lineage.contract import System, Turn
+from lineage.data.contract import Batch
+from lineage.nn.blocks import ResidualBlock, conv3x3, doublings, down, up
+from lineage.nn.draws import Draws
+from lineage.nn.gan import (
+    accepted,
+    convinced,
+    diff_augment,
+    different,
+    gan_health,
+    gan_remark,
+    gradient_penalty,
+    normal_weights,
+    rejected,
+    smaller,
+    spectral,
+)
+from lineage.text.contract import TextEncoder, TextFeatures
+
+
+@dataclass(frozen=True)
+class StackGANConfig:
+    """Sizes under the paper's names in brackets, weights of the losses, and the switches.
+
+    Attributes:
+        start: side of stage I's pictures.
+        noise: Z [Z_DIM].
+        condition: C [CONDITION_DIM].
+        generator: stage I starts with 8 times as many channels [GF_DIM].
+        discriminator: channels next to the picture [DF_DIM].
+        residual: residual blocks of stage II [R_NUM].
+        kl: weight of the KL term [COEFF.KL].
+        loss: `log`, as in the paper, or `hinge`.
+        r1: weight of the gradient penalty on real pictures; 0 leaves it out.
+        r1_every: steps between penalties, each weighted by as many.
+        norm: of the discriminator: `batch`, as in the paper, or `spectral`.
+        augment: show the discriminator real and fake pictures shifted and with holes.
+    """
+
+    start: int = 64
+    noise: int = 100
+    condition: int = 128
+    generator: int = 128
+    discriminator: int = 64
+    residual: int = 4
+    kl: float = 2.0
+    loss: str = "log"
+    r1: float = 0.0
+    r1_every: int = 16
+    norm: str = "batch"
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "condition", "generator", "discriminator", "r1_every"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        for name in ("residual", "kl", "r1"):
+            at_least(f"model.{name}", getattr(self, name), 0)
+        one_of("model.loss", self.loss, ("log", "hinge"))
+        one_of("model.norm", self.norm, ("batch", "spectral"))
+        doublings(4, self.start)
+
+
+# --- section 3.2: conditioning augmentation --------------------------------
+
+
+class ConditioningAugmentation(nn.Module):
+    """The Gaussian around a sentence from which the condition is drawn."""
+
+    def __init__(self, sentence: int, condition: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(sentence, 2 * condition)
+
+    def forward(self, sentence: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sentence (B, D), eps (B, C) standard normal -> c, mu, log sigma^2, each (B, C)."""
+        mu, log_variance = F.relu(self.fc(sentence)).chunk(2, dim=1)
+        return mu + (log_variance / 2).exp() * eps, mu, log_variance
+
+
+def kl_term(mu: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, 1)) of equation 2, a mean over rows and dimensions."""
+    return -0.5 * (1 + log_variance - mu**2 - log_variance.exp()).mean()
+
+
+@dataclass
+class Drawn:
+    """Pictures (B, 3, S, S) in [-1, 1] and the Gaussians (B, C) their conditions came from."""
+
+    image: Tensor
+    mu: Tensor
+    log_variance: Tensor
+
+
+# --- section 3.3: stage I ---------------------------------------------------
+
+
+class StageOneGenerator(nn.Module):
+    """Noise and condition to a small picture, from 4 x 4 up."""
+
+    def __init__(self, config: StackGANConfig, sentence: int) -> None:
+        super().__init__()
+        self.config = config
+        channels = 8 * config.generator
+        self.ca_net = ConditioningAugmentation(sentence, config.condition)
+        self.fc = nn.Sequential(
+            nn.Linear(config.noise + config.condition, channels * 16, bias=False),
+            nn.BatchNorm1d(channels * 16),
+            nn.ReLU(),
+        )
+        blocks = []
+        for _ in range(doublings(4, config.start)):
+            blocks.append(up(channels, channels // 2))
+            channels //= 2
+        self.upsample = nn.Sequential(*blocks)
+        self.img = nn.Sequential(conv3x3(channels, 3), nn.Tanh())
+
+    def forward(self, sentence: Tensor, noise: Tensor, eps: Tensor) -> Drawn:
+        """sentence (B, D), noise (B, Z), eps (B, C) -> pictures (B, 3, s, s)."""
+        code, mu, log_variance = self.ca_net(sentence, eps)
+        x = self.fc(torch.cat([noise, code], dim=1)).unflatten(1, (-1, 4, 4))  # (B, 8 G, 4, 4)
+        return Drawn(self.img(self.upsample(x)), mu, log_variance)
+
+
+class Discriminator(nn.Module):
+    """Picture and condition to a logit; real and fitting is high. The condition joins at 4 x 4.
+
+    Args:
+        side: of the pictures.
+        alone: also judge pictures without their captions, as stage II does.
+    """
+
+    def __init__(self, config: StackGANConfig, side: int, alone: bool) -> None:
+        super().__init__()
+        batch = config.norm == "batch"
+
+        def normed(layer: nn.Conv2d) -> list[nn.Module]:
+            norm = nn.BatchNorm2d(layer.out_channels)
+            return [layer, norm, nn.LeakyReLU(0.2)] if batch else [layer, nn.LeakyReLU(0.2)]
+
+        channels = config.discriminator
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, channels, 4, stride=2, padding=1, bias=False),
+            nn.LeakyReLU(0.2),
+        ]
+        for _ in range(doublings(4, side) - 1):
+            layers += normed(nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1, bias=False))
+            channels *= 2
+        while channels > 8 * config.discriminator:
+            layers += normed(conv3x3(channels, channels // 2))
+            channels //= 2
+        self.encode_img = nn.Sequential(*layers)
+        self.joint = nn.Sequential(
+            *normed(conv3x3(channels + config.condition, channels)),
+            nn.Conv2d(channels, 1, 4, stride=4),
+        )
+        self.alone = nn.Conv2d(channels, 1, 4, stride=4) if alone else None
+        if not batch:
+            spectral(self)
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, C', 4, 4), without a look at the caption."""
+        return self.encode_img(image)
+
+    def score(self, features: Tensor, condition: Tensor) -> Tensor:
+        """(B, C', 4, 4), (B, C) -> logits (B,)."""
+        everywhere = repeat(condition, "b c -> b c 4 4")
+        return self.joint(torch.cat([features, everywhere], dim=1)).flatten()
+
+    def score_alone(self, features: Tensor) -> Tensor:
+        """(B, C', 4, 4) -> logits (B,) of the pictures, whatever their captions."""
+        assert self.alone is not None
+        return self.alone(features).flatten()
+
+
+# --- section 3.4: stage II --------------------------------------------------
+
+
+class StageTwoGenerator(nn.Module):
+    """A small picture and a condition of its own to a large picture; there is no noise but that.
+
+    Args:
+        size: S, side of the pictures it draws.
+    """
+
+    def __init__(self, config: StackGANConfig, sentence: int, size: int) -> None:
+        super().__init__()
+        width = config.generator
+        self.ca_net = ConditioningAugmentation(sentence, config.condition)
+        self.encoder = nn.Sequential(
+            conv3x3(3, width),
+            nn.ReLU(),
+            *down(width, 2 * width),
+            *down(2 * width, 4 * width),
+        )  # to a quarter of the side
+        channels = 4 * width
+        self.hr_joint = nn.Sequential(
+            conv3x3(channels + config.condition, channels), nn.BatchNorm2d(channels), nn.ReLU()
+        )
+        self.residual = nn.Sequential(*(ResidualBlock(channels) for _ in range(config.residual)))
+        blocks = []
+        for _ in range(doublings(config.start, size) + 2):
+            blocks.append(up(channels, channels // 2))
+            channels //= 2
+        self.upsample = nn.Sequential(*blocks)
+        self.img = nn.Sequential(conv3x3(channels, 3), nn.Tanh())
+
+    def forward(self, small: Tensor, sentence: Tensor, eps: Tensor) -> Drawn:
+        """small (B, 3, s, s), sentence (B, D), eps (B, C) -> pictures (B, 3, S, S)."""
+        encoded = self.encoder(small)  # (B, 4 G, s / 4, s / 4)
+        code, mu, log_variance = self.ca_net(sentence, eps)
+        height, width = encoded.shape[2:]
+        everywhere = repeat(code, "b c -> b c h w", h=height, w=width)
+        x = self.residual(self.hr_joint(torch.cat([encoded, everywhere], dim=1)))
+        return Drawn(self.img(self.upsample(x)), mu, log_variance)
+
+
+# --- losses ------------------------------------------------------------------
+
+
+EQUATION_3 = {"real": 1.0, "wrong": 1 / 2, "fake": 1 / 2}
+EQUATION_5 = {
+    "real": 1 / 2,
+    "real_alone": 1 / 2,
+    "wrong": 1 / 3,
+    "fake": 1 / 3,
+    "fake_alone": 1 / 3,
+}
+"""Weights of the discriminator's terms in stage I and stage II."""
+
+
+def discriminator_terms(
+    logits: Mapping[str, Tensor], mismatched: Tensor | None = None, loss: str = "log"
+) -> dict[str, Tensor]:
+    """Equation 3, or 5 if there are logits of pictures without their captions.
+
+    Args:
+        logits: `real` and `fake` (B,), `wrong` (B - 1,); in stage II `real_alone` and `fake_alone`.
+        mismatched: (B - 1,) 0 where a wrong caption is right after all; None if none is.
+    """
+    weights = EQUATION_5 if "real_alone" in logits else EQUATION_3
+    terms = {}
+    for name, weight in weights.items():
+        each = (accepted if name.startswith("real") else rejected)(logits[name], loss)
+        if name == "wrong" and mismatched is not None:
+            each = each * mismatched * len(each) / mismatched.sum().clamp(min=1.0)
+        terms[name] = weight * each.mean()
+    return terms
+
+
+# --- the two training steps ----------------------------------------------------
+
+
+class StackGANStage(System):
+    """What both stages have in common: the order of a step, penalty, augmentation, health.
+
+    Attributes:
+        generator: of the stage that is trained.
+        discriminator: of the stage that is trained.
+    """
+
+    generator: nn.Module
+    discriminator: Discriminator
+
+    def __init__(self, config: StackGANConfig, text: TextEncoder) -> None:
+        super().__init__()
+        self.config, self.text = config, text
+        self.text.requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.steps: Tensor
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        return {"discriminator": [self.discriminator], "generator": [self.generator]}
+
+    def fake(self, sentence: Tensor, draws: Draws) -> Drawn:
+        """Pictures as the stage that is trained draws them."""
+        raise NotImplementedError
+
+    def real(self, batch: Batch) -> Tensor:
+        """Real pictures at the side of the stage that is trained."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+        """The fake picture is drawn once; the generator's turn sees the updated discriminator."""
+        config, look = self.config, self.discriminator
+        drawn = self.fake(text.sentence.detach(), draws)
+        condition = drawn.mu.detach()
+        real = self.real(batch)
+        mismatched = different(batch.caption, real.device)[1:]  # (B - 1,)
+        penalised = config.r1 > 0 and int(self.steps) % config.r1_every == 0
+        self.steps += 1
+        if penalised:
+            real = real.detach().requires_grad_()
+        shown_real, shown_fake = real, drawn.image
+        if config.augment:
+            shown_real, shown_fake = diff_augment(real), diff_augment(drawn.image)
+        seen = look.features(shown_real)
+        seen_fake = look.features(shown_fake.detach())
+        logits = {
+            "real": look.score(seen, condition),
+            "wrong": look.score(seen[:-1], condition[1:]),
+            "fake": look.score(seen_fake, condition),
+        }
+        facts = {**logits}
+        if look.alone is not None:
+            logits["real_alone"] = look.score_alone(seen)
+            logits["fake_alone"] = look.score_alone(seen_fake)
+        terms = discriminator_terms(logits, mismatched, config.loss)
+        if penalised:
+            penalty = gradient_penalty(logits["real"], real)
+            terms["r1"] = config.r1_every * config.r1 / 2 * penalty
+        self.facts = gan_health(**facts, mismatched=mismatched, drawn=drawn.image, shown=real)
+        yield "discriminator", terms
+
+        seen_fake = look.features(shown_fake)
+        terms = {"right": convinced(look.score(seen_fake, condition), config.loss)}
+        if look.alone is not None:
+            terms["alone"] = convinced(look.score_alone(seen_fake), config.loss)
+        if config.kl > 0:
+            terms["kl"] = config.kl * kl_term(drawn.mu, drawn.log_variance)
+        yield "generator", terms
+
+    def remark(self, means: dict[str, float]) -> str:
+        return gan_remark(means)
+
+
+class StageOne(StackGANStage):
+    """Stage I: small pictures. `text` is trained beforehand and left as it is."""
+
+    def __init__(self, config: StackGANConfig, text: TextEncoder) -> None:
+        super().__init__(config, text)
+        self.generator: StageOneGenerator = StageOneGenerator(config, text.width)
+        self.discriminator = Discriminator(config, config.start, alone=False)
+        for part in (self.generator, self.discriminator):
+            part.apply(normal_weights)
+
+    def real(self, batch: Batch) -> Tensor:
+        return smaller(batch.image, self.config.start)
+
+    def fake(self, sentence: Tensor, draws: Draws) -> Drawn:
+        noise, eps = draws.normal(self.config.noise), draws.normal(self.config.condition)
+        return self.generator(sentence, noise, eps)
+
+    def draw(self, captions: list[str], draws: Draws) -> Tensor:
+        """Small pictures (B, 3, s, s) of captions."""
+        return self.fake(self.text.encode(captions).sentence, draws).image
+
+
+class StageTwo(StackGANStage):
+    """Stage II on a trained stage I, which is left as it is: large pictures.
+
+    Args:
+        first: the finished stage I.
+        size: S, side of the pictures.
+    """
+
+    def __init__(self, config: StackGANConfig, first: StageOne, size: int) -> None:
+        super().__init__(config, first.text)
+        self.first = first.generator.requires_grad_(False)
+        self.generator: StageTwoGenerator = StageTwoGenerator(config, first.text.width, size)
+        self.discriminator = Discriminator(config, size, alone=True)
+        for part in (self.generator, self.discriminator):
+            part.apply(normal_weights)
+
+    def train(self, mode: bool = True) -> StageTwo:
+        """Stage I stays in evaluation mode: its batch statistics are finished too."""
+        super().train(mode)
+        self.first.eval()
+        return self
+
+    def real(self, batch: Batch) -> Tensor:
+        return batch.image
+
+    def fake(self, sentence: Tensor, draws: Draws) -> Drawn:
+        return self._drawn(sentence, draws)[1]
+
+    def _drawn(
+        self, sentence: Tensor, draws: Draws, truncation: float = 1.0, share: float = 0.0
+    ) -> tuple[Tensor, Drawn]:
+        """Stage I's pictures (B, 3, s, s), and stage II's from them. Noise is drawn twice."""
+        widths = (self.config.noise, self.config.condition, self.config.condition)
+        noise, eps, own = (truncation * part for part in draws.turned(widths, share))
+        with torch.no_grad():
+            small = self.first(sentence, noise, eps).image
+        return small, self.generator(small, sentence, own)
+
+    def draw(
+        self,
+        captions: list[str],
+        draws: Draws,
+        truncation: float = 1.0,
+        towards: str = "",
+        share: float = 0.5,
+        noise_share: float = 0.0,
+        stage: int = 2,
+    ) -> Tensor:
+        """Pictures (B, 3, S, S) of captions.
+
+        Args:
+            truncation: factor on all noise; below 1 draws more typical pictures that differ less.
+            towards: another caption, to go towards by `share` of the way.
+            noise_share: how far to go from the noise of each picture towards another, 0 to 1.
+            stage: 1 shows stage I's pictures instead, enlarged, from the same noise.
+        """
+        sentence = self.text.encode(captions).sentence
+        if towards:
+            sentence = sentence.lerp(self.text.encode([towards]).sentence, share)
+        small, drawn = self._drawn(sentence, draws, truncation, noise_share)
+        if stage == 1:
+            return F.interpolate(small, drawn.image.shape[-2:], mode="nearest")
+        return drawn.image

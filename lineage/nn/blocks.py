@@ -1,0 +1,61 @@
+"""Convolutional blocks that the GANs have in common.
+
+Axes: B pictures, C channels, H W.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lineage.errors import UserError
+
+
+def doublings(small: int, large: int) -> int:
+    """How often a side of `small` pixels doubles on its way to `large`; `UserError` if it does not
+    end there.
+    """
+    count = (large // small).bit_length() - 1
+    if large != small * 2**count or count < 1:
+        raise UserError(
+            f"{large} pixels do not come from {small} by doubling: choose size (and model.start, "
+            "where there is one, below it) among 8, 16, 32, 64, 128, ..."
+        )
+    return count
+
+
+def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+
+def up(inputs: int, outputs: int) -> nn.Sequential:
+    """Twice the side: nearest neighbours, then a convolution."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        conv3x3(inputs, outputs),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+def down(inputs: int, outputs: int) -> list[nn.Module]:
+    """Half the side: a convolution over 4 x 4, as layers, so that their names stay flat."""
+    layer = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
+    return [layer, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+class ResidualBlock(nn.Module):
+    """relu(x + norm(conv(relu(norm(conv(x)))))), as wide as it is."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            conv3x3(channels, channels),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            conv3x3(channels, channels),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.block(x))

@@ -1,0 +1,106 @@
+"""`lineage import-weights`: a published checkpoint becomes a run folder.
+
+A checkpoint is read with `weights_only=True`, or as safetensors; nothing in it is executed. An
+importer, a function in a module of key maps, finds our configuration from the tensors and gives
+them our names; what the checkpoint lacks (a discriminator, say) is left as it starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lineage
+from lineage.config import RunConfig, to_dict
+from lineage.data import load_dataset
+from lineage.errors import UserError, nearest
+from lineage.recipes import find_recipe
+from lineage.runs import build
+from lineage.text.tokenizer import make_tokenizer
+from lineage.train.store import load_tensors, save_tensors, write_json
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an importer finds.
+
+    Attributes:
+        config: the run's configuration.
+        weights: by our names; none may be left over, some may be missing.
+        note: what the user must know.
+    """
+
+    config: RunConfig
+    weights: dict[str, Tensor]
+    note: str = ""
+
+
+Importer = Callable[[Mapping[str, Tensor], Path], Imported]
+
+IMPORTERS: dict[str, str] = {"stackgan": "lineage.official.cgan:import_stackgan"}
+"""The systems whose published checkpoints can be read, by "module:function"."""
+
+
+def import_weights(key: str, file: str | Path, out: str | Path) -> str:
+    """Write the run folder `out` from the checkpoint `file`; returns a note for the user.
+
+    Raises:
+        UserError: no importer, a file that is no checkpoint of that system, or a folder in use.
+    """
+    if key not in IMPORTERS:
+        raise UserError(f"No published weights of {key!r} can be read: {nearest(key, IMPORTERS)}")
+    folder, path = Path(out), Path(file)
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a run already; choose another --out.")
+    where, name = IMPORTERS[key].split(":")
+    importer: Importer = getattr(importlib.import_module(where), name)
+    found = importer(read_checkpoint(path), path)
+    config = found.config
+    words = load_dataset("shapes", "train", 32).all_captions(1000)
+    tokenizer = make_tokenizer(config.encoder.tokenizer, words, config.encoder.vocabulary)
+    torch.manual_seed(config.seed)
+    system = build(find_recipe(key).stages(config, tokenizer))
+    try:
+        _, unknown = system.load_state_dict(found.weights, strict=False)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit {key}: {line[:200]}") from error
+    if unknown:
+        raise UserError(f"{path} does not fit {key}: it has tensors more, such as {unknown[0]}.")
+    save_tensors(folder / "model.safetensors", system.state_dict())
+    write_json(folder / "tokenizer.json", tokenizer.to_json())
+    write_json(folder / "cost.json", {})
+    write_json(
+        folder / "config.json",
+        {**to_dict(config), "made_with": {"lineage": lineage.__version__, "imported": path.name}},
+    )
+    return found.note
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth`, `.pt` or `.safetensors` file, by name; nothing is executed.
+
+    Raises:
+        UserError: there is no such file, or it is not a dictionary of tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for files that are foreign or cut short
+        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise UserError(f"{path} is no checkpoint of tensors alone ({line[:120]}).") from error
+    for name in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise UserError(f"{path} holds no dictionary of tensors by name.")
+    return {str(key).removeprefix("module."): value for key, value in loaded.items()}

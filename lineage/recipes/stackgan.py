@@ -1,0 +1,143 @@
+"""Recipe `stackgan`: text that matches pictures, then small pictures, then large ones from those.
+
+Two recipes to compare, at any preset: `--set recipe=paper`, the losses and rates of the paper, and
+`--set recipe=modern`, what later work changed, one switch each; results/stackgan holds the effect
+of each switch. The preset `paper` is of the first kind, the others of the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from lineage.cgan.stackgan import StackGANConfig, StageOne, StageTwo
+from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig, one_of
+from lineage.recipes.joint_text import NAME, text_stage, trained_text
+from lineage.text.tokenizer import Tokenizer
+from lineage.train.stage import Stage, content
+
+RECIPES = ("paper", "modern")
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """A run of `stackgan`.
+
+    Attributes:
+        recipe: which of the two it is; sets the switches and rates below when it is given.
+        shares: of the budget, for text, stage I and stage II.
+    """
+
+    recipe: str = "modern"
+    shares: tuple[float, float, float] = (0.15, 0.4, 0.45)
+    model: StackGANConfig = field(default_factory=StackGANConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("recipe", self.recipe, RECIPES)
+
+    def with_recipe(self, name: str) -> Config:
+        """The same run with the switches and rates of a recipe."""
+        one_of("recipe", name, RECIPES)
+        optim, switches = (_PAPER, _PAPER_SWITCHES) if name == "paper" else (_MODERN, _SWITCHES)
+        model = replace(self.model, **switches)  # type: ignore[arg-type]
+        return replace(self, recipe=name, optim=optim, model=model)
+
+
+# Zhang et al. 2017, section 4.2: Adam, momentum 0.5, rate 0.0002, halved every 100 of 600 epochs,
+# for which a line to zero stands; nothing is averaged or clipped.
+_PAPER = OptimConfig(
+    "adam",
+    lr=2e-4,
+    beta1=0.5,
+    beta2=0.999,
+    weight_decay=0.0,
+    warmup=0,
+    decay="linear",
+    clip=0.0,
+    average=0.0,
+)
+_PAPER_SWITCHES = {"loss": "log", "r1": 0.0, "norm": "batch", "augment": False}
+
+# A penalty on real pictures lets the rate be six times as high; results/stackgan has each alone.
+_MODERN = replace(_PAPER, lr=1.2e-3, average=0.99)
+_SWITCHES = {"loss": "log", "r1": 5.0, "norm": "batch", "augment": False}
+
+_PAPER_MODEL = StackGANConfig()
+
+PRESETS = {
+    # Seconds, for tests: every part is there, at its smallest, the penalty too.
+    "smoke": Config(
+        key="stackgan",
+        preset="smoke",
+        size=16,
+        text="char_cnn_rnn",
+        encoder=TextConfig(width=16, letters=80, channels=8),
+        optim=replace(_MODERN, average=0.9),
+        train=TrainConfig(steps=30, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
+        shares=(0.2, 0.4, 0.4),
+        model=StackGANConfig(8, 8, 8, 2, 4, 1, r1=0.1, r1_every=4),
+    ),
+    # Minutes on two CPU cores: 16 then 32 pixels, an eighth of the paper's widths.
+    "tiny": Config(
+        key="stackgan",
+        preset="tiny",
+        size=32,
+        text="char_cnn_rnn",
+        encoder=TextConfig(width=128, letters=120, channels=48),
+        optim=_MODERN,
+        train=TrainConfig(minutes=5, batch=64, checkpoint_every=500, sample_every=1000),
+        model=StackGANConfig(16, 32, 64, 16, 32, 2, r1=5.0, r1_every=8),
+    ),
+    # One GPU of 8 GB, under an hour: 32 then 64 pixels, half of the paper's widths.
+    "small": Config(
+        key="stackgan",
+        preset="small",
+        size=64,
+        text="char_cnn_rnn",
+        encoder=TextConfig(width=512, channels=192),
+        optim=replace(_MODERN, lr=6e-4, average=0.999),
+        train=TrainConfig(minutes=55, batch=128, checkpoint_every=1000, sample_every=2000),
+        model=StackGANConfig(32, 100, 128, 64, 64, 2, r1=5.0, r1_every=16),
+    ),
+    # Section 4.2 and the authors' code: 64 then 256 pixels, batches of 64, 600 epochs of 8,855
+    # birds for each stage; the sentence is 1,024 wide.
+    "paper": Config(
+        key="stackgan",
+        preset="paper",
+        size=256,
+        text="char_cnn_rnn",
+        recipe="paper",
+        encoder=TextConfig(width=1024),
+        optim=_PAPER,
+        train=TrainConfig(steps=195_000, batch=64, checkpoint_every=2000, sample_every=5000),
+        model=_PAPER_MODEL,
+    ),
+}
+
+
+def stages(config: Config, tokenizer: Tokenizer) -> list[Stage]:
+    """`text`, `stage1`, `stage2`."""
+    text, first, second = config.shares
+    settings = content(config)
+    return [
+        text_stage(config, tokenizer, text),
+        Stage(
+            name="stage1",
+            build=lambda made: StageOne(config.model, trained_text(made)),
+            optim=config.optim,
+            train=config.train,
+            settings=settings,
+            needs=(NAME,),
+            share=first,
+        ),
+        Stage(
+            name="stage2",
+            build=lambda made: StageTwo(config.model, cast(StageOne, made["stage1"]), config.size),
+            optim=config.optim,
+            train=config.train,
+            settings=settings,
+            needs=("stage1",),
+            share=second,
+        ),
+    ]
