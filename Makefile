@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test lint install
 
 demo: .venv/ready
-	$(BIN)/lineage compare --minutes 5 --out demo
+	$(BIN)/lineage compare retrieval gan_int_cls ddpm --minutes 5 --out demo
 	@echo "Open demo/report.html"
 
 test: .venv/ready-dev lint

@@ -133,6 +133,10 @@ class System(Trainable):
                 self.train(training)
             yield part
 
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """What a sample sheet shows of each caption: knobs, by a name that stands below."""
+        return {"": {}}
+
     def knobs(self) -> dict[str, Any]:
         """The keywords that `generate` takes beside `seed`, with their defaults."""
         parameters = list(inspect.signature(self.draw).parameters.values())[2:]

@@ -207,10 +207,13 @@ def fingerprint_of(dataset: CaptionedDataset) -> str:
 
 
 def sample_sheet(system: System, examples: list[Example], path: Path, seed: int = 0) -> None:
-    """Draw the captions of `examples` and save the sheet."""
+    """Draw the captions of `examples`, each in all of the system's variants, and save the sheet."""
     captions = [example.captions[0] for example in examples]
-    images = to_bytes(system.generate(captions, seed=seed)).cpu()
-    save_picture(sheet(list(images), captions), path)
+    variants = system.variants()
+    drawn = [to_bytes(system.generate(captions, seed=seed, **k)).cpu() for k in variants.values()]
+    images = [one[i] for i in range(len(captions)) for one in drawn]
+    texts = [f"{caption} {name}".strip() for caption in captions for name in variants]
+    save_picture(sheet(images, texts), path)
 
 
 def save_picture(image: Any, path: Path) -> None:

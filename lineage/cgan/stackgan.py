@@ -13,26 +13,27 @@ cover the space between them.
       eq. 5, 6           blocks, up; the same functions
     `StageOne`, `StageTwo`   the two training steps
 
-Weights, losses and details are those of the authors' PyTorch code, where it differs from the paper:
-no bias and batch norm after the first linear layer; ReLU over mu and log sigma^2, so both are never
-negative; the KL term is a mean, not a sum, and weighs 2; the discriminator is told mu, not c; a
-wrong pair is a picture with the caption of the next row, B - 1 of them; the second stage's
-discriminator also judges pictures without their captions.
+Where the authors' PyTorch code differs from the paper, it is followed: no bias and batch norm after
+the first linear layer; ReLU over mu and log sigma^2; a KL term that is a mean and weighs 2; mu, not
+c, for the discriminator; wrong pairs are pictures with the next row's caption, B - 1 of them;
+stage II's discriminator also judges pictures without captions.
 
 Losses are on logits: -log sigmoid(s) = softplus(-s), and every term is a mean over its pairs.
 
-Departures: a wrong caption that says the same as the right one, which happens where captions are
-short, does not count. `StackGANConfig` has the changes of later work as switches, all off in the
-paper: `loss` hinge (Lim and Ye 2017), `r1` (Mescheder et al. 2018), `norm` spectral (Miyato et al.
-2018), `augment` (Zhao et al. 2020, translation and cutout).
+Departures: a wrong caption that says the same as the right one does not count; stage I is kept in
+evaluation mode while stage II is trained. `StackGANConfig` has the changes of later work as
+switches, all off in the paper: `loss` hinge (Lim and Ye 2017), `r1` (Mescheder et al. 2018), `norm`
+spectral (Miyato et al. 2018), `augment` (Zhao et al. 2020, translation and cutout).
 
-Axes: B pictures, D width of the sentence, C width of the condition, Z noise, S side, s stage I's.
+Axes: B pictures, D width of the sentence, C of the condition, Z noise, S side, s stage I's.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +67,10 @@ class StackGANConfig:
 
     Attributes:
         start: side of stage I's pictures.
-        noise: Z [Z_DIM].
-        condition: C [CONDITION_DIM].
+        noise, condition: Z [Z_DIM] and C [CONDITION_DIM].
         generator: stage I starts with 8 times as many channels [GF_DIM].
         discriminator: channels next to the picture [DF_DIM].
-        residual: residual blocks of stage II [R_NUM].
-        kl: weight of the KL term [COEFF.KL].
+        residual, kl: residual blocks of stage II [R_NUM]; weight of the KL term [COEFF.KL].
         loss: `log`, as in the paper, or `hinge`.
         r1: weight of the gradient penalty on real pictures; 0 leaves it out.
         r1_every: steps between penalties, each weighted by as many.
@@ -257,7 +256,6 @@ class StageTwoGenerator(nn.Module):
 
 # --- losses ------------------------------------------------------------------
 
-
 EQUATION_3 = {"real": 1.0, "wrong": 1 / 2, "fake": 1 / 2}
 EQUATION_5 = {
     "real": 1 / 2,
@@ -294,9 +292,7 @@ def discriminator_terms(
 class StackGANStage(System):
     """What both stages have in common: the order of a step, penalty, augmentation, health.
 
-    Attributes:
-        generator: of the stage that is trained.
-        discriminator: of the stage that is trained.
+    `generator` and `discriminator` are those of the stage that is trained.
     """
 
     generator: nn.Module
@@ -312,13 +308,13 @@ class StackGANStage(System):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"discriminator": [self.discriminator], "generator": [self.generator]}
 
+    @abstractmethod
     def fake(self, sentence: Tensor, draws: Draws) -> Drawn:
         """Pictures as the stage that is trained draws them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def real(self, batch: Batch) -> Tensor:
         """Real pictures at the side of the stage that is trained."""
-        raise NotImplementedError
 
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
         """The fake picture is drawn once; the generator's turn sees the updated discriminator."""
@@ -449,3 +445,6 @@ class StageTwo(StackGANStage):
         if stage == 1:
             return F.interpolate(small, drawn.image.shape[-2:], mode="nearest")
         return drawn.image
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        return {"stage I": {"stage": 1}, "stage II": {}}

@@ -62,10 +62,8 @@ def quality(real: Tensor, fake: Tensor) -> dict[str, Any]:
     """FID, KID, precision, recall, density and coverage of features (N, D) and (M, D)."""
     fewest, width = min(len(real), len(fake)), real.shape[1]
     if fewest <= max(width, DENSITY_NEIGHBOURS):
-        few = (
-            f"{fewest} pictures are too few for {width} features: the covariance of FID is singular."
-        )
-        return {"reason": few}
+        few = f"{fewest} pictures are too few for {width} features"
+        return {"reason": f"{few}: the covariance of FID is singular."}
     precise, recalled = metrics.inside_balls(real, fake, PRECISION_NEIGHBOURS)
     dense, covered = metrics.ball_counts(real, fake, DENSITY_NEIGHBOURS)
     result: dict[str, Any] = {
