@@ -20,8 +20,8 @@ import lineage
 from lineage import runs
 from lineage.catalog import CATALOG, working
 from lineage.cli import main
-from lineage.config import OptimConfig, TrainConfig
-from lineage.contract import System
+from lineage.config import OptimConfig, TrainConfig, to_dict
+from lineage.contract import System, Trainable
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import Interrupted, UserError
 from lineage.nn.draws import Draws
@@ -44,15 +44,25 @@ CAPTIONS = [
 BATCH = 8
 
 
-def trainer_for(system: System, data: CaptionedDataset, **optim: Any) -> Trainer:
+def trainer_for(system: Trainable, data: CaptionedDataset, **optim: Any) -> Trainer:
     """A trainer in full precision, without warm-up, so that a single step moves what it should."""
     config = OptimConfig(**{"warmup": 0, "decay": "none", "lr": 1e-3, **optim})
     return Trainer(system, data, config, TrainConfig(batch=BATCH, precision="fp32", prefetch=0))
 
 
-def fill(system: System, data: CaptionedDataset) -> System:
-    """A few large steps, so that retrieval has something to show and no layer is still at zero."""
-    trainer = trainer_for(system, data, lr=1e-2)
+WIDER = {"stackgan": {"model.generator": 8}}
+"""Where preset smoke is too narrow to show a caption: one channel, dead as often as not."""
+
+
+def fill(system: Trainable, data: CaptionedDataset) -> Trainable:
+    """A few large steps, so that retrieval has something to show and no layer is still at zero.
+
+    Learnt weights are larger than those at the start, at which a caption hardly moves a GAN.
+    """
+    trainer = trainer_for(system, data, lr=3e-3)
+    with torch.no_grad():
+        for parameter in (p for group in trainer.groups.values() for p in group.parameters):
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     for number in range(4):
         trainer.advance(trainer.loader.at(number))
     return system.eval()
@@ -74,7 +84,10 @@ def test_recipe_agrees_with_the_catalogue(key: str, tokenizer: WordTokenizer) ->
         assert sum(stage.share for stage in stages) == pytest.approx(1)
         for number, stage in enumerate(stages):
             assert set(stage.needs) <= {s.name for s in stages[:number]}
-            assert stage.settings.items() >= content(config).items()
+            # An earlier stage may depend on less, and is then shared by more runs.
+            wanted = content(config) if stage is stages[-1] else {}
+            assert all(stage.settings[field] == value for field, value in wanted.items())
+            assert set(stage.settings) <= set(to_dict(config))
 
 
 @pytest.mark.parametrize(
@@ -228,13 +241,19 @@ def test_a_batch_of_one_trains(key: str, make_system: Any, shapes: CaptionedData
 
 
 @pytest.fixture(scope="module")
-def trained(make_system: Any, shapes: CaptionedDataset) -> Callable[[str], System]:
-    """key -> a system after a few steps."""
+def trained(tokenizer: WordTokenizer, shapes: CaptionedDataset) -> Callable[[str], System]:
+    """key -> a system after a few steps of each of its stages."""
     done: dict[str, System] = {}
 
     def get(key: str) -> System:
         if key not in done:
-            system = fill(make_system(key)[0], shapes)
+            config = runs.configure(key, preset_name="smoke", settings=WIDER.get(key))
+            torch.manual_seed(1)
+            made: dict[str, Trainable] = {}
+            for stage in find_recipe(key).stages(config, tokenizer):
+                made[stage.name] = fill(stage.build(made), shapes)
+            system = made[stage.name]
+            assert isinstance(system, System)
             done[key] = system
         return done[key]
 
