@@ -68,6 +68,8 @@ def test_every_field_of_a_preset_is_reached_by_its_name(key: str, name: str) -> 
             value = value[part]
         if isinstance(value, dict):
             continue  # an empty table of rates
+        if dotted == "recipe":
+            continue  # a name for several fields; what it sets is in tests/cgan/test_stackgan.py
         text = "none" if value is None else json.dumps(value).strip('"')
         assert with_field(config, dotted, text) == config, dotted
 

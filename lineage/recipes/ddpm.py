@@ -41,7 +41,7 @@ PRESETS = {
     ),
     # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width; a bag
     # of words, since in the first minutes encoders that know word order are slower than they help
-    # (results/first_trials.md has each alone).
+    # (results/first/trials.md has each alone).
     "tiny": Config(
         key="ddpm",
         preset="tiny",

@@ -49,7 +49,7 @@ PRESETS = {
         model=GANConfig(noise=16, text=16, generator=8, discriminator=8, r1=0.1, r1_every=4),
     ),
     # Minutes on two CPU cores: half the paper's widths, and a high rate, which the gradient penalty
-    # makes safe (results/first_trials.md has each alone).
+    # makes safe (results/first/trials.md has each alone).
     "tiny": Config(
         key="gan_int_cls",
         preset="tiny",

@@ -32,13 +32,14 @@ from lineage.train.store import read_json
 
 KEYS = ["retrieval", "gan_int_cls"]
 STEPS = 2
+PICTURES = 80  # drawn for the scores: few, but more than the judge has features
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison of two systems."""
     out = tmp_path_factory.mktemp("compare") / "report"
-    report = lineage.compare(KEYS, preset="smoke", steps=STEPS, out=out)
+    report = lineage.compare(KEYS, preset="smoke", steps=STEPS, out=out, pictures=PICTURES)
     assert report == out / "report.html"
     return out
 
@@ -170,7 +171,7 @@ def test_a_second_comparison_does_not_train_again(
         for key in KEYS
     }
     logs = {key: read_log(folder / key / "metrics.jsonl") for key in KEYS}
-    lineage.compare(KEYS, preset="smoke", steps=STEPS, out=folder)
+    lineage.compare(KEYS, preset="smoke", steps=STEPS, out=folder, pictures=PICTURES)
     for key in KEYS:
         weights, cost = before[key]
         assert (folder / key / "model.safetensors").read_bytes() == weights
@@ -191,7 +192,7 @@ def test_a_second_comparison_keeps_what_was_measured(folder: Path) -> None:
             facts["peak_memory_bytes"] = 123
         path.write_text(json.dumps(cost))
         measured[key] = cost
-    lineage.compare(KEYS[:1], preset="smoke", steps=STEPS, out=folder)
+    lineage.compare(KEYS[:1], preset="smoke", steps=STEPS, out=folder, pictures=PICTURES)
     assert read_json(folder / KEYS[0] / "cost.json") == measured[KEYS[0]]
 
 

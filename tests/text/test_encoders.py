@@ -11,15 +11,17 @@ from torch import Tensor
 from lineage.config import TextConfig
 from lineage.errors import UserError
 from lineage.text.contract import TextEncoder, TextFeatures
-from lineage.text.encoders import ENCODERS, make_encoder
+from lineage.text.encoders import ENCODERS, TokenEncoder, make_encoder
 from lineage.text.tokenizer import NULL, PAD, UNK, WordTokenizer, make_tokenizer
 
 SHORT = "a red circle"
 LONG = "two small yellow stars to the left of a large purple ring"
 CAPTIONS = [SHORT, LONG, "", "a zorp circle"]
 WIDTH, WORDS = 12, 10
-CONFIG = TextConfig(width=WIDTH, words=WORDS, layers=2, heads=2)
+CONFIG = TextConfig(width=WIDTH, words=WORDS, layers=2, heads=2, channels=12)
 ORDERED = [name for name in ENCODERS if name != "bag"]
+LETTERS = "char_cnn_rnn"  # reads letters; what only it does is in test_char_cnn_rnn.py
+TOKENS = [name for name in ENCODERS if name != LETTERS]
 
 
 @pytest.fixture(params=list(ENCODERS))
@@ -41,8 +43,9 @@ def parts(text: TextFeatures) -> Iterable[Tensor]:
 
 
 def test_shapes(encoder: TextEncoder) -> None:
+    """LONG has 12 words and is cut; a line of letters has 8 places whatever stands in it."""
     text = encoder.encode(CAPTIONS)
-    length = WORDS  # LONG has 12 words and is cut
+    length = WORDS if isinstance(encoder, TokenEncoder) else 8
     assert encoder.width == WIDTH
     assert text.words.shape == (4, length, WIDTH) and text.words.dtype == torch.float32
     assert text.mask.shape == (4, length) and text.mask.dtype == torch.bool
@@ -52,15 +55,18 @@ def test_shapes(encoder: TextEncoder) -> None:
 
 
 def test_mask_and_padding(encoder: TextEncoder) -> None:
-    """True is a word; numbers and vectors behind the words are zero."""
+    """True is a word, or a place at every 18th letter; numbers and vectors behind the words are
+    zero."""
     text = encoder.encode(CAPTIONS)
-    assert text.mask.sum(1).tolist() == [3, WORDS, 1, 3]
+    tokens = isinstance(encoder, TokenEncoder)
+    assert text.mask.sum(1).tolist() == ([3, WORDS, 1, 3] if tokens else [1, 4, 1, 1])
     assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in text.mask)
     assert (text.ids[~text.mask] == PAD).all() and (text.ids[text.mask] != PAD).all()
     assert (text.words[~text.mask] == 0).all()
     assert (text.words[text.mask].abs().amax(1) > 0).all()
-    assert text.ids[2, 0] == NULL
-    assert text.ids[3].tolist().count(UNK) == 1
+    if tokens:
+        assert text.ids[2, 0] == NULL
+        assert text.ids[3].tolist().count(UNK) == 1
 
 
 def test_features_do_not_depend_on_the_batch(encoder: TextEncoder) -> None:
@@ -125,9 +131,12 @@ def test_null_is_the_caption_without_words(encoder: TextEncoder) -> None:
 
 def test_long_captions_are_cut(encoder: TextEncoder) -> None:
     """A caption of a thousand words is drawn from its start, not refused."""
-    text = encoder.encode([LONG + " red" * 1000])
-    assert text.ids.shape == (1, WORDS)
-    for a, b in zip(parts(text), parts(encoder.encode([LONG])), strict=True):
+    endless = LONG + " red" * 1000
+    text = encoder.encode([endless])
+    tokens = isinstance(encoder, TokenEncoder)
+    assert text.ids.shape == (1, WORDS if tokens else 8)
+    start = LONG if tokens else endless[: CONFIG.letters]
+    for a, b in zip(parts(text), parts(encoder.encode([start])), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -138,6 +147,7 @@ def test_gradients_reach_every_parameter(encoder: TextEncoder) -> None:
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("encoder", TOKENS, indirect=True)
 def test_the_padding_row_is_never_trained(encoder: TextEncoder) -> None:
     text = encoder.encode(CAPTIONS)
     (text.words.sum() + text.sentence.square().sum()).backward()
@@ -146,7 +156,9 @@ def test_the_padding_row_is_never_trained(encoder: TextEncoder) -> None:
 
 
 def test_unknown_words_are_listed_once(encoder: TextEncoder) -> None:
-    assert encoder.unknown(["a zorp", "quux zorp red"]) == ["zorp", "quux"]
+    """To who reads letters, no word is unknown."""
+    unknown = ["zorp", "quux"] if isinstance(encoder, TokenEncoder) else []
+    assert encoder.unknown(["a zorp", "quux zorp red"]) == unknown
     assert encoder.unknown([SHORT]) == []
 
 

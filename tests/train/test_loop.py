@@ -10,30 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import NoText
 
 from lineage.config import OptimConfig, TrainConfig
 from lineage.contract import System, Turn
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import CheckFailed, UserError
 from lineage.nn.draws import Draws
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import TextFeatures
 from lineage.train.log import Log, read_log
 from lineage.train.loop import Trainer
 from lineage.train.store import load_state, save_state
-
-
-class NoText(TextEncoder):
-    """Every caption is one word of zeros."""
-
-    width = 2
-
-    def encode(self, captions: list[str]) -> TextFeatures:
-        count = len(captions)
-        ids = torch.ones(count, 1, dtype=torch.int64)
-        return TextFeatures(torch.zeros(count, 1, 2), ids > 0, torch.zeros(count, 2), ids)
-
-    def null(self, count: int) -> TextFeatures:
-        return self.encode([""] * count)
 
 
 class Hill(System):

@@ -1,0 +1,54 @@
+"""The judge's exam at every level and several sizes, and how fast it reads.
+
+python benchmarks/judge.py --repeats 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from lineage.data.shapes import LEVELS
+from lineage.evaluate.cost import machine
+from lineage.evaluate.exam import exam
+from lineage.evaluate.judge import Judge
+from lineage.evaluate.prompts import make_prompts
+from lineage.train.store import write_json
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=8, help="pictures of each prompt (8)")
+    parser.add_argument("--seed", type=int, default=2026, help="other than any other exam's (2026)")
+    options = parser.parse_args()
+    judge = Judge.load()
+    exams = {
+        f"{level} {size}": exam(judge, make_prompts(level), size, options.repeats, options.seed)
+        for level in LEVELS
+        for size in (16, 32, 64)
+    }
+    pictures = torch.randint(0, 256, (1024, 3, 32, 32), dtype=torch.uint8)
+    judge.read(pictures[:128])
+    started = time.perf_counter()
+    judge.read(pictures)
+    seconds = time.perf_counter() - started
+    write_json(
+        RESULTS / "judge.json",
+        {
+            "judge": judge.fingerprint(),
+            "exams": exams,
+            "worst_accepted": min(min(e["accepted"].values()) for e in exams.values()),
+            "worst_near_misses": max(max(e["near_misses"].values()) for e in exams.values()),
+            "pictures_per_second": round(1024 / seconds),
+            "machine": machine(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
