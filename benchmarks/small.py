@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lineage.compare.run import machine
+from lineage.evaluate.cost import machine
 from lineage.config import with_field
 from lineage.data import load_dataset
 from lineage.recipes import find_recipe, preset

@@ -18,12 +18,15 @@ from PIL import Image
 import lineage
 from lineage.compare import run
 from lineage.compare.report import (
+    MISSES,
     _thinned,
     as_bytes,
     as_count,
     as_seconds,
+    bars,
     curve,
     embed,
+    score_lines,
     wall_time,
 )
 from lineage.errors import CheckFailed, UserError
@@ -96,17 +99,22 @@ def test_the_page_needs_nothing_but_itself(folder: Path, page: Page) -> None:
 
 
 def test_the_page_shows_every_picture(folder: Path, page: Page) -> None:
-    """For each caption a real one, and each system's at each seed, described for the blind."""
+    """For each caption a real one, and each system's at each seed; then those that failed. All
+    described for the blind."""
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     facts = read_json(folder / "report.json")
     captions, seeds = facts["captions"], facts["seeds"]
     assert len(captions) == run.CAPTIONS and len(seeds) == len(run.SEEDS) == 2
-    assert len(images) == len(captions) * (1 + len(KEYS) * len(seeds))
+    described = [f"a real picture: {caption}" for caption in captions]
+    described += [f"{key}: {caption}" for key in KEYS for caption in captions for _ in seeds]
+    for key, scores in zip(KEYS, facts["scores"]["runs"], strict=True):
+        assert len(scores["failed"]) > MISSES  # nobody learns to draw in two steps
+        described += [f"{key} on {miss['prompt']}" for miss in scores["failed"][:MISSES]]
+    assert sorted(str(attributes["alt"]) for attributes in images) == sorted(described)
     for attributes in images:
         source = str(attributes["src"]).split(",", 1)[1]
         with Image.open(io.BytesIO(base64.b64decode(source))) as picture:
             assert picture.format == "PNG" and picture.size == (16, 16)
-        assert any(caption in str(attributes["alt"]) for caption in captions)
     assert len({attributes["src"] for attributes in images}) > len(captions)
 
 
@@ -121,6 +129,33 @@ def test_the_page_names_systems_captions_and_cost(folder: Path, page: Page) -> N
     assert "None" not in text and "Undefined" not in text and "{{" not in text
     assert sum(tag == "svg" for tag, _ in page.tags) == 1  # the GAN's losses; retrieval has none
     assert "has no curve" in text
+
+
+def test_the_page_shows_every_score(folder: Path, page: Page) -> None:
+    """The shares as bars, as many as there are tasks, splits and systems; the rest as a table."""
+    scores, text = read_json(folder / "report.json")["scores"], " ".join(page.words)
+    assert [one["system"] for one in scores["runs"]] == KEYS
+    tasks = {s: c["tasks"] for s, c in scores["runs"][0]["composition"].items()}
+    classes = [attributes.get("class") for _, attributes in page.tags]
+    assert classes.count("bar") == len(KEYS) * sum(len(of) + 1 for of in tasks.values())
+    assert tasks.keys() == {"test", "heldout"}
+    widths = [
+        float(number)
+        for _, attributes in page.tags
+        for number in re.findall(r"(?:left|width): ([-\d.]+)%", attributes.get("style") or "")
+    ]
+    assert len(widths) == 3 * classes.count("bar") and all(0 <= width <= 100 for width in widths)
+    lines = score_lines(scores)
+    assert {"FID ↓", "R-precision", "nearer to training than unseen real"} <= {
+        line["name"] for line in lines
+    }
+    for line in lines:
+        assert line["name"] in text and len(line["cells"]) == len(KEYS) + 2
+        assert all(cell in text for cell in line["cells"])
+    for one in scores["runs"]:
+        assert all(f"seen: {miss['seen']}" in text for miss in one["failed"][:MISSES])
+    assert scores["protocol"]["quality"]["generated"] == PICTURES
+    assert all(warning in text for warning in scores["warnings"])
 
 
 def test_the_facts_are_those_of_the_runs(folder: Path) -> None:
@@ -157,6 +192,9 @@ def test_the_sheet_is_a_picture(folder: Path) -> None:
     """Two captions a row: twice the real picture and the two systems."""
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.width > 2 * 3 * 80 and sheet.height > run.CAPTIONS / 2 * 80
+    for key in KEYS:
+        for name in ("failed", "nearest"):
+            assert (folder / f"{key}_{name}.png").is_file()
 
 
 def test_a_second_comparison_does_not_train_again(
@@ -288,6 +326,37 @@ def test_embedded_pictures_are_the_pictures() -> None:
     image = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8)
     with Image.open(io.BytesIO(base64.b64decode(embed(image).split(",")[1]))) as picture:
         assert picture.getpixel((2, 1)) == tuple(image[:, 1, 2].tolist())
+
+
+def composition(value: float) -> dict[str, Any]:
+    """A composition of one task, whose share and mean are both `value`."""
+    share = {"value": value, "interval": [value - 0.1, value + 0.1], "n": 9}
+    return {"test": {"tasks": {"two_objects": share}, "overall": share, "parts": {}}}
+
+
+def test_bars_stand_between_floor_and_ceiling() -> None:
+    """Each bar is a system's own share, in the order of the comparison; the floor is that of
+    shuffled prompts, not of real ones."""
+    scores = {
+        "runs": [{"composition": composition(0.3)}, {"composition": composition(0.6)}],
+        "real": {"composition": composition(0.9)},
+        "shuffled": {"composition": composition(0.1)},
+    }
+    (panel,) = bars(scores, ["one", "two"])
+    assert [task["name"] for task in panel["tasks"]] == ["two objects", "overall"]
+    for task in panel["tasks"]:
+        assert [(bar["key"], bar["value"]) for bar in task["bars"]] == [("one", 0.3), ("two", 0.6)]
+        assert (task["real"], task["floor"]) == (0.9, 0.1)
+    assert bars({**scores, "real": {}}, ["one", "two"]) == []  # data without a judge
+
+
+def test_scores_that_nobody_has_make_no_line() -> None:
+    """And where one row has none, its cell says so instead of shifting the others."""
+    fid = {"value": 3.0, "interval": [2.0, 4.0], "n": 9}
+    scores = {"runs": [{"quality": {"fid": fid}}, {}], "real": {}, "shuffled": {}}
+    (line,) = score_lines(scores)
+    assert line["name"] == "FID ↓" and len(line["cells"]) == 4
+    assert "3" in line["cells"][0] and len(set(line["cells"][1:])) == 1
 
 
 def log_of(**terms: float) -> list[dict[str, Any]]:
