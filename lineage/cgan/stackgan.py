@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from lineage.config import at_least, one_of
 from lineage.contract import System, Turn
 from lineage.data.contract import Batch
+from lineage.errors import UserError
 from lineage.nn.blocks import ResidualBlock, conv3x3, doublings, down, up
 from lineage.nn.draws import Draws
 from lineage.nn.gan import (
@@ -290,10 +291,7 @@ def discriminator_terms(
 
 
 class StackGANStage(System):
-    """What both stages have in common: the order of a step, penalty, augmentation, health.
-
-    `generator` and `discriminator` are those of the stage that is trained.
-    """
+    """A step of either stage; `generator` and `discriminator` are those that it trains."""
 
     generator: nn.Module
     discriminator: Discriminator
@@ -319,6 +317,8 @@ class StackGANStage(System):
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
         """The fake picture is drawn once; the generator's turn sees the updated discriminator."""
         config, look = self.config, self.discriminator
+        if len(batch) < 2:
+            raise UserError("stackgan needs a wrong caption in the batch: --set train.batch=2.")
         drawn = self.fake(text.sentence.detach(), draws)
         condition = drawn.mu.detach()
         real = self.real(batch)

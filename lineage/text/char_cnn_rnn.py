@@ -65,7 +65,8 @@ class CharCNNRNN(TextEncoder):
 
     def encode(self, captions: list[str]) -> TextFeatures:
         limit = self.config.letters
-        rows = [[self.number.get(c, -1) for c in caption.lower()[:limit]] for caption in captions]
+        texts = [caption.lower().strip()[:limit] for caption in captions]
+        rows = [[self.number.get(letter, -1) for letter in text] for text in texts]
         padded = torch.tensor([row + [-1] * (limit - len(row)) for row in rows])  # (B, letters)
         lengths = torch.tensor([len(row) for row in rows])
         device = self.project.weight.device
