@@ -96,7 +96,8 @@ def test_list_imports_nothing_heavy() -> None:
 def test_help_and_version(call: Call) -> None:
     assert "train" in call("--help").out
     assert call("--version").out.startswith("lineage ")
-    for command in ("list", "train", "sample", "compare", "verify"):
+    commands = ("list", "train", "sample", "evaluate", "compare", "verify", "import-weights")
+    for command in commands:
         assert call(command, "--help").code == 0
 
 
@@ -139,9 +140,29 @@ def test_help_and_version(call: Call) -> None:
         (["data", "check", "shaps"], ["shaps"]),
         (["data", "show", "shapes", "--split", "trane"], ["trane"]),
         (["data", "show", "shapes", "--size", "0"], ["--size"]),
+        (["train", "stackgan", *SMOKE, "--set", "size=24"], ["24"]),
+        (["train", "stackgan", *SMOKE, "--set", "recipe=modren"], ["'modren'", "'modern'"]),
+        (["train", "ddpm", *SMOKE, "--set", "recipe=paper"], ["'recipe'"]),
+        (["train", "gan_int_cls", *SMOKE, "--set", "encoder.letters=20"], ["encoder.letters=20"]),
+        (["evaluate"], ["RUN"]),
+        (["evalute", "runs/x"], ["'evaluate'"]),
+        (["evaluate", "nowhere"], ["nowhere"]),
+        (["evaluate", "."], ["config.json"]),
+        (["evaluate", ".", "--pictures", "0"], ["--pictures"]),
+        (["evaluate", ".", "--batch", "few"], ["--batch", "few"]),
+        (["compare", "ddpm", *SMOKE, "--pictures", "0"], ["--pictures"]),
         (["compare", "ddpm", "ddmp", *SMOKE], ["'ddpm'"]),
         (["compare", "dit", *SMOKE], ["planned"]),
         (["verify", "nowhere.safetensors"], ["nowhere.safetensors"]),
+        (["verify"], ["FILE"]),
+        (["import-weights"], ["KEY"]),
+        (["import-wieghts", "stackgan"], ["'import-weights'"]),
+        (["import-weights", "stackgan", "netG.pth"], ["--out"]),
+        (["import-weights", "stackgn", "netG.pth", "--out", "runs/a"], ["'stackgn'", "'stackgan'"]),
+        (["import-weights", "ddpm", "netG.pth", "--out", "runs/a"], ["'ddpm'", "stackgan"]),
+        (["import-weights", "stackgan", "nowhere.pth", "--out", "runs/a"], ["nowhere.pth"]),
+        (["import-weights", "stackgan", ".", "--out", "runs/a"], ["."]),
+        (["import-weights", "stackgan", "n.safetensors", "--out", "runs/a"], ["n.safetensors"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
@@ -203,6 +224,23 @@ def test_a_run_is_not_overwritten(call: Call, run_folder: Path) -> None:
     refused = call("train", "retrieval", *SMOKE, "--out", run_folder, "--resume")
     assert_refused(refused, "ddpm", "retrieval")
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_is_not_overwritten_by_published_weights(call: Call, run_folder: Path) -> None:
+    """Told before the file is looked at, which may be of gigabytes."""
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    Path("netG.pth").write_bytes(b"not a checkpoint")
+    refused = call("import-weights", "stackgan", "netG.pth", "--out", run_folder)
+    assert_refused(refused, "finished", "--out")
+    assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_file_that_is_no_checkpoint_is_told(call: Call, tmp_path: Path) -> None:
+    """Code in a pickle is not run, and no folder is left behind."""
+    Path("netG.pth").write_bytes(b"cos\nsystem\n(S'touch it_ran'\ntR.")
+    refused = call("import-weights", "stackgan", "netG.pth", "--out", "runs/a")
+    assert_refused(refused, "netG.pth", "tensors alone")
+    assert not (tmp_path / "it_ran").exists() and not (tmp_path / "runs").exists()
 
 
 def test_a_finished_run_is_resumed_without_training(call: Call, run_folder: Path) -> None:

@@ -38,29 +38,32 @@ B = 4
 TINY = StackGANConfig(start=8, noise=6, condition=5, generator=8, discriminator=4, residual=1)
 CAPTIONS = ["a red circle", "a blue square above a green triangle", ""]
 
-Make = Callable[..., tuple[StageOne, StageTwo]]
+Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def make(tokenizer: WordTokenizer) -> Make:
-    """Stage I and stage II at 8 and 16 pixels, of weights large enough to show a caption."""
+    """(1 or 2) -> that stage at 8 or 16 pixels, of weights large enough to show a caption."""
 
-    def make(**changes: Any) -> tuple[StageOne, StageTwo]:
+    def make(number: int, **changes: Any) -> StackGANStage:
         torch.manual_seed(0)
         config = StackGANConfig(**{**vars(TINY), **changes})
         first = StageOne(config, make_encoder("bag", TextConfig(width=8), tokenizer))
+        enlarge(first.generator, first.discriminator)
+        if number == 1:
+            return first
         second = StageTwo(config, first, 16)
-        with torch.no_grad():
-            for name, parameter in second.named_parameters():
-                if parameter.dim() > 1 and not name.startswith("text"):
-                    parameter.mul_(10.0)
-        return first, second
+        enlarge(second.generator, second.discriminator)
+        return second
 
     return make
 
 
-def stage_of(make: Make, number: int, **changes: Any) -> StackGANStage:
-    return make(**changes)[number - 1]
+@torch.no_grad()
+def enlarge(*networks: nn.Module) -> None:
+    """At the weights of the start, hardly anything that is asked for shows in a picture."""
+    for parameter in (p for network in networks for p in network.parameters() if p.dim() > 1):
+        parameter.mul_(5.0)
 
 
 def batch_of(shapes: CaptionedDataset, captions: list[str] | None = None) -> Batch:
@@ -151,9 +154,14 @@ def test_every_side_that_can_be_works(start: int, size: int, tokenizer: WordToke
 )
 def test_sides_that_do_not_double_are_told(sizes: dict[str, int], tokenizer: WordTokenizer) -> None:
     """Where the preset draws 8, then 16 pixels: in one sentence, before anything is trained."""
-    with pytest.raises(UserError) as caught, torch.device("meta"):
-        config = runs.configure("stackgan", preset_name="smoke", settings=sizes)
-        runs.build(recipe.stages(config, tokenizer))  # type: ignore[arg-type]
+
+    def build() -> None:
+        config: Any = runs.configure("stackgan", preset_name="smoke", settings=sizes)
+        with torch.device("meta"):
+            runs.build(recipe.stages(config, tokenizer))
+
+    with pytest.raises(UserError) as caught:
+        build()
     message = str(caught.value)
     assert "\n" not in message and "doubling" in message and "size" in message
     assert any(str(side) in message for side in sizes.values())
@@ -213,10 +221,9 @@ def test_the_kl_term_is_that_of_two_gaussians() -> None:
 def test_the_kl_term_has_its_weight(stage: int, make: Make, shapes: CaptionedDataset) -> None:
     """The stage's own Gaussian, twice; a weight of nothing leaves the term out of the log too."""
     terms = [
-        dict(steps(stage_of(make, stage, kl=kl), batch_of(shapes)))["generator"]
-        for kl in (2.0, 0.5, 0.0)
+        dict(steps(make(stage, kl=kl), batch_of(shapes)))["generator"] for kl in (2.0, 0.5, 0.0)
     ]
-    system, batch = stage_of(make, stage), batch_of(shapes)
+    system, batch = make(stage), batch_of(shapes)
     drawn = system.fake(system.text.encode(batch.caption).sentence, Draws(range(B)))
     torch.testing.assert_close(terms[0]["kl"], 2 * kl_term(drawn.mu, drawn.log_variance))
     torch.testing.assert_close(terms[1]["kl"], 0.5 * kl_term(drawn.mu, drawn.log_variance))
@@ -301,7 +308,7 @@ def test_pairs_are_those_of_the_authors(
 ) -> None:
     """Real, then real with the caption of the next row, then fake; the discriminator is told mu,
     from which no gradient flows back; pairs of one caption are left out."""
-    system = stage_of(make, stage)
+    system = make(stage)
     batch = batch_of(shapes, ["a ring", "a ring", "a blue square", "a star"])
     seen, masks = [], []
     score, terms_of = system.discriminator.score, stackgan.discriminator_terms
@@ -331,10 +338,9 @@ def test_pairs_are_those_of_the_authors(
 
 def test_stage_one_sees_small_pictures(make: Make, shapes: CaptionedDataset) -> None:
     """Each pixel the mean of the four it stands for."""
-    first, second = make()
     batch = batch_of(shapes)
-    small = first.real(batch)
-    assert small.shape == (B, 3, 8, 8) and torch.equal(second.real(batch), batch.image)
+    small = make(1).real(batch)
+    assert small.shape == (B, 3, 8, 8) and torch.equal(make(2).real(batch), batch.image)
     torch.testing.assert_close(small[2, 1, 3, 5], batch.image[2, 1, 6:8, 10:12].mean())
 
 
@@ -359,7 +365,7 @@ def test_the_fake_is_drawn_once_a_step(
             return call(self, *inputs)
 
         monkeypatch.setattr(kind, "forward", forward)
-    list(steps(stage_of(make, stage), batch_of(shapes)))
+    list(steps(make(stage), batch_of(shapes)))
     assert tuple(calls) == expected
 
 
@@ -369,7 +375,7 @@ def test_gradients_stay_in_their_turn(
     stage: int, switches: dict[str, Any], make: Make, shapes: CaptionedDataset
 ) -> None:
     """The discriminator's loss must not reach the generator, nor any loss the text or stage I."""
-    system = stage_of(make, stage, **switches)
+    system = make(stage, **switches)
     turns = steps(system, batch_of(shapes))
     for own, other in (("discriminator", "generator"), ("generator", None)):
         name, terms = next(turns)
@@ -387,7 +393,7 @@ def test_gradients_stay_in_their_turn(
 def test_each_turn_moves_its_own_group(
     stage: int, make: Make, shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    system = stage_of(make, stage)
+    system = make(stage)
     trainer = trained(system, shapes, 0)
     moved: dict[str, set[str]] = {}
     for name, group in trainer.groups.items():
@@ -409,7 +415,7 @@ def test_the_generator_sees_the_updated_discriminator(make: Make, shapes: Captio
     """What the loop does to the discriminator between the two turns must show in the second."""
     found = []
     for change in (0.0, 0.5):
-        system = stage_of(make, 2)
+        system = make(2)
         turns = steps(system, batch_of(shapes))
         next(turns)
         with torch.no_grad():
@@ -423,13 +429,13 @@ def test_the_generator_sees_the_updated_discriminator(make: Make, shapes: Captio
 def test_stage_one_stays_bit_for_bit(make: Make, shapes: CaptionedDataset) -> None:
     """Weights and batch statistics, in training and in drawing; so does the text. What stage II
     learns to mend is then what it will be given."""
-    first, second = make()
+    second = make(2)
     kept = {
         name: {n: t.clone() for n, t in part.state_dict().items()}
         for name, part in (("first", second.first), ("text", second.text))
     }
     assert any("running_var" in name for name in kept["first"])
-    drawn = first.generate(CAPTIONS, seed=1)
+    drawn = second.generate(CAPTIONS, seed=1, stage=1)
     trained(second, shapes)
     assert second.training and second.generator.training and not second.first.training
     second.generate(CAPTIONS)
@@ -437,12 +443,12 @@ def test_stage_one_stays_bit_for_bit(make: Make, shapes: CaptionedDataset) -> No
     for part, tensors in kept.items():
         for name, tensor in getattr(second, part).state_dict().items():
             assert torch.equal(tensor, tensors[name]), (part, name)
-    assert torch.equal(first.generate(CAPTIONS, seed=1), drawn)
+    assert torch.equal(second.generate(CAPTIONS, seed=1, stage=1), drawn)
     assert not any(p.requires_grad for p in [*second.first.parameters(), *second.text.parameters()])
 
 
 def test_stage_one_leaves_the_text_as_it_is(make: Make, shapes: CaptionedDataset) -> None:
-    first, _ = make()
+    first = make(1)
     before = first.text.encode(CAPTIONS).sentence
     trained(first, shapes)
     assert torch.equal(first.text.encode(CAPTIONS).sentence, before)
@@ -458,7 +464,7 @@ def test_r1_is_the_squared_gradient_on_real_pictures(
 ) -> None:
     """One row at a time, in evaluation mode, where rows do not meet in the batch norm; each penalty
     counts for all steps that have none."""
-    system = stage_of(make, stage, norm=norm, r1=0.3, r1_every=2).eval()
+    system = make(stage, norm=norm, r1=0.3, r1_every=2).eval()
     look, batch = system.discriminator, batch_of(shapes)
     mu = system.fake(system.text.encode(batch.caption).sentence, Draws(range(B))).mu.detach()
     squares = []
@@ -479,7 +485,7 @@ def test_r1_comes_every_so_many_steps_and_its_count_is_saved(
 ) -> None:
     """A resumed run would else take its penalties at other steps."""
     changes, batch = {"r1": 0.3, "r1_every": 3, **switches}, batch_of(shapes)
-    system, again = stage_of(make, 2, **changes), stage_of(make, 2, **changes)
+    system, again = make(2, **changes), make(2, **changes)
 
     def penalised(one: StackGANStage) -> bool:
         terms = dict(steps(one, batch))["discriminator"]
@@ -489,7 +495,7 @@ def test_r1_comes_every_so_many_steps_and_its_count_is_saved(
     assert [penalised(system) for _ in range(7)] == [True, False, False, True, False, False, True]
     again.load_state_dict(system.state_dict())
     assert [penalised(again) for _ in range(3)] == [False, False, True]
-    assert not penalised(stage_of(make, 2, **switches))
+    assert not penalised(make(2, **switches))
 
 
 @pytest.mark.parametrize(
@@ -507,7 +513,7 @@ def test_switches_train(
     stage: int, switches: dict[str, Any], make: Make, shapes: CaptionedDataset
 ) -> None:
     """Each is one `--set model.NAME=...` away."""
-    system = stage_of(make, stage, **switches)
+    system = make(stage, **switches)
     trainer = trained(system, shapes, 2)
     seen = trainer.advance(trainer.loader.at(2))
     assert all(torch.isfinite(value).all() for value in seen.values()), seen
@@ -522,11 +528,11 @@ def test_what_is_judged_is_augmented_and_what_is_drawn_is_not(
     """Real and fake pictures alike, or the discriminator would know the holes."""
     shown: list[Tensor] = []
     monkeypatch.setattr(stackgan, "diff_augment", lambda image: shown.append(image) or image * 0)
-    system, batch = stage_of(make, 2, augment=True), batch_of(shapes)
+    system, batch = make(2, augment=True), batch_of(shapes)
     list(steps(system, batch))
     assert len(shown) == 2 and torch.equal(shown[0], batch.image)
     shown.clear()
-    list(steps(stage_of(make, 2), batch))
+    list(steps(make(2), batch))
     system.generate(CAPTIONS)
     assert shown == []
 
@@ -535,8 +541,8 @@ def test_what_is_judged_is_augmented_and_what_is_drawn_is_not(
 
 
 @pytest.fixture(scope="module")
-def pair(make: Make) -> tuple[StageOne, StageTwo]:
-    return make()
+def second(make: Make) -> StageTwo:
+    return make(2)  # type: ignore[no-any-return]
 
 
 def differ(one: Tensor, other: Tensor) -> Tensor:
@@ -544,23 +550,20 @@ def differ(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).abs().flatten(1).amax(1)
 
 
-def test_truncation_of_nothing_gives_one_picture(pair: tuple[StageOne, StageTwo]) -> None:
+def test_truncation_of_nothing_gives_one_picture(second: StageTwo) -> None:
     """For a caption, whatever the seed and the place; without it there are many."""
-    _, second = pair
     captions = ["a red circle"] * 3
     pictures = [second.generate(captions, seed=seed, truncation=0.0) for seed in (0, 1)]
     assert differ(pictures[0], pictures[1]).max() < 1e-5
     assert differ(pictures[0], pictures[0][:1]).max() < 1e-5
     assert differ(pictures[0], second.generate(["a blue star"], truncation=0.0)).max() > 1e-3
-    free = second.generate(captions)
+    free, near = (second.generate(captions, truncation=share) for share in (1.0, 0.1))
     assert differ(free[1:], free[:1]).min() > 1e-3
-    half = second.generate(captions, truncation=0.5)
-    assert differ(half[1:], half[:1]).max() < differ(free[1:], free[:1]).max()
+    assert differ(near[1:], near[:1]).mean() < differ(free[1:], free[:1]).mean()
 
 
-def test_towards_another_caption_has_both_as_ends(pair: tuple[StageOne, StageTwo]) -> None:
+def test_towards_another_caption_has_both_as_ends(second: StageTwo) -> None:
     """From the same noise, so that only the caption changes on the way."""
-    _, second = pair
     one, other = ["a red circle"] * 2, ["a blue square above a green triangle"] * 2
     ends = [second.generate(c, seed=3) for c in (one, other)]
     way = [second.generate(one, seed=3, towards=other[0], share=share) for share in (0.0, 0.5, 1.0)]
@@ -568,8 +571,7 @@ def test_towards_another_caption_has_both_as_ends(pair: tuple[StageOne, StageTwo
     assert differ(way[1], ends[0]).min() > 1e-3 and differ(way[1], ends[1]).min() > 1e-3
 
 
-def test_noise_goes_from_one_picture_to_another(pair: tuple[StageOne, StageTwo]) -> None:
-    _, second = pair
+def test_noise_goes_from_one_picture_to_another(second: StageTwo) -> None:
     default = second.generate(CAPTIONS, seed=3)
     assert torch.equal(second.generate(CAPTIONS, seed=3, noise_share=0.0), default)
     near, far = (second.generate(CAPTIONS, seed=3, noise_share=share) for share in (0.05, 1.0))
@@ -577,9 +579,9 @@ def test_noise_goes_from_one_picture_to_another(pair: tuple[StageOne, StageTwo])
     assert differ(near, default).mean() < differ(far, default).mean()
 
 
-def test_stage_one_can_be_looked_at(pair: tuple[StageOne, StageTwo]) -> None:
+def test_stage_one_can_be_looked_at(make: Make) -> None:
     """`stage=1` shows the very sketch that the picture was made from, every pixel as a square."""
-    first, second = pair
+    first, second = make(1), make(2)  # seeded alike, so stage I is the same
     small = first.generate(CAPTIONS, seed=3)
     shown = second.generate(CAPTIONS, seed=3, stage=1)
     expected = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -589,23 +591,31 @@ def test_stage_one_can_be_looked_at(pair: tuple[StageOne, StageTwo]) -> None:
 
 # --- recipes ----------------------------------------------------------------------------------
 
-SWITCHES = ("loss", "r1", "norm", "augment")
-RECIPES = {
-    "paper": {"optim.lr": 2e-4, "optim.average": 0.0, "model.r1": 0.0},
-    "modern": {"optim.lr": 1.2e-3, "optim.average": 0.99, "model.r1": 5.0},
-}
-ALIKE = {
+PAPER = {
     "optim.name": "adam",
+    "optim.lr": 2e-4,
     "optim.beta1": 0.5,
     "optim.beta2": 0.999,
     "optim.weight_decay": 0.0,
     "optim.warmup": 0,
     "optim.decay": "linear",
     "optim.clip": 0.0,
+    "optim.average": 0.0,
+    "model.kl": 2.0,
     "model.loss": "log",
+    "model.r1": 0.0,
     "model.norm": "batch",
     "model.augment": False,
 }
+"""Section 4.2 and the authors' code."""
+
+MODERN = {
+    **{f"optim.{name}": value for name, value in vars(recipe._MODERN).items() if name != "rates"},
+    **{f"model.{name}": value for name, value in recipe._SWITCHES.items()},
+}
+"""What was found to work; its numbers are measured, so they are not typed here."""
+
+RECIPES = {"paper": PAPER, "modern": MODERN}
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -621,19 +631,16 @@ def test_a_recipe_sets_all_switches_and_rates(name: str, preset: str) -> None:
     before = recipe.PRESETS[preset]
     config = runs.configure("stackgan", preset_name=preset, settings={"recipe": name})
     assert config.recipe == name  # type: ignore[attr-defined]
-    set_by_it = {**ALIKE, **RECIPES[name]}
-    found = flat(config)
+    found, set_by_it = flat(config), RECIPES[name]
     assert {field: found[field] for field in set_by_it} == set_by_it
     for field, value in flat(before).items():
         assert field in set_by_it or found[field] == value, field
     assert config.train == before.train and config.encoder == before.encoder
-    assert (
-        runs.configure("stackgan", preset_name=preset, settings={"recipe": name, "seed": 0})
-        == config
-    )
 
 
 def test_a_recipe_undoes_the_other() -> None:
+    """Each says something of every switch that the other sets."""
+    assert PAPER.keys() == MODERN.keys()
     config = recipe.PRESETS["tiny"]
     assert config.with_recipe("paper").with_recipe("modern") == config.with_recipe("modern")
 
@@ -646,7 +653,7 @@ def test_single_switches_beside_a_recipe_win(name: str, last: bool) -> None:
     settings = {"recipe": name, **single} if last else {**single, "recipe": name}
     found = flat(runs.configure("stackgan", preset_name="tiny", settings=settings))
     expected = {"model.r1": 0.7, "model.loss": "hinge", "optim.lr": 3e-4, "model.augment": True}
-    for field, value in {**ALIKE, **RECIPES[name], **expected}.items():
+    for field, value in {**RECIPES[name], **expected}.items():
         assert found[field] == value, field
 
 

@@ -429,6 +429,18 @@ def test_knobs_are_listed_with_their_defaults(key: str, trained: Callable[[str],
     assert torch.equal(plain, system.generate(CAPTIONS[:2], seed=1, **system.knobs()))
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_variants_of_a_sheet_are_knobs(key: str, trained: Callable[[str], System]) -> None:
+    """Sheets are drawn in the middle of training, where a knob that there is not stops the run."""
+    system = trained(key)
+    variants = system.variants()
+    drawn = [system.generate(CAPTIONS[:2], seed=1, **knobs) for knobs in variants.values()]
+    plain = system.generate(CAPTIONS[:2], seed=1)
+    assert all(picture.shape == plain.shape for picture in drawn)
+    assert any(torch.equal(picture, plain) for picture in drawn)  # what the run is for is shown
+    assert len({tuple(picture.flatten().tolist()) for picture in drawn}) == len(variants)
+
+
 # --- runs -------------------------------------------------------------------------------------
 
 
