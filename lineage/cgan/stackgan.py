@@ -33,6 +33,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise, starmap
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from lineage.config import at_least, one_of
 from lineage.contract import System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
-from lineage.nn.blocks import ResidualBlock, conv3x3, doublings, down, up
+from lineage.nn.blocks import ResidualBlock, conv3x3, doublings, down, halvings, up
 from lineage.nn.draws import Draws
 from lineage.nn.gan import (
     accepted,
@@ -148,12 +149,9 @@ class StageOneGenerator(nn.Module):
             nn.BatchNorm1d(channels * 16),
             nn.ReLU(),
         )
-        blocks = []
-        for _ in range(doublings(4, config.start)):
-            blocks.append(up(channels, channels // 2))
-            channels //= 2
-        self.upsample = nn.Sequential(*blocks)
-        self.img = nn.Sequential(conv3x3(channels, 3), nn.Tanh())
+        widths = halvings(channels, doublings(4, config.start))
+        self.upsample = nn.Sequential(*starmap(up, pairwise(widths)))
+        self.img = nn.Sequential(conv3x3(widths[-1], 3), nn.Tanh())
 
     def forward(self, sentence: Tensor, noise: Tensor, eps: Tensor) -> Drawn:
         """sentence (B, D), noise (B, Z), eps (B, C) -> pictures (B, 3, s, s)."""
@@ -238,12 +236,9 @@ class StageTwoGenerator(nn.Module):
             conv3x3(channels + config.condition, channels), nn.BatchNorm2d(channels), nn.ReLU()
         )
         self.residual = nn.Sequential(*(ResidualBlock(channels) for _ in range(config.residual)))
-        blocks = []
-        for _ in range(doublings(config.start, size) + 2):
-            blocks.append(up(channels, channels // 2))
-            channels //= 2
-        self.upsample = nn.Sequential(*blocks)
-        self.img = nn.Sequential(conv3x3(channels, 3), nn.Tanh())
+        widths = halvings(channels, doublings(config.start, size) + 2)
+        self.upsample = nn.Sequential(*starmap(up, pairwise(widths)))
+        self.img = nn.Sequential(conv3x3(widths[-1], 3), nn.Tanh())
 
     def forward(self, small: Tensor, sentence: Tensor, eps: Tensor) -> Drawn:
         """small (B, 3, s, s), sentence (B, D), eps (B, C) -> pictures (B, 3, S, S)."""
@@ -438,6 +433,8 @@ class StageTwo(StackGANStage):
             noise_share: how far to go from the noise of each picture towards another, 0 to 1.
             stage: 1 shows stage I's pictures instead, enlarged, from the same noise.
         """
+        if stage not in (1, 2):
+            raise UserError(f"stage={stage} is neither 1 nor 2.")
         sentence = self.text.encode(captions).sentence
         if towards:
             sentence = sentence.lerp(self.text.encode([towards]).sentence, share)

@@ -170,7 +170,7 @@ def curve(log: list[dict[str, Any]]) -> Markup | None:
     """
     minutes = _minutes(log)
     names = [name for name in dict.fromkeys(n for line in log for n in line) if "/" in name]
-    names = [name for name in names if not name.startswith("gradient/")]
+    names = [name for name in names if not name.startswith(("gradient/", "health/"))]
     if not names:
         return None
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lineage", "font.size": 9}):

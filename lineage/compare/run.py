@@ -113,7 +113,7 @@ def compare(
         "preset": preset,
         "budget": {"minutes": config.train.minutes, "steps": config.train.steps},
         "machine": machine(),
-        "reproduce": _command(chosen, preset, options, settings or {}, folder),
+        "reproduce": _command(chosen, preset, options, settings or {}, pictures, folder),
     }
     write_json(folder / "report.json", summary)
     real = [example.image for example in shown]
@@ -195,11 +195,17 @@ def _flags(options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]
 
 
 def _command(
-    keys: list[str], preset: str, options: dict[str, Any], settings: Mapping[str, Any], folder: Path
+    keys: list[str],
+    preset: str,
+    options: dict[str, Any],
+    settings: Mapping[str, Any],
+    pictures: int,
+    folder: Path,
 ) -> list[str]:
     """What to type to get this report again, and each run alone."""
     flags = ["--preset", preset, *_flags(options, settings)]
-    lines = [["lineage", "compare", *keys, *flags, "--out", folder.name]]
+    drawn = ["--pictures", str(pictures)] if pictures != Setting.pictures else []
+    lines = [["lineage", "compare", *keys, *flags, *drawn, "--out", folder.name]]
     lines += [["lineage", "train", key, *flags, "--out", f"{folder.name}/{key}"] for key in keys]
     return [shlex.join(line) for line in lines]
 

@@ -286,7 +286,7 @@ def _protocol(world: RealPictures, setting: Setting) -> dict[str, Any]:
         "seed": setting.seed + 1,
     }
     protocol: dict[str, Any] = {
-        "intervals": "95 %, bootstrap over pictures",
+        "intervals": "95 %, bootstrap over pictures; Wilson's where all have one verdict",
         "quality": {
             **drawn,
             "neighbours_of_precision_and_recall": sections.PRECISION_NEIGHBOURS,

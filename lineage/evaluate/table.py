@@ -116,7 +116,7 @@ def _cost(rows: Sequence[tuple[str, Row]]) -> str:
             " / ".join(f"{stage['pictures_per_second']:.0f}" for stage in training),
             as_seconds(sampling["sampling_seconds_per_picture_at_1"]),
             as_seconds(sampling["sampling_seconds_per_picture_at_16"]),
-            as_bytes(max(stage["peak_memory_bytes"] for stage in training)),
+            as_bytes(max((stage["peak_memory_bytes"] for stage in training), default=0)),
             as_bytes(sampling["sampling_peak_memory_bytes"]),
             as_bytes(sampling["model_bytes"]),
         ]

@@ -24,6 +24,16 @@ def doublings(small: int, large: int) -> int:
     return count
 
 
+def halvings(channels: int, times: int) -> list[int]:
+    """`channels`, half of them, and so on, `times` times; `UserError` if none would be left."""
+    if channels < 2**times:
+        raise UserError(
+            f"{channels} channels cannot be halved {times} times: a wider model is needed for this "
+            "size (--set model.generator=...)."
+        )
+    return [channels // 2**i for i in range(times + 1)]
+
+
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
 

@@ -236,5 +236,6 @@ def import_stackgan(state: Mapping[str, Tensor], path: Path) -> Imported:
     return Imported(
         config,
         weights,
+        ("text.", "discriminator.", "steps"),
         "The file holds no text encoder: until one is trained, captions ask for nothing.",
     )

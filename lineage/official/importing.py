@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lineage
@@ -23,7 +24,7 @@ from lineage.errors import UserError, nearest
 from lineage.recipes import find_recipe
 from lineage.runs import build
 from lineage.text.tokenizer import make_tokenizer
-from lineage.train.store import load_tensors, save_tensors, write_json
+from lineage.train.store import save_tensors, write_json
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Imported:
 
     Attributes:
         config: the run's configuration.
-        weights: by our names; none may be left over, some may be missing.
+        weights: by our names; none may be left over.
+        absent: beginnings of names that such checkpoints never hold.
         note: what the user must know.
     """
 
     config: RunConfig
     weights: dict[str, Tensor]
+    absent: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -60,17 +63,23 @@ def import_weights(key: str, file: str | Path, out: str | Path) -> str:
         raise UserError(f"{folder} holds a run already; choose another --out.")
     where, name = IMPORTERS[key].split(":")
     importer: Importer = getattr(importlib.import_module(where), name)
-    found = importer(read_checkpoint(path), path)
+    try:
+        found = importer(read_checkpoint(path), path)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{path} does not fit {key}: it lacks {error}.") from error
     config = found.config
     words = load_dataset("shapes", "train", 32).all_captions(1000)
     tokenizer = make_tokenizer(config.encoder.tokenizer, words, config.encoder.vocabulary)
     torch.manual_seed(config.seed)
     system = build(find_recipe(key).stages(config, tokenizer))
     try:
-        _, unknown = system.load_state_dict(found.weights, strict=False)
+        missing, unknown = system.load_state_dict(found.weights, strict=False)
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} does not fit {key}: {line[:200]}") from error
+    missing = [name for name in missing if not name.startswith(found.absent)]
+    if missing:
+        raise UserError(f"{path} does not fit {key}: it has no tensor for {missing[0]}.")
     if unknown:
         raise UserError(f"{path} does not fit {key}: it has tensors more, such as {unknown[0]}.")
     save_tensors(folder / "model.safetensors", system.state_dict())
@@ -91,11 +100,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
+    loaded: Any
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for files that are foreign or cut short
+        if path.suffix == ".safetensors":
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a dozen kinds, for files that are foreign or cut short
         line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(f"{path} is no checkpoint of tensors alone ({line[:120]}).") from error
     for name in ("state_dict", "model"):

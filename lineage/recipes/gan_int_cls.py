@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from lineage.cgan.gan_int_cls import GANConfig, GanIntCls
 from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig
+from lineage.errors import UserError
 from lineage.recipes.joint_text import NAME, text_stage, trained_text
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage, content
@@ -21,6 +22,11 @@ class Config(RunConfig):
 
     text_share: float = 0.15
     model: GANConfig = field(default_factory=GANConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.text_share < 1:
+            raise UserError(f"text_share={self.text_share} must be between 0 and 1.")
 
 
 # Reed et al. 2016, section 5: rate 0.0002, momentum 0.5; nothing is averaged, clipped or decayed.
@@ -43,7 +49,7 @@ PRESETS = {
         preset="smoke",
         size=16,
         text="char_cnn_rnn",
-        encoder=TextConfig(width=16, letters=80, channels=8),
+        encoder=TextConfig(width=16, letters=100, channels=8),
         optim=replace(_PAPER, average=0.9),
         train=TrainConfig(steps=20, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
         model=GANConfig(noise=16, text=16, generator=8, discriminator=8, r1=0.1, r1_every=4),

@@ -12,6 +12,7 @@ from typing import cast
 
 from lineage.cgan.stackgan import StackGANConfig, StageOne, StageTwo
 from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig, one_of
+from lineage.errors import UserError
 from lineage.recipes.joint_text import NAME, text_stage, trained_text
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage, content
@@ -35,10 +36,14 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("recipe", self.recipe, RECIPES)
+        if len(self.shares) != 3 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise UserError(f"shares={self.shares} must be three shares above 0 that sum to 1.")
 
     def with_recipe(self, name: str) -> Config:
         """The same run with the switches and rates of a recipe."""
         one_of("recipe", name, RECIPES)
+        if name == self.recipe:
+            return self
         optim, switches = (_PAPER, _PAPER_SWITCHES) if name == "paper" else (_MODERN, _SWITCHES)
         model = replace(self.model, **switches)  # type: ignore[arg-type]
         return replace(self, recipe=name, optim=optim, model=model)
@@ -74,11 +79,11 @@ PRESETS = {
         preset="smoke",
         size=16,
         text="char_cnn_rnn",
-        encoder=TextConfig(width=16, letters=80, channels=8),
+        encoder=TextConfig(width=16, letters=100, channels=8),
         optim=replace(_MODERN, average=0.9),
         train=TrainConfig(steps=30, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
         shares=(0.2, 0.4, 0.4),
-        model=StackGANConfig(8, 8, 8, 2, 4, 1, kl=0.02, r1=0.1, r1_every=4),
+        model=StackGANConfig(8, 8, 8, 8, 4, 1, kl=0.02, r1=0.1, r1_every=4),
     ),
     # Minutes on two CPU cores: 16 then 32 pixels, an eighth of the paper's widths.
     "tiny": Config(

@@ -12,7 +12,7 @@ did. What it learns from is `lineage/cgan/joint_embedding.py`.
     recurrent network, mean of its states, linear
 
 Departures: a GRU in place of the authors' own recurrent unit; the mean leaves out places that see
-no letter; letters beyond the alphabet are blanks.
+no letter; what is not in the alphabet is a column of zeros.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ class Trainer:
         self.seconds = 0.0
         self.cpu_seconds = 0.0
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []  # terms of steps not yet looked at
+        self._seen: dict[str, list[float]] = {}  # values since the last line of the log
         self._saved = 0  # step of the last checkpoint
         self._asked_to_stop = False
 
@@ -279,7 +280,7 @@ class Trainer:
                 if due(train.checkpoint_every) or due(train.sample_every):
                     clock, cpu = time.perf_counter(), time.process_time()
             batches.close()  # type: ignore[attr-defined]
-            if self._waiting:
+            if self._waiting or self._seen:
                 self._report(log, bar, start, logged)
             checkpoint()
         if self._asked_to_stop:
@@ -295,12 +296,8 @@ class Trainer:
         self._asked_to_stop = stop > 0
         return max(spent, self.spent())
 
-    def _look_at_waiting(self) -> dict[str, float]:
-        """Means of the terms since the last look, over steps and processes.
-
-        Stops at the first that is not finite.
-        """
-        seen: dict[str, list[float]] = {}
+    def _look_at_waiting(self) -> None:
+        """Read the terms since the last look, means over processes; stop at one not finite."""
         for number, terms in self._waiting:
             values = (
                 torch.stack([value.float() for value in terms.values()])
@@ -311,9 +308,8 @@ class Trainer:
             for name, value in zip(terms, values.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise CheckFailed(self._not_finite(number, name, value))
-                seen.setdefault(name, []).append(value)
+                self._seen.setdefault(name, []).append(value)
         self._waiting.clear()
-        return {name: sum(values) / len(values) for name, values in seen.items()}
 
     def _not_finite(self, step: int, name: str, value: float) -> str:
         saved = (
@@ -330,7 +326,9 @@ class Trainer:
 
     def _report(self, log: Log | None, bar: tqdm, start: float, logged: int) -> None:
         """One line in the log, one look for the bar."""
-        means = self._look_at_waiting()
+        self._look_at_waiting()
+        means = {name: sum(values) / len(values) for name, values in self._seen.items()}
+        self._seen.clear()
         speed = (self.step - logged) * self.batch / max(1e-9, self.seconds - start)
         health = {n[7:]: value for n, value in means.items() if n.startswith("health/")}
         remark = self.system.remark(health)

@@ -52,13 +52,6 @@ def trainer_for(system: Trainable, data: CaptionedDataset, **optim: Any) -> Trai
     return Trainer(system, data, config, TrainConfig(batch=BATCH, precision="fp32", prefetch=0))
 
 
-LARGER: dict[str, dict[str, int]] = {
-    "gan_int_cls": {"encoder.letters": 100},  # two places, so that the recurrence has work
-    "stackgan": {"encoder.letters": 100, "model.generator": 8},  # not one channel, and that dead
-}
-"""Where preset smoke is too small to show what is asked of every system."""
-
-
 def fill(system: Trainable, data: CaptionedDataset) -> Trainable:
     """A few large steps, so that retrieval has something to show and no layer is still at zero.
 
@@ -139,7 +132,7 @@ def make_stage(tokenizer: WordTokenizer) -> Callable[[str, str], dict[str, Train
     them trained."""
 
     def make(key: str, name: str) -> dict[str, Trainable]:
-        config = runs.configure(key, preset_name="smoke", settings=LARGER.get(key))
+        config = runs.configure(key, preset_name="smoke")
         torch.manual_seed(1)
         made: dict[str, Trainable] = {}
         for stage in find_recipe(key).stages(config, tokenizer):
@@ -303,7 +296,7 @@ def trained(tokenizer: WordTokenizer, shapes: CaptionedDataset) -> Callable[[str
 
     def get(key: str) -> System:
         if key not in done:
-            config = runs.configure(key, preset_name="smoke", settings=LARGER.get(key))
+            config = runs.configure(key, preset_name="smoke")
             torch.manual_seed(1)
             made: dict[str, Trainable] = {}
             for stage in find_recipe(key).stages(config, tokenizer):
