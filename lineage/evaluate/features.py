@@ -9,7 +9,6 @@ A number from one network says nothing about one from another, so each carries i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,14 @@ from lineage.evaluate.judge import Judge
 from lineage.evaluate.scorer import Scorer, hub_scorer, scorer_for
 from lineage.nn.inception import fid_features, load_inception
 from lineage.runs import fingerprint_of
-from lineage.train.store import cache_folder, load_tensors, read_json, save_tensors, write_json
+from lineage.train.store import (
+    cache_folder,
+    fingerprint,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+)
 
 ROWS = 1024  # pictures handed to a network at once
 
@@ -65,9 +71,8 @@ def find_features(name: str, scorer: Scorer | None, device: torch.device) -> Fea
     if name.startswith("inception:"):
         path = Path(name.removeprefix("inception:"))
         network = load_inception(path, "fid").to(device)
-        return Features(
-            f"Inception v3 ({path.name})", 2048, lambda images: fid_features(network, images).cpu()
-        )
+        name = f"Inception v3 ({path.name}, {fingerprint(path.read_bytes())})"
+        return Features(name, 2048, lambda images: fid_features(network, images).cpu())
     raise UserError(f"There is no feature network {name!r}: judge, scorer or inception:FILE.")
 
 
@@ -120,5 +125,4 @@ def kept_json(what: dict[str, Any], make: Callable[[], Any]) -> Any:
 
 def _path(what: dict[str, Any], ending: str) -> Path:
     text = json.dumps({**what, "lineage": lineage.__version__}, sort_keys=True)
-    name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-    return cache_folder("evaluate") / (name + ending)
+    return cache_folder("evaluate") / (fingerprint(text.encode()) + ending)
