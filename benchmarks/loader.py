@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from lineage.evaluate.cost import machine
 from lineage.config import with_field
 from lineage.data import load_dataset
 from lineage.data.contract import Batch
+from lineage.evaluate.cost import machine
 from lineage.recipes import find_recipe, preset
 from lineage.runs import build
 from lineage.text.tokenizer import make_tokenizer

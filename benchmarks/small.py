@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lineage.evaluate.cost import machine
 from lineage.config import with_field
 from lineage.data import load_dataset
+from lineage.evaluate.cost import machine
 from lineage.recipes import find_recipe, preset
 from lineage.runs import build
 from lineage.text.tokenizer import make_tokenizer
