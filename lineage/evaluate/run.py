@@ -329,6 +329,12 @@ def _warnings(world: RealPictures, document: dict[str, Any]) -> list[str]:
     for one in (document["real"], *document["runs"]):
         quality = one["quality"]
         told += [quality[key] for key in ("warning", "reason") if key in quality]
+    ceiling = document["real"].get("text_fit", {}).get("r_precision", {}).get("value", 1.0)
+    if ceiling < 0.5:
+        told.append(
+            f"The scorer finds the true caption of {ceiling:.0%} of unseen real pictures only: "
+            "R-precision and CLIP score say little here; --scorer hub:MODEL names a better one."
+        )
     if world.scorer is None:
         told.append("No scorer was asked for, so text fit was not measured.")
     return list(dict.fromkeys(told))

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from lineage.cli import main
 from lineage.errors import UserError
 from lineage.evaluate import features, scorer
 from lineage.evaluate.prompts import TASKS
+from lineage.evaluate.run import _warnings
 from lineage.evaluate.table import tables
 from lineage.train.store import read_json
 
@@ -196,3 +198,12 @@ def test_own_prompts_are_read(run: Path, tmp_path: Path) -> None:
     assert list(document["real"]["composition"]["test"]["tasks"]) == ["mine"]
     assert document["protocol"]["composition"]["prompts"] == "mine.jsonl"
     assert "mine" in tables(document)
+
+
+@pytest.mark.parametrize(("ceiling", "told"), [(0.2, True), (0.9, False)])
+def test_a_scorer_that_fails_on_real_pictures_is_told_of(ceiling: float, told: bool) -> None:
+    """A number from a judge who cannot read must not look like any other."""
+    world = SimpleNamespace(data=SimpleNamespace(split="validation", name="x"), scorer=object())
+    real = {"quality": {}, "text_fit": {"r_precision": {"value": ceiling}}}
+    warnings = _warnings(world, {"real": real, "runs": []})  # type: ignore[arg-type]
+    assert any("20% of unseen real pictures" in text for text in warnings) == told
