@@ -68,8 +68,8 @@ def write_report(
     curves = {key: figure for key, log in logs.items() if (figure := curve(log)) is not None}
     misses = {
         key: [
-            {"task": task, "prompt": prompt, "seen": seen, "picture": embed(image)}
-            for task, prompt, seen, image in of[:MISSES]
+            {"prompt": prompt, "seen": seen, "picture": embed(image)}
+            for _, prompt, seen, image in of[:MISSES]
         ]
         for key, of in failed.items()
     }
@@ -100,7 +100,6 @@ def bars(scores: dict[str, Any], order: list[str]) -> list[dict[str, Any]]:
                 "bars": [
                     {"key": key, **_of(run, name)} for key, run in zip(order, runs, strict=True)
                 ],
-                "real": _of(real, name)["value"],
                 "floor": _of(floor, name)["value"],
             }
             for name in [*real["tasks"], "overall"]

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from lineage.catalog import CATALOG, lookup, working
 from lineage.compare.report import write_report
-from lineage.config import RunConfig, to_dict
-from lineage.data import load_dataset
+from lineage.config import to_dict
 from lineage.data.contract import Example, to_bytes
 from lineage.errors import CheckFailed, Interrupted, UserError
 from lineage.evaluate.cost import machine
+from lineage.evaluate.real import unseen_split
 from lineage.evaluate.run import Scored, Setting, score_runs, write_sheets
 from lineage.runs import configure, load, read_config, save_picture
 from lineage.sheets import sheet
@@ -89,7 +89,7 @@ def compare(
             f"The systems draw at different sizes at preset {preset}; set one with --set size=..."
         )
     config = configs[chosen[0]]
-    shown = _captions(config)
+    shown = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
 
     for number, key in enumerate(chosen, start=1):
         print(f"[{number}/{len(chosen)}] {key}: {CATALOG[key].title}", file=sys.stderr)
@@ -127,20 +127,6 @@ def compare(
         {k: one.failed for k, one in zip(chosen, scored, strict=True)},
     )
     return folder / "report.html"
-
-
-def _captions(config: RunConfig) -> list[Example]:
-    """The examples whose captions all systems draw.
-
-    From a split that training does not see, if there is one.
-    """
-    for split in ("validation", "test", "train"):
-        try:
-            return load_dataset(config.data, split, config.size, config.seed).showcase(CAPTIONS)
-        except UserError:
-            if split == "train":
-                raise
-    raise AssertionError("unreachable")
 
 
 def _train(

@@ -42,14 +42,6 @@ def score(value: float, low: float, high: float, count: int) -> dict[str, Any]:
     return {"value": rounded(value), "interval": [rounded(low), rounded(high)], "n": count}
 
 
-def _resampled(values: Tensor, times: int, seed: int) -> Tensor:
-    """(N,) -> (times,) means of as many draws with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    count = len(values)
-    draws = torch.randint(count, (times, count), generator=generator)
-    return values.double()[draws].mean(1)
-
-
 def of_mean(values: Tensor | Sequence[float | bool], seed: int = 0) -> dict[str, Any]:
     """The mean of (N,) numbers, one a picture, with its interval."""
     return of_tasks([values], seed)
@@ -58,7 +50,9 @@ def of_mean(values: Tensor | Sequence[float | bool], seed: int = 0) -> dict[str,
 def of_tasks(tasks: Sequence[Tensor | Sequence[float | bool]], seed: int = 0) -> dict[str, Any]:
     """The mean over tasks of their means, with its interval."""
     columns = [torch.as_tensor(t, dtype=torch.float64) for t in tasks]
-    means = torch.stack([_resampled(c, RESAMPLES, seed + i) for i, c in enumerate(columns)]).mean(0)
+    means = torch.stack(
+        [c[_draws(len(c), seed + i, RESAMPLES)].mean(1) for i, c in enumerate(columns)]
+    ).mean(0)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     value = float(torch.stack([c.mean() for c in columns]).mean())
     count = sum(map(len, columns))
@@ -87,10 +81,10 @@ def of_kernel_distance(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, A
     return _around(kernel_distance(real, fake), again, len(fake))
 
 
-def _draws(count: int, seed: int) -> Tensor:
+def _draws(count: int, seed: int, times: int = DISTANCE_RESAMPLES) -> Tensor:
     """(T, N) numbers of the pictures in each resampled set."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(count, (DISTANCE_RESAMPLES, count), generator=generator)
+    return torch.randint(count, (times, count), generator=generator)
 
 
 def _around(value: float, again: Tensor, count: int) -> dict[str, Any]:

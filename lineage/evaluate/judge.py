@@ -43,6 +43,7 @@ from lineage.evaluate.prompts import (
     Prompt,
     Wanted,
 )
+from lineage.nn.blocks import ResidualBlock
 from lineage.train.store import fingerprint, load_tensors
 
 SIDE = 64  # pictures of any size are brought to this one first
@@ -98,23 +99,6 @@ class Maps:
     features: Tensor
 
 
-class Residual(nn.Module):
-    """x + conv(relu(conv(x))), each followed by batch normalisation."""
-
-    def __init__(self, width: int, dilation: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.body(x))
-
-
 class Judge(nn.Module):
     """The network. `Judge.load()` is the trained one that comes with the package."""
 
@@ -127,7 +111,7 @@ class Judge(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(),
         )
-        self.body = nn.Sequential(*(Residual(width, 1 + i % 2) for i in range(blocks)))
+        self.body = nn.Sequential(*(ResidualBlock(width, 1 + i % 2) for i in range(blocks)))
         self.parts = (1, len(KINDS), len(COLOUR_NAMES), 3)
         first, last = nn.Conv2d(width, width, 1), nn.Conv2d(width, sum(self.parts), 1)
         nn.init.constant_(last.bias[:1], -4.0)  # type: ignore[index]  # most cells hold no centre
@@ -178,7 +162,7 @@ class Judge(nn.Module):
         parts = []
         for chunk in images.split(ROWS):
             full = chunk[torch.arange(ROWS).clamp(max=len(chunk) - 1)]
-            maps = self(to_side(to_unit(full)))
+            maps = self(resized(to_unit(full), SIDE))
             parts.append({k: v[: len(chunk)] for k, v in vars(maps).items()})
         return Maps(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]})
 
@@ -201,11 +185,11 @@ class Judge(nn.Module):
         return readings
 
 
-def to_side(images: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 3, 64, 64), bilinear; larger pictures are averaged down."""
-    if images.shape[-1] == SIDE:
+def resized(images: Tensor, side: int) -> Tensor:
+    """(B, 3, S, S) float -> (B, 3, side, side), bilinear, antialiased where it shrinks."""
+    if images.shape[-1] == side:
         return images
-    return F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 def _thing(maps: Maps, row: int, y: int, x: int) -> Thing:

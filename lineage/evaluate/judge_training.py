@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lineage.data.contract import to_unit
 from lineage.data.shapes import LEVELS, Scenes, make_scenes, render
-from lineage.evaluate.judge import CELL, KINDS, SIDE, UNKNOWN, Judge, Maps, to_side
+from lineage.evaluate.judge import CELL, KINDS, SIDE, UNKNOWN, Judge, Maps, resized
 from lineage.evaluate.prompts import COLOUR_NAMES, SHAPES
 from lineage.train.store import save_tensors
 
@@ -156,7 +156,7 @@ def make_batch(number: int, batch: int, seed: int) -> tuple[Tensor, Scenes, Tens
     images = to_unit(torch.from_numpy(render(scenes, size)))
     spoilt = spoil(scenes, images, size, chance)
     blank(scenes, images, chance)
-    return to_side(weather(bend(images, chance), chance)), scenes, spoilt
+    return resized(weather(bend(images, chance), chance), SIDE), scenes, spoilt
 
 
 def terms(maps: Maps, scenes: Scenes, spoilt: Tensor) -> dict[str, Tensor]:

@@ -46,8 +46,10 @@ from tqdm import tqdm
 from lineage.config import OptimConfig, TextConfig, from_dict, to_dict
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, CaptionedDataset, Example, to_unit
+from lineage.data.shapes import LEVELS
 from lineage.errors import UserError
 from lineage.evaluate import sections
+from lineage.evaluate.judge import resized
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_from_json
 from lineage.train.loader import Loader
@@ -64,7 +66,6 @@ STEPS, BATCH = 800, 96  # of `fit_scorer`
 OPTIM = OptimConfig(lr=1.5e-3, beta2=0.98, weight_decay=0.05, average=0.0)
 HEAD = ("config", "tokenizer", "scorer", "protocol")  # of a scorer's file
 PLACES = (("validation", 16), ("validation", 32), ("validation", 64), ("heldout", 32))
-LEVELS = ("easy", "medium", "hard")
 
 
 class Scorer(Protocol):
@@ -94,13 +95,6 @@ def in_chunks(rows: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         encoded = encode(torch.cat([part, rest])).float()
         parts.append(F.normalize(encoded, dim=-1)[: len(part)].cpu())
     return torch.cat(parts)
-
-
-def resized(images: Tensor, side: int) -> Tensor:
-    """(B, 3, S, S) float -> (B, 3, side, side), bilinear, antialiased where it shrinks."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 class Residual(nn.Sequential):

@@ -34,8 +34,9 @@ def halvings(channels: int, times: int) -> list[int]:
     return [channels // 2**i for i in range(times + 1)]
 
 
-def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+def conv3x3(inputs: int, outputs: int, dilation: int = 1) -> nn.Conv2d:
+    """Keeps the side; with a `dilation` of 2 it looks at every second pixel."""
+    return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
 
 
 def up(inputs: int, outputs: int) -> nn.Sequential:
@@ -57,10 +58,10 @@ def down(inputs: int, outputs: int) -> list[nn.Module]:
 class ResidualBlock(nn.Module):
     """relu(x + norm(conv(relu(norm(conv(x)))))), as wide as it is."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dilation: int = 1) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            conv3x3(channels, channels),
+            conv3x3(channels, channels, dilation),
             nn.BatchNorm2d(channels),
             nn.ReLU(),
             conv3x3(channels, channels),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from lineage.cgan.gan_int_cls import GANConfig, GanIntCls
-from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig
+from lineage.config import RunConfig, TextConfig, TrainConfig
 from lineage.errors import UserError
-from lineage.recipes.joint_text import NAME, text_stage, trained_text
+from lineage.recipes.joint_text import DCGAN_OPTIM, NAME, text_stage, trained_text
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage, content
 
@@ -29,18 +29,7 @@ class Config(RunConfig):
             raise UserError(f"text_share={self.text_share} must be between 0 and 1.")
 
 
-# Reed et al. 2016, section 5: rate 0.0002, momentum 0.5; nothing is averaged, clipped or decayed.
-_PAPER = OptimConfig(
-    "adam",
-    lr=2e-4,
-    beta1=0.5,
-    beta2=0.999,
-    weight_decay=0.0,
-    warmup=0,
-    decay="none",
-    clip=0.0,
-    average=0.0,
-)
+_PAPER = DCGAN_OPTIM  # Reed et al. 2016, section 5
 
 PRESETS = {
     # Seconds, for tests: every part is there, at its smallest, the penalty too.

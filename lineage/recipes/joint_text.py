@@ -1,4 +1,4 @@
-"""The stage that GAN-INT-CLS and StackGAN begin with: text that matches pictures."""
+"""What GAN-INT-CLS and StackGAN share: an optimiser, and first a stage of text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ NAME = "text"
 
 # Short and steep: the encoder sees each caption a few times only, and is left as it is after that.
 _OPTIM = OptimConfig(lr=1e-3, warmup=50, average=0.99)
+
+
+# Radford et al. 2016, section 4: Adam, rate 0.0002, momentum 0.5; nothing is averaged, clipped or
+# decayed.
+DCGAN_OPTIM = OptimConfig(
+    "adam",
+    lr=2e-4,
+    beta1=0.5,
+    beta2=0.999,
+    weight_decay=0.0,
+    warmup=0,
+    decay="none",
+    clip=0.0,
+    average=0.0,
+)
 
 
 def text_stage(config: RunConfig, tokenizer: Tokenizer, share: float) -> Stage:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from lineage.cgan.stackgan import StackGANConfig, StageOne, StageTwo
-from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig, one_of
+from lineage.config import RunConfig, TextConfig, TrainConfig, one_of
 from lineage.errors import UserError
-from lineage.recipes.joint_text import NAME, text_stage, trained_text
+from lineage.recipes.joint_text import DCGAN_OPTIM, NAME, text_stage, trained_text
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage, content
 
@@ -51,17 +51,7 @@ class Config(RunConfig):
 
 # Zhang et al. 2017, section 4.2: Adam, momentum 0.5, rate 0.0002, halved every 100 of 600 epochs,
 # for which a line to zero stands; nothing is averaged or clipped.
-_PAPER = OptimConfig(
-    "adam",
-    lr=2e-4,
-    beta1=0.5,
-    beta2=0.999,
-    weight_decay=0.0,
-    warmup=0,
-    decay="linear",
-    clip=0.0,
-    average=0.0,
-)
+_PAPER = replace(DCGAN_OPTIM, decay="linear")
 _PAPER_SWITCHES = {"kl": 2.0, "loss": "log", "r1": 0.0, "norm": "batch", "augment": False}
 
 # With the paper's KL weight mu falls to zero within some hundred steps, long before pictures are

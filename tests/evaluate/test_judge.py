@@ -21,13 +21,14 @@ from lineage.data.shapes import LEVELS, Scenes, make_scenes, render
 from lineage.errors import UserError
 from lineage.evaluate.exam import exam
 from lineage.evaluate.judge import (
+    SIDE,
     UNKNOWN,
     Judge,
     Reading,
     Thing,
     place_name,
     relations,
-    to_side,
+    resized,
     verdict,
 )
 from lineage.evaluate.prompts import (
@@ -142,10 +143,10 @@ def test_the_surest_thing_comes_first() -> None:
 def test_pictures_are_brought_to_one_size_by_averaging() -> None:
     """Each pixel of a large picture counts, not every second one."""
     board = (torch.arange(128)[:, None] + torch.arange(128)).remainder(2) * 2.0 - 1.0
-    assert to_side(board.expand(2, 3, -1, -1)).abs().max() < 0.05
+    assert resized(board.expand(2, 3, -1, -1), SIDE).abs().max() < 0.05
     same = torch.rand(2, 3, 64, 64)
-    assert torch.equal(to_side(same), same)
-    assert torch.allclose(to_side(torch.full((1, 3, 16, 16), 0.3)), torch.tensor(0.3))
+    assert torch.equal(resized(same, SIDE), same)
+    assert torch.allclose(resized(torch.full((1, 3, 16, 16), 0.3), SIDE), torch.tensor(0.3))
 
 
 def test_a_reading_does_not_depend_on_the_other_pictures() -> None:
