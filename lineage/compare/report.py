@@ -100,6 +100,7 @@ def bars(scores: dict[str, Any], order: list[str]) -> list[dict[str, Any]]:
                 "bars": [
                     {"key": key, **_of(run, name)} for key, run in zip(order, runs, strict=True)
                 ],
+                "real": _of(real, name)["value"],
                 "floor": _of(floor, name)["value"],
             }
             for name in [*real["tasks"], "overall"]
