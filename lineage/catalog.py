@@ -128,6 +128,8 @@ _ROWS = (
         family="attngan",
         builds_on=("stackgan",),
         stages=("damsm", "gan"),
+        presets=PRESETS,
+        status="works",
     ),
     Row(
         key="mirrorgan",

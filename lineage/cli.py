@@ -109,15 +109,23 @@ def _train(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from lineage.data.contract import to_bytes
     from lineage.runs import load, save_picture
-    from lineage.sheets import picture, sheet
+    from lineage.sheets import picture, rows_sheet, sheet
 
     system = load(options.run, options.device)
     captions = [caption for caption in options.captions for _ in range(options.count)]
     unknown = system.text.unknown(options.captions)
     if unknown:
         print(f"lineage: not seen in training: {', '.join(unknown)}", file=sys.stderr)
-    images = to_bytes(system.generate(captions, seed=options.seed, **_settings(options.set))).cpu()
     out = Path(options.out)
+    if options.inside:
+        rows = system.inside(captions[0], seed=options.seed)
+        if not rows:
+            raise UserError(f"{options.run}: this system has no inside to show.")
+        drawn = [[(name, to_bytes(image).cpu()) for name, image in row] for row in rows]
+        save_picture(rows_sheet(drawn), out)
+        print(out)
+        return
+    images = to_bytes(system.generate(captions, seed=options.seed, **_settings(options.set))).cpu()
     if options.single:
         paths = [
             out.with_name(f"{out.stem}_{i:03d}{out.suffix or '.png'}") for i in range(len(images))
@@ -160,7 +168,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _import_weights(options: argparse.Namespace) -> None:
     from lineage.official.importing import import_weights
 
-    note = import_weights(options.key, options.file, options.out)
+    note = import_weights(options.key, options.files, options.out)
     if note:
         print(f"lineage: {note}", file=sys.stderr)
     print(options.out)
@@ -269,6 +277,11 @@ def _parser() -> Parser:
     command.add_argument(
         "--single", action="store_true", help="one file a picture, without caption"
     )
+    command.add_argument(
+        "--inside",
+        action="store_true",
+        help="show what happens on the way to the first caption's picture, such as attention",
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="auto")
     command.add_argument(
@@ -286,7 +299,9 @@ def _parser() -> Parser:
         "--features", default="auto", help="judge, scorer, inception:FILE or auto (auto)"
     )
     command.add_argument(
-        "--scorer", default="auto", help="hub:MODEL (a path or an id), none or auto (auto)"
+        "--scorer",
+        default="auto",
+        help="hub:MODEL (a path or an id), damsm:RUN, none or auto (auto)",
     )
     command.add_argument("--batch", type=_number, help="pictures drawn at once; changes no score")
     command.add_argument("--seed", type=int, default=0)
@@ -308,7 +323,8 @@ def _parser() -> Parser:
 
     command = add("import-weights", _import_weights, "turn a published checkpoint into a run")
     command.add_argument("key", metavar="KEY", help="the system, as in `lineage list`")
-    command.add_argument("file", metavar="FILE", help="the published .pth, .pt or .safetensors")
+    files = "the published .pth, .pt or .safetensors; attngan also takes a .txt of words"
+    command.add_argument("files", nargs="+", metavar="FILE", help=files)
     command.add_argument("--out", required=True, help="the run folder to write")
     return parser
 

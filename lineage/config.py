@@ -34,6 +34,9 @@ class TextConfig:
         heads: of the transformer.
         letters: that `char_cnn_rnn` reads of a caption.
         channels: of its first convolution.
+        inputs: width of the word vectors that the `lstm` reads; 0 is D.
+        cell: of the `lstm`: `lstm` or `gru`.
+        dropout: share of the word vectors' entries that the `lstm` does not see while it learns.
     """
 
     tokenizer: str = "word"
@@ -44,10 +47,24 @@ class TextConfig:
     heads: int = 4
     letters: int = 201
     channels: int = 384
+    inputs: int = 0
+    cell: str = "lstm"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("encoder.tokenizer", self.tokenizer, ("word", "bpe"))
-        least = {"words": 1, "width": 1, "layers": 1, "heads": 1, "letters": 1, "channels": 1}
+        one_of("encoder.cell", self.cell, ("lstm", "gru"))
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"encoder.dropout={self.dropout} must be from 0 to below 1.")
+        least = {
+            "inputs": 0,
+            "words": 1,
+            "width": 1,
+            "layers": 1,
+            "heads": 1,
+            "letters": 1,
+            "channels": 1,
+        }
         least["vocabulary"] = (
             4 if self.tokenizer == "word" else 260
         )  # special tokens, bytes, one more

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,11 @@ from lineage.text.contract import TextEncoder, TextFeatures
 
 Turn = tuple[str, dict[str, Tensor]]
 """(name of the parameter group to update, named loss terms whose sum is minimised)."""
+
+Named = tuple[str, Tensor]
+"""A picture (3, S, S) under the name that stands below it."""
+
+T = TypeVar("T")
 
 
 class Trainable(nn.Module):
@@ -117,10 +122,22 @@ class System(Trainable):
         self, captions: str | Sequence[str], *, seed: int = 0, **knobs: Any
     ) -> Iterator[Tensor]:
         """What `generate` returns, `at_once` pictures at a time, as soon as they are drawn."""
+        knobs = self.typed_knobs(knobs)
+
+        def part(chunk: list[str], draws: Draws) -> Tensor:
+            return self.draw(chunk, draws, **knobs).float().clamp(-1, 1)
+
+        yield from self.in_parts(captions, seed, part)
+
+    def in_parts(
+        self, captions: str | Sequence[str], seed: int, make: Callable[[list[str], Draws], T]
+    ) -> Iterator[T]:
+        """What `make` gives for `at_once` captions at a time and the streams of their pictures, in
+        evaluation mode and without gradients.
+        """
         wanted = [captions] if isinstance(captions, str) else list(captions)
         if not wanted:
             raise UserError("There is nothing to draw: give at least one caption.")
-        knobs = self.typed_knobs(knobs)
         for first in range(0, len(wanted), self.at_once):
             chunk = wanted[first : first + self.at_once]
             draws = Draws.for_pictures(seed, len(chunk), self.device, first)
@@ -128,14 +145,26 @@ class System(Trainable):
             self.eval()
             try:
                 with torch.no_grad():
-                    part = self.draw(chunk, draws, **knobs).float().clamp(-1, 1)
+                    made = make(chunk, draws)
             finally:
                 self.train(training)
-            yield part
+            yield made
 
     def variants(self) -> dict[str, dict[str, Any]]:
         """What a sample sheet shows of each caption: knobs, by a name that stands below."""
         return {"": {}}
+
+    def picture_vectors(self, images: Tensor) -> Tensor | None:
+        """Pictures (B, 3, S, S) as vectors (B, D) to be held against `text.sentence` by cosine, if
+        the system was trained with a model that matches the two; else None.
+        """
+        return None
+
+    def inside(self, caption: str, *, seed: int = 0) -> list[list[Named]]:
+        """What happened on the way to the picture of `caption`: rows of pictures (3, S, S) in [-1,
+        1] with their names. Empty if there is nothing to show.
+        """
+        return []
 
     def knobs(self) -> dict[str, Any]:
         """The keywords that `generate` takes beside `seed`, with their defaults."""

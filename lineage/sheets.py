@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -50,6 +51,15 @@ def sheet(
                 pen.text((left, top + cell + 4 + number * line), text, fill="black", font=font)
         top += height
     return canvas
+
+
+def rows_sheet(rows: Sequence[Sequence[tuple[str, Tensor]]], side: int = 128) -> Image.Image:
+    """Pictures (3, H, W) uint8 with their names, as rows that may differ in length."""
+    columns = max(map(len, rows))
+    blank = torch.full_like(rows[0][0][1], 255)
+    filled = [[*row, *[("", blank)] * (columns - len(row))] for row in rows]
+    flat = [cell for row in filled for cell in row]
+    return sheet([image for _, image in flat], [name for name, _ in flat], columns, side)
 
 
 def wrap(

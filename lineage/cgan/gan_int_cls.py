@@ -225,9 +225,8 @@ class GanIntCls(System):
             terms["r1"] = (
                 self.config.r1_every * self.config.r1 / 2 * gradient_penalty(real_logits, real)
             )
-        self.facts = gan_health(
-            real_logits, wrong_logits, fake_logits, mismatched, drawn=fake, shown=real
-        )
+        logits = {"real": real_logits, "wrong": wrong_logits, "fake": fake_logits}
+        self.facts = gan_health(logits, mismatched, drawn=fake, shown=real)
         yield "discriminator", terms
 
         terms = {"right": generator_terms(self.discriminator(fake, right))}

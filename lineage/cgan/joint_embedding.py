@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lineage.contract import Trainable, Turn
 from lineage.data.contract import Batch
 from lineage.nn.draws import Draws
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import TextEncoder, TextFeatures, same_captions
 
 
 def embedding_terms(pictures: Tensor, captions: Tensor, rivals: Tensor) -> dict[str, Tensor]:
@@ -80,10 +80,3 @@ class JointEmbedding(Trainable):
             nearest = (pictures @ captions.T).argmax(1)
             self.facts = {"matched": same.gather(1, nearest[:, None]).float().mean()}
         yield "embedding", embedding_terms(pictures, captions, ~same)
-
-
-def same_captions(captions: list[str]) -> Tensor:
-    """(B, B) True where two captions have the same words in the same order."""
-    names = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    number = torch.tensor([names[caption] for caption in captions])
-    return number[:, None] == number[None, :]

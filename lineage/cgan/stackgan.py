@@ -7,8 +7,9 @@ augmentation, which draws the condition from a Gaussian around the sentence, so 
 cover the space between them.
 
     section 3.2, eq. 2   `ConditioningAugmentation`, `kl_term`: c = mu + sigma eps, KL to N(0, I)
-    section 3.3          `StageOneGenerator`, `Discriminator`: noise and c to a small picture
-      eq. 3, 4           `discriminator_terms`, `convinced`
+    section 3.3          `StageOneGenerator`: noise and c to a small picture
+      eq. 3, 4           `Discriminator`, `discriminator_terms`, `generator_terms`: lineage/nn/
+                         matching.py, since they outlived the system
     section 3.4          `StageTwoGenerator`: picture, down to 16 x 16, joined by c, residual
       eq. 5, 6           blocks, up; the same functions
     `StageOne`, `StageTwo`   the two training steps
@@ -23,7 +24,8 @@ Losses are on logits: -log sigmoid(s) = softplus(-s), and every term is a mean o
 Departures: a wrong caption that says the same as the right one does not count; stage I is kept in
 evaluation mode while stage II is trained. `StackGANConfig` has the changes of later work as
 switches, all off in the paper: `loss` hinge (Lim and Ye 2017), `r1` (Mescheder et al. 2018), `norm`
-spectral (Miyato et al. 2018), `augment` (Zhao et al. 2020, translation and cutout).
+spectral (Miyato et al. 2018), `augment` (Zhao et al. 2020, translation and cutout), `reads`
+sentence (Xu et al. 2018).
 
 Axes: B pictures, D width of the sentence, C of the condition, Z noise, S side, s stage I's.
 """
@@ -31,7 +33,7 @@ Axes: B pictures, D width of the sentence, C of the condition, Z noise, S side, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, starmap
 from typing import Any
@@ -48,17 +50,20 @@ from lineage.errors import UserError
 from lineage.nn.blocks import ResidualBlock, conv3x3, doublings, down, halvings, up
 from lineage.nn.draws import Draws
 from lineage.nn.gan import (
-    accepted,
-    convinced,
     diff_augment,
     different,
     gan_health,
     gan_remark,
     gradient_penalty,
     normal_weights,
-    rejected,
     smaller,
-    spectral,
+)
+from lineage.nn.matching import (
+    Discriminator,
+    discriminator_terms,
+    generator_terms,
+    kl_term,
+    pair_logits,
 )
 from lineage.text.contract import TextEncoder, TextFeatures
 
@@ -78,6 +83,8 @@ class StackGANConfig:
         r1_every: steps between penalties, each weighted by as many.
         norm: of the discriminator: `batch`, as in the paper, or `spectral`.
         augment: show the discriminator real and fake pictures shifted and with holes.
+        reads: what the discriminator is told of the caption: `mu`, as the authors' code, or the
+            `sentence` itself, which does not change under its eyes.
     """
 
     start: int = 64
@@ -92,6 +99,7 @@ class StackGANConfig:
     r1_every: int = 16
     norm: str = "batch"
     augment: bool = False
+    reads: str = "mu"
 
     def __post_init__(self) -> None:
         for name in ("noise", "condition", "generator", "discriminator", "r1_every"):
@@ -100,7 +108,13 @@ class StackGANConfig:
             at_least(f"model.{name}", getattr(self, name), 0)
         one_of("model.loss", self.loss, ("log", "hinge"))
         one_of("model.norm", self.norm, ("batch", "spectral"))
+        one_of("model.reads", self.reads, ("mu", "sentence"))
         doublings(4, self.start)
+
+    def look(self, sentence: int, side: int, alone: bool) -> Discriminator:
+        """A discriminator of pictures of that `side`, told of sentences (B, `sentence`)."""
+        told = sentence if self.reads == "sentence" else self.condition
+        return Discriminator(self.discriminator, told, side, alone, self.norm)
 
 
 # --- section 3.2: conditioning augmentation --------------------------------
@@ -117,11 +131,6 @@ class ConditioningAugmentation(nn.Module):
         """sentence (B, D), eps (B, C) standard normal -> c, mu, log sigma^2, each (B, C)."""
         mu, log_variance = F.relu(self.fc(sentence)).chunk(2, dim=1)
         return mu + (log_variance / 2).exp() * eps, mu, log_variance
-
-
-def kl_term(mu: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, 1)) of equation 2, a mean over rows and dimensions."""
-    return -0.5 * (1 + log_variance - mu**2 - log_variance.exp()).mean()
 
 
 @dataclass
@@ -158,57 +167,6 @@ class StageOneGenerator(nn.Module):
         code, mu, log_variance = self.ca_net(sentence, eps)
         x = self.fc(torch.cat([noise, code], dim=1)).unflatten(1, (-1, 4, 4))  # (B, 8 G, 4, 4)
         return Drawn(self.img(self.upsample(x)), mu, log_variance)
-
-
-class Discriminator(nn.Module):
-    """Picture and condition to a logit; real and fitting is high. The condition joins at 4 x 4.
-
-    Args:
-        side: of the pictures.
-        alone: also judge pictures without their captions, as stage II does.
-    """
-
-    def __init__(self, config: StackGANConfig, side: int, alone: bool) -> None:
-        super().__init__()
-        batch = config.norm == "batch"
-
-        def normed(layer: nn.Conv2d) -> list[nn.Module]:
-            norm = nn.BatchNorm2d(layer.out_channels)
-            return [layer, norm, nn.LeakyReLU(0.2)] if batch else [layer, nn.LeakyReLU(0.2)]
-
-        channels = config.discriminator
-        layers: list[nn.Module] = [
-            nn.Conv2d(3, channels, 4, stride=2, padding=1, bias=False),
-            nn.LeakyReLU(0.2),
-        ]
-        for _ in range(doublings(4, side) - 1):
-            layers += normed(nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1, bias=False))
-            channels *= 2
-        while channels > 8 * config.discriminator:
-            layers += normed(conv3x3(channels, channels // 2))
-            channels //= 2
-        self.encode_img = nn.Sequential(*layers)
-        self.joint = nn.Sequential(
-            *normed(conv3x3(channels + config.condition, channels)),
-            nn.Conv2d(channels, 1, 4, stride=4),
-        )
-        self.alone = nn.Conv2d(channels, 1, 4, stride=4) if alone else None
-        if not batch:
-            spectral(self)
-
-    def features(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, C', 4, 4), without a look at the caption."""
-        return self.encode_img(image)
-
-    def score(self, features: Tensor, condition: Tensor) -> Tensor:
-        """(B, C', 4, 4), (B, C) -> logits (B,)."""
-        everywhere = repeat(condition, "b c -> b c 4 4")
-        return self.joint(torch.cat([features, everywhere], dim=1)).flatten()
-
-    def score_alone(self, features: Tensor) -> Tensor:
-        """(B, C', 4, 4) -> logits (B,) of the pictures, whatever their captions."""
-        assert self.alone is not None
-        return self.alone(features).flatten()
 
 
 # --- section 3.4: stage II --------------------------------------------------
@@ -250,38 +208,6 @@ class StageTwoGenerator(nn.Module):
         return Drawn(self.img(self.upsample(x)), mu, log_variance)
 
 
-# --- losses ------------------------------------------------------------------
-
-EQUATION_3 = {"real": 1.0, "wrong": 1 / 2, "fake": 1 / 2}
-EQUATION_5 = {
-    "real": 1 / 2,
-    "real_alone": 1 / 2,
-    "wrong": 1 / 3,
-    "fake": 1 / 3,
-    "fake_alone": 1 / 3,
-}
-"""Weights of the discriminator's terms in stage I and stage II."""
-
-
-def discriminator_terms(
-    logits: Mapping[str, Tensor], mismatched: Tensor | None = None, loss: str = "log"
-) -> dict[str, Tensor]:
-    """Equation 3, or 5 if there are logits of pictures without their captions.
-
-    Args:
-        logits: `real` and `fake` (B,), `wrong` (B - 1,); in stage II `real_alone` and `fake_alone`.
-        mismatched: (B - 1,) 0 where a wrong caption is right after all; None if none is.
-    """
-    weights = EQUATION_5 if "real_alone" in logits else EQUATION_3
-    terms = {}
-    for name, weight in weights.items():
-        each = (accepted if name.startswith("real") else rejected)(logits[name], loss)
-        if name == "wrong" and mismatched is not None:
-            each = each * mismatched * len(each) / mismatched.sum().clamp(min=1.0)
-        terms[name] = weight * each.mean()
-    return terms
-
-
 # --- the two training steps ----------------------------------------------------
 
 
@@ -314,8 +240,9 @@ class StackGANStage(System):
         config, look = self.config, self.discriminator
         if len(batch) < 2:
             raise UserError("stackgan needs a wrong caption in the batch: --set train.batch=2.")
-        drawn = self.fake(text.sentence.detach(), draws)
-        condition = drawn.mu.detach()
+        sentence = text.sentence.detach()
+        drawn = self.fake(sentence, draws)
+        condition = sentence if config.reads == "sentence" else drawn.mu.detach()
         real = self.real(batch)
         mismatched = different(batch.caption, real.device)[1:]  # (B - 1,)
         penalised = config.r1 > 0 and int(self.steps) % config.r1_every == 0
@@ -325,28 +252,15 @@ class StackGANStage(System):
         shown_real, shown_fake = real, drawn.image
         if config.augment:
             shown_real, shown_fake = diff_augment(real), diff_augment(drawn.image)
-        seen = look.features(shown_real)
-        seen_fake = look.features(shown_fake.detach())
-        logits = {
-            "real": look.score(seen, condition),
-            "wrong": look.score(seen[:-1], condition[1:]),
-            "fake": look.score(seen_fake, condition),
-        }
-        facts = {**logits}
-        if look.alone is not None:
-            logits["real_alone"] = look.score_alone(seen)
-            logits["fake_alone"] = look.score_alone(seen_fake)
+        logits = pair_logits(look, shown_real, shown_fake.detach(), condition)
         terms = discriminator_terms(logits, mismatched, config.loss)
         if penalised:
             penalty = gradient_penalty(logits["real"], real)
             terms["r1"] = config.r1_every * config.r1 / 2 * penalty
-        self.facts = gan_health(**facts, mismatched=mismatched, drawn=drawn.image, shown=real)
+        self.facts = gan_health(logits, mismatched, drawn.image, real)
         yield "discriminator", terms
 
-        seen_fake = look.features(shown_fake)
-        terms = {"right": convinced(look.score(seen_fake, condition), config.loss)}
-        if look.alone is not None:
-            terms["alone"] = convinced(look.score_alone(seen_fake), config.loss)
+        terms = generator_terms(look, shown_fake, condition, config.loss)
         if config.kl > 0:
             terms["kl"] = config.kl * kl_term(drawn.mu, drawn.log_variance)
         yield "generator", terms
@@ -361,7 +275,7 @@ class StageOne(StackGANStage):
     def __init__(self, config: StackGANConfig, text: TextEncoder) -> None:
         super().__init__(config, text)
         self.generator: StageOneGenerator = StageOneGenerator(config, text.width)
-        self.discriminator = Discriminator(config, config.start, alone=False)
+        self.discriminator = config.look(text.width, config.start, alone=False)
         for part in (self.generator, self.discriminator):
             part.apply(normal_weights)
 
@@ -389,7 +303,7 @@ class StageTwo(StackGANStage):
         super().__init__(config, first.text)
         self.first = first.generator.requires_grad_(False)
         self.generator: StageTwoGenerator = StageTwoGenerator(config, first.text.width, size)
-        self.discriminator = Discriminator(config, size, alone=True)
+        self.discriminator = config.look(first.text.width, size, alone=True)
         for part in (self.generator, self.discriminator):
             part.apply(normal_weights)
 

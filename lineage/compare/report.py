@@ -18,6 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lineage.contract import Named
 from lineage.evaluate.judge import PARTS
 from lineage.evaluate.table import cell
 from lineage.sheets import picture
@@ -37,6 +38,7 @@ def write_report(
     summary: dict[str, Any],
     real: list[Tensor],
     columns: Columns,
+    inside: Mapping[str, list[list[Named]]],
     logs: Mapping[str, list[dict[str, Any]]],
     failed: Mapping[str, list[tuple[str, str, str, Tensor]]],
 ) -> None:
@@ -46,6 +48,7 @@ def write_report(
         summary: the facts, as in `report.json`.
         real: one picture (3, S, S) uint8 a caption.
         columns: of each system, [caption][seed] pictures of the same kind.
+        inside: of each system, rows of pictures (3, S, S) uint8 with their names, or none.
         logs: of each system, the lines of its `metrics.jsonl`.
         failed: of each system, (task, caption, what the judge sees, picture) where it failed.
     """
@@ -81,6 +84,12 @@ def write_report(
         bars=bars(summary["scores"], summary["order"]),
         lines=score_lines(summary["scores"]),
         misses=misses,
+        inside={
+            key: [[(name, embed(image)) for name, image in row] for row in of]
+            for key, of in inside.items()
+            if of
+        },
+        inside_caption=max(summary["captions"], key=len),
     )
     write_bytes(path, page.encode())
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from lineage.catalog import CATALOG, lookup, working
 from lineage.compare.report import write_report
 from lineage.config import to_dict
+from lineage.contract import Named
 from lineage.data.contract import Example, to_bytes
 from lineage.errors import CheckFailed, Interrupted, UserError
 from lineage.evaluate.cost import machine
@@ -97,9 +98,9 @@ def compare(
 
     setting = Setting(pictures=pictures, device=config.train.device)
     scores, scored = score_runs([folder / key for key in chosen], setting)
-    columns, facts = {}, {}
+    columns, facts, inside = {}, {}, {}
     for key, one in zip(chosen, scored, strict=True):
-        columns[key] = _draw(folder / key, shown)
+        columns[key], inside[key] = _draw(folder / key, shown)
         facts[key] = _facts(key, folder / key, one)
         write_sheets(one, folder, key)
     summary = {
@@ -123,6 +124,7 @@ def compare(
         summary,
         real,
         columns,
+        inside,
         {k: read_log(folder / k / "metrics.jsonl") for k in chosen},
         {k: one.failed for k, one in zip(chosen, scored, strict=True)},
     )
@@ -196,12 +198,16 @@ def _command(
     return [shlex.join(line) for line in lines]
 
 
-def _draw(folder: Path, shown: list[Example]) -> list[list[Tensor]]:
-    """The pictures of one system, [caption][seed] of (3, S, S) uint8."""
+def _draw(folder: Path, shown: list[Example]) -> tuple[list[list[Tensor]], list[list[Named]]]:
+    """The pictures of one system, [caption][seed] of (3, S, S) uint8, and a look inside at the
+    longest caption.
+    """
     captions = [example.captions[0] for example in shown]
     system = load(folder, device=read_config(folder).train.device)
     by_seed = [to_bytes(system.generate(captions, seed=seed)).cpu() for seed in SEEDS]
-    return [[pictures[i] for pictures in by_seed] for i in range(len(captions))]
+    rows = system.inside(max(captions, key=len), seed=SEEDS[0])
+    inside = [[(name, to_bytes(image).cpu()) for name, image in row] for row in rows]
+    return [[pictures[i] for pictures in by_seed] for i in range(len(captions))], inside
 
 
 def _facts(key: str, folder: Path, scored: Scored) -> dict[str, Any]:

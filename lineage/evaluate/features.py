@@ -13,18 +13,19 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import lineage
-from lineage.data.contract import CaptionedDataset
+from lineage.contract import System
+from lineage.data.contract import CaptionedDataset, to_unit
 from lineage.errors import UserError
-from lineage.evaluate.judge import Judge
-from lineage.evaluate.scorer import Scorer, hub_scorer, scorer_for
+from lineage.evaluate.judge import Judge, resized
+from lineage.evaluate.scorer import Scorer, hub_scorer, in_chunks, scorer_for
 from lineage.nn.inception import fid_features, load_inception
-from lineage.runs import fingerprint_of
+from lineage.runs import fingerprint_of, load, read_config
 from lineage.train.store import (
     cache_folder,
     fingerprint,
@@ -76,6 +77,49 @@ def find_features(name: str, scorer: Scorer | None, device: torch.device) -> Fea
     raise UserError(f"There is no feature network {name!r}: judge, scorer or inception:FILE.")
 
 
+class MatchingScorer:
+    """The matching model that a run's system was trained with: AttnGAN's DAMSM, by whole pictures
+    and sentences, as Xu et al. 2018, section 4.
+    """
+
+    kind: str = "damsm"
+
+    def __init__(self, system: System, run: Path, size: int) -> None:
+        self.system, self.size = system, size
+        kept = fingerprint((run / "model.safetensors").read_bytes())
+        self.name, self.width = f"DAMSM of {run.name} ({kept})", system.text.width
+        self.protocol: dict[str, Any] = {
+            "model": f"DAMSM of run {run.name}",
+            "weights": kept,
+            "note": "a system that was trained to please it scores higher than it deserves",
+        }
+
+    @torch.no_grad()
+    def image(self, images: Tensor) -> Tensor:
+        def encode(part: Tensor) -> Tensor:
+            unit = to_unit(resized(part, self.size)).to(self.system.device)
+            return cast(Tensor, self.system.picture_vectors(unit))
+
+        return in_chunks(images, encode)
+
+    @torch.no_grad()
+    def text(self, captions: list[str]) -> Tensor:
+        def encode(rows: Tensor) -> Tensor:
+            return self.system.text.encode([captions[row] for row in rows.tolist()]).sentence
+
+        return in_chunks(torch.arange(len(captions)), encode)
+
+
+def matching_scorer(run: Path, device: torch.device) -> MatchingScorer:
+    """The matching model of a run. Raises `UserError` if it has none."""
+    system, size = load(run, str(device)), read_config(run).size
+    blank = torch.zeros(1, 3, size, size, device=system.device)
+    with torch.no_grad():
+        if system.picture_vectors(blank) is None:
+            raise UserError(f"{run} was trained without a DAMSM; name a run of attngan.")
+    return MatchingScorer(system, run, size)
+
+
 def find_scorer(
     name: str,
     spec: str,
@@ -83,7 +127,7 @@ def find_scorer(
     unseen: CaptionedDataset,
     device: torch.device,
 ) -> Scorer | None:
-    """The text-fit model called `auto` (the one of this data), `hub:MODEL` or `none`.
+    """The text-fit model called `auto` (the one of this data), `hub:MODEL`, `damsm:RUN` or `none`.
 
     Raises:
         UserError: there is none of that name, or the data cannot teach one.
@@ -92,8 +136,10 @@ def find_scorer(
         return None
     if name.startswith("hub:"):
         return hub_scorer(name.removeprefix("hub:"), device)
+    if name.startswith("damsm:"):
+        return matching_scorer(Path(name.removeprefix("damsm:")), device)
     if name != "auto":
-        raise UserError(f"There is no scorer {name!r}: auto, none or hub:MODEL.")
+        raise UserError(f"There is no scorer {name!r}: auto, none, hub:MODEL or damsm:RUN.")
     return scorer_for(spec, train, fingerprint_of(train), unseen).to(device)
 
 

@@ -61,7 +61,8 @@ class Setting:
         prompts: a file of prompts, in place of the package's.
         features: `judge`, `scorer`, `inception:FILE`, or `auto`: the judge for `shapes`, else the
             scorer.
-        scorer: `auto`, `none`, or `hub:MODEL`, a CLIP of the Hugging Face hub or a local path.
+        scorer: `auto`, `none`, `hub:MODEL`, a CLIP of the Hugging Face hub or a local path, or
+            `damsm:RUN`, the matching model of an AttnGAN's run.
         batch: pictures drawn at once; the system's own number if None. Changes no score.
     """
 

@@ -6,6 +6,8 @@ Axes: B pictures, S side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,18 @@ def normal_weights(layer: nn.Module) -> None:
         nn.init.normal_(layer.weight, 0.0, 0.02)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def orthogonal_weights(layer: nn.Module) -> None:
+    """`dcgan_weights`, with orthogonal kernels and linear layers with zero biases: AttnGAN and
+    after.
+    """
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        nn.init.orthogonal_(layer.weight)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    else:
+        dcgan_weights(layer)
 
 
 def different(captions: list[str], device: torch.device) -> Tensor:
@@ -103,24 +117,24 @@ def smaller(image: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def gan_health(
-    real: Tensor, wrong: Tensor, fake: Tensor, mismatched: Tensor, drawn: Tensor, shown: Tensor
+    logits: Mapping[str, Tensor], mismatched: Tensor, drawn: Tensor, shown: Tensor
 ) -> dict[str, Tensor]:
     """How the two sides stand, from one step.
 
     Args:
-        real, fake: (B,) logits of pairs.
-        wrong, mismatched: (N,) logits of wrong pairs, and 1 where the pair is wrong indeed.
+        logits: of pairs: `real` and `fake` (B,), `wrong` (N,).
+        mismatched: (N,) 1 where the pair is wrong indeed.
         drawn, shown: (B, 3, S, S) generated and real pictures.
 
     Returns:
         Scalars: the discriminator's accuracy on each kind of pair, and `spread`, the deviation of a
         pixel over the generated pictures as a share of that over the real ones.
     """
-    right = ((wrong < 0) * mismatched).sum() / mismatched.sum().clamp(min=1.0)
+    right = ((logits["wrong"] < 0) * mismatched).sum() / mismatched.sum().clamp(min=1.0)
     return {
-        "accuracy_real": (real > 0).float().mean(),
+        "accuracy_real": (logits["real"] > 0).float().mean(),
         "accuracy_wrong": right,
-        "accuracy_fake": (fake < 0).float().mean(),
+        "accuracy_fake": (logits["fake"] < 0).float().mean(),
         "spread": deviation(drawn) / deviation(shown).clamp(min=1e-6),
     }
 

@@ -59,5 +59,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
 VERIFIERS: dict[str, str | Verifier] = {
     "metrics": "lineage.official.metrics:verify_metrics",
     "stackgan": "lineage.official.cgan:stackgan",
+    "attngan": "lineage.official.attngan:attngan",
 }
 """The systems that are covered, each by its verifier or by "module:function"."""

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineage.cgan.stackgan import (
-    Discriminator,
-    Drawn,
-    StackGANConfig,
-    StageOneGenerator,
-    StageTwoGenerator,
-    discriminator_terms,
-    kl_term,
-)
+from lineage.cgan.stackgan import Drawn, StackGANConfig, StageOneGenerator, StageTwoGenerator
 from lineage.errors import UserError
 from lineage.nn.gan import accepted, convinced, rejected
+from lineage.nn.matching import Discriminator, discriminator_terms, kl_term
 from lineage.official import Outputs
-from lineage.official.importing import Imported
+from lineage.official.importing import Given, Imported
 from lineage.official.verify import Reference
 from lineage.recipes.stackgan import PRESETS
 
@@ -72,8 +64,8 @@ def stackgan(reference: Reference) -> Outputs:
     width = reference.config["TEXT.DIMENSION"]
     one = StageOneGenerator(config, width)
     two = StageTwoGenerator(config, width, STAGE_TWO)
-    judge_one = Discriminator(config, STAGE_ONE, alone=False)
-    judge_two = Discriminator(config, STAGE_TWO, alone=True)
+    judge_one = config.look(width, STAGE_ONE, alone=False)
+    judge_two = config.look(width, STAGE_TWO, alone=True)
     for name, network in (
         ("STAGE1_G", one),
         ("STAGE2_G", two),
@@ -201,7 +193,7 @@ def _training_mode(
 # --- published checkpoints ------------------------------------------------------
 
 
-def import_stackgan(state: Mapping[str, Tensor], path: Path) -> Imported:
+def import_stackgan(files: Sequence[Given]) -> Imported:
     """The generator of stage II as the authors publish it (`netG_epoch_N.pth`), stage I inside.
 
     The sizes are read off the tensors. The sentence vectors that it was trained with come from
@@ -210,6 +202,9 @@ def import_stackgan(state: Mapping[str, Tensor], path: Path) -> Imported:
     Raises:
         UserError: the file holds something else.
     """
+    state, path = files[0].tensors, files[0].path
+    if len(files) > 1:
+        raise UserError(f"import-weights stackgan needs one file; {files[1].path} is one too many.")
     inner = {k.removeprefix("STAGE1_G."): v for k, v in state.items() if k.startswith("STAGE1_G.")}
     outer = {k: v for k, v in state.items() if not k.startswith("STAGE1_G.")}
     if "hr_joint.0.weight" not in outer or "fc.0.weight" not in inner:

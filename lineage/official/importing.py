@@ -8,7 +8,7 @@ them our names; what the checkpoint lacks (a discriminator, say) is left as it s
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lineage.data import load_dataset
 from lineage.errors import UserError, nearest
 from lineage.recipes import find_recipe
 from lineage.runs import build
-from lineage.text.tokenizer import make_tokenizer
+from lineage.text.tokenizer import Tokenizer, make_tokenizer
 from lineage.train.store import save_tensors, write_json
 
 
@@ -36,60 +36,89 @@ class Imported:
         weights: by our names; none may be left over.
         absent: beginnings of names that such checkpoints never hold.
         note: what the user must know.
+        tokenizer: that the text encoder was trained with; None if it comes without one.
     """
 
     config: RunConfig
     weights: dict[str, Tensor]
     absent: tuple[str, ...] = ()
     note: str = ""
+    tokenizer: Tokenizer | None = None
 
 
-Importer = Callable[[Mapping[str, Tensor], Path], Imported]
+@dataclass(frozen=True)
+class Given:
+    """A file that the user gave: a checkpoint's `tensors`, or the `lines` of a `.txt`."""
 
-IMPORTERS: dict[str, str] = {"stackgan": "lineage.official.cgan:import_stackgan"}
+    path: Path
+    tensors: Mapping[str, Tensor]
+    lines: list[str] | None = None
+
+
+Importer = Callable[[Sequence[Given]], Imported]
+
+IMPORTERS: dict[str, str] = {
+    "stackgan": "lineage.official.cgan:import_stackgan",
+    "attngan": "lineage.official.attngan:import_attngan",
+}
 """The systems whose published checkpoints can be read, by "module:function"."""
 
 
-def import_weights(key: str, file: str | Path, out: str | Path) -> str:
-    """Write the run folder `out` from the checkpoint `file`; returns a note for the user.
+def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str | Path) -> str:
+    """Write the run folder `out` from published files; returns a note for the user.
 
     Raises:
-        UserError: no importer, a file that is no checkpoint of that system, or a folder in use.
+        UserError: no importer, files that are no checkpoint of that system, or a folder in use.
     """
     if key not in IMPORTERS:
         raise UserError(f"No published weights of {key!r} can be read: {nearest(key, IMPORTERS)}")
-    folder, path = Path(out), Path(file)
+    folder = Path(out)
+    paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
+    given = ", ".join(map(str, paths))
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run already; choose another --out.")
     where, name = IMPORTERS[key].split(":")
     importer: Importer = getattr(importlib.import_module(where), name)
     try:
-        found = importer(read_checkpoint(path), path)
+        found = importer([read_given(path) for path in paths])
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path} does not fit {key}: it lacks {error}.") from error
+        raise UserError(f"{given} does not fit {key}: it lacks {error}.") from error
     config = found.config
-    words = load_dataset("shapes", "train", 32).all_captions(1000)
-    tokenizer = make_tokenizer(config.encoder.tokenizer, words, config.encoder.vocabulary)
+    tokenizer = found.tokenizer
+    if tokenizer is None:
+        words = load_dataset("shapes", "train", 32).all_captions(1000)
+        tokenizer = make_tokenizer(config.encoder.tokenizer, words, config.encoder.vocabulary)
     torch.manual_seed(config.seed)
     system = build(find_recipe(key).stages(config, tokenizer))
     try:
         missing, unknown = system.load_state_dict(found.weights, strict=False)
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} does not fit {key}: {line[:200]}") from error
+        raise UserError(f"{given} does not fit {key}: {line[:200]}") from error
     missing = [name for name in missing if not name.startswith(found.absent)]
     if missing:
-        raise UserError(f"{path} does not fit {key}: it has no tensor for {missing[0]}.")
+        raise UserError(f"{given} does not fit {key}: it has no tensor for {missing[0]}.")
     if unknown:
-        raise UserError(f"{path} does not fit {key}: it has tensors more, such as {unknown[0]}.")
+        raise UserError(f"{given} does not fit {key}: it has tensors more, such as {unknown[0]}.")
+    names = ", ".join(path.name for path in paths)
     save_tensors(folder / "model.safetensors", system.state_dict())
     write_json(folder / "tokenizer.json", tokenizer.to_json())
     write_json(folder / "cost.json", {})
     write_json(
         folder / "config.json",
-        {**to_dict(config), "made_with": {"lineage": lineage.__version__, "imported": path.name}},
+        {**to_dict(config), "made_with": {"lineage": lineage.__version__, "imported": names}},
     )
     return found.note
+
+
+def read_given(path: Path) -> Given:
+    """A checkpoint, or a list of words (`.txt`). Raises `UserError` if it cannot be read."""
+    if path.suffix != ".txt":
+        return Given(path, read_checkpoint(path))
+    try:
+        return Given(path, {}, path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}).") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

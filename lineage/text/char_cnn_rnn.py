@@ -89,5 +89,11 @@ class CharCNNRNN(TextEncoder):
             ids=(letters[:, starts] + 2) * mask,
         )
 
+    def pieces(self, caption: str) -> list[str]:
+        text = caption.lower().strip()[: self.config.letters]
+        length = places(self.config.letters)
+        starts = range(0, max(1, len(text)), _STRIDE)
+        return [text[start : start + _STRIDE].strip() for start in starts][:length]
+
     def null(self, count: int) -> TextFeatures:
         return self.encode([""] * count)

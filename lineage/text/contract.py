@@ -54,6 +54,12 @@ class TextFeatures:
             F.pad(self.ids, (0, more)),
         )
 
+    def shortened(self, length: int) -> TextFeatures:
+        """The same features with the first `length` words of each caption."""
+        return TextFeatures(
+            self.words[:, :length], self.mask[:, :length], self.sentence, self.ids[:, :length]
+        )
+
     def where(self, keep: Tensor, other: TextFeatures) -> TextFeatures:
         """Row b of these features where `keep[b]` (B,) is True, of `other` where it is not."""
         length = max(self.ids.shape[1], other.ids.shape[1])
@@ -96,6 +102,17 @@ class TextEncoder(nn.Module):
     def null(self, count: int) -> TextFeatures:
         """The features of "no caption", `count` times: what guidance and caption dropout use."""
 
+    def pieces(self, caption: str) -> list[str]:
+        """What each of the L places of `words` stands for, to be written under a picture."""
+        raise NotImplementedError
+
     def unknown(self, captions: list[str]) -> list[str]:
         """The words of `captions` that the encoder has never seen, in order, each once."""
         return []
+
+
+def same_captions(captions: list[str]) -> Tensor:
+    """(B, B) True where two captions have the same words in the same order."""
+    names = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    number = torch.tensor([names[caption] for caption in captions])
+    return number[:, None] == number[None, :]

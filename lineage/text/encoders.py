@@ -5,7 +5,7 @@
                  above a blue square" and "a blue square above a red circle" are one to it.
     lstm         bidirectional LSTM (Hochreiter and Schmidhuber 1997) as in AttnGAN (Xu et al. 2018,
                  section 3.2): a word is its two hidden states, the sentence the last state of each
-                 direction.
+                 direction. A GRU fits too.
     transformer  pre-norm causal transformer as the text side of CLIP (Radford et al. 2021, section
                  2.4); the sentence is the state at the last word. Departure: CLIP appends an end
                  token and reads that; here the mask means words alone, so the last word takes its
@@ -36,10 +36,10 @@ class TokenEncoder(TextEncoder):
     Subclasses implement `forward(ids, mask) -> (words, sentence)`.
     """
 
-    def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer, inputs: int = 0) -> None:
         super().__init__()
         self.config, self.tokenizer, self.width = config, tokenizer, config.width
-        self.table = nn.Embedding(len(tokenizer), config.width, padding_idx=PAD)
+        self.table = nn.Embedding(len(tokenizer), inputs or config.width, padding_idx=PAD)
         nn.init.normal_(self.table.weight)
         with torch.no_grad():
             self.table.weight[PAD].zero_()
@@ -49,6 +49,10 @@ class TokenEncoder(TextEncoder):
 
     def null(self, count: int) -> TextFeatures:
         return self._features([[NULL]] * count)
+
+    def pieces(self, caption: str) -> list[str]:
+        ids = self.tokenizer.encode(caption)[: self.config.words]
+        return [self.tokenizer.decode([number]).strip() or "<null>" for number in ids]
 
     def unknown(self, captions: list[str]) -> list[str]:
         return list(
@@ -74,24 +78,34 @@ class BagEncoder(TokenEncoder):
 
 
 class LSTMEncoder(TokenEncoder):
-    """Bidirectional LSTM; each direction has half of the width."""
+    """Bidirectional LSTM, or GRU; each direction has half of the width."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
-        super().__init__(config, tokenizer)
+        super().__init__(config, tokenizer, config.inputs)
         if config.width % 2:
             raise UserError(
                 f"The lstm encoder needs an even width, not encoder.width={config.width}."
             )
-        self.lstm = nn.LSTM(
-            config.width, config.width // 2, config.layers, batch_first=True, bidirectional=True
+        kind = nn.LSTM if config.cell == "lstm" else nn.GRU
+        self.dropout = nn.Dropout(config.dropout)
+        self.lstm = kind(
+            self.table.embedding_dim,
+            config.width // 2,
+            config.layers,
+            batch_first=True,
+            bidirectional=True,
         )
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
         packed = nn.utils.rnn.pack_padded_sequence(
-            self.table(ids), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
+            self.dropout(self.table(ids)),
+            mask.sum(1).cpu(),
+            batch_first=True,
+            enforce_sorted=False,
         )
-        states, (last, _) = self.lstm(packed)  # last: (layers * 2, B, D / 2)
+        states, last = self.lstm(packed)
+        last = last[0] if isinstance(last, tuple) else last  # (layers * 2, B, D / 2)
         words, _ = nn.utils.rnn.pad_packed_sequence(
             states, batch_first=True, total_length=ids.shape[1]
         )

@@ -70,12 +70,13 @@ class WordTokenizer(Tokenizer):
 
     Args:
         words: the vocabulary, without special tokens.
+        drop: leave out what is not in it, as AttnGAN's code does, instead of calling it unknown.
     """
 
     kind = "word"
 
-    def __init__(self, words: list[str]) -> None:
-        self.words = words
+    def __init__(self, words: list[str], drop: bool = False) -> None:
+        self.words, self.drop = words, drop
         self._number = {word: number for number, word in enumerate(words, start=len(SPECIAL))}
 
     @classmethod
@@ -89,7 +90,8 @@ class WordTokenizer(Tokenizer):
         return cls(ranked[: size - len(SPECIAL)])
 
     def encode(self, caption: str) -> list[int]:
-        return [self._number.get(word, UNK) for word in split_words(caption)] or [NULL]
+        ids = [self._number.get(word, UNK) for word in split_words(caption)]
+        return [i for i in ids if i != UNK or not self.drop] or [NULL]
 
     def decode(self, ids: Iterable[int]) -> str:
         offset = len(SPECIAL)
@@ -104,7 +106,8 @@ class WordTokenizer(Tokenizer):
         return len(self.words) + len(SPECIAL)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "words": self.words}
+        drop = {"drop": True} if self.drop else {}
+        return {"kind": self.kind, "words": self.words, **drop}
 
 
 class BPETokenizer(Tokenizer):
@@ -222,9 +225,10 @@ def tokenizer_from_json(saved: Any) -> Tokenizer:
     """The tokeniser that `to_json` described. Raises `UserError` for anything else."""
     try:
         if saved["kind"] == "word":
-            return WordTokenizer([str(word) for word in saved["words"]])
+            words = [str(word) for word in saved["words"]]
+            return WordTokenizer(words, drop=saved.get("drop", False) is True)
         if saved["kind"] == "bpe":
             return BPETokenizer([(int(left), int(right)) for left, right in saved["merges"]])
-    except (TypeError, KeyError, ValueError, IndexError):
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError):
         pass
     raise UserError("The saved tokeniser is damaged, or of a kind that this version does not know.")

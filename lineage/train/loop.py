@@ -36,6 +36,7 @@ from lineage.nn.draws import Draws, stream_seed
 from lineage.train.loader import Loader
 from lineage.train.log import Log
 from lineage.train.machine import Processes, autocast, channels_last, pick_device
+from lineage.train.texts import Reader
 
 LOOK_AT_LEAST_EVERY = 1000
 """Steps after which losses are looked at, however rarely they are logged."""
@@ -142,6 +143,7 @@ class Trainer:
             prefetch=(2 if on_gpu else 0) if train.prefetch is None else train.prefetch,
             pin=on_gpu,
         )
+        self.reader = Reader(self.system.text, dataset)
         named = self.system.groups()
         for name in optim.rates:
             if name not in named:
@@ -196,7 +198,8 @@ class Trainer:
         seen: dict[str, Tensor] = {}
         self.system.train()
         with autocast(self.device, self.train.precision):
-            turns = self.system.losses(batch, self.system.text.encode(batch.caption), draws)
+            text = self.reader.read(batch.caption, self.step * self.batch)
+            turns = self.system.losses(batch, text, draws)
         while True:
             with autocast(self.device, self.train.precision):
                 turn = next(turns, None)

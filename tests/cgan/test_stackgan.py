@@ -15,20 +15,18 @@ from lineage import runs
 from lineage.cgan import stackgan
 from lineage.cgan.stackgan import (
     ConditioningAugmentation,
-    Discriminator,
     StackGANConfig,
     StackGANStage,
     StageOne,
     StageOneGenerator,
     StageTwo,
     StageTwoGenerator,
-    discriminator_terms,
-    kl_term,
 )
 from lineage.config import OptimConfig, TextConfig, TrainConfig, to_dict
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
+from lineage.nn.matching import discriminator_terms, kl_term
 from lineage.recipes import stackgan as recipe
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
@@ -108,9 +106,9 @@ def test_the_networks_are_of_the_authors_sizes(
     with torch.device("meta"):
         networks = (
             StageOneGenerator(config, 1024),
-            Discriminator(config, 64, alone=False),
+            config.look(1024, 64, alone=False),
             StageTwoGenerator(config, 1024, 256),
-            Discriminator(config, 256, alone=True),
+            config.look(1024, 256, alone=True),
         )
     assert tuple(sum(p.numel() for p in n.parameters()) for n in networks) == counts
 

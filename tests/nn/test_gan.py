@@ -187,9 +187,11 @@ def test_health_by_hand() -> None:
     shown = torch.zeros(4, 3, 4, 4)
     shown[:2] = 1.0  # half one colour, half another
     facts = gan_health(
-        real=torch.tensor([2.0, -1.0, 0.5, 3.0]),
-        wrong=torch.tensor([-1.0, -2.0, 4.0]),
-        fake=torch.tensor([-3.0, -0.1, 1.0, 2.0]),
+        {
+            "real": torch.tensor([2.0, -1.0, 0.5, 3.0]),
+            "wrong": torch.tensor([-1.0, -2.0, 4.0]),
+            "fake": torch.tensor([-3.0, -0.1, 1.0, 2.0]),
+        },
         mismatched=torch.tensor([1.0, 0.0, 1.0]),
         drawn=shown * 0.25 + 0.5,
         shown=shown,
@@ -203,7 +205,8 @@ def test_health_by_hand() -> None:
 def test_health_of_nothing_is_a_number() -> None:
     """No wrong pair among the captions, real pictures all alike: zeros, not a stopped run."""
     facts = gan_health(
-        *(torch.zeros(2), torch.zeros(1), torch.zeros(2), torch.zeros(1)),
+        {"real": torch.zeros(2), "wrong": torch.zeros(1), "fake": torch.zeros(2)},
+        mismatched=torch.zeros(1),
         drawn=torch.zeros(2, 3, 4, 4),
         shown=torch.ones(2, 3, 4, 4),
     )

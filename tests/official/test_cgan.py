@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lineage.cgan.stackgan import (
-    Discriminator,
     StackGANConfig,
     StageOneGenerator,
     StageTwoGenerator,
@@ -77,7 +76,7 @@ def tensors() -> dict[str, Tensor]:
     with every term written out."""
     torch.manual_seed(4)
     one, two = StageOneGenerator(CONFIG, WIDTH), StageTwoGenerator(CONFIG, WIDTH, 256)
-    judge_one, judge_two = Discriminator(CONFIG, 64, False), Discriminator(CONFIG, 256, True)
+    judge_one, judge_two = CONFIG.look(WIDTH, 64, False), CONFIG.look(WIDTH, 256, True)
     networks = {"STAGE1_G": one, "STAGE2_G": two, "STAGE1_D": judge_one, "STAGE2_D": judge_two}
     made = {
         f"state/{name}/{official(key)}": tensor.clone()
@@ -100,7 +99,7 @@ def tensors() -> dict[str, Tensor]:
     def fake256() -> Any:
         return two(one(text[few], z[few], eps[few]).image, text[few], own)
 
-    def probability(judge: Discriminator, image: Tensor, mu: Tensor) -> Tensor:
+    def probability(judge: nn.Module, image: Tensor, mu: Tensor) -> Tensor:
         return judge.score(judge.features(image), mu).sigmoid()
 
     with torch.no_grad():
@@ -232,7 +231,7 @@ def test_names_are_mapped_one_to_one() -> None:
     for network in (
         StageOneGenerator(CONFIG, WIDTH),
         StageTwoGenerator(CONFIG, WIDTH, 256),
-        Discriminator(CONFIG, 256, True),
+        CONFIG.look(WIDTH, 256, True),
     ):
         names = list(network.state_dict())
         assert [stackgan_key(official(name)) for name in names] == names

@@ -1,0 +1,1 @@
+"""Word attention: DAMSM and AttnGAN."""

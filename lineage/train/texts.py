@@ -1,0 +1,59 @@
+"""Captions that are encoded once: the answers of a text encoder that is not trained.
+
+A GAN's step reads its captions with a finished encoder. Once as many captions have been read as the
+data set has different ones (`KEPT` at most), all of these are encoded in one go, and a batch is
+looked up from then on. What is looked up when is a function of data set and step alone, so that a
+run that is resumed computes exactly what one does that was never stopped.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+
+from lineage.data.contract import CaptionedDataset
+from lineage.text.contract import TextEncoder, TextFeatures
+
+KEPT = 20_000  # captions
+AT_ONCE = 256
+
+
+class Reader:
+    """`text.encode` for the captions of a data set, faster when `text` is not trained.
+
+    Args:
+        text: the encoder; it is not trained if none of its parameters asks for a gradient.
+        dataset: whose captions to keep.
+    """
+
+    def __init__(self, text: TextEncoder, dataset: CaptionedDataset) -> None:
+        self.text, self.dataset = text, dataset
+        self.frozen = not any(p.requires_grad for p in text.parameters())
+        self._rows: dict[str, int] = {}
+        self._kept: TextFeatures | None = None
+        self._lengths: list[int] = []
+
+    def read(self, captions: list[str], before: int) -> TextFeatures:
+        """The features of `captions`; `before` captions have been read in earlier steps."""
+        if not self.frozen:
+            return self.text.encode(captions)
+        if before >= KEPT and not self._rows:
+            self._rows = {caption: row for row, caption in enumerate(self._captions())}
+        if not self._rows or any(caption not in self._rows for caption in captions):
+            return self.text.encode(captions)
+        if self._kept is None:
+            self._kept = self._encoded(list(self._rows))
+            self._lengths = self._kept.mask.sum(1).tolist()
+        rows = [self._rows[caption] for caption in captions]
+        found = self._kept[torch.tensor(rows).to(self._kept.ids.device)]
+        return found.shortened(max(self._lengths[row] for row in rows))
+
+    def _captions(self) -> list[str]:
+        """The first `KEPT` different captions of the data set."""
+        return list(islice(dict.fromkeys(self.dataset.all_captions(KEPT)), KEPT))
+
+    @torch.no_grad()
+    def _encoded(self, captions: list[str]) -> TextFeatures:
+        parts = range(0, len(captions), AT_ONCE)
+        return TextFeatures.cat([self.text.encode(captions[i : i + AT_ONCE]) for i in parts])
