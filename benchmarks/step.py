@@ -2,10 +2,11 @@
 
     python benchmarks/step.py
 
-The fake picture is drawn once for both turns, so a step is one pass through the generator (forward
-and backward) and three through the discriminator: real and fake in its own turn, and fake in the
-generator's. Timed alternately in one run, the median of each; the gradient penalty, an extra of
-every few steps, is left out.
+The fake pictures are drawn once for all turns, so a step is one pass through the generator (forward
+and backward) and, for each discriminator, real, wrong and fake pairs in its own turn and fake ones
+in the generator's; for AttnGAN also one through the frozen DAMSM. Timed alternately in one run, the
+median of each; the gradient penalty, an extra of every few steps, is left out, and so is the text
+encoder, whose answers are kept.
 """
 
 from __future__ import annotations
@@ -19,18 +20,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lineage.attngan.attngan import AttnGAN
 from lineage.cgan.stackgan import StageOne, StageTwo
+from lineage.config import with_field
+from lineage.contract import System
 from lineage.data import load_dataset
 from lineage.evaluate.cost import machine
-from lineage.recipes.joint_text import text_stage, trained_text
-from lineage.recipes.stackgan import PRESETS
+from lineage.nn.gan import smaller
+from lineage.nn.matching import Discriminator, pair_logits
+from lineage.recipes import find_recipe, preset
 from lineage.text.tokenizer import make_tokenizer
+from lineage.train import texts
 from lineage.train.loop import Trainer
 from lineage.train.machine import autocast
 from lineage.train.store import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
-ROUNDS = 30
+ROUNDS = 40
+Parts = tuple[Callable[[], list[Tensor]], list[tuple[Discriminator, Tensor]], Tensor]
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -40,72 +47,92 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def passes(system: StageOne | StageTwo, trainer: Trainer) -> Callable[[], None]:
-    """The passes of one step through text encoder, generator and discriminator, and no more."""
+def parts(system: System, trainer: Trainer) -> Parts:
+    """How the pictures of a step are drawn, each discriminator with its real pictures, and what it
+    is told.
+    """
     batch = trainer.loader.at(0)
-    config, look = system.config, system.discriminator
-    rows = len(batch)
-    noise, eps = torch.randn(rows, config.noise), torch.randn(rows, config.condition)
-    real = system.real(batch)
-    ones = torch.randn(rows, config.condition)
+    assert isinstance(system, StageOne | StageTwo | AttnGAN)
+    config = system.config
+    noise = torch.randn(len(batch), config.noise)
+    eps = torch.randn(len(batch), config.condition)
+    with torch.no_grad(), autocast(trainer.device, trainer.train.precision):
+        text = system.text.encode(batch.caption)
+    if isinstance(system, AttnGAN):
+        looks = [(look, smaller(batch.image, side)) for side, look in system.looks()]
+        return (lambda: system.generator(text, noise, eps).images), looks, text.sentence
+    look = [(system.discriminator, system.real(batch))]
+    if isinstance(system, StageOne):
+        return (lambda: [system.generator(text.sentence, noise, eps).image]), look, eps
 
-    def draw(sentence: Tensor) -> Tensor:
-        if isinstance(system, StageTwo):
-            with torch.no_grad():
-                small = system.first(sentence, noise, eps).image
-            return system.generator(small, sentence, eps).image
-        return system.generator(sentence, noise, eps).image
+    def draw() -> list[Tensor]:
+        with torch.no_grad():
+            small = system.first(text.sentence, noise, eps).image
+        return [system.generator(small, text.sentence, eps).image]
 
-    def score(image: Tensor) -> Tensor:
-        seen = look.features(image)
-        logits = look.score(seen, ones).sum()
-        return logits if look.alone is None else logits + look.score_alone(seen).sum()
+    return draw, look, eps
+
+
+def passes(system: System, trainer: Trainer) -> Callable[[], None]:
+    """The passes of one step through its networks, and no more."""
+    draw, looks, told = parts(system, trainer)
+    drawing = [p for m in system.groups()["generator"] for p in m.parameters()]
 
     def work() -> None:
-        judging, drawing = list(look.parameters()), list(system.generator.parameters())
         with autocast(trainer.device, trainer.train.precision):
-            sentence = system.text.encode(batch.caption).sentence.detach()
-            fake = draw(sentence)
-            own = score(real) + score(fake.detach())
-        own.backward(inputs=judging)
+            fakes = draw()
+        for (look, real), fake in zip(looks, fakes, strict=True):
+            with autocast(trainer.device, trainer.train.precision):
+                logits = pair_logits(look, real, fake.detach(), told)
+                own = torch.cat(list(logits.values())).sum()
+            own.backward(inputs=list(look.parameters()))
         with autocast(trainer.device, trainer.train.precision):
-            other = score(fake)
+            scores = []
+            for (look, _), fake in zip(looks, fakes, strict=True):
+                seen = look.features(fake)
+                scores.append(look.score(seen, told))
+                scores += [look.score_alone(seen)] if look.alone is not None else []
+            if isinstance(system, AttnGAN):
+                regions = system.matcher(fakes[-1])
+                scores += [regions.local.flatten(), regions.whole.flatten()]
+            other = torch.cat([score.float() for score in scores]).sum()
         other.backward(inputs=drawing)
         system.zero_grad(set_to_none=True)
 
     return work
 
 
-def measure(system: StageOne | StageTwo, trainer: Trainer) -> dict[str, float]:
+def measure(system: System, trainer: Trainer) -> dict[str, float]:
     """Median milliseconds of both, in turn."""
     alone = passes(system, trainer)
     numbers = iter(range(10_000))
-    whole = lambda: trainer.advance(trainer.loader.at(next(numbers)))  # noqa: E731
+    batches = [trainer.loader.at(number) for number in range(16)]
+    whole = lambda: trainer.advance(batches[next(numbers) % 16])  # noqa: E731
+    trainer.step = texts.KEPT  # from here on the captions' features are kept
     times = [(timed(whole), timed(alone)) for _ in range(ROUNDS + 5)][5:]
-    step, parts = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
-    ratios = sorted(a / b for a, b in times)
+    step, sum_of_parts = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
     return {
         "step_ms": round(step, 2),
-        "passes_alone_ms": round(parts, 2),
-        "ratio": round(statistics.median(ratios), 3),
+        "passes_alone_ms": round(sum_of_parts, 2),
+        "ratio": round(statistics.median(a / b for a, b in times), 3),
     }
 
 
 def main() -> None:
-    config = PRESETS["tiny"]
-    config = replace(config, model=replace(config.model, r1=0.0))
-    data = load_dataset(config.data, "train", config.size, 0)
-    tokenizer = make_tokenizer("word", data.all_captions(500), 4096)
-
-    def first() -> StageOne:
-        text = text_stage(config, tokenizer, 0.1).build({})
-        return StageOne(config.model, trained_text({"text": text.eval()}))
-
     result = {}
-    for name, system in (("stage1", first()), ("stage2", StageTwo(config.model, first(), 32))):
-        train = replace(config.train, minutes=None, steps=10**6)
-        result[name] = measure(system, Trainer(system, data, config.optim, train, stage=name))
-        print(name, result[name])
+    for key in ("stackgan", "attngan"):
+        config = with_field(preset(key, "tiny"), "model.r1", 0.0)
+        data = load_dataset(config.data, "train", config.size, 0)
+        tokenizer = make_tokenizer("word", data.all_captions(500), 4096)
+        made: dict[str, System] = {}
+        for stage in find_recipe(key).stages(config, tokenizer):
+            system = made[stage.name] = stage.build(made)
+            if isinstance(system, System):
+                train = replace(config.train, minutes=None, steps=10**6)
+                trainer = Trainer(system, data, config.optim, train, stage=stage.name)
+                name = f"{key} {stage.name}"
+                result[name] = measure(system, trainer)
+                print(name, result[name])
     write_json(RESULTS / "step.json", {**result, "machine": machine()})
 
 

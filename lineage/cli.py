@@ -116,8 +116,10 @@ def _sample(options: argparse.Namespace) -> None:
     unknown = system.text.unknown(options.captions)
     if unknown:
         print(f"lineage: not seen in training: {', '.join(unknown)}", file=sys.stderr)
-    out = Path(options.out)
+    out, knobs = Path(options.out), system.typed_knobs(_settings(options.set))
     if options.inside:
+        if knobs or options.single or options.count > 1:
+            raise UserError("--inside shows one picture: leave out --set, --single and --count.")
         rows = system.inside(captions[0], seed=options.seed)
         if not rows:
             raise UserError(f"{options.run}: this system has no inside to show.")
@@ -125,7 +127,7 @@ def _sample(options: argparse.Namespace) -> None:
         save_picture(rows_sheet(drawn), out)
         print(out)
         return
-    images = to_bytes(system.generate(captions, seed=options.seed, **_settings(options.set))).cpu()
+    images = to_bytes(system.generate(captions, seed=options.seed, **knobs)).cpu()
     if options.single:
         paths = [
             out.with_name(f"{out.stem}_{i:03d}{out.suffix or '.png'}") for i in range(len(images))

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from lineage.errors import UserError, nearest
 
 C = TypeVar("C")
+R = TypeVar("R", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         at_least("size", self.size, 4)
         at_least("seed", self.seed, 0)
+
+    def without_files(self: R) -> R:
+        """The same run without files to start from, which lie in its weights once it is trained."""
+        return self
 
 
 def at_least(name: str, value: float, least: float) -> None:

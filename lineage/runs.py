@@ -265,7 +265,7 @@ def load(run: str | Path, device: str = "auto") -> System:
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"There is no run folder {folder}.")
-    config = read_config(folder)
+    config = read_config(folder).without_files()
     system = build(find_recipe(config.key).stages(config, read_tokenizer(folder)))
     load_weights(system, folder / "model.safetensors")
     return system.to(pick_device(device)).eval()

@@ -163,6 +163,11 @@ def test_help_and_version(call: Call) -> None:
         (["import-weights", "stackgan", "nowhere.pth", "--out", "runs/a"], ["nowhere.pth"]),
         (["import-weights", "stackgan", ".", "--out", "runs/a"], ["."]),
         (["import-weights", "stackgan", "n.safetensors", "--out", "runs/a"], ["n.safetensors"]),
+        (["import-weights", "attngan", "a.pth", "b.pth", "w.txt", "--out", "runs/a"], ["a.pth"]),
+        (["import-weights", "attngan", "w.txt", "a.pth", "--out", "runs/a"], ["w.txt"]),
+        (["train", "attngan", *SMOKE, "--set", "model.scales=3"], ["scales", "size"]),
+        (["train", "attngan", *SMOKE, "--set", "damsm.grid=16"], ["damsm.grid=16"]),
+        (["train", "attngan", *SMOKE, "--set", "damsm.regions=convs"], ["'convs'", "'conv'"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
@@ -367,6 +372,61 @@ def test_sample_takes_knobs(call: Call, run_folder: Path) -> None:
         assert call("sample", run_folder, "a red circle", *flags, "--out", "a.png").code == 0
         out.append(Path("a.png").read_bytes())
     assert len(set(out)) == 3
+
+
+@pytest.fixture
+def attended(smoke_run: Callable[[str], Any], tmp_path: Path) -> Path:
+    """A finished run of `attngan`, which has an inside."""
+    return Path(shutil.copytree(smoke_run("attngan").folder, tmp_path / "attended"))
+
+
+def test_sample_shows_the_inside(call: Call, attended: Path) -> None:
+    """Two scales, then a picture a word, in rows; of the first caption, by its seed."""
+    asked = ["sample", attended, "a red circle above a zorp", "a ring", "--inside"]
+    made = []
+    for number, flags in enumerate(([], [], ["--seed", 1])):
+        out = f"{number}.png"
+        answer = call(*asked, *flags, "--out", out)
+        assert answer.code == 0 and answer.out.strip() == out, answer
+        assert "zorp" in answer.errors and "Traceback" not in answer.errors
+        made.append(Path(out).read_bytes())
+    assert made[0] == made[1] != made[2]
+    with Image.open("0.png") as sheet:
+        assert sheet.width > 6 * 128 and 2 * 128 < sheet.height < 3 * 128
+        pixels = sheet.convert("RGB")
+        assert len(set(pixels.convert("L").tobytes())) > 20
+        blank = pixels.crop((10 + 138 * 2, 10, sheet.width, 138))  # right of the two scales
+        assert set(blank.convert("L").tobytes()) == {255}
+
+
+def test_a_system_without_an_inside_is_told(call: Call, run_folder: Path) -> None:
+    refused = call("sample", run_folder, "a red circle", "--inside", "--out", "a.png")
+    assert_refused(refused, "finished", "no inside")
+    assert not Path("a.png").exists()
+
+
+def test_an_inside_that_cannot_be_written_is_told(call: Call, attended: Path) -> None:
+    refused = call("sample", attended, "a red circle", "--inside", "--out", "a.xyz")
+    assert_refused(refused, "a.xyz", "a.png")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--set", "truncaton=0.5"], "'truncation'"),
+        (["--inside", "--set", "truncaton=0.5"], "trunc"),
+        (["--set", "scale=3"], "scale=3"),
+        (["--set", "scale=large"], "scale"),
+        (["--set", "return_attention=true"], "return_attention"),
+        (["--set", "seed=3"], "seed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_knobs_of_attngan_that_cannot_be_are_told(
+    flags: list[str], word: str, call: Call, attended: Path
+) -> None:
+    """What `generate` takes besides are no knobs, and none is passed over in silence."""
+    assert_refused(call("sample", attended, "a red circle", *flags), word)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ MAY = {
     "nn": BASE,
     "data": BASE,
     "text": BASE | {"nn", "config"},
-    "train": BASE | {"callable_package", "config", "contract", "data.contract", "nn"},
+    "train": BASE
+    | {"callable_package", "config", "contract", "data.contract", "nn", "text.contract"},
     **dict.fromkeys(FAMILIES, CONTRACTS),
 }
 """For each part, the modules or packages of ours that it may import beside itself. Parts that are

@@ -324,10 +324,9 @@ class AttnGAN(System):
         self.steps: Tensor
 
     def train(self, mode: bool = True) -> AttnGAN:
-        """The DAMSM stays in evaluation mode."""
+        """The DAMSM's image encoder stays in evaluation mode."""
         super().train(mode)
         self.matcher.eval()
-        self.text.eval()
         return self
 
     def groups(self) -> dict[str, list[nn.Module]]:
@@ -426,8 +425,8 @@ class AttnGAN(System):
         large = [F.interpolate(i, size, mode="nearest")[0].clamp(-1, 1) for i in drawn.images]
         rows = [[(f"at {side}", image) for side, image in zip(self.sides, large, strict=True)]]
         for side, image, weights in zip(self.sides[1:], large[1:], drawn.attention, strict=True):
-            light = weights / weights.amax((2, 3), keepdim=True)  # (1, L, s, s)
-            light = F.interpolate(light, size, mode="nearest")[0]
+            most = weights.amax((2, 3), keepdim=True).clamp(min=1e-12)  # (1, L, 1, 1)
+            light = F.interpolate(weights / most, size, mode="nearest")[0]
             lit = [(image + 1) * part - 1 for part in light]
             rows.append([(f"{word} ({side})", i) for word, i in zip(words, lit, strict=False)])
         return rows

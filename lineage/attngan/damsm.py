@@ -7,7 +7,8 @@ caption among others.
 
     text encoder      any of `lineage/text`; the paper's is `lstm`
     image encoder     `RegionEncoder`, small and trained along; `InceptionRegions`, the paper's
-    equations 7 to 9  `region_contexts`: s = e^T v, a softmax over words, then one over regions
+    equations 7 to 9  `region_attention`, `region_contexts`: s = e^T v, a softmax over words, then
+                      one over regions
     equation 10       `word_similarity`: R(Q, D) = log(sum_i exp(gamma_2 R(c_i, e_i)))^(1 / gamma_2)
     equations 11, 12  `matching_terms`: cross-entropy of the true pair, along rows and columns
     equation 13       `matching`: words and sentence together
@@ -178,10 +179,10 @@ class InceptionRegions(nn.Module):
 # --- equations 7 to 10 -------------------------------------------------------
 
 
-def region_contexts(
+def region_attention(
     words: Tensor, mask: Tensor, regions: Tensor, gamma1: float
 ) -> tuple[Tensor, Tensor]:
-    """What each word looks at.
+    """What each word of each caption looks at in each picture.
 
     Args:
         words: (J, L, D) of J captions.
@@ -189,12 +190,19 @@ def region_contexts(
         regions: (I, N, D) of I pictures.
 
     Returns:
-        contexts (I, J, L, D) and attention (I, J, L, N), whose rows sum to 1. On padding they mean
+        scores and attention, (I, J, L, N) each; attention sums to 1 over N. On padding they mean
         nothing.
     """
     scores = torch.einsum("jld,ind->ijln", words, regions)  # equation 7
     shares = scores.masked_fill(~mask[None, :, :, None], -torch.inf).softmax(2)  # equation 8
-    attention = (gamma1 * shares).softmax(3)  # equation 9
+    return scores, (gamma1 * shares).softmax(3)  # equation 9
+
+
+def region_contexts(
+    words: Tensor, mask: Tensor, regions: Tensor, gamma1: float
+) -> tuple[Tensor, Tensor]:
+    """The contexts c of equation 9, (I, J, L, D), and the attention (I, J, L, N)."""
+    _, attention = region_attention(words, mask, regions, gamma1)
     return torch.einsum("ijln,ind->ijld", attention, regions), attention
 
 
@@ -205,10 +213,20 @@ def cosine(one: Tensor, other: Tensor) -> Tensor:
 
 
 def word_similarity(config: DAMSMConfig, words: Tensor, mask: Tensor, regions: Tensor) -> Tensor:
-    """Equation 10 of every picture i with every caption j: (I, J)."""
-    contexts, _ = region_contexts(words, mask, regions, config.gamma1)
-    match = (config.gamma2 * cosine(words[None], contexts)).exp() * mask  # (I, J, L)
-    return match.sum(2).log()
+    """Equation 10 of every picture i with every caption j: (I, J).
+
+    The contexts c = sum_n a_n v_n are not written out: their product with a word e is
+    sum_n a_n s_n, of the scores s_n = <v_n, e>, and their squared length a^T (v v^T) a.
+    """
+    words, regions = words.float(), regions.float()
+    with torch.autocast(words.device.type, enabled=False):  # lengths of sums may cancel
+        scores, attention = region_attention(words, mask, regions, config.gamma1)
+        products = (attention * scores).sum(3)  # (I, J, L)
+        gram = regions @ regions.mT  # (I, N, N)
+        squares = (torch.einsum("ijln,inm->ijlm", attention, gram) * attention).sum(3)
+        lengths = squares.clamp(min=1e-16).sqrt() * words.norm(dim=2)
+        cosines = (products / lengths.clamp(min=1e-8)).clamp(-1, 1)
+        return ((config.gamma2 * cosines).exp() * mask).sum(2).log()
 
 
 def sentence_similarity(sentence: Tensor, whole: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ and another picture, by a margin of one.
     equations 3 to 5   `embedding_terms`: the margin losses over captions and over pictures
 
 Departures: theta, which was a published network's features, is a small convolutional network that
-is trained along; compatibility is of single captions, not of a class's mean; pairs of one class, or
-of the same words, are nobody's rivals.
+is trained along; compatibility is of single captions, not of a class's mean; pairs of one class
+(unless `same` is caption), or of the same words, are nobody's rivals.
 
 Axes: B pictures, D width.
 """
@@ -50,12 +50,16 @@ class JointEmbedding(Trainable):
     Args:
         text: what is trained.
         size: side of the pictures.
+        same: pairs that are no rivals beside those of one caption: of the same `class`, or none
+            (`caption`), which is right where a class says less than a caption.
         channels: of the picture encoder next to the picture; they double as the side halves.
     """
 
-    def __init__(self, text: TextEncoder, size: int, channels: int = 32) -> None:
+    def __init__(
+        self, text: TextEncoder, size: int, same: str = "class", channels: int = 32
+    ) -> None:
         super().__init__()
-        self.text = text
+        self.text, self.same = text, same
         layers: list[nn.Module] = []
         inputs = 3
         while size > 4:
@@ -74,7 +78,7 @@ class JointEmbedding(Trainable):
         """One turn. `facts` has the share of pictures whose nearest caption belongs to them."""
         pictures, captions = self.image(batch.image), text.sentence
         same = same_captions(batch.caption).to(pictures.device)
-        if batch.label is not None:
+        if self.same == "class" and batch.label is not None:
             same |= batch.label[:, None] == batch.label[None, :]
         with torch.no_grad():
             nearest = (pictures @ captions.T).argmax(1)

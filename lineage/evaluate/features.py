@@ -113,6 +113,8 @@ class MatchingScorer:
 def matching_scorer(run: Path, device: torch.device) -> MatchingScorer:
     """The matching model of a run. Raises `UserError` if it has none."""
     system, size = load(run, str(device)), read_config(run).size
+    if "imported" in read_json(run / "config.json").get("made_with", {}):
+        raise UserError(f"{run} was imported without its image encoder; name a trained attngan.")
     blank = torch.zeros(1, 3, size, size, device=system.device)
     with torch.no_grad():
         if system.picture_vectors(blank) is None:

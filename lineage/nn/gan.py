@@ -7,6 +7,7 @@ Axes: B pictures, S side.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,16 @@ from torch.nn.utils.parametrizations import spectral_norm
 WON, COLLAPSED = 0.98, 0.3  # accuracy above which, spread below which training is in trouble
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    """What the optimiser moves: under spectral norm `layer.weight` is only computed from it."""
+    normed = getattr(layer, "parametrizations", None)
+    return cast(Tensor, layer.weight if normed is None else normed.weight.original)
+
+
 def dcgan_weights(layer: nn.Module) -> None:
     """Radford et al. 2016, section 4: kernels from N(0, 0.02), norm scales from N(1, 0.02)."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(layer.weight, 0.0, 0.02)
+        nn.init.normal_(_weight(layer), 0.0, 0.02)
     elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         nn.init.normal_(layer.weight, 1.0, 0.02)
         nn.init.zeros_(layer.bias)
@@ -29,7 +36,7 @@ def normal_weights(layer: nn.Module) -> None:
     """`dcgan_weights`, and linear layers from N(0, 0.02) with zero biases: StackGAN and after."""
     dcgan_weights(layer)
     if isinstance(layer, nn.Linear):
-        nn.init.normal_(layer.weight, 0.0, 0.02)
+        nn.init.normal_(_weight(layer), 0.0, 0.02)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
 
@@ -39,7 +46,7 @@ def orthogonal_weights(layer: nn.Module) -> None:
     after.
     """
     if isinstance(layer, nn.Conv2d | nn.Linear):
-        nn.init.orthogonal_(layer.weight)
+        nn.init.orthogonal_(_weight(layer))
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             nn.init.zeros_(layer.bias)
     else:

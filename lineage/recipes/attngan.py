@@ -38,6 +38,9 @@ class Config(RunConfig):
             raise UserError(f"damsm_share={self.damsm_share} must be between 0 and 1.")
         self.model.sides(self.size)
 
+    def without_files(self) -> Config:
+        return replace(self, damsm=replace(self.damsm, weights=""))
+
 
 # The authors' code: Adam, rate 0.002, momentum 0.5, gradients clipped at 0.25; its factor of 0.98
 # an epoch, down to a tenth, is a line here.

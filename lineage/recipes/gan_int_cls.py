@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from lineage.cgan.gan_int_cls import GANConfig, GanIntCls
-from lineage.config import RunConfig, TextConfig, TrainConfig
+from lineage.config import TextConfig, TrainConfig
 from lineage.errors import UserError
-from lineage.recipes.joint_text import DCGAN_OPTIM, NAME, text_stage, trained_text
+from lineage.recipes.joint_text import DCGAN_OPTIM, NAME, JointTextConfig, text_stage, trained_text
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage, content
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(JointTextConfig):
     """A run of `gan_int_cls`.
 
     Attributes:
@@ -36,6 +36,7 @@ PRESETS = {
     "smoke": Config(
         key="gan_int_cls",
         preset="smoke",
+        same="caption",
         size=16,
         text="char_cnn_rnn",
         encoder=TextConfig(width=16, letters=100, channels=8),
@@ -48,6 +49,7 @@ PRESETS = {
     "tiny": Config(
         key="gan_int_cls",
         preset="tiny",
+        same="caption",
         size=32,
         text="char_cnn_rnn",
         encoder=TextConfig(width=128, letters=120, channels=48),
@@ -60,6 +62,7 @@ PRESETS = {
     "small": Config(
         key="gan_int_cls",
         preset="small",
+        same="caption",
         size=64,
         text="char_cnn_rnn",
         encoder=TextConfig(width=512, channels=192),

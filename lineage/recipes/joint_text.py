@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lineage.cgan.joint_embedding import JointEmbedding
-from lineage.config import OptimConfig, RunConfig, to_dict
+from lineage.config import OptimConfig, RunConfig, one_of, to_dict
 from lineage.text.contract import TextEncoder
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import Tokenizer
@@ -32,17 +32,32 @@ DCGAN_OPTIM = OptimConfig(
 )
 
 
-def text_stage(config: RunConfig, tokenizer: Tokenizer, share: float) -> Stage:
+@dataclass(frozen=True)
+class JointTextConfig(RunConfig):
+    """A run that begins with a stage of text.
+
+    Attributes:
+        same: which pairs are no rivals in it; see `JointEmbedding`.
+    """
+
+    same: str = "class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("same", self.same, ("class", "caption"))
+
+
+def text_stage(config: JointTextConfig, tokenizer: Tokenizer, share: float) -> Stage:
     """Trains the encoder that `config` names, whichever it is, for `share` of the budget."""
     settings = to_dict(config)
     return Stage(
         name=NAME,
         build=lambda made: JointEmbedding(
-            make_encoder(config.text, config.encoder, tokenizer), config.size
+            make_encoder(config.text, config.encoder, tokenizer), config.size, config.same
         ),
         optim=_OPTIM,
         train=replace(config.train, sample_every=0),
-        settings={name: settings[name] for name in ("text", "encoder")},
+        settings={name: settings[name] for name in ("text", "encoder", "same")},
         share=share,
     )
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from lineage.cgan.stackgan import StackGANConfig, StageOne, StageTwo
-from lineage.config import RunConfig, TextConfig, TrainConfig, one_of
+from lineage.config import TextConfig, TrainConfig, one_of
 from lineage.errors import UserError
-from lineage.recipes.joint_text import DCGAN_OPTIM, NAME, text_stage, trained_text
+from lineage.recipes.joint_text import DCGAN_OPTIM, NAME, JointTextConfig, text_stage, trained_text
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage, content
 
@@ -21,16 +21,16 @@ RECIPES = ("paper", "modern")
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(JointTextConfig):
     """A run of `stackgan`.
 
     Attributes:
         recipe: which of the two it is; sets the switches and rates below when it is given.
-        shares: of the budget, for text, stage I and stage II.
+        shares: of the budget, for text, stage I and stage II, whose steps take the longest.
     """
 
     recipe: str = "modern"
-    shares: tuple[float, float, float] = (0.15, 0.4, 0.45)
+    shares: tuple[float, float, float] = (0.12, 0.28, 0.6)
     model: StackGANConfig = field(default_factory=StackGANConfig)
 
     def __post_init__(self) -> None:
@@ -67,6 +67,7 @@ PRESETS = {
     "smoke": Config(
         key="stackgan",
         preset="smoke",
+        same="caption",
         size=16,
         text="char_cnn_rnn",
         encoder=TextConfig(width=16, letters=100, channels=8),
@@ -79,6 +80,7 @@ PRESETS = {
     "tiny": Config(
         key="stackgan",
         preset="tiny",
+        same="caption",
         size=32,
         text="char_cnn_rnn",
         encoder=TextConfig(width=128, letters=120, channels=48),
@@ -90,6 +92,7 @@ PRESETS = {
     "small": Config(
         key="stackgan",
         preset="small",
+        same="caption",
         size=64,
         text="char_cnn_rnn",
         encoder=TextConfig(width=512, channels=192),

@@ -70,7 +70,8 @@ class WordTokenizer(Tokenizer):
 
     Args:
         words: the vocabulary, without special tokens.
-        drop: leave out what is not in it, as AttnGAN's code does, instead of calling it unknown.
+        drop: read captions as AttnGAN's code does: cut at all that is no letter or digit, and
+            leave out what is not in the vocabulary instead of calling it unknown.
     """
 
     kind = "word"
@@ -90,7 +91,7 @@ class WordTokenizer(Tokenizer):
         return cls(ranked[: size - len(SPECIAL)])
 
     def encode(self, caption: str) -> list[int]:
-        ids = [self._number.get(word, UNK) for word in split_words(caption)]
+        ids = [self._number.get(word, UNK) for word in self._split(caption)]
         return [i for i in ids if i != UNK or not self.drop] or [NULL]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -100,7 +101,10 @@ class WordTokenizer(Tokenizer):
         )
 
     def unknown(self, caption: str) -> list[str]:
-        return [word for word in split_words(caption) if word not in self._number]
+        return [word for word in self._split(caption) if word not in self._number]
+
+    def _split(self, caption: str) -> list[str]:
+        return re.findall(r"\w+", caption.lower()) if self.drop else split_words(caption)
 
     def __len__(self) -> int:
         return len(self.words) + len(SPECIAL)

@@ -1,14 +1,12 @@
 """Captions that are encoded once: the answers of a text encoder that is not trained.
 
-A GAN's step reads its captions with a finished encoder. Once as many captions have been read as the
-data set has different ones (`KEPT` at most), all of these are encoded in one go, and a batch is
-looked up from then on. What is looked up when is a function of data set and step alone, so that a
-run that is resumed computes exactly what one does that was never stopped.
+A GAN's step reads its captions with a finished encoder. Once `KEPT` captions have been read, the
+first `KEPT` different ones of the data set are encoded in one go, and a batch of such is looked up
+from then on. What is looked up when is a function of data set and step alone, so that a run that is
+resumed computes exactly what one does that was never stopped.
 """
 
 from __future__ import annotations
-
-from itertools import islice
 
 import torch
 
@@ -38,6 +36,7 @@ class Reader:
         """The features of `captions`; `before` captions have been read in earlier steps."""
         if not self.frozen:
             return self.text.encode(captions)
+        self.text.eval()  # whatever mode the system that it is part of is in
         if before >= KEPT and not self._rows:
             self._rows = {caption: row for row, caption in enumerate(self._captions())}
         if not self._rows or any(caption not in self._rows for caption in captions):
@@ -51,7 +50,12 @@ class Reader:
 
     def _captions(self) -> list[str]:
         """The first `KEPT` different captions of the data set."""
-        return list(islice(dict.fromkeys(self.dataset.all_captions(KEPT)), KEPT))
+        different: dict[str, None] = {}
+        for caption in self.dataset.all_captions(KEPT):
+            different[caption] = None
+            if len(different) == KEPT:
+                break
+        return list(different)
 
     @torch.no_grad()
     def _encoded(self, captions: list[str]) -> TextFeatures:

@@ -119,6 +119,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert (config.start, config.noise, config.condition, config.kl) == (64, 100, 128, 2.0)
     assert (config.generator, config.discriminator, config.residual) == (128, 64, 4)
     assert (config.loss, config.r1, config.norm, config.augment) == ("log", 0.0, "batch", False)
+    assert config.reads == "mu"
 
 
 @pytest.mark.parametrize(("start", "size"), [(8, 16), (8, 32), (16, 32), (32, 64)])
@@ -176,6 +177,7 @@ def test_sides_that_do_not_double_are_told(sizes: dict[str, int], tokenizer: Wor
         ({"r1_every": 0}, "model.r1_every"),
         ({"kl": -0.1}, "model.kl"),
         ({"residual": -1}, "model.residual"),
+        ({"reads": "sentences"}, "model.reads"),
     ],
     ids=str,
 )
@@ -332,6 +334,29 @@ def test_pairs_are_those_of_the_authors(
     assert torch.equal(wrong, real[:-1])  # looked at once, judged twice
     torch.testing.assert_close(fake, again)  # the same pictures, now with gradient
     torch.testing.assert_close(real, system.discriminator.features(system.real(batch)))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_discriminator_may_be_told_the_sentence(
+    stage: int, make: Make, shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, in both turns, in place of mu; the generator's Gaussian stays as it is."""
+    system, batch, seen = make(stage, reads="sentence"), batch_of(shapes), []
+    score = system.discriminator.score
+
+    def watched(features: Tensor, condition: Tensor) -> Tensor:
+        seen.append(condition)
+        return score(features, condition)
+
+    monkeypatch.setattr(system.discriminator, "score", watched)
+    terms = dict(steps(system, batch))
+    sentence = system.text.encode(batch.caption).sentence
+    for condition, expected in zip(seen, (sentence, sentence[1:], sentence, sentence), strict=True):
+        assert torch.equal(condition, expected) and not condition.requires_grad
+    told = {reads: make(stage, reads=reads).discriminator.joint[0] for reads in ("mu", "sentence")}
+    assert told["sentence"].in_channels - told["mu"].in_channels == 8 - TINY.condition
+    drawn = system.fake(sentence, Draws(range(B)))
+    torch.testing.assert_close(terms["generator"]["kl"], 2 * kl_term(drawn.mu, drawn.log_variance))
 
 
 def test_stage_one_sees_small_pictures(make: Make, shapes: CaptionedDataset) -> None:
@@ -502,6 +527,7 @@ def test_r1_comes_every_so_many_steps_and_its_count_is_saved(
         {"loss": "hinge"},
         {"norm": "spectral"},
         {"augment": True},
+        {"reads": "sentence"},
         {"loss": "hinge", "norm": "spectral", "augment": True, "r1": 1.0, "r1_every": 2},
     ],
     ids=str,

@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from lineage.evaluate.scorer import (
     own_r_precision,
     scorer_for,
 )
-from lineage.train.store import save_tensors
+from lineage.train.store import fingerprint, save_tensors
 
 COUNTS = (1, 7, 64, 65)
 
@@ -361,3 +363,69 @@ def test_no_clip_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="No CLIP model") as fault:
             hub_scorer(place)
         assert "\n" not in str(fault.value)
+
+
+# --- the matching model of a run --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def matching(smoke_run: Callable[[str], Any]) -> Scorer:
+    """The DAMSM of a finished run, as `--scorer damsm:RUN` names it."""
+    data, spec = load_dataset("shapes", size=16), f"damsm:{smoke_run('attngan').folder}"
+    found = find_scorer(spec, data.name, data, data, torch.device("cpu"))
+    assert found is not None
+    return found
+
+
+def test_a_matching_model_gives_unit_vectors_of_any_picture(
+    matching: Scorer, real: list[Example]
+) -> None:
+    for size in (8, 16, 32, 50):
+        embedded = matching.image(torch.randint(256, (5, 3, size, size), dtype=torch.uint8))
+        assert embedded.shape == (5, matching.width) and embedded.dtype == torch.float32
+        torch.testing.assert_close(embedded.norm(dim=1), torch.ones(5))
+    embedded = matching.text([*first_captions(real)[:4], ""])
+    assert embedded.shape == (5, matching.width) and not embedded.requires_grad
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(5))
+
+
+def test_a_vector_of_a_matching_model_belongs_to_its_row_alone(
+    matching: Scorer, real: list[Example]
+) -> None:
+    """Whatever the number of rows, and beside longer captions as beside shorter ones."""
+    images = pictures(real)[:65]
+    captions = [*first_captions(real)[:63], "", "a long one " * 30]
+    drawn, said = matching.image(images), matching.text(captions)
+    for count in COUNTS:
+        assert torch.equal(matching.image(images[:count]), drawn[:count])
+        torch.testing.assert_close(matching.text(captions[:count]), said[:count])
+    torch.testing.assert_close(matching.text(captions[::-1]), said.flip(0))
+
+
+def test_a_matching_model_is_that_of_its_run(
+    matching: Scorer, smoke_run: Callable[[str], Any], real: list[Example]
+) -> None:
+    """Whole pictures at the run's side, and sentences; the name has the weights' fingerprint."""
+    folder, system = smoke_run("attngan")
+    small = pictures(real)[:3].view(3, 3, 16, 2, 16, 2).float().mean((3, 5)).round()
+    expected = system.matcher(small / 127.5 - 1).whole
+    found = matching.image(small.to(torch.uint8))
+    torch.testing.assert_close(found, F.normalize(expected, dim=1), atol=1e-5, rtol=0)
+    sentence = system.text.encode(first_captions(real)[:3]).sentence
+    said = matching.text(first_captions(real)[:3])
+    torch.testing.assert_close(said, F.normalize(sentence, dim=1), atol=1e-5, rtol=0)
+    kept = fingerprint((folder / "model.safetensors").read_bytes())
+    assert matching.kind == "damsm" and matching.name == f"DAMSM of attngan ({kept})"
+    assert json.loads(json.dumps(matching.protocol)) == matching.protocol
+    assert matching.protocol["weights"] == kept
+
+
+def test_a_run_without_a_matching_model_is_refused(
+    smoke_run: Callable[[str], Any], tmp_path: Path
+) -> None:
+    data, cpu = load_dataset("shapes", size=16), torch.device("cpu")
+    folder = smoke_run("retrieval").folder
+    for run, word in ((folder, "without a DAMSM"), (tmp_path / "none", "no run folder")):
+        with pytest.raises(UserError, match=word) as fault:
+            find_scorer(f"damsm:{run}", data.name, data, data, cpu)
+        assert "\n" not in str(fault.value) and str(run) in str(fault.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -162,12 +163,96 @@ def test_unknown_words_are_listed_once(encoder: TextEncoder) -> None:
     assert encoder.unknown([SHORT]) == []
 
 
+# --- the lstm's sizes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_lstm_is_torchs_own_on_each_caption(cell: str, layers: int) -> None:
+    """One caption at a time and without padding: words are the last layer's states, the sentence
+    the last state of each direction. Word vectors may have a width of their own."""
+    encoder: Any = make("lstm", config=TextConfig(width=8, inputs=5, cell=cell, layers=layers))
+    assert encoder.table.weight.shape[1] == 5
+    kind = torch.nn.LSTM if cell == "lstm" else torch.nn.GRU
+    alone = kind(5, 4, layers, batch_first=True, bidirectional=True)
+    alone.load_state_dict(encoder.lstm.state_dict())
+    text = encoder.encode(CAPTIONS)
+    for row, caption in enumerate(CAPTIONS):
+        ids = torch.tensor([encoder.tokenizer.encode(caption)])
+        states, _ = alone(encoder.table(ids))
+        torch.testing.assert_close(text.words[row, : ids.shape[1]], states[0])
+        ends = torch.cat([states[0, -1, :4], states[0, 0, 4:]])
+        torch.testing.assert_close(text.sentence[row], ends)
+
+
+def test_a_caption_without_inputs_of_its_own_is_as_wide_as_its_words() -> None:
+    encoder: Any = make("lstm", config=TextConfig(width=8))
+    assert encoder.table.weight.shape[1] == 8 and encoder.lstm.input_size == 8
+
+
+def test_dropout_hides_half_of_a_word_vector_while_it_learns() -> None:
+    """The others count twice, so that the mean stays; drawing sees all."""
+    encoder: Any = make("lstm", config=TextConfig(width=8, inputs=400, dropout=0.5))
+    seen: list[Tensor] = []
+    encoder.dropout.register_forward_hook(lambda layer, given, result: seen.append(result))
+    plain = encoder.encode([SHORT]).sentence
+    assert torch.equal(encoder.encode([SHORT]).sentence, plain)
+    encoder.train()
+    one, other = encoder.encode([SHORT]).sentence, encoder.encode([SHORT]).sentence
+    assert not torch.equal(one, other) and not torch.equal(one, plain)
+    still, dropped = seen[0], seen[2]
+    kept = dropped != 0
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.06)
+    torch.testing.assert_close(dropped[kept], 2 * still[kept])
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"inputs": -1}, "encoder.inputs"),
+        ({"cell": "lstn"}, "encoder.cell"),
+        ({"dropout": 1.0}, "encoder.dropout"),
+        ({"dropout": -0.1}, "encoder.dropout"),
+        ({"dropout": float("nan")}, "encoder.dropout"),
+    ],
+    ids=str,
+)
+def test_cells_and_shares_that_cannot_be_are_told(change: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match=name) as caught:
+        TextConfig(**change)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_bpe_serves_every_encoder(name: str) -> None:
     encoder = make(name, "bpe")
     text = encoder.encode([*CAPTIONS, "👩‍👩‍👧 一个"])
     assert torch.isfinite(text.sentence).all()
     assert encoder.unknown(["👩‍👩‍👧"]) == []
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+@pytest.mark.parametrize("name", list(ENCODERS))
+@pytest.mark.parametrize(
+    "caption", [*CAPTIONS, LONG + " red" * 1000, "A Red\tRING,", "a naïve ring"]
+)
+def test_every_place_has_its_piece(name: str, kind: str, caption: str) -> None:
+    """What each vector stands for, to be written under a picture: as many as there are words."""
+    encoder = make(name, kind)
+    pieces = encoder.pieces(caption)
+    assert len(pieces) == encoder.encode([caption]).mask.sum()
+    assert all(isinstance(piece, str) and "\n" not in piece for piece in pieces)
+
+
+def test_pieces_by_hand() -> None:
+    """Words in lower case, those that are not known, and no caption; letters by eighteen."""
+    assert make("lstm").pieces("Two zorp, stars") == ["two", "<unk>", "<unk>", "stars"]
+    assert make("bag").pieces("") == ["<null>"]
+    assert make("transformer").pieces(LONG) == LONG.split()[:WORDS]
+    assert make(LETTERS).pieces("Two small yellow stars of old") == [
+        "two small yellow s",
+        "tars of old",
+    ]
 
 
 def test_wrong_sizes_and_names_are_told() -> None:
@@ -224,6 +309,21 @@ def test_padding_adds_no_words(text: TextFeatures) -> None:
     assert not longer.words[:, 3:].any() and not longer.ids[:, 3:].any()
     assert torch.equal(longer.words[:, :3], text.words)
     assert torch.equal(longer.sentence, text.sentence)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_shortened_keeps_the_first_words(text: TextFeatures, length: int) -> None:
+    """Undone by padding where only padding was cut; the sentence has read the whole caption."""
+    short, kept = text.shortened(length), min(length, 3)
+    assert short.words.shape == (4, kept, WIDTH) and short.ids.shape == short.mask.shape == (
+        4,
+        kept,
+    )
+    for part, whole in ((short.words, text.words), (short.mask, text.mask), (short.ids, text.ids)):
+        assert torch.equal(part, whole[:, :length])
+    assert torch.equal(short.sentence, text.sentence)
+    for part, whole in zip(parts(text.padded(7).shortened(3)), parts(text), strict=True):
+        assert torch.equal(part, whole)
 
 
 @pytest.mark.parametrize("swap", [False, True])

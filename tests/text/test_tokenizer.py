@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,34 @@ def test_unknown_words_are_one_token_and_are_reported() -> None:
     assert one.unknown("a red circle") == []
     assert one.decode(one.encode("A red zorp")) == "a red <unk>"
     assert one.decode([PAD, *one.encode("red"), NULL]) == "red"
+
+
+def test_unknown_words_may_be_dropped() -> None:
+    """As AttnGAN's code does; they are reported all the same, and a caption of nothing else is
+    none. Punctuation is not looked at."""
+    one, words = WordTokenizer(["a", "red", "bird"], drop=True), WordTokenizer(["a", "red", "bird"])
+    assert one.encode("A zorp, RED bird!") == [3, 4, 5] == words.encode("a red bird")
+    assert words.encode("A zorp, RED bird!") == [3, UNK, UNK, 4, 5, UNK]
+    assert one.unknown("A zorp, RED bird!") == ["zorp"]
+    assert one.encode("zorp!") == [NULL] == one.encode("")
+    assert one.decode(one.encode("a zorp bird")) == "a bird"
+
+
+def test_what_is_dropped_is_not_joined_to_what_is_known() -> None:
+    """AttnGAN's code cuts captions at all but letters and figures, so its list has `bird` and `s`
+    for `bird's`; a caption that has it must not lose the bird."""
+    one = WordTokenizer(["the", "bird", "s", "beak", "red", "breasted"], drop=True)
+    assert one.encode("The bird's beak.") == [3, 4, 5, 6]
+    assert one.encode("the red-breasted bird") == [3, 7, 8, 4]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_dropping_is_saved(drop: bool) -> None:
+    first = WordTokenizer(["a", "red", "bird"], drop)
+    second: Any = tokenizer_from_json(json.loads(json.dumps(first.to_json())))
+    assert second.drop is drop and second.encode("a zorp") == first.encode("a zorp")
+    older = {"kind": "word", "words": ["a", "red", "bird"]}  # from before there was a choice
+    assert tokenizer_from_json(older).encode("a zorp") == [3, UNK]
 
 
 @pytest.mark.parametrize("caption", CAPTIONS + STRANGE)
