@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.attngan.damsm import DAMSM, matching, no_rivals
+from lineage.attngan.damsm import DAMSM, matching
 from lineage.config import at_least, one_of
 from lineage.contract import Named, System, Turn
 from lineage.data.contract import Batch
@@ -371,7 +371,7 @@ class AttnGAN(System):
             terms |= {f"{name}{side}": value for name, value in found.items()}
         if config.damsm > 0:
             regions = self.matcher(drawn.images[-1])
-            found = matching(self.matching, text, regions, no_rivals(self.matching, batch))
+            found = matching(self.matching, text, regions, batch.alike(self.matching.same))
             terms |= {f"damsm_{name}": config.damsm * value for name, value in found.items()}
         if config.kl > 0:
             terms["kl"] = config.kl * kl_term(drawn.mu, drawn.log_variance)

@@ -41,7 +41,7 @@ from lineage.errors import UserError
 from lineage.nn.blocks import conv3x3
 from lineage.nn.draws import Draws
 from lineage.nn.inception import SIDE, InceptionV3, load_inception
-from lineage.text.contract import TextEncoder, TextFeatures, same_captions
+from lineage.text.contract import TextEncoder, TextFeatures
 
 
 @dataclass(frozen=True)
@@ -262,14 +262,6 @@ def matching(
     }
 
 
-def no_rivals(config: DAMSMConfig, batch: Batch) -> Tensor:
-    """(B, B) True where two rows have the same caption, or the same class if that counts."""
-    same = same_captions(batch.caption).to(batch.image.device)
-    if config.same == "class" and batch.label is not None:
-        same |= batch.label[:, None] == batch.label[None, :]
-    return same
-
-
 # --- training -------------------------------------------------------------------
 
 
@@ -295,7 +287,7 @@ class DAMSM(Trainable):
 
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
         """One turn. `facts` has the share of pictures whose nearest caption belongs to them."""
-        regions, same = self.image(batch.image), no_rivals(self.config, batch)
+        regions, same = self.image(batch.image), batch.alike(self.config.same)
         with torch.no_grad():
             nearest = sentence_similarity(text.sentence, regions.whole).argmax(1)
             self.facts = {"matched": same.gather(1, nearest[:, None]).float().mean()}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lineage.contract import Trainable, Turn
 from lineage.data.contract import Batch
 from lineage.nn.draws import Draws
-from lineage.text.contract import TextEncoder, TextFeatures, same_captions
+from lineage.text.contract import TextEncoder, TextFeatures
 
 
 def embedding_terms(pictures: Tensor, captions: Tensor, rivals: Tensor) -> dict[str, Tensor]:
@@ -77,9 +77,7 @@ class JointEmbedding(Trainable):
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
         """One turn. `facts` has the share of pictures whose nearest caption belongs to them."""
         pictures, captions = self.image(batch.image), text.sentence
-        same = same_captions(batch.caption).to(pictures.device)
-        if self.same == "class" and batch.label is not None:
-            same |= batch.label[:, None] == batch.label[None, :]
+        same = batch.alike(self.same)
         with torch.no_grad():
             nearest = (pictures @ captions.T).argmax(1)
             self.facts = {"matched": same.gather(1, nearest[:, None]).float().mean()}

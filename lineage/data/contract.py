@@ -63,6 +63,17 @@ class Batch:
         label = None if self.label is None else self.label.to(device, non_blocking=True)
         return Batch(image, self.caption, label, self.id)
 
+    def alike(self, same: str) -> Tensor:
+        """(B, B) True where two rows have the same caption, word by word, or, if `same` is `class`
+        and not `caption`, the same label.
+        """
+        names = {caption: number for number, caption in enumerate(dict.fromkeys(self.caption))}
+        number = torch.tensor([names[caption] for caption in self.caption]).to(self.image.device)
+        alike = number[:, None] == number[None, :]
+        if same == "class" and self.label is not None:
+            alike |= self.label[:, None] == self.label[None, :]
+        return alike
+
     def split(self, rows: int) -> list[Batch]:
         """The same pictures in batches of `rows`, in order."""
         return [

@@ -109,10 +109,3 @@ class TextEncoder(nn.Module):
     def unknown(self, captions: list[str]) -> list[str]:
         """The words of `captions` that the encoder has never seen, in order, each once."""
         return []
-
-
-def same_captions(captions: list[str]) -> Tensor:
-    """(B, B) True where two captions have the same words in the same order."""
-    names = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    number = torch.tensor([names[caption] for caption in captions])
-    return number[:, None] == number[None, :]

@@ -25,7 +25,7 @@ from lineage.attngan.attngan import (
     WordAttention,
     glu_up,
 )
-from lineage.attngan.damsm import DAMSM, DAMSMConfig, RegionHeads, matching, no_rivals
+from lineage.attngan.damsm import DAMSM, DAMSMConfig, RegionHeads, matching
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
@@ -458,7 +458,7 @@ def test_the_damsm_judges_the_largest_picture(
     batch = batch_of(shapes, ["a ring", "a ring", "a blue square", "a star"])
     batch.label = torch.tensor([1, 2, 3, 3])
     drawn, text = drawn_by(system, batch), system.text.encode(batch.caption)
-    rivals = no_rivals(system.matching, batch)
+    rivals = batch.alike(system.matching.same)
     assert bool(rivals[2, 3]) == (same == "class")
     expected = matching(system.matching, text, system.matcher.eval()(drawn.images[-1]), rivals)
     found = dict(steps(system.train(), batch))["generator"]

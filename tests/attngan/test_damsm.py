@@ -22,7 +22,6 @@ from lineage.attngan.damsm import (
     cosine,
     matching,
     matching_terms,
-    no_rivals,
     region_contexts,
     sentence_similarity,
     word_similarity,
@@ -267,7 +266,7 @@ def test_words_and_classes_make_no_rivals(
     batch = Batch(torch.zeros(4, 3, 8, 8), captions, label, list("abcd"))
     friends = {(0, 2)} | (classmates if same == "class" else set())
     friends |= {(2, 3)} if labels == [3, 3, 4, 4] and same == "class" else set()
-    found = no_rivals(DAMSMConfig(same=same), batch)
+    found = batch.alike(same)
     assert torch.equal(found, pair(4, *friends))
     assert label is None or label.tolist() == labels  # the batch is left as it is
 

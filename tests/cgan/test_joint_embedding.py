@@ -84,7 +84,7 @@ def test_the_loss_does_not_grow_with_the_batch() -> None:
 
 
 def rivals_of(
-    batch: Batch, tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
+    batch: Batch, tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch, same: str = "class"
 ) -> list[list[bool]]:
     """Which pairs a step counts as rivals."""
     seen: list[Tensor] = []
@@ -94,7 +94,9 @@ def rivals_of(
         return embedding_terms(pictures, captions, rivals)
 
     monkeypatch.setattr(joint_embedding, "embedding_terms", watched)
-    terms_of(make(tokenizer), batch)
+    system = make(tokenizer)
+    system.same = same
+    terms_of(system, batch)
     found: list[list[bool]] = seen[0].tolist()
     return found
 
@@ -128,6 +130,9 @@ def test_words_and_classes_make_no_rivals(
         for j in range(4):
             apart = i != j and (i, j) not in friends and (j, i) not in friends
             assert found[i][j] == apart, (i, j)
+    alone = rivals_of(batch_of(shapes, captions, labels), tokenizer, monkeypatch, same="caption")
+    unlike = [[i != j and {i, j} != {0, 2} for j in range(4)] for i in range(4)]
+    assert alone == unlike  # whatever their classes
 
 
 def test_it_works_without_labels(shapes: CaptionedDataset, tokenizer: WordTokenizer) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lineage.data import load_dataset, parse_spec, pictures
-from lineage.data.contract import CaptionedDataset, to_unit
+from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.data.pictures import PictureDataset
 from lineage.errors import UserError
 
@@ -287,3 +287,14 @@ def test_a_file_is_no_data_set(tmp_path: Path) -> None:
     for spec in (str(file), f"folder:{file}"):
         with pytest.raises(UserError, match="is a file"):
             load_dataset(spec)
+
+
+def test_rows_of_one_caption_are_alike() -> None:
+    """Same words in the same order, the empty caption too; or, where asked for, the same label."""
+    label = torch.tensor([0, 1, 2, 3, 1])
+    batch = Batch(torch.zeros(5, 3, 4, 4), ["a b", "b a", "a b", "", ""], label, ["0"] * 5)
+    expected = torch.eye(5, dtype=torch.bool)
+    expected[0, 2] = expected[2, 0] = expected[3, 4] = expected[4, 3] = True
+    assert torch.equal(batch.alike("caption"), expected)
+    expected[1, 4] = expected[4, 1] = True
+    assert torch.equal(batch.alike("class"), expected)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.contract import TextEncoder, TextFeatures, same_captions
+from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.text.encoders import ENCODERS, TokenEncoder, make_encoder
 from lineage.text.tokenizer import NULL, PAD, UNK, WordTokenizer, make_tokenizer
 
@@ -349,10 +349,3 @@ def test_cat_keeps_the_order_and_pads(text: TextFeatures) -> None:
         assert torch.equal(part, whole)
     assert joined.mask.sum(1).tolist() == [1, 1, 3, 2, 1, 3, 1]
     assert torch.equal(joined.sentence[6], null.sentence[0])
-
-
-def test_same_captions_is_same_words_in_the_same_order() -> None:
-    found = same_captions(["a b", "b a", "a b", "", ""])
-    expected = torch.eye(5, dtype=torch.bool)
-    expected[0, 2] = expected[2, 0] = expected[3, 4] = expected[4, 3] = True
-    assert torch.equal(found, expected)
