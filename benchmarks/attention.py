@@ -7,6 +7,9 @@ that names a colour or a shape names the things of that colour or shape. `lift` 
 attention on its things over its mean attention everywhere, so 1 is what a word without preference
 gets; `rivals` is the same on the other things, where there are any.
 
+    ceiling       of R-precision (1 of 100) on real pictures, since some captions are true of
+                  several: "a red circle and a blue square" also where the circle is left of it;
+                  of the captions that are true, a perfect model finds its own by chance
     matching      the DAMSM's attention to regions of real pictures, whose scenes are known
     at 16, ...    the generator's attention while it draws that scale, of pictures of the prompts,
                   with the things where the judge sees them; only pictures that the judge accepts
@@ -15,6 +18,7 @@ gets; `rivals` is the same on the other things, where there are any.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -34,6 +38,7 @@ from lineage.data.shapes_draw import COLOURS, SDF
 from lineage.evaluate.intervals import of_mean
 from lineage.evaluate.judge import Judge, Thing, verdict
 from lineage.evaluate.prompts import make_prompts
+from lineage.evaluate.sections import wrong_captions
 from lineage.train.store import write_json
 
 Lift = tuple[float, float | None]
@@ -80,6 +85,43 @@ def lifts(
         found = lift(weight, own)
         if found is not None:
             yield found, lift(weight, [not named for named in own])
+
+
+PLAIN = re.compile(
+    r"(a|two|three|four) (\w+) (\w+?)(?:e?s)?(?: (and|left of|right of|above|below) a (\w+) (\w+))?"
+)
+
+
+def meaning(caption: str) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """The things of a plain caption, in no order, and what is said of how they stand."""
+    found = PLAIN.fullmatch(caption)
+    assert found is not None, caption
+    count, colour, shape, relation, colour2, shape2 = found.groups()
+    one = (count, colour, shape)
+    if relation is None:
+        return [one], ()
+    other = ("a", colour2, shape2)
+    stands = {
+        "and": (),
+        "left of": (one, "left of", other),
+        "right of": (other, "left of", one),
+        "above": (one, "above", other),
+        "below": (other, "above", one),
+    }[relation]
+    return sorted([one, other]), tuple(map(str, stands))
+
+
+def ceiling(captions: list[str]) -> list[float]:
+    """For each caption, how likely a perfect model finds it among 99 others: one over the number of
+    captions in the pool that are true of its picture.
+    """
+    meant = [meaning(caption) for caption in captions]
+    chances = []
+    for (things, stands), pool in zip(meant, wrong_captions(captions).tolist(), strict=True):
+        others = [meant[i] for i in pool]
+        true = sum(things == t and s in ((), stands) for t, s in others)
+        chances.append(1 / (1 + true))
+    return chances
 
 
 def of_real_pictures(system: AttnGAN, data: Shapes) -> list[Lift]:
@@ -142,6 +184,8 @@ def main() -> None:
         for name, pairs in rows.items()
         if pairs
     }
+    captions = [data[i].captions[0] for i in range(1000)]
+    result["ceiling"] = {"r_precision": of_mean(ceiling(captions))}
     write_json(options.out, {"run": options.run.name, **result})
     for name, row in result.items():
         print(name, {key: (score["value"], score["n"]) for key, score in row.items()})
