@@ -60,5 +60,6 @@ VERIFIERS: dict[str, str | Verifier] = {
     "metrics": "lineage.official.metrics:verify_metrics",
     "stackgan": "lineage.official.cgan:stackgan",
     "attngan": "lineage.official.attngan:attngan",
+    "paper_size": "lineage.official.paper_size:paper_size",
 }
 """The systems that are covered, each by its verifier or by "module:function"."""

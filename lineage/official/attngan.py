@@ -132,7 +132,7 @@ def _text(reference: Reference, network: str, cell: str, suffix: str) -> dict[st
     if network not in reference.state:
         return {}
     official = reference.config
-    encoder = _encoder(
+    encoder = text_encoder(
         official["vocab(ntoken)"], official["ninput"], official["TEXT.EMBEDDING_DIM"], cell
     )
     encoder.load_state_dict({text_key(k): v for k, v in reference.state[network].items()})
@@ -142,7 +142,8 @@ def _text(reference: Reference, network: str, cell: str, suffix: str) -> dict[st
     return {f"words_emb{suffix}": words.mT, f"sent_emb{suffix}": sentence}
 
 
-def _encoder(vocabulary: int, inputs: int, width: int, cell: str) -> LSTMEncoder:
+def text_encoder(vocabulary: int, inputs: int, width: int, cell: str) -> LSTMEncoder:
+    """The authors' text encoder, in evaluation mode, with words that nobody will ask for."""
     words = [str(number) for number in range(vocabulary - len(SPECIAL))]
     config = TextConfig(width=width, inputs=inputs, cell=cell)
     return LSTMEncoder(config, WordTokenizer(words)).eval()

@@ -52,13 +52,20 @@ class Config(JointTextConfig):
 # Zhang et al. 2017, section 4.2: Adam, momentum 0.5, rate 0.0002, halved every 100 of 600 epochs,
 # for which a line to zero stands; nothing is averaged or clipped.
 _PAPER = replace(DCGAN_OPTIM, decay="linear")
-_PAPER_SWITCHES = {"kl": 2.0, "loss": "log", "r1": 0.0, "norm": "batch", "augment": False}
+_PAPER_SWITCHES = {
+    "kl": 2.0,
+    "loss": "log",
+    "r1": 0.0,
+    "norm": "batch",
+    "augment": False,
+    "reads": "mu",
+}
 
 # With the paper's KL weight mu falls to zero within some hundred steps, long before pictures are
 # worth a caption; the discriminator, which is told mu, then never learns to read. A hundredth of it
 # keeps the Gaussians apart. A penalty on real pictures lets the rate be six times as high.
 _MODERN = replace(_PAPER, lr=1.2e-3, average=0.99)
-_SWITCHES = {"kl": 0.02, "loss": "log", "r1": 1.0, "norm": "batch", "augment": False}
+_SWITCHES = {**_PAPER_SWITCHES, "kl": 0.02, "r1": 1.0}
 
 _PAPER_MODEL = StackGANConfig()
 

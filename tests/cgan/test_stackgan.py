@@ -630,6 +630,7 @@ PAPER = {
     "model.r1": 0.0,
     "model.norm": "batch",
     "model.augment": False,
+    "model.reads": "mu",
 }
 """Section 4.2 and the authors' code."""
 

@@ -1,0 +1,220 @@
+"""Verifier of the networks at the papers' sizes, whose weights and inputs come from a formula.
+
+A reference file of this kind holds only some outputs. Every weight is a function of its official
+name and its place in the tensor, so each network here is filled by official names, which are ours
+turned back; the inputs are made likewise. Networks are built when one of their outputs is asked
+for, one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lineage.attngan.attngan import Generator
+from lineage.attngan.damsm import InceptionRegions
+from lineage.cgan.stackgan import StackGANConfig, StageOneGenerator, StageTwoGenerator
+from lineage.nn.matching import Discriminator
+from lineage.official import Outcome, Outputs
+from lineage.official.attngan import text_encoder
+from lineage.official.verify import Reference
+from lineage.recipes.attngan import PRESETS
+from lineage.text.contract import TextFeatures
+
+Made = Callable[["Formula"], Mapping[str, Tensor]]
+
+
+class Formula:
+    """Numbers from names.
+
+    Args:
+        salt: makes other numbers of the same names.
+        gains: factor on the weights of each network.
+    """
+
+    def __init__(self, salt: int, gains: Mapping[str, float]) -> None:
+        self.salt, self.gains = salt, gains
+
+    def numbers(self, name: str, *shape: int) -> Tensor:
+        """float64 in [-1, 1), a function of the name and the place alone."""
+        start = (zlib.crc32(name.encode()) + self.salt) % 2**32
+        x = (np.arange(math.prod(shape), dtype=np.uint64) * 2654435761 + start) % 2**32
+        for _ in range(2):
+            x = (x ^ (x >> np.uint64(16))) * 0x45D9F3B % 2**32
+        x ^= x >> np.uint64(16)
+        return torch.from_numpy(x.astype(np.float64) / 2**31 - 1).view(shape)
+
+    def given(self, name: str, *shape: int) -> Tensor:
+        """An input of unit variance, float32."""
+        return (math.sqrt(3) * self.numbers(f"input/{name}", *shape)).float()
+
+    def weight(self, key: str, shape: torch.Size, gain: float) -> Tensor:
+        """The tensor of an official key."""
+        u = self.numbers(key, *shape)
+        if key.endswith("running_var"):
+            return 1 + 0.5 * u
+        if key.endswith("running_mean"):
+            return 0.1 * u
+        if len(shape) >= 2:
+            return u * math.sqrt(3 / math.prod(shape[1:])) * gain
+        return 1 + 0.2 * u if key.endswith("weight") else 0.1 * u
+
+    @torch.no_grad()
+    def fill(self, network: nn.Module, name: str, official: Callable[[str], str]) -> None:
+        """Set the weights of a network, whose keys `official` turns back, to evaluation mode."""
+        for key, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(self.weight(official(key), tensor.shape, self.gains[name]))
+        network.eval()
+
+
+# --- names, ours -> official -----------------------------------------------------
+
+
+def of_stackgan(key: str) -> str:
+    """A key of stage II's generator, or of stage I's."""
+    return re.sub(r"upsample\.(\d)\.", lambda m: f"upsample{int(m[1]) + 1}.", key)
+
+
+def of_generator(key: str) -> str:
+    """A key of AttnGAN's generator."""
+    key = re.sub(r"^first\.upsample\.(\d)\.", lambda m: f"h_net1.upsample{int(m[1]) + 1}.", key)
+    key = key.replace("first.", "h_net1.")
+    key = re.sub(r"^next\.(\d)\.", lambda m: f"h_net{int(m[1]) + 2}.", key)
+    key = key.replace("attention.project", "att.conv_context")
+    return re.sub(r"^pictures\.(\d)\.", lambda m: f"img_net{int(m[1]) + 1}.img.", key)
+
+
+def of_discriminator(key: str, side: int) -> str:
+    """A key of AttnGAN's discriminator of `side` pixels."""
+    key = key.replace("alone.", "UNCOND_DNET.outlogits.0.")
+    key = key.replace("joint.3.", "COND_DNET.outlogits.0.").replace(
+        "joint.", "COND_DNET.jointConv."
+    )
+
+    def block(found: re.Match[str]) -> str:
+        layer, more = int(found[1]), side.bit_length() - 7  # halvings after those to a sixteenth
+        if layer < 11:
+            return f"img_code_s16.{layer}."
+        number, inner = divmod(layer - 11, 3)
+        if number < more:
+            return f"img_code_s{16 * 2 ** (number + 1)}.{inner}."
+        return f"img_code_s{16 * 2**more}_{number - more + 1}.{inner}."
+
+    return re.sub(r"^encode_img\.(\d+)\.", block, key)
+
+
+def of_text(key: str) -> str:
+    """A key of AttnGAN's text encoder."""
+    return key.replace("table.", "encoder.").replace("lstm.", "rnn.")
+
+
+def of_regions(key: str) -> str:
+    """A key of AttnGAN's image encoder."""
+    return key.removeprefix("inception.").removeprefix("heads.")
+
+
+# --- networks --------------------------------------------------------------------
+
+
+def attngan_generator(formula: Formula) -> dict[str, Tensor]:
+    paper = PRESETS["paper"]
+    generator = Generator(paper.model, 256, paper.size)
+    formula.fill(generator, "attngan_bird_G_NET", of_generator)
+    words = formula.given("attngan/words", 1, 256, 12).mT
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    text = TextFeatures(words, mask, formula.given("attngan/sent", 1, 256), mask.long())
+    noise, eps = formula.given("attngan/z", 1, 100), formula.given("attngan/eps", 1, 100)
+    drawn = generator(text, noise, eps)
+    small, middle, large = drawn.images
+    return {
+        "img64": small[..., ::2, ::2],
+        "img128": middle[..., ::4, ::4],
+        "img256": large[..., ::8, ::8],
+        "att2": drawn.attention[1][..., ::16, ::16],
+        "mu": drawn.mu,
+    }
+
+
+def attngan_discriminator(formula: Formula) -> dict[str, Tensor]:
+    look = Discriminator(64, 256, 256, alone=True)
+    formula.fill(look, "attngan_bird_D_NET256", lambda key: of_discriminator(key, 256))
+    seen = look.features(formula.given("attngan/image256", 1, 3, 256, 256))
+    told = formula.given("attngan/sent", 1, 256)
+    return {
+        "feat": seen,
+        "cond": look.score(seen, told).sigmoid(),
+        "uncond": look.score_alone(seen).sigmoid(),
+    }
+
+
+def attngan_regions(formula: Formula) -> dict[str, Tensor]:
+    encoder = InceptionRegions(256)
+    formula.fill(encoder, "attngan_CNN_ENCODER", of_regions)
+    regions = encoder(formula.given("cnn_encoder/image299", 1, 3, 299, 299))
+    return {"regions": regions.local.mT.unflatten(2, (17, 17)), "code": regions.whole}
+
+
+def attngan_text(formula: Formula) -> dict[str, Tensor]:
+    encoder = text_encoder(5450, 300, 256, "lstm")
+    formula.fill(encoder, "attngan_RNN_ENCODER", of_text)
+    ids = (397 * torch.arange(12) + formula.salt)[None] % 5449 + 1
+    words, sentence = encoder(ids, torch.ones_like(ids, dtype=torch.bool))
+    return {"words": words.mT, "sent": sentence}
+
+
+def stackgan_generator(formula: Formula) -> dict[str, Tensor]:
+    config = replace(StackGANConfig(), generator=192, discriminator=96, residual=2)
+    one, two = StageOneGenerator(config, 1024), StageTwoGenerator(config, 1024, 256)
+    name = "stackgan_coco_STAGE2_G"
+    formula.fill(one, name, lambda key: f"STAGE1_G.{of_stackgan(key)}")
+    formula.fill(two, name, of_stackgan)
+    text, zero = formula.given("stackgan/text", 1, 1024), torch.zeros(1, config.condition)
+    small = one(text, formula.given("stackgan/z", 1, 100), zero)
+    large = two(small.image, text, zero)
+    return {
+        "img64": small.image[..., ::2, ::2],
+        "img256": large.image[..., ::8, ::8],
+        "mu": large.mu,
+    }
+
+
+NETWORKS: dict[str, Made] = {
+    "attngan_bird_G_NET": attngan_generator,
+    "attngan_bird_D_NET256": attngan_discriminator,
+    "attngan_CNN_ENCODER": attngan_regions,
+    "attngan_RNN_ENCODER": attngan_text,
+    "stackgan_coco_STAGE2_G": stackgan_generator,
+}
+"""Those that we have, by the name before the last `/` of their outputs."""
+
+
+def paper_size(reference: Reference) -> Outputs:
+    """Every output of a network that we have; of the others, why not."""
+    config = reference.config
+    formula = Formula(config["salt"], config["gains"])
+    made: dict[str, Mapping[str, Tensor]] = {}
+
+    def output(network: str, name: str) -> Tensor:
+        if network not in made:
+            made.clear()  # one network at a time in memory
+            with torch.no_grad():
+                made[network] = NETWORKS[network](formula)
+        return made[network][name]
+
+    outcomes: dict[str, Outcome] = {}
+    for full in reference.outputs:
+        network, _, name = full.rpartition("/")
+        if network in NETWORKS:
+            outcomes[full] = partial(output, network, name)
+        else:
+            outcomes[full] = f"{network} is not here yet"
+    return outcomes

@@ -1,0 +1,117 @@
+"""Networks at the papers' sizes: the formula by hand, names turned back, the official numbers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lineage.attngan.attngan import AttnGANConfig, Generator
+from lineage.cgan.stackgan import StackGANConfig, StageTwoGenerator
+from lineage.nn.matching import Discriminator
+from lineage.official import paper_size
+from lineage.official.attngan import discriminator_key, generator_key, text_encoder, text_key
+from lineage.official.cgan import stackgan_key
+from lineage.official.paper_size import NETWORKS, Formula
+from lineage.official.verify import as_text, read_reference, verify
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "reference" / "paper_size.safetensors"
+absent = pytest.mark.skipif(
+    not REAL.is_file(), reason="the reference files are not beside this checkout"
+)
+
+
+def by_hand(name: str, index: int, salt: int = 0) -> float:
+    """One number of the formula, with whole numbers as Python has them."""
+    x = (index * 2654435761 + (zlib.crc32(name.encode()) + salt)) % 2**32
+    for _ in range(2):
+        x ^= x >> 16
+        x = x * 0x45D9F3B % 2**32
+    x ^= x >> 16
+    return x / 2**31 - 1
+
+
+@pytest.mark.parametrize("salt", [0, 7, 2**32 - 1])
+def test_the_formula_by_hand(salt: int) -> None:
+    found = Formula(salt, {}).numbers("a.weight", 3, 5, 2)
+    assert found.shape == (3, 5, 2) and found.dtype == torch.float64
+    assert found.flatten().tolist() == [by_hand("a.weight", i, salt) for i in range(30)]
+
+
+def test_each_kind_of_weight_has_its_scale() -> None:
+    formula = Formula(0, {})
+    shape = torch.Size([4, 3, 2])
+    u = [by_hand("x.weight", i) for i in range(24)]
+    found = formula.weight("x.weight", shape, gain=2.0).flatten().tolist()
+    assert found == pytest.approx([2 * value * (3 / 6) ** 0.5 for value in u])
+    for key, expected in {
+        "n.weight": lambda v: 1 + 0.2 * v,
+        "n.bias": lambda v: 0.1 * v,
+        "n.running_var": lambda v: 1 + 0.5 * v,
+        "n.running_mean": lambda v: 0.1 * v,
+    }.items():
+        found = formula.weight(key, torch.Size([4]), gain=2.0).tolist()
+        assert found == pytest.approx([expected(by_hand(key, i)) for i in range(4)])
+    given = formula.given("z", 2, 2).flatten().tolist()
+    assert given == pytest.approx([3**0.5 * by_hand("input/z", i) for i in range(4)])
+
+
+def look(side: int) -> nn.Module:
+    return Discriminator(2, 3, side, alone=True)
+
+
+@pytest.mark.parametrize(
+    ("network", "back", "there"),
+    [
+        (
+            lambda: Generator(AttnGANConfig(generator=2, residual=2), 6, 256),
+            paper_size.of_generator,
+            generator_key,
+        ),
+        *(
+            (lambda s=side: look(s), lambda k, s=side: paper_size.of_discriminator(k, s), None)
+            for side in (64, 128, 256, 512)
+        ),
+        (lambda: text_encoder(9, 5, 6, "lstm"), paper_size.of_text, text_key),
+        (
+            lambda: StageTwoGenerator(StackGANConfig(generator=16, residual=2), 6, 256),
+            paper_size.of_stackgan,
+            stackgan_key,
+        ),
+    ],
+    ids=["generator", "64", "128", "256", "512", "text", "stackgan"],
+)
+def test_names_turned_back_are_those_that_are_read(
+    network: Callable[[], nn.Module],
+    back: Callable[[str], str],
+    there: Callable[[str], str] | None,
+) -> None:
+    """Two maps that were written apart undo each other, key by key."""
+    names = list(network().state_dict())
+    official = [back(name) for name in names]
+    assert len(set(official)) == len(names)
+    assert [(there or discriminator_key)(name) for name in official] == names
+
+
+@absent
+def test_the_excerpts_of_the_file_are_the_formulas() -> None:
+    reference = read_reference(REAL)
+    formula = Formula(reference.config["salt"], {})
+    assert reference.checks
+    for name, values in reference.checks.items():
+        torch.testing.assert_close(formula.numbers(name, 16), values.double(), rtol=0, atol=1e-6)
+
+
+@absent
+def test_the_official_numbers_are_ours() -> None:
+    """Every output of a network that we have; of others it is said that they are missing."""
+    (check,) = verify([REAL])
+    ours = [o for o in check.outputs if o.name.rpartition("/")[0] in NETWORKS]
+    assert {o.name.rpartition("/")[0] for o in ours} == set(NETWORKS)
+    assert all(output.passed for output in ours), as_text(check)
+    others = [o for o in check.outputs if o not in ours]
+    assert all("is not here yet" in output.reason for output in others)
