@@ -60,6 +60,9 @@ VERIFIERS: dict[str, str | Verifier] = {
     "metrics": "lineage.official.metrics:verify_metrics",
     "stackgan": "lineage.official.cgan:stackgan",
     "attngan": "lineage.official.attngan:attngan",
+    "gpt2": "lineage.official.vqvae:gpt2",
+    "taming_mingpt": "lineage.official.vqvae:mingpt",
+    "vq_ema": "lineage.official.vqvae:vq_ema",
     "paper_size": "lineage.official.paper_size:paper_size",
 }
 """The systems that are covered, each by its verifier or by "module:function"."""

@@ -1,0 +1,1 @@
+"""Discrete codes and the transformers that write pictures with them."""
