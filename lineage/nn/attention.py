@@ -22,15 +22,16 @@ from lineage.errors import UserError
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B, H, N, d), (B, H, M, d), (B, H, M, d) -> (B, H, N, d).
 
-    `mask` broadcasts to (B, H, N, M), True = look. On the CPU a query that may look nowhere gets
-    the mean of all values, which is a number at least.
+    `mask` broadcasts to (B, H, N, M), True = look. A query that may look nowhere gets zeros, as
+    from the fused kernel.
     """
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.float().softmax(-1).to(value.dtype) @ value
+    attended = scores.float().softmax(-1).to(value.dtype) @ value
+    return attended if mask is None else attended * mask.any(-1, keepdim=True)
 
 
 class Attention(nn.Module):
