@@ -62,6 +62,8 @@ VERIFIERS: dict[str, str | Verifier] = {
     "attngan": "lineage.official.attngan:attngan",
     "gpt2": "lineage.official.vqvae:gpt2",
     "taming_mingpt": "lineage.official.vqvae:mingpt",
+    "taming_vqgan": "lineage.official.vqvae:taming_vqgan",
+    "dalle_dvae": "lineage.official.vqvae:dalle_dvae",
     "vq_ema": "lineage.official.vqvae:vq_ema",
     "paper_size": "lineage.official.paper_size:paper_size",
 }

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
+from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.official import Outcome, Outputs
 from lineage.official.verify import Reference
+from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder, map_pixels, unmap_pixels
 from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
 from lineage.vqvae.transformer import GPT, Cache, TransformerConfig, next_token_loss
 
@@ -183,7 +185,166 @@ def taming_quantiser(reference: Reference, misplaced_beta: bool) -> VectorQuanti
         restart=0.0,
         misplaced_beta=misplaced_beta,
     )
-    quantiser = VectorQuantiser(replace(config))
+    quantiser = VectorQuantiser(config)
     with torch.no_grad():
         quantiser.codes.copy_(reference.state["VQModel"]["quantize.embedding.weight"])
     return quantiser.eval()
+
+
+def autoencoder_config(official: Mapping[str, Any]) -> AutoencoderConfig:
+    """Our configuration for a `ddconfig`."""
+    return AutoencoderConfig(
+        channels=official["ch"],
+        multipliers=tuple(official["ch_mult"]),
+        blocks=official["num_res_blocks"],
+        attention=tuple(official["attn_resolutions"]),
+        size=official["resolution"],
+        latent=official["z_channels"],
+    )
+
+
+def autoencoder_key(name: str, levels: int) -> str:
+    """A name in CompVis' encoder or decoder, without that word, -> ours.
+
+    Their decoder counts its sides from the largest, ours goes in the order of its layers.
+    """
+    name = re.sub(r"^up\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
+    return name.replace(".downsample.", ".resample.").replace(".upsample.", ".resample.")
+
+
+def autoencoder_state(official: Mapping[str, Tensor], part: str, levels: int) -> dict[str, Tensor]:
+    """The weights of `part`, encoder or decoder, by our names."""
+    return {
+        autoencoder_key(key.removeprefix(f"{part}."), levels): value
+        for key, value in official.items()
+        if key.startswith(f"{part}.")
+    }
+
+
+def taming_vqgan(reference: Reference) -> Outputs:
+    """Every output of taming-transformers' VQGAN that a reference file may hold."""
+    official, given, state = reference.config, reference.inputs, reference.state["VQModel"]
+    config = autoencoder_config(official["ddconfig"])
+    levels = len(config.multipliers)
+    encoder, decoder = Encoder(config, config.latent), Decoder(config)
+    encoder.load_state_dict(autoencoder_state(state, "encoder", levels))
+    decoder.load_state_dict(autoencoder_state(state, "decoder", levels))
+    before = nn.Conv2d(config.latent, official["embed_dim"], 1)
+    after = nn.Conv2d(official["embed_dim"], config.latent, 1)
+    for layer, name in ((before, "quant_conv"), (after, "post_quant_conv")):
+        layer.load_state_dict({n: state[f"{name}.{n}"] for n in ("weight", "bias")})
+    settings = official["discriminator"]
+    look = PatchDiscriminator(settings["ndf"], settings["n_layers"], settings["input_nc"]).eval()
+    look.load_state_dict(reference.state["NLayerDiscriminator"])
+
+    with torch.no_grad():
+        z = before(encoder(given["image"]))
+    outputs: dict[str, Any] = {"z_e": z}
+    for suffix, misplaced in (("legacy", True), ("fixed", False)):
+        quantiser, leaf = taming_quantiser(reference, misplaced), z.clone().requires_grad_()
+        found = quantiser(rearrange(leaf, "b d h w -> b h w d"))
+        code = rearrange(found.values, "b h w d -> b d h w")
+        loss = torch.stack(list(found.terms.values())).sum()
+        gradients = torch.autograd.grad(code.square().mean() + loss, [leaf, quantiser.codes])
+        outputs[f"grad_z_{suffix}"], outputs[f"grad_codebook_{suffix}"] = gradients
+        outputs["codebook_loss" if misplaced else "codebook_loss_legacy_false"] = loss.detach()
+    with torch.no_grad():
+        vectors = rearrange(z, "b d h w -> (b h w) d")
+        codes = quantiser.codes
+        squares = vectors.square().sum(1, keepdim=True) + codes.square().sum(1)
+        distances = squares - 2 * vectors @ codes.T
+        two = distances.topk(2, largest=False).values
+        image = decoder(after(code))
+        real, fake = (
+            look(F.interpolate(x, scale_factor=2, mode="nearest")) for x in (given["image"], image)
+        )
+        small, mid = given["small"], encoder.mid
+        hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        vanilla = F.softplus(-real).mean() + F.softplus(fake).mean()
+        outputs |= {
+            "indices": found.ids.flatten(),
+            "z_q": code.detach(),
+            "distance_margin_min": (two[:, 1] - two[:, 0]).min(),
+            "reconstruction": image,
+            "disc_real": real,
+            "disc_fake": fake,
+            "hinge_d_loss": 0.5 * hinge,
+            "vanilla_d_loss": 0.5 * vanilla,
+            "small_mid_block_1": mid.block_1(small) - small,
+            "small_mid_attn_1": mid.attn_1(small) - small,
+        }
+    return outputs | _taming_average(reference, z)
+
+
+@torch.no_grad()
+def _taming_average(reference: Reference, z: Tensor) -> dict[str, Any]:
+    """taming's codebook of moving averages, before and after a step on z (B, D, H, W)."""
+    official, state = reference.config, reference.state["EMAVectorQuantizer"]
+    config = QuantiserConfig(
+        official["n_embed"],
+        official["embed_dim"],
+        beta=official["beta"],
+        decay=0.9,  # stated in the file's sentences
+        start="normal",
+        restart=0.0,
+    )
+    ours = {"weight": "codes", "cluster_size": "counts", "embed_avg": "sums"}
+    quantiser = VectorQuantiser(config).train()
+    loaded = {ours[name]: state[f"embedding.{name}"] for name in ours}
+    quantiser.load_state_dict({**loaded, "begun": torch.tensor(True)})
+    found = quantiser(rearrange(z, "b d h w -> b h w d"))
+    share = torch.bincount(found.ids.flatten(), minlength=official["n_embed"]) / found.ids.numel()
+    return {
+        "ema_indices": found.ids.flatten(),
+        "ema_loss": found.terms["commitment"],
+        "ema_perplexity": torch.special.entr(share).sum().exp(),
+        **{f"ema_after/embedding.{name}": getattr(quantiser, ours[name]) for name in ours},
+    }
+
+
+# --- DALL-E's dVAE -------------------------------------------------------------------
+
+
+def dvae_key(name: str) -> str:
+    """A name in DALL-E's encoder or decoder -> ours."""
+    name = name.removeprefix("blocks.").replace("output.conv.", "output.")
+    name = re.sub(
+        r"^group_(\d+)\.block_(\d+)\.",
+        lambda m: f"groups.{int(m[1]) - 1}.{int(m[2]) - 1}.",
+        name,
+    )
+    name = name.replace(".id_path.", ".identity.")
+    name = re.sub(r"\.res_path\.conv_(\d)\.", lambda m: f".path.{2 * int(m[1]) - 1}.", name)
+    return re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", name))
+
+
+@torch.no_grad()
+def dalle_dvae(reference: Reference) -> Outputs:
+    """Every output of openai/DALL-E that a reference file may hold."""
+    official, given = reference.config, reference.inputs
+    config = DVAEConfig(
+        official["vocab_size"],
+        official["n_hid"],
+        official["n_init"],
+        official["n_blk_per_group"],
+    )
+    encoder, decoder = DVAEEncoder(config), DVAEDecoder(config)
+    for network, name in ((encoder, "Encoder"), (decoder, "Decoder")):
+        state = reference.state[name]
+        network.load_state_dict({dvae_key(key): value for key, value in state.items()})
+    mapped = map_pixels(given["image01"])
+    logits = encoder(mapped)
+    ids = logits.argmax(1)
+    mixture = F.one_hot(ids, config.codes).float().movedim(-1, 1)
+    mu, log_b = decoder(mixture)
+    first = F.max_pool2d(encoder.groups[0](encoder.input(mapped)), 2)
+    return {
+        "map_pixels": mapped,
+        "unmap_pixels": unmap_pixels(given["unmap_in"]),
+        "logits": logits,
+        "tokens": ids,
+        "decoder_out": torch.cat([mu, log_b], 1),
+        "decoder_out_soft": torch.cat(decoder((logits / 0.7).softmax(1)), 1),
+        "reconstruction": unmap_pixels(mu.sigmoid()),
+        "enc_group1": first[..., ::2, ::2],
+    }
