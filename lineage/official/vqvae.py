@@ -250,9 +250,7 @@ def taming_vqgan(reference: Reference) -> Outputs:
         outputs["codebook_loss" if misplaced else "codebook_loss_legacy_false"] = loss.detach()
     with torch.no_grad():
         vectors = rearrange(z, "b d h w -> (b h w) d")
-        codes = quantiser.codes
-        squares = vectors.square().sum(1, keepdim=True) + codes.square().sum(1)
-        distances = squares - 2 * vectors @ codes.T
+        distances = torch.cdist(vectors.double(), quantiser.codes.double()).square()
         two = distances.topk(2, largest=False).values
         image = decoder(after(code))
         real, fake = (
@@ -264,7 +262,7 @@ def taming_vqgan(reference: Reference) -> Outputs:
         outputs |= {
             "indices": found.ids.flatten(),
             "z_q": code.detach(),
-            "distance_margin_min": (two[:, 1] - two[:, 0]).min(),
+            "distance_margin_min": (two[:, 1] - two[:, 0]).min().float(),
             "reconstruction": image,
             "disc_real": real,
             "disc_fake": fake,
