@@ -213,7 +213,8 @@ def sample_sheet(system: System, examples: list[Example], path: Path, seed: int 
     drawn = [to_bytes(system.generate(captions, seed=seed, **k)).cpu() for k in variants.values()]
     images = [one[i] for i in range(len(captions)) for one in drawn]
     texts = [f"{caption} {name}".strip() for caption in captions for name in variants]
-    save_picture(sheet(images, texts), path)
+    columns = -(-8 // len(variants)) * len(variants)  # what is drawn of a caption stands together
+    save_picture(sheet(images, texts, columns), path)
 
 
 def save_picture(image: Any, path: Path) -> None:

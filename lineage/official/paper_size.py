@@ -17,17 +17,24 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from lineage.attngan.attngan import Generator
 from lineage.attngan.damsm import InceptionRegions
 from lineage.cgan.stackgan import StackGANConfig, StageOneGenerator, StageTwoGenerator
+from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder
 from lineage.nn.matching import Discriminator
 from lineage.official import Outcome, Outputs
 from lineage.official.attngan import text_encoder
 from lineage.official.verify import Reference
+from lineage.official.vqvae import gpt2_state
 from lineage.recipes.attngan import PRESETS
 from lineage.text.contract import TextFeatures
+from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder, map_pixels
+from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
+from lineage.vqvae.transformer import GPT, TransformerConfig
 
 Made = Callable[["Formula"], Mapping[str, Tensor]]
 
@@ -122,6 +129,24 @@ def of_regions(key: str) -> str:
     return key.removeprefix("inception.").removeprefix("heads.")
 
 
+def of_dvae(key: str) -> str:
+    """A key of DALL-E's encoder or decoder."""
+    key = re.sub(
+        r"^groups\.(\d)\.(\d)\.", lambda m: f"group_{int(m[1]) + 1}.block_{int(m[2]) + 1}.", key
+    )
+    key = re.sub(r"\.path\.(\d)\.", lambda m: f".res_path.conv_{(int(m[1]) + 1) // 2}.", key)
+    key = key.replace(".identity.", ".id_path.").replace("output.", "output.conv.")
+    return "blocks." + re.sub(r"\.weight$", ".w", re.sub(r"\.bias$", ".b", key))
+
+
+def of_autoencoder(key: str, levels: int, part: str) -> str:
+    """A key of CompVis' `part`, encoder or decoder."""
+    key = re.sub(r"^(down\.\d+)\.resample\.", r"\1.downsample.", key).replace(
+        ".resample.", ".upsample."
+    )
+    return f"{part}." + re.sub(r"^up\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", key)
+
+
 # --- networks --------------------------------------------------------------------
 
 
@@ -187,12 +212,84 @@ def stackgan_generator(formula: Formula) -> dict[str, Tensor]:
     }
 
 
+def gpt2_small(formula: Formula) -> dict[str, Tensor]:
+    """The matrices are filled as the official ones lie, (in, out), and then turned."""
+    config = TransformerConfig(768, 12, 12)
+    with torch.device("meta"):
+        model = GPT(config, 50257, 1024)
+    shapes = {
+        "transformer.wte.weight": (50257, 768),
+        "transformer.wpe.weight": (1024, 768),
+        "transformer.ln_f.weight": (768,),
+        "transformer.ln_f.bias": (768,),
+    }
+    parts = {"attn.c_attn": (768, 2304), "attn.c_proj": (768, 768), "mlp.c_fc": (768, 3072)}
+    parts |= {"mlp.c_proj": (3072, 768)}
+    for layer in range(config.layers):
+        for part, shape in parts.items():
+            shapes[f"transformer.h.{layer}.{part}.weight"] = shape
+            shapes[f"transformer.h.{layer}.{part}.bias"] = shape[1:]
+        for part in ("ln_1", "ln_2"):
+            shapes[f"transformer.h.{layer}.{part}.weight"] = (768,)
+            shapes[f"transformer.h.{layer}.{part}.bias"] = (768,)
+    gain = formula.gains["gpt2_small"]
+    official = {k: formula.weight(k, torch.Size(v), gain).float() for k, v in shapes.items()}
+    official["lm_head.weight"] = official["transformer.wte.weight"]
+    model.load_state_dict(gpt2_state(official), assign=True)
+    logits = model.eval()(((3001 * torch.arange(16) + formula.salt) % 50257)[None])
+    return {"logits_stride64": logits[:, :, ::64], "argmax": logits.argmax(-1)}
+
+
+def dalle_dvae(formula: Formula) -> dict[str, Tensor]:
+    encoder, decoder = DVAEEncoder(DVAEConfig()), DVAEDecoder(DVAEConfig())
+    for network in (encoder, decoder):
+        formula.fill(network, "dalle_dvae", of_dvae)
+    logits = encoder(map_pixels(0.5 + 0.28 * formula.given("dalle/image", 1, 3, 64, 64)))
+    ids = (131 * torch.arange(64) + formula.salt) % 8192
+    mixture = F.one_hot(ids.view(1, 8, 8), 8192).float().movedim(-1, 1)
+    return {
+        "logits_stride16": logits[:, ::16],
+        "tokens": logits.argmax(1),
+        "decode": torch.cat(decoder(mixture), 1)[..., ::2, ::2],
+    }
+
+
+def taming_vqgan(formula: Formula) -> dict[str, Tensor]:
+    config, name = AutoencoderConfig(), "taming_vqgan_f16_1024"
+    levels = len(config.multipliers)
+    encoder, decoder = Encoder(config, config.latent), Decoder(config)
+    before, after = nn.Conv2d(256, 256, 1), nn.Conv2d(256, 256, 1)
+    for prefix, network in (("encoder", encoder), ("decoder", decoder)):
+        formula.fill(network, name, partial(of_autoencoder, levels=levels, part=prefix))
+    formula.fill(before, name, lambda key: f"quant_conv.{key}")
+    formula.fill(after, name, lambda key: f"post_quant_conv.{key}")
+    settings = QuantiserConfig(1024, 256, codebook="loss", start="normal", restart=0.0)
+    quantiser = VectorQuantiser(settings).eval()
+    weights = formula.weight(
+        "quantize.embedding.weight", quantiser.codes.shape, formula.gains[name]
+    )
+    with torch.no_grad():
+        quantiser.codes.copy_(weights)
+    z = before(encoder(formula.given("vqgan/image", 1, 3, 64, 64)))
+    found = quantiser(rearrange(z, "b d h w -> b h w d"))
+    image = decoder(after(rearrange(found.values, "b h w d -> b d h w")))
+    return {
+        "z_e": z,
+        "indices": found.ids.flatten(),
+        "loss": torch.stack(list(found.terms.values())).sum(),
+        "decode_z_q": image[..., ::2, ::2],
+    }
+
+
 NETWORKS: dict[str, Made] = {
     "attngan_bird_G_NET": attngan_generator,
     "attngan_bird_D_NET256": attngan_discriminator,
     "attngan_CNN_ENCODER": attngan_regions,
     "attngan_RNN_ENCODER": attngan_text,
     "stackgan_coco_STAGE2_G": stackgan_generator,
+    "gpt2_small": gpt2_small,
+    "dalle_dvae": dalle_dvae,
+    "taming_vqgan_f16_1024": taming_vqgan,
 }
 """Those that we have, by the name before the last `/` of their outputs."""
 

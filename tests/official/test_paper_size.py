@@ -12,12 +12,15 @@ from torch import nn
 
 from lineage.attngan.attngan import AttnGANConfig, Generator
 from lineage.cgan.stackgan import StackGANConfig, StageTwoGenerator
+from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder
 from lineage.nn.matching import Discriminator
 from lineage.official import paper_size
 from lineage.official.attngan import discriminator_key, generator_key, text_encoder, text_key
 from lineage.official.cgan import stackgan_key
 from lineage.official.paper_size import NETWORKS, Formula
 from lineage.official.verify import as_text, read_reference, verify
+from lineage.official.vqvae import autoencoder_key, dvae_key
+from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "reference" / "paper_size.safetensors"
 absent = pytest.mark.skipif(
@@ -82,8 +85,21 @@ def look(side: int) -> nn.Module:
             paper_size.of_stackgan,
             stackgan_key,
         ),
+        (lambda: DVAEEncoder(DVAEConfig(8, 4, 4)), paper_size.of_dvae, dvae_key),
+        (lambda: DVAEDecoder(DVAEConfig(8, 4, 4)), paper_size.of_dvae, dvae_key),
+        *(
+            (
+                lambda n=network: n(AutoencoderConfig(32, (1, 2, 2), 1, (8,), 32, 4)),
+                lambda key, p=part: paper_size.of_autoencoder(key, 3, p),
+                lambda name, p=part: autoencoder_key(name.removeprefix(f"{p}."), 3),
+            )
+            for network, part in ((lambda c: Encoder(c, 4), "encoder"), (Decoder, "decoder"))
+        ),
     ],
-    ids=["generator", "64", "128", "256", "512", "text", "stackgan"],
+    ids=[
+        *("generator", "64", "128", "256", "512", "text", "stackgan"),
+        *("dvae encoder", "dvae decoder", "encoder", "decoder"),
+    ],
 )
 def test_names_turned_back_are_those_that_are_read(
     network: Callable[[], nn.Module],
