@@ -4,10 +4,11 @@
 
 On a GPU: the peak of the allocator and the pictures a second over a hundred steps. Without one,
 reckoned: memory from the tensors that autograd keeps for a step (measured here in bfloat16 at a
-    small batch, scaled to the preset's) and the
-weights, gradients, moments and averages; time from the floating-point operations of a step at
-`TERAFLOPS` sustained, a third of what a consumer card of 8 GB promises for bfloat16. The GAN's
-gradient penalty is left out.
+small batch, scaled to the preset's, copies of weights included) and the weights, gradients, moments
+and averages; time from the floating-point operations of a step at `TERAFLOPS` sustained, a
+third of what a consumer card of 8 GB promises for bfloat16. The GANs' gradient penalty is left out,
+and so is what grows with the square of the batch, AttnGAN's pairs of pictures and captions: some
+eight tensors of 128 x 128 x 14 words x 64 regions, half a gigabyte.
 """
 
 from __future__ import annotations

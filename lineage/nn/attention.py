@@ -30,7 +30,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    attended = scores.float().softmax(-1).to(value.dtype) @ value
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    attended = scores.softmax(-1, dtype=exact).to(value.dtype) @ value
     return attended if mask is None else attended * mask.any(-1, keepdim=True)
 
 

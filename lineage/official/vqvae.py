@@ -27,7 +27,11 @@ from lineage.vqvae.transformer import GPT, Cache, TransformerConfig, next_token_
 
 def gpt2_state(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of transformers' `GPT2LMHeadModel` by our names."""
-    names = {"wte": "tok_emb", "wpe": "pos_emb"}
+    names = {
+        "transformer.wte.weight": "tok_emb.weight",
+        "transformer.wpe.weight": "pos_emb.weight",
+        "lm_head.weight": "head.weight",
+    }
     inner = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj", "ln_1": "ln1", "ln_2": "ln2"}
     inner |= {"mlp.c_fc": "mlp.0", "mlp.c_proj": "mlp.2"}
     state = {}
@@ -39,8 +43,8 @@ def gpt2_state(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif key.startswith("transformer.ln_f"):
             state[key] = value
         else:
-            name = key.removeprefix("transformer.").removesuffix(".weight")
-            state[f"{names.get(name, 'head')}.weight"] = value
+            state[names[key]] = value
+    state.setdefault("head.weight", state["tok_emb.weight"])  # tied, and not always written twice
     return state
 
 
@@ -69,7 +73,7 @@ def mingpt_state(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def gpt2(reference: Reference) -> Outputs:
     """Every output of transformers' GPT-2 that a reference file may hold."""
     official, given = reference.config, reference.inputs
-    gelu = "tanh" if "tanh" in str(official.get("activation", "gelu_new (tanh)")) else "exact"
+    gelu = "exact" if official.get("activation") == "gelu" else "tanh"
     config = TransformerConfig(official["n_embd"], official["n_layer"], official["n_head"], gelu)
     model = GPT(config, official["vocab_size"], official["n_positions"])
     model.load_state_dict(gpt2_state(reference.state[""]))

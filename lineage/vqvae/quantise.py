@@ -111,8 +111,11 @@ class VectorQuantiser(nn.Module):
         self.config = config
         codes = torch.randn(config.codes, config.width) / config.width**0.5
         codes = F.normalize(codes, dim=1) if config.cosine else codes
-        learnt = config.codebook == "loss"
-        self.codes: Tensor = nn.Parameter(codes, requires_grad=learnt)
+        self.codes: Tensor
+        if config.codebook == "loss":
+            self.codes = nn.Parameter(codes)
+        else:
+            self.register_buffer("codes", codes)
         self.register_buffer("counts", torch.zeros(config.codes))  # moving average, a step's
         self.register_buffer("sums", torch.zeros_like(codes))  # of the vectors of each code
         self.register_buffer("begun", torch.tensor(config.start == "normal"))
@@ -125,9 +128,10 @@ class VectorQuantiser(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """(..., D) -> (...) int64, the number of the nearest code."""
-        flat = z.reshape(-1, z.shape[-1])
-        squares = flat.square().sum(1, keepdim=True) - 2 * flat @ self.codes.T
-        return (squares + self.codes.square().sum(1)).argmin(1).view(z.shape[:-1])
+        with torch.autocast(z.device.type, enabled=False):  # distances must be exact
+            flat = z.float().reshape(-1, z.shape[-1])
+            squares = flat.square().sum(1, keepdim=True) - 2 * flat @ self.codes.T
+            return (squares + self.codes.square().sum(1)).argmin(1).view(z.shape[:-1])
 
     def values(self, ids: Tensor) -> Tensor:
         """(...) numbers -> (..., D) codes."""
@@ -138,7 +142,7 @@ class VectorQuantiser(nn.Module):
         still those from before.
         """
         config = self.config
-        with torch.autocast(z.device.type, enabled=False):  # distances must be exact
+        with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             if config.cosine:
                 z = F.normalize(z, dim=-1)
@@ -167,6 +171,7 @@ class VectorQuantiser(nn.Module):
             sums = torch.zeros_like(means).index_add_(0, near, flat)
             kept = torch.bincount(near, minlength=count) > 0
             means = torch.where(kept[:, None], sums / sizes[:, None], means)
+        means = _of_first_process(means)
         self.codes[:count] = F.normalize(means, dim=1) if self.config.cosine else means
         self.begun.fill_(True)
 
@@ -177,11 +182,11 @@ class VectorQuantiser(nn.Module):
         flat, near = z.reshape(-1, z.shape[-1]), ids.flatten()
         sizes = torch.bincount(near, minlength=len(codes)).to(flat.dtype)
         sums = torch.zeros_like(codes).index_add_(0, near, flat)
-        for moved in (sizes, sums):
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(moved)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for counted in (sizes, sums):
+                torch.distributed.all_reduce(counted)
         first = not bool(self.counts.any())
-        if first and config.codebook == "average":  # as if the start had always been in use
+        if first:  # as if the start had always been in use
             self.counts.fill_(sizes.sum() / len(codes))
             self.sums.copy_(codes * self.counts[:, None])
         self.counts.lerp_(sizes, 1 - config.decay)
@@ -200,7 +205,7 @@ class VectorQuantiser(nn.Module):
         if not bool(dead.any()):
             return
         chosen = flat[torch.randint(len(flat), (int(dead.sum()),), device=flat.device)]
-        count = self.counts.sum() / len(self.codes)
+        chosen, count = _of_first_process(chosen), self.counts.sum() / len(self.codes)
         self.codes[dead] = chosen.to(self.codes.dtype)
         self.counts[dead], self.sums[dead] = count, chosen * count
 
@@ -216,6 +221,14 @@ class VectorQuantiser(nn.Module):
             "usage": (share > 0.1 / len(self.codes)).float().mean(),
             "perplexity": torch.special.entr(share).sum().exp(),
         }
+
+
+def _of_first_process(tensor: Tensor) -> Tensor:
+    """What the first process has, for all that train together: they share one codebook."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        tensor = tensor.contiguous()
+        torch.distributed.broadcast(tensor, 0)
+    return tensor
 
 
 COLLAPSED = 0.5  # share of codes in use below which a codebook is in trouble

@@ -63,7 +63,9 @@ class Cache:
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the next places' keys and values (B, H, n, d); returns those of all places."""
-        end = self.used + key.shape[2]
+        end, length = self.used + key.shape[2], self.kept.shape[4]
+        if end > length:
+            raise UserError(f"{end} places do not fit a cache of {length}.")
         keys, values = self.kept[layer]
         keys[:, :, self.used : end] = key
         values[:, :, self.used : end] = value
@@ -216,12 +218,12 @@ class GPT(nn.Module):
         """(B, n) -> (B, length): the likeliest next token, again and again."""
         config = self.transformer.config
         cache = Cache(config, len(ids), length, self.head.weight) if cached else None
-        logits = self(ids, cache)
-        while True:
+        new = ids
+        while ids.shape[1] < length:
+            logits = self(new, cache)
             ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-            if ids.shape[1] >= length:
-                return ids
-            logits = self(ids[:, -1:], cache) if cached else self(ids)
+            new = ids[:, -1:] if cached else ids
+        return ids
 
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -197,12 +202,13 @@ def test_evaluation_changes_nothing(codebook: str, start: str) -> None:
 
 
 def test_a_learnt_codebook_is_only_counted() -> None:
+    """From an even share on, so that no code is out of use before it had its time."""
     quantiser = made(codebook="loss").train()
     before = kept(quantiser)
     found = quantiser(torch.randn(9, 3))
     assert torch.equal(quantiser.codes, before["codes"])
     sizes = torch.bincount(found.ids, minlength=7)
-    torch.testing.assert_close(quantiser.counts, 0.01 * sizes)
+    torch.testing.assert_close(quantiser.counts, 0.99 * 9 / 7 + 0.01 * sizes)
 
 
 # --- k-means ----------------------------------------------------------------------------------
@@ -287,6 +293,17 @@ def test_without_restart_a_code_out_of_reach_is_never_moved() -> None:
         quantiser(torch.randn(20, 1))
     assert quantiser.codes[1].item() == pytest.approx(1000, rel=1e-2)
     assert quantiser.counts[1] < 0.1
+
+
+@pytest.mark.parametrize("codebook", ["average", "loss"])
+def test_no_code_is_dead_after_one_step(codebook: str) -> None:
+    """Before there are any counts there is nothing to judge by."""
+    codes = torch.tensor([[0.0], [1000.0]])
+    quantiser = made(codes, decay=0.5, restart=0.9, codebook=codebook).train()
+    quantiser(torch.randn(20, 1))
+    assert quantiser.codes[1].item() == pytest.approx(1000, rel=1e-3)
+    quantiser(torch.randn(20, 1))
+    assert quantiser.codes[1].abs() < 10
 
 
 def test_a_restarted_code_is_not_restarted_at_once() -> None:
@@ -393,6 +410,69 @@ def test_a_codebook_collapses_without_restart_and_not_with_it(codebook: str) -> 
     used = {name: value.item() for name, value in whole.usage().items()}
     assert used["usage"] > 0.8 and used["perplexity"] > 8 and usage_remark(used) == ""
     assert better < 0.7 * worse
+
+
+# --- several processes ------------------------------------------------------------------------
+
+SETTINGS = {
+    "averages": {"start": "normal", "restart": 0.0},
+    "k-means": {"start": "kmeans", "restart": 0.0},
+    "restart": {"start": "normal", "restart": 0.5},
+}
+PROCESS = """
+import json, sys
+import torch
+import torch.distributed as dist
+from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
+
+meet, rank, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+apart = {}
+for name, given in settings.items():
+    torch.manual_seed(0)
+    quantiser = VectorQuantiser(QuantiserConfig(codes=16, width=2, decay=0.3, **given)).train()
+    torch.manual_seed(10 + rank)
+    for _ in range(4):
+        quantiser(torch.randn(20, 2))
+    apart[name] = 0.0
+    for tensor in quantiser.state_dict().values():
+        both = [torch.zeros(tensor.shape) for _ in range(2)]
+        dist.all_gather(both, tensor.float())
+        apart[name] = max(apart[name], (both[0] - both[1]).abs().max().item())
+print(json.dumps(apart))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """How far the codebooks of two processes are from each other after four steps."""
+    meet = tmp_path_factory.mktemp("processes") / "meet"
+    root = Path(__file__).resolve().parents[2]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(meet), str(rank), json.dumps(SETTINGS)],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    out = [process.communicate(timeout=60) for process in started]
+    assert all(process.returncode == 0 for process in started), out[0][1][-2000:]
+    found: dict[str, float] = json.loads(out[0][0])
+    return found
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_processes_that_train_together_have_one_codebook(
+    name: str, apart: dict[str, float]
+) -> None:
+    """Each sees vectors and draws of its own; a token must mean the same to all."""
+    assert apart[name] < 1e-5
 
 
 # --- keeping and refusing ---------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_a_cache_too_short_does_not_pass_unseen() -> None:
     model, ids = gpt(), tokens()
     cache = cache_of(model, 3, 5)
     model(ids[:, :5], cache)
-    with pytest.raises((RuntimeError, ValueError, IndexError)):
+    with pytest.raises((UserError, RuntimeError, IndexError)):
         model(ids[:, 5:6], cache)
 
 
