@@ -1,6 +1,7 @@
-"""The README's table, from the scores of a comparison.
+"""The README's tables, from the scores of a comparison or of runs.
 
-python benchmarks/scores.py results/demo/report.json --out results/demo/scores.md
+python benchmarks/scores.py results/demo/report.json --bounds --out results/demo/scores.md
+python benchmarks/scores.py results/{stackgan,attngan}/long/scores.json --out results/long.md
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ def row(name: str, composition: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("report", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", help="report.json or scores.json")
+    parser.add_argument("--bounds", action="store_true", help="rows of real and shuffled pictures")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    scores = read_json(options.report)["scores"]
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-    lines += [row(f"`{run['system']}`", run["composition"]) for run in scores["runs"]]
-    lines += [row(f"*{name}*", scores[name]["composition"]) for name in ("real", "shuffled")]
+    for path in options.files:
+        read = read_json(path)
+        scores = read.get("scores", read)
+        lines += [row(f"`{run['system']}`", run["composition"]) for run in scores["runs"]]
+    if options.bounds:
+        lines += [row(f"*{name}*", scores[name]["composition"]) for name in ("real", "shuffled")]
     text = "\n".join(lines) + "\n"
     write_bytes(options.out, text.encode())
     print(text)
