@@ -28,6 +28,7 @@ from lineage.units import as_bytes, as_count, as_seconds
 _INK = "#0a0b0c"  # stands for the page's own text colour, whatever that is
 _LINES = ("#3b7ddd", "#d9822b", "#2f9e6e", "#b0569f", "#8a8f2a", "#7a5cc9")
 
+TERMS = 12  # curves in one figure, at most; beyond, the sum of each group's
 MISSES = 12  # failed pictures of a system on the page
 
 Columns = Mapping[str, list[list[Tensor]]]
@@ -173,7 +174,7 @@ def embed(image: Tensor) -> str:
 
 
 def curve(log: list[dict[str, Any]]) -> Markup | None:
-    """Every loss term of a log over the minutes of training, as SVG that takes the page's colours.
+    """The loss terms of a log over the minutes of training, as SVG that takes the page's colours.
 
     None for a log without losses.
     """
@@ -182,6 +183,8 @@ def curve(log: list[dict[str, Any]]) -> Markup | None:
     names = [name for name in names if not name.startswith(("gradient/", "health/"))]
     if not names:
         return None
+    if len(names) > TERMS:
+        log, names = _summed(log, names)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lineage", "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -201,6 +204,16 @@ def curve(log: list[dict[str, Any]]) -> Markup | None:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
+
+
+def _summed(log: list[dict[str, Any]], names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The log with the sum of each group's terms in place of the terms, and the groups."""
+    groups = list(dict.fromkeys(name.split("/")[0] for name in names))
+    lines = []
+    for line in log:
+        terms = {g: [line[n] for n in names if n in line and n.split("/")[0] == g] for g in groups}
+        lines.append({**line, **{g: sum(values) for g, values in terms.items() if values}})
+    return lines, groups
 
 
 def _minutes(log: list[dict[str, Any]]) -> list[float]:

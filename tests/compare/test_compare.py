@@ -400,3 +400,14 @@ def test_the_time_of_training_is_summed_over_systems_and_stages() -> None:
         "b": {"training": {"one": {"seconds": 4}}},
     }
     assert wall_time({"systems": systems}) == 7.5
+
+
+def test_many_terms_are_summed_by_group() -> None:
+    """A curve for each discriminator and the generator, not for each of their terms."""
+    names = [f"d{k}/{term}" for k in range(3) for term in ("real", "wrong", "fake", "alone", "r1")]
+    log = [{"stage": "gan", "seconds": float(s), **dict.fromkeys(names, 0.5)} for s in range(1, 4)]
+    figure = curve(log)
+    assert figure is not None
+    assert all(f"d{k}" in figure for k in range(3)) and "d0/real" not in figure
+    few = curve([{k: v for k, v in line.items() if not k.endswith("1")} for line in log[:2]])
+    assert few is not None and "d0/real" in few
