@@ -35,6 +35,7 @@ from lineage.nn.matching import (
     pair_logits,
 )
 from lineage.official import Outputs
+from lineage.official.cgan import enlarged
 from lineage.official.importing import Given, Imported
 from lineage.official.verify import Reference
 from lineage.recipes.attngan import PRESETS
@@ -268,7 +269,7 @@ def _losses(reference: Reference, config: AttnGANConfig, damsm: DAMSMConfig) -> 
         state = reference.state[f"D_NET{side}"]
         look.load_state_dict({discriminator_key(key): value for key, value in state.items()})
         look.eval()
-        real, drawn = _enlarged(given[f"real{side}_16x16"], side), _enlarged(fake, side)
+        real, drawn = enlarged(given[f"real{side}_16x16"], side), enlarged(fake, side)
         seen = look.features(real)
         terms = discriminator_terms(pair_logits(look, real, drawn, told))
         outputs |= {
@@ -284,12 +285,6 @@ def _losses(reference: Reference, config: AttnGANConfig, damsm: DAMSMConfig) -> 
     ):
         total += config.damsm * sum(matching_terms(similarity, classes[few, few]))
     return {**outputs, "generator_loss_total": total}
-
-
-def _enlarged(image: Tensor, side: int) -> Tensor:
-    """(B, 3, s, s) -> (B, 3, side, side), every pixel repeated."""
-    factor = side // image.shape[-1]
-    return image.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 # --- published checkpoints ------------------------------------------------------

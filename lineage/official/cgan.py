@@ -99,7 +99,7 @@ def stackgan(reference: Reference) -> Outputs:
     return {**outputs, **_training_mode(reference, one, two, judge_one, mu)}
 
 
-def _enlarged(image: Tensor, side: int) -> Tensor:
+def enlarged(image: Tensor, side: int) -> Tensor:
     """(B, 3, s, s) -> (B, 3, side, side), every pixel repeated."""
     factor = side // image.shape[-1]
     return image.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
@@ -107,7 +107,7 @@ def _enlarged(image: Tensor, side: int) -> Tensor:
 
 def _stage_one_losses(judge: Discriminator, real: Tensor, drawn: Drawn) -> dict[str, Tensor]:
     features = judge.features(drawn.image)
-    seen = judge.features(_enlarged(real, STAGE_ONE))
+    seen = judge.features(enlarged(real, STAGE_ONE))
     logits = {
         "real": judge.score(seen, drawn.mu),
         "wrong": judge.score(seen[:-1], drawn.mu[1:]),
@@ -130,7 +130,7 @@ def _stage_one_losses(judge: Discriminator, real: Tensor, drawn: Drawn) -> dict[
 
 def _stage_two_losses(judge: Discriminator, real: Tensor, drawn: Drawn) -> dict[str, Tensor]:
     features = judge.features(drawn.image)
-    seen = judge.features(_enlarged(real, STAGE_TWO))
+    seen = judge.features(enlarged(real, STAGE_TWO))
     logits = {
         "real": judge.score(seen, drawn.mu),
         "wrong": judge.score(seen[:-1], drawn.mu[1:]),

@@ -102,9 +102,9 @@ class TextEncoder(nn.Module):
     def null(self, count: int) -> TextFeatures:
         """The features of "no caption", `count` times: what guidance and caption dropout use."""
 
+    @abstractmethod
     def pieces(self, caption: str) -> list[str]:
         """What each of the L places of `words` stands for, to be written under a picture."""
-        raise NotImplementedError
 
     def unknown(self, captions: list[str]) -> list[str]:
         """The words of `captions` that the encoder has never seen, in order, each once."""
