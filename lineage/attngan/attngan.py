@@ -358,8 +358,8 @@ class AttnGAN(System):
             if penalised:
                 penalty = gradient_penalty(logits["real"], real)
                 terms["r1"] = self.config.r1_every * self.config.r1 / 2 * penalty
-            self.facts = gan_health(logits, mismatched, fake, real)
             yield f"discriminator{side}", terms
+        self.facts = gan_health(logits, mismatched, fake, real)  # of the largest pictures
         yield "generator", self.drawing_terms(drawn, batch, text)
 
     def drawing_terms(self, drawn: Drawn, batch: Batch, text: TextFeatures) -> dict[str, Tensor]:
