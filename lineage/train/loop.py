@@ -91,12 +91,13 @@ class Group:
 
         Returns the gradient's norm.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward(inputs=self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         processes.average(gradients)
-        limit = self.clip if self.clip > 0 else math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         for part in self.optimizer.param_groups:
             part["lr"] = self.lr * rate
         self.optimizer.step()
@@ -302,11 +303,7 @@ class Trainer:
     def _look_at_waiting(self) -> None:
         """Read the terms since the last look, means over processes; stop at one not finite."""
         for number, terms in self._waiting:
-            values = (
-                torch.stack([value.float() for value in terms.values()])
-                if terms
-                else torch.zeros(0)
-            )
+            values = torch.stack([v.float() for v in terms.values()]) if terms else torch.zeros(0)
             self.processes.average([values])
             for name, value in zip(terms, values.tolist(), strict=True):
                 if not math.isfinite(value):
