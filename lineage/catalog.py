@@ -115,7 +115,9 @@ _ROWS = (
         idea="Turn a picture into a grid of codes from a learnt codebook, then model the codes as "
         "a sequence.",
         family="vqvae",
-        stages=("codec", "prior"),
+        stages=("codec", "codes", "prior"),
+        presets=("smoke", "tiny"),
+        status="works",
     ),
     Row(
         key="attngan",

@@ -90,9 +90,12 @@ class TextEncoder(nn.Module):
 
     Attributes:
         width: D, the width of words and sentence alike.
+        tokens: how many different tokens `ids` may hold, if the vector of a place tells nothing of
+            the places after it, so that a model may learn to write captions too; else 0.
     """
 
     width: int
+    tokens: int = 0
 
     @abstractmethod
     def encode(self, captions: list[str]) -> TextFeatures:
@@ -108,4 +111,24 @@ class TextEncoder(nn.Module):
 
     def unknown(self, captions: list[str]) -> list[str]:
         """The words of `captions` that the encoder has never seen, in order, each once."""
+        return []
+
+
+class NoText(TextEncoder):
+    """What a stage that reads no captions has for an encoder: vectors of no width, no words."""
+
+    width = 0
+
+    def encode(self, captions: list[str]) -> TextFeatures:
+        return self.null(len(captions))
+
+    def null(self, count: int) -> TextFeatures:
+        return TextFeatures(
+            torch.zeros(count, 0, 0),
+            torch.zeros(count, 0, dtype=torch.bool),
+            torch.zeros(count, 0),
+            torch.zeros(count, 0, dtype=torch.int64),
+        )
+
+    def pieces(self, caption: str) -> list[str]:
         return []

@@ -36,9 +36,12 @@ class TokenEncoder(TextEncoder):
     Subclasses implement `forward(ids, mask) -> (words, sentence)`.
     """
 
+    in_order = False  # whether a word's vector knows no later word
+
     def __init__(self, config: TextConfig, tokenizer: Tokenizer, inputs: int = 0) -> None:
         super().__init__()
         self.config, self.tokenizer, self.width = config, tokenizer, config.width
+        self.tokens = len(tokenizer) if self.in_order else 0
         self.table = nn.Embedding(len(tokenizer), inputs or config.width, padding_idx=PAD)
         nn.init.normal_(self.table.weight)
         with torch.no_grad():
@@ -70,6 +73,8 @@ class TokenEncoder(TextEncoder):
 
 class BagEncoder(TokenEncoder):
     """Word vectors and their mean. The baseline without word order."""
+
+    in_order = True
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
@@ -130,6 +135,8 @@ class TransformerBlock(nn.Module):
 
 class TransformerEncoder(TokenEncoder):
     """Causal transformer. Padding stands behind the words, so causal attention never reaches it."""
+
+    in_order = True
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)

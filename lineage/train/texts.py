@@ -34,7 +34,7 @@ class Reader:
 
     def read(self, captions: list[str], before: int) -> TextFeatures:
         """The features of `captions`; `before` captions have been read in earlier steps."""
-        if not self.frozen:
+        if not self.frozen or not self.text.width:
             return self.text.encode(captions)
         self.text.eval()  # whatever mode the system that it is part of is in
         if before >= KEPT and not self._rows:

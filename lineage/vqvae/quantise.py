@@ -211,16 +211,25 @@ class VectorQuantiser(nn.Module):
 
     # --- how it fares -----------------------------------------------------------------
 
-    @torch.no_grad()
     def usage(self) -> dict[str, Tensor]:
-        """Scalars: `usage`, the share of codes in use, and `perplexity`, how many equally frequent
-        codes would say as much, both of the last 1 / (1 - decay) steps.
-        """
-        share = self.counts / self.counts.sum().clamp(min=1e-12)
-        return {
-            "usage": (share > 0.1 / len(self.codes)).float().mean(),
-            "perplexity": torch.special.entr(share).sum().exp(),
-        }
+        """`code_usage` of the last 1 / (1 - decay) steps."""
+        return code_usage(self.counts)
+
+
+@torch.no_grad()
+def code_usage(counts: Tensor) -> dict[str, Tensor]:
+    """How a codebook fares, from how often each code was used (K,).
+
+    Returns:
+        Scalars: `usage`, the share of codes that stand for at least a tenth of what they would if
+        all were equally frequent, and `perplexity`, how many equally frequent codes would say as
+        much.
+    """
+    share = counts / counts.sum().clamp(min=1e-12)
+    return {
+        "usage": (share > 0.1 / len(counts)).float().mean(),
+        "perplexity": torch.special.entr(share).sum().exp(),
+    }
 
 
 def _of_first_process(tensor: Tensor) -> Tensor:
