@@ -160,6 +160,18 @@ class System(Trainable):
         """
         return None
 
+    def reconstruct(self, images: Tensor) -> Tensor | None:
+        """Pictures (B, 3, S, S) in [-1, 1] as the first of two stages, a codec, gives them back;
+        None if there is no such stage.
+        """
+        return None
+
+    def stage_scores(self, batch: Batch) -> dict[str, Tensor]:
+        """What each stage does on a batch of pictures, (B,) numbers by name, so that a failure can
+        be laid at one stage's door. Empty if there is one stage only, or nothing to measure.
+        """
+        return {}
+
     def inside(self, caption: str, *, seed: int = 0) -> list[list[Named]]:
         """What happened on the way to the picture of `caption`: rows of pictures (3, S, S) in [-1,
         1] with their names. Empty if there is nothing to show.

@@ -23,7 +23,7 @@ from lineage.errors import UserError
 from lineage.evaluate import sections
 from lineage.evaluate.exam import exam
 from lineage.evaluate.features import Features, kept_json, kept_tensors
-from lineage.evaluate.judge import Judge, verdict
+from lineage.evaluate.judge import Judge, Reading, verdict
 from lineage.evaluate.prompts import Prompt, make_prompts, read_prompts, to_lines
 from lineage.evaluate.scenes import draw, plan
 from lineage.evaluate.scorer import Scorer
@@ -54,19 +54,31 @@ class Composition:
     seed: int
 
     @cached_property
+    def pictures(self) -> Tensor:
+        """Real pictures of the prompts, (P, 3, S, S) uint8."""
+        return self._drawn(np.random.default_rng(self.seed))
+
+    def _drawn(self, chance: np.random.Generator) -> Tensor:
+        plans = [plan(prompt, chance) for prompt in self.prompts]
+        level = LEVELS[self.prompts[0].level]
+        return torch.from_numpy(draw(level, plans, self.seed, self.size))
+
+    @cached_property
     def _verdicts(self) -> tuple[list[dict[str, bool]], list[dict[str, bool]]]:
         """Of real pictures with their own prompts, and with another of the same task."""
         chance = np.random.default_rng(self.seed)
-        level = LEVELS[self.prompts[0].level]
-        plans = [plan(prompt, chance) for prompt in self.prompts]
-        readings = self.judge.read(torch.from_numpy(draw(level, plans, self.seed, self.size)))
-        own = [verdict(r, p) for r, p in zip(readings, self.prompts, strict=True)]
+        readings = self.judge.read(self._drawn(chance))
+        own = self.verdicts(readings)
         others = []
         for reading, prompt in zip(readings, self.prompts, strict=True):
             rest = [p for p in self.prompts if p.include != prompt.include]
             same = [p for p in rest if (p.tag, p.split) == (prompt.tag, prompt.split)] or rest
             others.append(verdict(reading, same[chance.integers(len(same))] if same else prompt))
         return own, others
+
+    def verdicts(self, readings: Sequence[Reading]) -> list[dict[str, bool]]:
+        """What the judge saw in a picture of each prompt, held against it."""
+        return [verdict(r, p) for r, p in zip(readings, self.prompts, strict=True)]
 
     def real(self) -> dict[str, Any]:
         """The ceiling."""

@@ -1,7 +1,7 @@
 """`lineage evaluate`: every score of a run, between the best and the worst there could be.
 
-    {"runs": [{"run", "system", "composition", "quality", "diversity", "memorisation", "text_fit",
-               "cost", "failed"}, ...],
+    {"runs": [{"run", "system", "composition", "quality", "diversity", "memorisation", "stages",
+               "text_fit", "cost", "failed"}, ...],
      "real": {...}, "shuffled": {...},      the same sections for real pictures, with their own
                                             captions and with those of others
      "judge": {...},                        how well the judge judges, measured
@@ -27,13 +27,13 @@ from tqdm import tqdm
 from lineage.config import RunConfig
 from lineage.contract import System
 from lineage.data import load_dataset
-from lineage.data.contract import to_bytes
+from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.data.shapes import Shapes
 from lineage.errors import UserError
 from lineage.evaluate import sections
 from lineage.evaluate.cost import machine, measured_once
 from lineage.evaluate.features import find_features, find_scorer
-from lineage.evaluate.judge import Judge, Reading, verdict
+from lineage.evaluate.judge import Judge, Reading
 from lineage.evaluate.real import (
     SPREAD_SAMPLES,
     Composition,
@@ -138,7 +138,7 @@ def score_runs(folders: Sequence[Path], setting: Setting) -> tuple[dict[str, Any
         "runs": [one.scores for one in scored],
         "real": real,
         "shuffled": shuffled,
-        "protocol": _protocol(world, setting),
+        "protocol": _protocol(world, setting, [one.scores for one in scored]),
         "warnings": [],
     }
     if prompts:
@@ -214,6 +214,9 @@ def _score(
     spread = world.network(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
     scores["diversity"] = sections.diversity(spread, real_groups)
     scores["memorisation"] = sections.memorisation(world.train_features, world.features, features)
+    of_stages = _stages(system, world, prompts)
+    if of_stages:
+        scores["stages"] = of_stages
     if world.scorer:
         scores["text_fit"] = world.text_fit(
             world.scorer.image(pictures), world.scorer.text(world.captions), world.captions
@@ -223,6 +226,22 @@ def _score(
         "sampling": measured_once(folder, world.captions[:16], setting.device),
     }
     return Scored(scores, failed, _nearest(world, pictures, features))
+
+
+@torch.no_grad()
+def _stages(system: System, world: RealPictures, prompts: Composition | None) -> dict[str, Any]:
+    """The section of systems whose stages can be measured apart; else empty."""
+    numbers = range(len(world.images))
+    whole = Batch(to_unit(world.images), world.captions, None, [str(i) for i in numbers])
+    parts = [system.stage_scores(part.to(system.device)) for part in whole.split(system.at_once)]
+    values = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
+    verdicts: list[dict[str, bool]] = []
+    if values and prompts:
+        given = to_unit(prompts.pictures).to(system.device).split(system.at_once)
+        back = [system.reconstruct(part) for part in given]
+        seen = [to_bytes(part).cpu() for part in back if part is not None]
+        verdicts = prompts.verdicts(prompts.judge.read(torch.cat(seen))) if seen else []
+    return sections.stages(values, prompts.prompts if prompts else [], verdicts)
 
 
 @torch.no_grad()
@@ -239,7 +258,7 @@ def _judged(
     prompts: Composition, readings: Sequence[Reading], pictures: Tensor
 ) -> tuple[dict[str, Any], list[tuple[str, str, str, Tensor]]]:
     """The section, and the pictures that failed, the tasks in turn."""
-    verdicts = [verdict(r, p) for r, p in zip(readings, prompts.prompts, strict=True)]
+    verdicts = prompts.verdicts(readings)
     queues: dict[tuple[str, str], list[int]] = {}
     for number, (prompt, result) in enumerate(zip(prompts.prompts, verdicts, strict=True)):
         if not result["strict"]:
@@ -273,7 +292,9 @@ def write_sheets(one: Scored, folder: Path, name: str) -> None:
     save_picture(sheet(pairs, texts), folder / f"{name}_nearest.png")
 
 
-def _protocol(world: RealPictures, setting: Setting) -> dict[str, Any]:
+def _protocol(
+    world: RealPictures, setting: Setting, runs: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """How the numbers of each section came about."""
     count = len(world.images)
     drawn = {
@@ -303,8 +324,17 @@ def _protocol(world: RealPictures, setting: Setting) -> dict[str, Any]:
             "seed": setting.seed + 2,
         },
         "memorisation": {**drawn, "training_pictures": len(world.train_features)},
+        "stages": {
+            "pictures": count,
+            "real_split": world.data.split,
+            "nats_per_code": "of the true codes, each given the caption and all before it",
+            "bits_per_dim": "of bytes: the prior's, and the decoder's density given the codes",
+            "reconstruction": "real pictures of the prompts, encoded, decoded and judged",
+        },
         "cost": {"machine": machine(), "captions": "of real pictures"},
     }
+    if not any("stages" in run for run in runs):
+        del protocol["stages"]
     if world.scorer:
         protocol["text_fit"] = {
             "scorer": world.scorer.name,

@@ -9,7 +9,7 @@ Axes: N real, M generated pictures, D features, G captions, K samples of each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,24 @@ def composition(prompts: Sequence[Prompt], verdicts: Sequence[dict[str, bool]]) 
             "overall": of_tasks(list(strict.values())),
             "parts": {part: of_mean(values) for part, values in parts.items() if values},
         }
+    return result
+
+
+def stages(
+    values: Mapping[str, Tensor],
+    prompts: Sequence[Prompt],
+    verdicts: Sequence[dict[str, bool]],
+) -> dict[str, Any]:
+    """What each of a system's stages does, apart from the others.
+
+    Args:
+        values: (N,) numbers by name, of unseen real pictures.
+        verdicts: of the prompts' real pictures as the codec gives them back; empty if there is no
+            judge for them.
+    """
+    result: dict[str, Any] = {name: of_mean(of) for name, of in values.items()}
+    if verdicts:
+        result["reconstruction"] = composition(prompts, verdicts)
     return result
 
 

@@ -19,6 +19,7 @@ def tables(document: Row) -> str:
     parts = [
         *(_composition(document, rows, split) for split in ("test", "heldout")),
         _quality(document, rows),
+        _stages(document),
         _text_fit(document, rows),
         _cost(rows),
         *(f"Note: {warning}" for warning in document["warnings"]),
@@ -86,6 +87,35 @@ def _quality(document: Row, rows: Sequence[tuple[str, Row]]) -> str:
         f"pictures; features of the {protocol['features']}, {protocol['width']} wide; spread: of "
         f"samples of one caption{', 1 as real ones' if relative else ''}; copying: 0.5 as near to "
         "training pictures as unseen real ones, 1 copies",
+    )
+
+
+def _stages(document: Row) -> str:
+    """Codec and prior apart; empty if no run has them."""
+    rows = [(_name(document, run), run) for run in document["runs"] if "stages" in run]
+    if not rows:
+        return ""
+    heads = {
+        "psnr": "PSNR",
+        "nats_per_code": "nats/code",
+        "accuracy": "accuracy",
+        "bits_per_dim": "bits/dim",
+    }
+
+    def cells(run: Row) -> list[str]:
+        of = run["stages"]
+        judged = of.get("reconstruction", {})
+        splits = [judged.get(split, {}).get("overall") for split in ("test", "heldout")]
+        return [cell(score) for score in (*splits, *(of.get(name) for name in heads))]
+
+    return _table(
+        "Codec and prior apart",
+        ["reconstructed", "held out", *heads.values()],
+        rows,
+        cells,
+        "real pictures of the prompts after encoding and decoding, as the judge reads them; the "
+        "rest of unseen real pictures: PSNR in dB; the prior's loss and accuracy with the true "
+        "codes before each; bits of codes and pixels together",
     )
 
 

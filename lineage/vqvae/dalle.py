@@ -107,7 +107,7 @@ class Choice:
         return shares
 
     def take(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """(B, K) logits, (B,) in [0, 1) -> (B,) codes: where the cumulated shares pass `uniform`."""
+        """(B, K) logits, (B,) in [0, 1) -> (B,) codes: where cumulated shares pass `uniform`."""
         heap = self.probabilities(logits).double().cumsum(1)  # so that 0.99999994 of it is below it
         return torch.searchsorted(heap, uniform[:, None] * heap[:, -1:], right=True).squeeze(1)
 
@@ -297,7 +297,9 @@ class Prior(System):
         if len(images) != len(captions):
             raise UserError(f"{len(captions)} captions need as many pictures, not {len(images)}.")
         given = self.typed_knobs(knobs)
-        choice = self._choice(*(given.get(n) for n in ("temperature", "top_k", "top_p", "guidance")))
+        choice = self._choice(
+            *(given.get(n) for n in ("temperature", "top_k", "top_p", "guidance"))
+        )
         rows = round(keep * self.side)
         parts = iter(images.to(self.device).split(self.at_once))
 
@@ -310,7 +312,7 @@ class Prior(System):
     # --- what a reader wants to see -------------------------------------------------------------
 
     def inside(self, caption: str, *, seed: int = 0) -> list[list[Named]]:
-        """The picture as it is written, an eighth more each time; what is not yet written is grey."""
+        """The picture as it is written, an eighth more each time; what is not yet there is grey."""
 
         def film(chunk: list[str], draws: Draws) -> list[list[Named]]:
             choice = self._choice(None, None, None, None)
