@@ -178,7 +178,9 @@ _ROWS = (
         "suffice for a transformer.",
         family="vqvae",
         builds_on=("vqvae",),
-        stages=("codec", "prior"),
+        stages=("codec", "codes", "prior"),
+        presets=("smoke", "tiny"),
+        status="works",
     ),
     Row(
         key="clip",
@@ -200,7 +202,9 @@ _ROWS = (
         "picks the best of many.",
         family="vqvae",
         builds_on=("vqvae", "clip"),
-        stages=("codec", "prior"),
+        stages=("codec", "codes", "prior"),
+        presets=("smoke", "tiny"),
+        status="works",
     ),
     Row(
         key="vqgan_clip",

@@ -245,3 +245,12 @@ class PatchDiscriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> logits (B, 1, s, s)."""
         return torch.as_tensor(self.main(image))
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """What stands behind each activation, from the picture on."""
+        seen = []
+        for layer in list(self.main)[:-1]:
+            image = layer(image)
+            if isinstance(layer, nn.LeakyReLU):
+                seen.append(image)
+        return seen

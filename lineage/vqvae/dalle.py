@@ -246,14 +246,8 @@ class Prior(System):
             new = last if cached else torch.cat([new, last], dim=1)
         return ids.unflatten(1, (self.side, self.side))
 
-    def _choice(
-        self,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        guidance: float | None,
-    ) -> Choice:
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    def _choice(self, **given: Any) -> Choice:
+        """The knobs that are given, and the configuration's for those that are None."""
         return Choice(**{n: getattr(self.config, n) if v is None else v for n, v in given.items()})
 
     def draw(
@@ -273,7 +267,7 @@ class Prior(System):
             top_p: only the likeliest codes that together have this share.
             guidance: 1 follows the caption as training did, more follows it more closely.
         """
-        choice = self._choice(temperature, top_k, top_p, guidance)
+        choice = self._choice(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
         return self.codec.decode(self.sample(self.text.encode(captions), draws, choice))
 
     def complete(
@@ -296,10 +290,7 @@ class Prior(System):
             raise UserError(f"keep={keep} must be from 0 to 1.")
         if len(images) != len(captions):
             raise UserError(f"{len(captions)} captions need as many pictures, not {len(images)}.")
-        given = self.typed_knobs(knobs)
-        choice = self._choice(
-            *(given.get(n) for n in ("temperature", "top_k", "top_p", "guidance"))
-        )
+        choice = self._choice(**dict.fromkeys(self.knobs()) | self.typed_knobs(knobs))
         rows = round(keep * self.side)
         parts = iter(images.to(self.device).split(self.at_once))
 
@@ -315,7 +306,7 @@ class Prior(System):
         """The picture as it is written, an eighth more each time; what is not yet there is grey."""
 
         def film(chunk: list[str], draws: Draws) -> list[list[Named]]:
-            choice = self._choice(None, None, None, None)
+            choice = self._choice(**dict.fromkeys(self.knobs()))
             ids = self.sample(self.text.encode(chunk), draws, choice)
             image = self.codec.decode(ids)[0].float().clamp(-1, 1)
             total, row = ids.numel(), []
