@@ -118,8 +118,8 @@ def _sample(options: argparse.Namespace) -> None:
         print(f"lineage: not seen in training: {', '.join(unknown)}", file=sys.stderr)
     out, knobs = Path(options.out), system.typed_knobs(_settings(options.set))
     if options.inside:
-        if knobs or options.single or options.count > 1:
-            raise UserError("--inside shows one picture: leave out --set, --single and --count.")
+        if knobs or options.single or options.count > 1 or options.init or options.best_of > 1:
+            raise UserError("--inside shows one picture and takes no other option but --seed.")
         rows = system.inside(captions[0], seed=options.seed)
         if not rows:
             raise UserError(f"{options.run}: this system has no inside to show.")
@@ -127,7 +127,20 @@ def _sample(options: argparse.Namespace) -> None:
         save_picture(rows_sheet(drawn), out)
         print(out)
         return
-    images = to_bytes(system.generate(captions, seed=options.seed, **knobs)).cpu()
+    if options.init and options.best_of > 1:
+        raise UserError("--init goes on with one picture: leave out --best-of.")
+    if options.init:
+        given = _given_picture(Path(options.init), Path(options.run))
+        begun = given.expand(len(captions), -1, -1, -1)
+        finished = system.complete(captions, begun, keep=options.keep, seed=options.seed, **knobs)
+        images = to_bytes(finished).cpu()
+    elif options.best_of > 1:
+        from lineage.evaluate.best import best_of, scorer_of_run
+
+        scorer = scorer_of_run(options.scorer, Path(options.run), system.device)
+        images, _ = best_of(system, captions, scorer, options.best_of, seed=options.seed, **knobs)
+    else:
+        images = to_bytes(system.generate(captions, seed=options.seed, **knobs)).cpu()
     if options.single:
         paths = [
             out.with_name(f"{out.stem}_{i:03d}{out.suffix or '.png'}") for i in range(len(images))
@@ -139,6 +152,23 @@ def _sample(options: argparse.Namespace) -> None:
         columns = options.count if options.count > 1 else 8
         save_picture(sheet(list(images), captions, columns), out)
         print(out)
+
+
+def _given_picture(path: Path, run: Path) -> Any:
+    """A picture file as (1, 3, S, S) in [-1, 1], at the size of the run."""
+    import torch
+
+    from lineage.data.contract import to_unit
+    from lineage.data.pictures import decode
+    from lineage.runs import read_config
+
+    try:
+        pixels = decode(path, read_config(run).size)
+    except FileNotFoundError:
+        raise UserError(f"There is no picture {path}.") from None
+    except Exception as error:  # Pillow raises a dozen kinds for files that are broken or foreign
+        raise UserError(f"{path} is no picture that can be read ({error}).") from error
+    return to_unit(torch.from_numpy(pixels.copy()))[None]
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -283,6 +313,16 @@ def _parser() -> Parser:
         "--inside",
         action="store_true",
         help="show what happens on the way to the first caption's picture, such as attention",
+    )
+    command.add_argument("--init", metavar="PICTURE", help="go on with the upper part of a picture")
+    command.add_argument(
+        "--keep", type=float, default=0.5, help="share of --init that is given (0.5)"
+    )
+    command.add_argument(
+        "--best-of", type=_number, default=1, help="draw so many for each and keep the best (1)"
+    )
+    command.add_argument(
+        "--scorer", default="auto", help="who chooses: hub:MODEL, damsm:RUN or auto (auto)"
     )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="auto")

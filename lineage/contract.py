@@ -160,6 +160,30 @@ class System(Trainable):
         """
         return None
 
+    def complete(
+        self,
+        captions: Sequence[str],
+        images: Tensor,
+        *,
+        keep: float = 0.5,
+        seed: int = 0,
+        **knobs: Any,
+    ) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1] whose upper part is that of `images`.
+
+        Args:
+            images: (B, 3, S, S) in [-1, 1].
+            keep: share of the picture, from above, that is given.
+            **knobs: those of `generate`.
+
+        Raises:
+            UserError: for a system that cannot go on with a picture that is begun.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot go on with a picture that is begun; vqvae, dalle and "
+            "vqgan can."
+        )
+
     def reconstruct(self, images: Tensor) -> Tensor | None:
         """Pictures (B, 3, S, S) in [-1, 1] as the first of two stages, a codec, gives them back;
         None if there is no such stage.

@@ -26,7 +26,7 @@ Axes: B rows, T places of text, N = H W codes, D width, K codes, V text tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,7 +272,7 @@ class Prior(System):
 
     def complete(
         self,
-        captions: list[str],
+        captions: Sequence[str],
         images: Tensor,
         *,
         keep: float = 0.5,
