@@ -116,7 +116,7 @@ _ROWS = (
         "a sequence.",
         family="vqvae",
         stages=("codec", "codes", "prior"),
-        presets=("smoke", "tiny"),
+        presets=PRESETS,
         status="works",
     ),
     Row(
@@ -179,7 +179,7 @@ _ROWS = (
         family="vqvae",
         builds_on=("vqvae",),
         stages=("codec", "codes", "prior"),
-        presets=("smoke", "tiny"),
+        presets=PRESETS,
         status="works",
     ),
     Row(
@@ -203,7 +203,7 @@ _ROWS = (
         family="vqvae",
         builds_on=("vqvae", "clip"),
         stages=("codec", "codes", "prior"),
-        presets=("smoke", "tiny"),
+        presets=PRESETS,
         status="works",
     ),
     Row(

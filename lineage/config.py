@@ -78,7 +78,8 @@ class OptimConfig:
     """How each loss is minimised.
 
     Attributes:
-        name: `adamw` or `adam`.
+        name: `adamw`, `adam`, or `muon` (Jordan 2024) for the matrices of hidden linear layers and
+            `adamw` for all else.
         lr: rate of every group, before warm-up and decay.
         rates: factor on `lr` for single groups, by name, e.g. {"discriminator": 2.0}.
         beta1, beta2: decay of the first and second moments.
@@ -101,7 +102,7 @@ class OptimConfig:
     average: float = 0.995
 
     def __post_init__(self) -> None:
-        one_of("optim.name", self.name, ("adamw", "adam"))
+        one_of("optim.name", self.name, ("adamw", "adam", "muon"))
         one_of("optim.decay", self.decay, ("cosine", "linear", "none"))
         if not self.lr > 0:
             raise UserError(f"optim.lr={self.lr} must be above 0.")
@@ -232,9 +233,10 @@ def with_field(config: C, path: str, value: Any) -> C:
         UserError: for a name that does not exist (the nearest ones are suggested) or a value of the
             wrong type.
     """
-    if path == "recipe" and hasattr(config, "with_recipe"):  # a name for several fields
-        recipe: C = config.with_recipe(str(value))
-        return recipe
+    together = getattr(config, f"with_{path}", None)  # one name that sets several fields
+    if together is not None:
+        several: C = together(str(value))
+        return several
     changed = to_dict(config)
     known = set(field_names(config))
     *parents, leaf = path.split(".")

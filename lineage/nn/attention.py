@@ -29,10 +29,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    exact = torch.promote_types(scores.dtype, torch.float32)
-    attended = scores.softmax(-1, dtype=exact).to(value.dtype) @ value
-    return attended if mask is None else attended * mask.any(-1, keepdim=True)
+        away = torch.zeros_like(mask, dtype=scores.dtype)
+        scores = scores + away.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
+    with torch.autocast(query.device.type, enabled=False):  # bfloat16 is summed in float32 anyway
+        attended = scores.softmax(-1).to(value.dtype) @ value
+    seen = None if mask is None else mask.any(-1, keepdim=True)
+    return attended if seen is None or bool(seen.all()) else attended * seen
 
 
 class Attention(nn.Module):

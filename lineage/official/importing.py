@@ -55,11 +55,31 @@ class Given:
     lines: list[str] | None = None
 
 
+class Shell:
+    """Stands for an object of a class that is not ours; holds what was saved of it."""
+
+    def __init__(self, *given: Any) -> None:
+        """Takes anything and does nothing."""
+
+    def tensors(self, before: str = "") -> dict[str, Tensor]:
+        """Parameters and buffers by name, if it was a module."""
+        found: dict[str, Tensor] = {}
+        for kind in ("_parameters", "_buffers"):
+            own = vars(self).get(kind) or {}
+            found |= {before + name: value for name, value in own.items() if value is not None}
+        for name, inner in (vars(self).get("_modules") or {}).items():
+            if isinstance(inner, Shell):
+                found |= inner.tensors(f"{before}{name}.")
+        return found
+
+
 Importer = Callable[[Sequence[Given]], Imported]
 
 IMPORTERS: dict[str, str] = {
     "stackgan": "lineage.official.cgan:import_stackgan",
     "attngan": "lineage.official.attngan:import_attngan",
+    "vqgan": "lineage.official.codecs:import_vqgan",
+    "dalle": "lineage.official.codecs:import_dalle",
 }
 """The systems whose published checkpoints can be read, by "module:function"."""
 
@@ -122,7 +142,10 @@ def read_given(path: Path) -> Given:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, `.pt` or `.safetensors` file, by name; nothing is executed.
+    """The tensors of a `.pth`, `.pt`, `.ckpt`, `.pkl` or `.safetensors` file, by name.
+
+    Nothing is executed: what is no tensor, such as the classes of a module that was saved whole,
+    is read as an empty `Shell`.
 
     Raises:
         UserError: there is no such file, or it is not a dictionary of tensors.
@@ -134,10 +157,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([(Shell, name) for name in strange]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen kinds, for files that are foreign or cut short
         line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(f"{path} is no checkpoint of tensors alone ({line[:120]}).") from error
+    if isinstance(loaded, Shell):
+        loaded = loaded.tensors()
     for name in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded = loaded[name]

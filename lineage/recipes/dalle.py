@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lineage.config import OptimConfig, TextConfig, TrainConfig
-from lineage.recipes.codes_prior import CodesConfig, checked_side, codec_stages
+from lineage.recipes.codes_prior import CodesConfig, codec_stages
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage
 from lineage.vqvae.dalle import PriorConfig
@@ -18,10 +18,6 @@ class Config(CodesConfig):
     """A run of `dalle`."""
 
     codec: DVAEConfig = field(default_factory=DVAEConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checked_side(self.size, self.codec.factor)
 
 
 PRESETS = {
@@ -52,6 +48,41 @@ PRESETS = {
         codec_batch=32,
         codec=DVAEConfig(256, 24, 32, 1, 3, beta=1.0, anneal=1000),
         model=PriorConfig(TransformerConfig(128, 5, 4), places=16, temperature=0.8, guidance=2.0),
+    ),
+    # One GPU of 8 GB, under an hour: 64 codes of 8 x 8 pixels.
+    "small": Config(
+        key="dalle",
+        preset="small",
+        size=64,
+        encoder=TextConfig(tokenizer="bpe", vocabulary=2048, width=256),
+        optim=OptimConfig(lr=6e-4, warmup=500, average=0.999),
+        train=TrainConfig(minutes=55, batch=128, checkpoint_every=1000, sample_every=2000),
+        codec_optim=OptimConfig(lr=6e-4, warmup=200, average=0.999, weight_decay=0.0),
+        codec_batch=128,
+        kept=65_536,
+        codec=DVAEConfig(1024, 64, 64, 2, 4, beta=1.0, anneal=4000),
+        model=PriorConfig(TransformerConfig(384, 8, 6), places=32, temperature=0.9, guidance=2.0),
+    ),
+    # Ramesh et al. 2021, appendices A and B: 32 x 32 codes of 8,192; 64 layers of 62 heads of 64,
+    # 12 billion parameters; 256 places of text from 16,384 tokens; batches of 512 and 1,024, three
+    # million steps and 430,000.
+    "paper": Config(
+        key="dalle",
+        preset="paper",
+        size=256,
+        encoder=TextConfig(tokenizer="bpe", vocabulary=16_384, words=256, width=3968),
+        optim=OptimConfig(
+            lr=4.5e-4, beta1=0.9, beta2=0.96, weight_decay=4.5e-2, warmup=5000, clip=4.0
+        ),
+        train=TrainConfig(steps=3_430_000, batch=1024, checkpoint_every=2000, sample_every=10_000),
+        codec_share=3_000_000 / 3_430_000,
+        codec_optim=OptimConfig(
+            lr=1e-4, beta2=0.999, weight_decay=1e-4, warmup=0, clip=0.0, average=0.999
+        ),
+        codec_batch=512,
+        kept=200_000,
+        codec=DVAEConfig(),
+        model=PriorConfig(TransformerConfig(3968, 64, 62), places=256, drop_text=0.0),
     ),
 }
 

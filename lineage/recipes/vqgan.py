@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.nn.autoencoder import AutoencoderConfig
-from lineage.recipes.codes_prior import CodesConfig, checked_side, codec_stages
+from lineage.recipes.codes_prior import CodesConfig, codec_stages
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage
 from lineage.vqvae.dalle import PriorConfig
@@ -21,12 +21,12 @@ class Config(CodesConfig):
 
     codec: VQGANConfig = field(default_factory=VQGANConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checked_side(self.size, self.codec.factor)
+    def with_codec_from(self, folder: str) -> Config:
+        changed = super().with_codec_from(folder)
+        return replace(changed, codec=replace(changed.codec, lpips=()))
 
     def without_files(self) -> Config:
-        return replace(self, codec=replace(self.codec, lpips=()))
+        return replace(super().without_files(), codec=replace(self.codec, lpips=()))
 
 
 PRESETS = {
@@ -62,9 +62,53 @@ PRESETS = {
         ),
         model=PriorConfig(TransformerConfig(128, 5, 4), places=16, temperature=0.8, guidance=2.0),
     ),
+    # One GPU of 8 GB, under an hour: 64 codes of 8 x 8 pixels.
+    "small": Config(
+        key="vqgan",
+        preset="small",
+        size=64,
+        encoder=TextConfig(width=256),
+        optim=OptimConfig(lr=6e-4, warmup=500, average=0.999),
+        train=TrainConfig(minutes=55, batch=128, checkpoint_every=1000, sample_every=2000),
+        codec_share=0.4,
+        codec_optim=OptimConfig(lr=6e-4, beta1=0.5, warmup=200, average=0.999, weight_decay=0.0),
+        codec_batch=64,
+        kept=65_536,
+        codec=VQGANConfig(
+            AutoencoderConfig(64, (1, 1, 2, 4), 1, (8,), 64, 128), QuantiserConfig(1024, 32), 32, 2
+        ),
+        model=PriorConfig(TransformerConfig(384, 8, 6), places=32, temperature=0.9, guidance=2.0),
+    ),
+    # The authors' configuration for ImageNet: 16 x 16 codes of 1,024, and their largest transformer
+    # (24 layers, 1,024 wide). Their rate is 4.5e-6 for each picture of a batch, and the
+    # discriminator counts after 250,000 steps; a prior over captions is not theirs.
+    "paper": Config(
+        key="vqgan",
+        preset="paper",
+        size=256,
+        encoder=TextConfig(tokenizer="bpe", vocabulary=16_384, words=64, width=1024),
+        optim=OptimConfig(lr=4.5e-6 * 32, beta2=0.95, average=0.0, warmup=0, decay="none"),
+        train=TrainConfig(steps=1_000_000, batch=32, checkpoint_every=5000, sample_every=10_000),
+        codec_share=0.5,
+        codec_optim=OptimConfig(
+            "adam",
+            lr=4.5e-6 * 12,
+            beta1=0.5,
+            beta2=0.9,
+            weight_decay=0.0,
+            warmup=0,
+            decay="none",
+            clip=0.0,
+            average=0.0,
+        ),
+        codec_batch=12,
+        kept=200_000,
+        codec=VQGANConfig(adversary_from=250_001),
+        model=PriorConfig(TransformerConfig(1024, 24, 16, "exact"), places=64, drop_text=0.1),
+    ),
 }
 
 
 def stages(config: Config, tokenizer: Tokenizer) -> list[Stage]:
     """`codec`, `codes`, `prior`."""
-    return codec_stages(config, tokenizer, lambda: VQGAN(config.codec, config.size))
+    return codec_stages(config, tokenizer, lambda: VQGAN(config.codec))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lineage.config import OptimConfig, TextConfig, TrainConfig
-from lineage.recipes.codes_prior import CodesConfig, checked_side, codec_stages
+from lineage.errors import UserError
+from lineage.recipes.codes_prior import CodesConfig, codec_stages
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage
 from lineage.vqvae.dalle import PriorConfig
@@ -20,9 +21,14 @@ class Config(CodesConfig):
 
     codec: VQVAEConfig = field(default_factory=VQVAEConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checked_side(self.size, self.codec.factor)
+    def with_recipe(self, name: str) -> Config:
+        """`collapse`: what the codebook is without its helpers, which is what the paper's readers
+        found first: moved by its loss alone, started from large random numbers, nothing restarted.
+        """
+        if name != "collapse":
+            raise UserError(f"vqvae has no recipe {name!r}: collapse.")
+        lost = replace(self.codec.quantiser, codebook="loss", start="normal", restart=0.0)
+        return replace(self, codec=replace(self.codec, quantiser=lost))
 
 
 PRESETS = {
@@ -53,6 +59,48 @@ PRESETS = {
         codec_batch=32,
         codec=VQVAEConfig(QuantiserConfig(256, 16), 64, 32, 2),
         model=PriorConfig(TransformerConfig(128, 5, 4), places=16, temperature=0.8, guidance=2.0),
+    ),
+    # One GPU of 8 GB, under an hour: 64 codes of 8 x 8 pixels.
+    "small": Config(
+        key="vqvae",
+        preset="small",
+        size=64,
+        encoder=TextConfig(width=256),
+        optim=OptimConfig(lr=6e-4, warmup=500, average=0.999),
+        train=TrainConfig(minutes=55, batch=128, checkpoint_every=1000, sample_every=2000),
+        codec_share=0.2,
+        codec_optim=OptimConfig(lr=1e-3, warmup=200, average=0.999, weight_decay=0.0),
+        codec_batch=128,
+        kept=65_536,
+        codec=VQVAEConfig(QuantiserConfig(1024, 32), 128, 64, 2, 3),
+        model=PriorConfig(TransformerConfig(384, 8, 6), places=32, temperature=0.9, guidance=2.0),
+    ),
+    # Section 4.1 and 4.2: 128 pixels, 32 x 32 codes of 512, 256 channels, Adam at 0.0002, batches
+    # of 128, 250,000 steps; the codebook moved by its loss. The authors' prior is a PixelCNN.
+    "paper": Config(
+        key="vqvae",
+        preset="paper",
+        size=128,
+        encoder=TextConfig(tokenizer="bpe", vocabulary=8192, words=64, width=512),
+        optim=OptimConfig(lr=3e-4, warmup=2000, average=0.999),
+        train=TrainConfig(steps=500_000, batch=128, checkpoint_every=2000, sample_every=10_000),
+        codec_share=0.5,
+        codec_optim=OptimConfig(
+            "adam",
+            lr=2e-4,
+            beta2=0.999,
+            weight_decay=0.0,
+            warmup=0,
+            decay="none",
+            clip=0.0,
+            average=0.0,
+        ),
+        codec_batch=128,
+        kept=200_000,
+        codec=VQVAEConfig(
+            QuantiserConfig(512, 64, codebook="loss", start="normal", restart=0.0), 256, 256, 2, 2
+        ),
+        model=PriorConfig(TransformerConfig(512, 12, 8), places=64),
     ),
 }
 

@@ -33,6 +33,7 @@ from lineage.contract import Trainable
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import CheckFailed, UserError
 from lineage.nn.draws import Draws, stream_seed
+from lineage.train.group import Group
 from lineage.train.loader import Loader
 from lineage.train.log import Log
 from lineage.train.machine import Processes, autocast, channels_last, pick_device
@@ -54,58 +55,6 @@ def _frozen() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-class Group:
-    """The parameters that one turn moves: their optimiser and their moving average.
-
-    The average is taken of the modules' floating-point buffers too, such as the statistics of batch
-    norm, which belong to the weights they were taken with.
-    """
-
-    def __init__(self, name: str, modules: list[nn.Module], config: OptimConfig) -> None:
-        unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
-        self.parameters = list(unique.values())
-        self.clip = config.clip
-        self.lr = config.lr * config.rates.get(name, 1.0)
-        matrices = [p for p in self.parameters if p.dim() > 1]
-        vectors = [p for p in self.parameters if p.dim() <= 1]
-        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
-        self.optimizer = kind(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=self.lr,
-            betas=(config.beta1, config.beta2),
-            fused=fused,
-        )
-        self.decay = config.average
-        buffers = {id(b): b for m in modules for b in m.buffers() if b.is_floating_point()}
-        self.tracked: list[Tensor] = [*self.parameters, *buffers.values()]
-        self.average = [t.detach().clone() for t in self.tracked] if self.decay else None
-
-    def update(self, loss: Tensor, rate: float, step: int, processes: Processes) -> Tensor:
-        """Minimise `loss` by one step at `rate` times the group's own.
-
-        Returns the gradient's norm.
-        """
-        self.optimizer.zero_grad()
-        loss.backward(inputs=self.parameters)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        processes.average(gradients)
-        norm = nn.utils.get_total_norm(gradients)
-        if self.clip > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        for part in self.optimizer.param_groups:
-            part["lr"] = self.lr * rate
-        self.optimizer.step()
-        if self.average is not None:
-            with torch.no_grad():  # a short memory at first, so that the start is forgotten
-                decay = min(self.decay, (1 + step) / (10 + step))
-                torch._foreach_lerp_(self.average, self.tracked, 1 - decay)
-        return norm
 
 
 class Trainer:
@@ -402,7 +351,7 @@ class Trainer:
             "cpu_seconds": self.cpu_seconds,
             "weights": self.system.state_dict(),
             "groups": {
-                name: {"optimizer": group.optimizer.state_dict(), "average": group.average}
+                name: {**group.optimizer_states(), "average": group.average}
                 for name, group in self.groups.items()
             },
         }
@@ -413,7 +362,7 @@ class Trainer:
             self.system.load_state_dict(state["weights"])
             for name, group in self.groups.items():
                 saved = state["groups"][name]
-                group.optimizer.load_state_dict(saved["optimizer"])
+                group.load_optimizer_states(saved)
                 if group.average is not None:
                     for average, value in zip(group.average, saved["average"], strict=True):
                         average.copy_(value)

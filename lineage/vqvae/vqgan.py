@@ -23,7 +23,7 @@ Axes: B pictures, D width of a code, H W places, S side.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class VQGANConfig:
     """Sizes, and weights of the losses under the authors' names in brackets.
 
     Attributes:
-        net: encoder and decoder; its `size` is the run's.
+        net: encoder and decoder; pictures may have another side than its `size`.
         quantiser: the codebook [n_embed, embed_dim, beta].
         discriminator, layers: its channels next to the picture and its strided layers [disc_ndf,
             disc_num_layers].
@@ -96,15 +96,11 @@ def adaptive_weight(reconstruction: Tensor, adversary: Tensor, last: Tensor) -> 
 
 
 class VQGAN(Codec):
-    """Encoder, codebook, decoder, and the discriminator that teaches them.
+    """Encoder, codebook, decoder, and the discriminator that teaches them."""
 
-    Args:
-        size: S of the pictures.
-    """
-
-    def __init__(self, config: VQGANConfig, size: int) -> None:
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        net, width = replace(config.net, size=size), config.quantiser.width
+        net, width = config.net, config.quantiser.width
         self.config, self.codes, self.factor = config, config.quantiser.codes, config.factor
         self.encoder, self.decoder = Encoder(net, net.latent), Decoder(net)
         self.quant_conv = nn.Conv2d(net.latent, width, 1)

@@ -145,7 +145,7 @@ def test_the_rate_warms_up_and_decays(
     used: list[float] = []
     for number in range(8):
         one.advance(one.loader.at(number))
-        used.append(one.groups["point"].optimizer.param_groups[0]["lr"])
+        used.append(one.groups["point"].optimizers["optimizer"].param_groups[0]["lr"])
     assert used == pytest.approx([0.1 * share for share in expected])
     assert one._rate() == pytest.approx(1.0 if decay == "none" else 0.0)
 
@@ -153,7 +153,7 @@ def test_the_rate_warms_up_and_decays(
 def test_a_group_may_have_a_rate_of_its_own(shapes: CaptionedDataset) -> None:
     one = trainer(shapes, optim={"rates": {"point": 0.5}, "lr": 0.1})
     one.advance(one.loader.at(0))
-    assert one.groups["point"].optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert one.groups["point"].optimizers["optimizer"].param_groups[0]["lr"] == pytest.approx(0.05)
     with pytest.raises(UserError, match=r"optim\.rates\.generator.*point"):
         trainer(shapes, optim={"rates": {"generator": 2.0}})
 
@@ -163,7 +163,7 @@ def test_weight_decay_is_for_matrices_alone(shapes: CaptionedDataset) -> None:
     one = trainer(shapes, optim={"weight_decay": 0.3})
     decayed = {
         id(p): part["weight_decay"]
-        for part in one.groups["point"].optimizer.param_groups
+        for part in one.groups["point"].optimizers["optimizer"].param_groups
         for p in part["params"]
     }
     point = one.system.get_submodule("point")
