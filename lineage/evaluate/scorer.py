@@ -52,8 +52,8 @@ from lineage.evaluate import sections
 from lineage.evaluate.judge import resized
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_from_json
-from lineage.train.loader import Loader
 from lineage.train.group import Group
+from lineage.train.loader import Loader
 from lineage.train.machine import Processes
 from lineage.train.store import cache_folder, fingerprint, write_bytes
 

@@ -161,10 +161,18 @@ class VectorQuantiser(nn.Module):
 
     @torch.no_grad()
     def begin(self, z: Tensor) -> None:
-        """k-means of a batch's vectors; codes more than there are vectors stay as they are."""
+        """k-means of a batch's vectors; codes more than there are vectors stay as they are.
+
+        It starts from vectors that are far from those chosen before (k-means++, Arthur and
+        Vassilvitskii 2007): most places of most pictures are background, which needs one code.
+        """
         flat = z.reshape(-1, z.shape[-1])
         count = min(len(flat), len(self.codes))
-        means = flat[torch.randperm(len(flat), device=flat.device)[:count]].clone()
+        means = flat[torch.randint(len(flat), (1,), device=flat.device)]
+        apart = (flat - means).square().sum(1)
+        while len(means) < count:
+            means = torch.cat([means, flat[_far(apart, 1)]])
+            apart = torch.minimum(apart, (flat - means[-1]).square().sum(1))
         for _ in range(ROUNDS):
             near = torch.cdist(flat, means).argmin(1)
             sizes = torch.bincount(near, minlength=count).clamp(min=1)
@@ -197,14 +205,16 @@ class VectorQuantiser(nn.Module):
             moved = self.sums / smoothed[:, None]
             codes.copy_(F.normalize(moved, dim=1) if config.cosine else moved)
         if config.restart > 0 and not first:
-            self._restart(flat)
+            self._restart(flat, near)
 
-    def _restart(self, flat: Tensor) -> None:
+    def _restart(self, flat: Tensor, near: Tensor) -> None:
+        """Put codes that fell out of use where vectors are far from the code `near` them."""
         share = self.counts / self.counts.sum().clamp(min=1e-12)
         dead = share < self.config.restart / len(self.codes)
         if not bool(dead.any()):
             return
-        chosen = flat[torch.randint(len(flat), (int(dead.sum()),), device=flat.device)]
+        apart = (flat - self.codes[near]).square().sum(1)
+        chosen = flat[_far(apart, int(dead.sum()))]
         chosen, count = _of_first_process(chosen), self.counts.sum() / len(self.codes)
         self.codes[dead] = chosen.to(self.codes.dtype)
         self.counts[dead], self.sums[dead] = count, chosen * count
@@ -230,6 +240,13 @@ def code_usage(counts: Tensor) -> dict[str, Tensor]:
         "usage": (share > 0.1 / len(counts)).float().mean(),
         "perplexity": torch.special.entr(share).sum().exp(),
     }
+
+
+def _far(apart: Tensor, count: int) -> Tensor:
+    """(count,) numbers of vectors, drawn with probabilities that go as their squared distances
+    `apart` (N,) from their codes.
+    """
+    return torch.multinomial(apart + 1e-12, count, replacement=True)
 
 
 def _of_first_process(tensor: Tensor) -> Tensor:

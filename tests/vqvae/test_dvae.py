@@ -103,7 +103,7 @@ def test_initial_weights_keep_the_scale() -> None:
 
 @pytest.mark.parametrize("name", ["codes", "start", "blocks", "width"])
 def test_what_cannot_be_built_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"dvae.{name}"):
+    with pytest.raises(UserError, match=f"codec.{name}"):
         DVAEConfig(**{name: 3 if name == "width" else 0})
 
 

@@ -233,7 +233,8 @@ def test_k_means_puts_codes_into_every_cluster() -> None:
     quantiser = made(codes=16, width=4, start="kmeans", codebook="loss").train()
     found = quantiser(batch)
     gaps = torch.cdist(quantiser.codes.data, centres).min(1)
-    assert gaps.values.max() < 2 and set(gaps.indices.tolist()) == {0, 1, 2, 3}
+    widest = torch.cdist(batch, centres).min(1).values.max()  # a mean lies no further out
+    assert gaps.values.max() <= widest + 1e-5 and set(gaps.indices.tolist()) == {0, 1, 2, 3}
     assert found.terms["commitment"] < 0.25 * 0.5**2  # nearer than the centres are
 
 
