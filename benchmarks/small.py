@@ -33,7 +33,8 @@ from lineage.train.store import write_json
 
 OUT = Path(__file__).parent.parent / "results" / "small.json"
 TERAFLOPS = 8.0
-KEYS = ("gan_int_cls", "stackgan", "attngan", "ddpm")  # of several stages, the last and largest
+KEYS = ("gan_int_cls", "stackgan", "attngan", "vqvae", "vqgan", "dalle", "ddpm")
+"""Of several stages, the last."""
 
 
 def trainer(key: str, batch: int | None) -> Trainer:

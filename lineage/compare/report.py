@@ -140,6 +140,11 @@ def score_lines(scores: dict[str, Any]) -> list[dict[str, Any]]:
         (("diversity", "spread_against_real"), "spread of one caption's samples, real = 1"),
         (("diversity", "spread"), "spread of one caption's samples"),
         (("memorisation", "nearer_than_unseen_real"), "nearer to training than unseen real"),
+        (("stages", "reconstruction", "test", "overall"), "codec alone: right when decoded"),
+        (("stages", "psnr"), "codec alone: PSNR, dB"),
+        (("stages", "nats_per_code"), "prior alone: nats per code ↓"),
+        (("stages", "accuracy"), "prior alone: accuracy, true codes before"),
+        (("stages", "bits_per_dim"), "codec and prior: bits per dimension ↓"),
         (("text_fit", "r_precision"), "R-precision"),
         (("text_fit", "clip_score"), "CLIP score"),
     ]

@@ -100,6 +100,7 @@ def codec_stages(
         train=look,
         settings={"kept": config.kept, **known},
         needs=(CODEC,) if given is None else (),
+        share=0.0,
     )
     prior = Stage(
         name=PRIOR,

@@ -51,7 +51,8 @@ class Stage:
             `share`.
         settings: everything else that its result depends on, as JSON values.
         needs: names of the stages whose systems it is built from.
-        share: of the run's budget; the shares of a recipe sum to 1.
+        share: of the run's budget; the shares of a recipe sum to 1. 0 for a stage whose `train` has
+            a budget of its own.
     """
 
     name: str
@@ -65,6 +66,8 @@ class Stage:
     def budgeted(self) -> TrainConfig:
         """`train` with this stage's share of the budget."""
         train = self.train
+        if not self.share:
+            return train
         return replace(
             train,
             minutes=None if train.minutes is None else train.minutes * self.share,

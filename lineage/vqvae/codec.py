@@ -154,7 +154,6 @@ class Codes(Trainable):
         self.uses += torch.bincount(ids.flatten(), minlength=len(self.uses))
         error = (self.codec.decode(ids).clamp(-1, 1) - batch.image).square().mean()
         self.facts = {"psnr": psnr(error), **code_usage(self.uses)}
-        self.facts["dead"] = (self.uses == 0).float().sum()
         yield from ()
 
     def remark(self, means: dict[str, float]) -> str:

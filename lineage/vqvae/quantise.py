@@ -232,12 +232,14 @@ def code_usage(counts: Tensor) -> dict[str, Tensor]:
 
     Returns:
         Scalars: `usage`, the share of codes that stand for at least a tenth of what they would if
-        all were equally frequent, and `perplexity`, how many equally frequent codes would say as
-        much.
+        all were equally frequent; `dead`, the number of the others; and `perplexity`, how many
+        equally frequent codes would say as much.
     """
     share = counts / counts.sum().clamp(min=1e-12)
+    used = share > 0.1 / len(counts)
     return {
-        "usage": (share > 0.1 / len(counts)).float().mean(),
+        "usage": used.float().mean(),
+        "dead": (~used).float().sum(),
         "perplexity": torch.special.entr(share).sum().exp(),
     }
 
