@@ -144,7 +144,7 @@ class Codes(Trainable):
     @torch.no_grad()
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
         """Find and keep the batch's codes. There is nothing to minimise, so nothing is yielded."""
-        ids = self.codec.encode(batch.image)
+        ids = self._found(batch.image)
         for name, row in zip(map(_number, batch.id), ids.flatten(1), strict=True):
             at = int(self.count)
             if name not in self._rows and at < len(self.names):
@@ -152,19 +152,24 @@ class Codes(Trainable):
                 self._rows[name] = at
                 self.count += 1
         self.uses += torch.bincount(ids.flatten(), minlength=len(self.uses))
-        error = (self.codec.decode(ids).clamp(-1, 1) - batch.image).square().mean()
+        error = (self.codec.decode(ids).float().clamp(-1, 1) - batch.image).square().mean()
         self.facts = {"psnr": psnr(error), **code_usage(self.uses)}
         yield from ()
 
     def remark(self, means: dict[str, float]) -> str:
         return usage_remark(means)
 
+    def _found(self, image: Tensor) -> Tensor:
+        """In full precision, in which codes are decided wherever else they are asked for."""
+        with torch.autocast(image.device.type, enabled=False):
+            return self.codec.encode(image)
+
     @torch.no_grad()
     def of(self, batch: Batch) -> Tensor:
         """The codes (B, H, W) of a batch, from memory where they are known."""
         rows = [self._rows.get(_number(name), -1) for name in batch.id]
         if min(rows) < 0:
-            return self.codec.encode(batch.image)
+            return self._found(batch.image)
         found = self.ids[torch.tensor(rows).to(self.ids.device)].long()
         return found.unflatten(1, (self.side, self.side)).to(batch.image.device)
 

@@ -288,8 +288,12 @@ class Prior(System):
         """
         if not 0 <= keep <= 1:
             raise UserError(f"keep={keep} must be from 0 to 1.")
-        if len(images) != len(captions):
-            raise UserError(f"{len(captions)} captions need as many pictures, not {len(images)}.")
+        size = self.side * self.codec.factor
+        if images.shape != (len(captions), 3, size, size):
+            raise UserError(
+                f"{len(captions)} captions need as many pictures of {size} x {size} pixels, not "
+                f"{tuple(images.shape)}."
+            )
         choice = self._choice(**dict.fromkeys(self.knobs()) | self.typed_knobs(knobs))
         rows = round(keep * self.side)
         parts = iter(images.to(self.device).split(self.at_once))
