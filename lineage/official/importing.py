@@ -8,6 +8,7 @@ them our names; what the checkpoint lacks (a discriminator, say) is left as it s
 from __future__ import annotations
 
 import importlib
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,27 @@ class Shell:
     def __init__(self, *given: Any) -> None:
         """Takes anything and does nothing."""
 
-    def tensors(self, before: str = "") -> dict[str, Tensor]:
+    def __setstate__(self, state: Any) -> None:
+        """Keeps attributes; any other state is of no use here."""
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+    def _group(self, name: str) -> dict[Any, Any]:
+        group = vars(self).get(name)
+        return group if isinstance(group, dict) else {}
+
+    def tensors(self, before: str = "", around: tuple[Shell, ...] = ()) -> dict[str, Tensor]:
         """Parameters and buffers by name, if it was a module."""
-        found: dict[str, Tensor] = {}
-        for kind in ("_parameters", "_buffers"):
-            own = vars(self).get(kind) or {}
-            found |= {before + name: value for name, value in own.items() if value is not None}
-        for name, inner in (vars(self).get("_modules") or {}).items():
-            if isinstance(inner, Shell):
-                found |= inner.tensors(f"{before}{name}.")
+        own = self._group("_parameters") | self._group("_buffers")
+        passing = vars(self).get("_non_persistent_buffers_set") or ()
+        found: dict[str, Tensor] = {
+            f"{before}{name}": value
+            for name, value in own.items()
+            if value is not None and name not in passing
+        }
+        for name, inner in self._group("_modules").items():
+            if isinstance(inner, Shell) and inner is not self and inner not in around:
+                found |= inner.tensors(f"{before}{name}.", (*around, self))
         return found
 
 
@@ -101,8 +114,10 @@ def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str 
     importer: Importer = getattr(importlib.import_module(where), name)
     try:
         found = importer([read_given(path) for path in paths])
-    except (KeyError, IndexError, ValueError) as error:
+    except KeyError as error:
         raise UserError(f"{given} does not fit {key}: it lacks {error}.") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{given} does not fit {key}: its tensors have other shapes.") from error
     config = found.config
     tokenizer = found.tokenizer
     if tokenizer is None:
@@ -157,7 +172,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
         else:
-            strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            archive = zipfile.is_zipfile(path)  # before torch 1.6 it was none, and held no classes
+            strange = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else []
             with torch.serialization.safe_globals([(Shell, name) for name in strange]):
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen kinds, for files that are foreign or cut short

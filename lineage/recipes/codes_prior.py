@@ -47,12 +47,6 @@ class CodesConfig(RunConfig):
             raise UserError(f"codec_share={self.codec_share} must be between 0 and 1.")
         for name in ("codec_batch", "kept"):
             at_least(name, getattr(self, name), 1)
-        factor = self.codec.factor  # type: ignore[attr-defined]
-        if self.size % factor:
-            raise UserError(
-                f"size={self.size} does not divide into places of {factor} pixels: choose a "
-                "multiple of it."
-            )
 
     def with_codec_from(self: C, folder: str) -> C:
         """The same run on the codec of the run in `folder`."""
@@ -61,6 +55,8 @@ class CodesConfig(RunConfig):
         saved = read_json(Path(folder) / "config.json")
         if not isinstance(saved, dict) or saved.get("key") != self.key:
             raise UserError(f"{folder} holds no run of {self.key}, so no codec for one.")
+        if not isinstance(saved.get("codec"), dict):
+            raise UserError(f"{folder} has a config.json without a codec.")
         codec = from_dict(get_type_hints(type(self))["codec"], saved["codec"])
         changed = {"codec_from": folder, "codec": codec}
         return replace(self, **changed)
@@ -76,6 +72,12 @@ def codec_stages(
 
     The codes are found in one look at `kept` pictures.
     """
+    factor = config.codec.factor  # type: ignore[attr-defined]
+    if config.size % factor:  # here, so that size and codec may be set in any order
+        raise UserError(
+            f"size={config.size} does not divide into places of {factor} pixels: choose a "
+            "multiple of it."
+        )
     settings: dict[str, Any] = to_dict(config)
     train = replace(config.train, batch=config.codec_batch, sample_every=0)
     look = replace(train, minutes=None, steps=None, pictures=config.kept, batch=64)
@@ -131,10 +133,9 @@ def taken(codec: Codec, path: Path) -> Codec:
     """The codec with the weights that it has in a run's file."""
     state = load_tensors(path)
     own = {k.removeprefix("codec."): v for k, v in state.items() if k.startswith("codec.")}
-    if next(codec.parameters()).is_meta:  # only to see whether it can be built
-        return codec
-    try:
+    wanted = codec.state_dict()
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise UserError(f"{path} holds no codec of the sizes in `codec`.")
+    if not next(codec.parameters()).is_meta:  # else only to see whether it can be built
         codec.load_state_dict(own)
-    except RuntimeError as error:
-        raise UserError(f"{path} holds no codec of the sizes in `codec`.") from error
     return codec

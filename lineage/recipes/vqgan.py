@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from lineage.config import OptimConfig, TextConfig, TrainConfig
+from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig
 from lineage.recipes.codes_prior import CodesConfig, codec_stages
 from lineage.text.tokenizer import Tokenizer
@@ -110,5 +111,14 @@ PRESETS = {
 
 
 def stages(config: Config, tokenizer: Tokenizer) -> list[Stage]:
-    """`codec`, `codes`, `prior`."""
+    """`codec`, `codes`, `prior`.
+
+    Raises:
+        UserError: the pictures are smaller than a patch of the discriminator.
+    """
+    if config.size < 3 * 2**config.codec.layers:  # two convolutions of 4 x 4 follow
+        raise UserError(
+            f"size={config.size} is too small for codec.layers={config.codec.layers}, which needs "
+            f"{3 * 2**config.codec.layers} pixels: choose fewer layers."
+        )
     return codec_stages(config, tokenizer, lambda: VQGAN(config.codec))

@@ -138,22 +138,39 @@ class RunStages:
             UserError: for a checkpoint that does not fit, a full disk, a loss that is not finite.
         """
         made: Made = {}
+        settled = self._settled()
         for stage in self.stages:
             self.seeded()
             system = stage.build(made)
-            key = self.keys[stage.name] = content_key(stage, self.origin, self.keys)
+            key = settled.get(stage.name) or content_key(stage, self.origin, self.keys)
+            self.keys[stage.name] = key
             kept = cache_folder("stages") / key / "model.safetensors"
             last = stage is self.stages[-1]
             if not last and kept.exists():
                 load_weights(system, kept)
             else:
-                system = self._train(stage, system, last)
+                system = self._train(stage, system, last, stage.name in settled)
                 if not last and Processes.join(next(system.parameters()).device).first:
                     save_tensors(kept, system.state_dict())
             made[stage.name] = system.eval()
         return made[self.stages[-1].name]
 
-    def _train(self, stage: Stage, system: Trainable, last: bool) -> Trainable:
+    def _state_path(self, stage: Stage) -> Path:
+        last = stage is self.stages[-1]
+        return (self.folder if last else self.folder / "stages" / stage.name) / "state.pt"
+
+    def _settled(self) -> dict[str, str]:
+        """Keys of the stages that a later one was begun on: that one's weights hold theirs, so they
+        stay as they are whatever budget or file is given now.
+        """
+        for stage in reversed(self.stages):
+            path = self._state_path(stage)
+            if path.exists():
+                keys: dict[str, str] = load_state(path).get("keys", {})
+                return {name: key for name, key in keys.items() if name != stage.name}
+        return {}
+
+    def _train(self, stage: Stage, system: Trainable, last: bool, settled: bool) -> Trainable:
         """Train one stage, from its checkpoint if the folder holds one.
 
         Returns it with averaged weights.
@@ -162,8 +179,7 @@ class RunStages:
             system, self.dataset, stage.optim, stage.budgeted(), seed=self.seed, stage=stage.name
         )
         first = trainer.processes.first
-        place = self.folder if last else self.folder / "stages" / stage.name
-        state_path, key = place / "state.pt", self.keys[stage.name]
+        state_path = self._state_path(stage)
         if state_path.exists():
             state = load_state(state_path)
             if state.get("stage") != stage.name:
@@ -178,7 +194,7 @@ class RunStages:
 
         def checkpoint() -> None:
             if first:
-                save_state(state_path, {**trainer.state(), "key": key})
+                save_state(state_path, {**trainer.state(), "keys": dict(self.keys)})
                 if last:
                     with trainer.averaged() as averaged:
                         save_tensors(self.folder / "model.safetensors", averaged.state_dict())
@@ -192,8 +208,9 @@ class RunStages:
             trainer.processes.wait()
 
         try:
-            trainer.run(log, checkpoint, sample)
-            sample()
+            if not (settled and state_path.exists()):
+                trainer.run(log, checkpoint, sample)
+                sample()
         finally:
             if log is not None:
                 log.close()

@@ -118,7 +118,7 @@ class Codes(Trainable):
         self.codec, self.text = codec.requires_grad_(False), NoText()
         self.side = size // codec.factor
         self.register_buffer("names", torch.zeros(kept, dtype=torch.int64))
-        self.register_buffer("ids", torch.zeros(kept, self.side**2, dtype=torch.int16))
+        self.register_buffer("ids", torch.zeros(kept, self.side**2, dtype=torch.int32))
         self.register_buffer("uses", torch.zeros(codec.codes))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.names: Tensor
@@ -148,7 +148,7 @@ class Codes(Trainable):
         for name, row in zip(map(_number, batch.id), ids.flatten(1), strict=True):
             at = int(self.count)
             if name not in self._rows and at < len(self.names):
-                self.names[at], self.ids[at] = name, row.to(torch.int16)
+                self.names[at], self.ids[at] = name, row.to(torch.int32)
                 self._rows[name] = at
                 self.count += 1
         self.uses += torch.bincount(ids.flatten(), minlength=len(self.uses))
