@@ -13,8 +13,9 @@ encoder; and pixels, which end at 0 and 1, are described by a distribution that 
 The KL term is per pixel and channel, as the pixels' density is, so that beta = 1 is the bound on
 ln p(x); the paper's beta is 6.6.
 
-Departure: both schedules end after `anneal` steps (the paper: 150,000 for tau, 5,000 for beta; here
-beta rises over a thirtieth of tau's); pictures narrower than the paper's have fewer groups.
+Departures: both schedules end after `anneal` steps (the paper: 150,000 for tau, 5,000 for beta;
+here beta rises over a thirtieth of tau's); small pictures may have fewer groups; b has a floor in
+training, since in drawn pictures pixels repeat exactly, and such a density has no bound.
 
 Axes: B pictures, V codes, H W places, S side.
 """
@@ -39,6 +40,7 @@ from lineage.vqvae.codec import HALF, Codec, interval
 from lineage.vqvae.quantise import code_usage
 
 EPSILON = 0.1  # pixels are kept this far from 0 and 1
+SHARPEST = -4.0  # ln b in training: half a byte's width, in logits, next to black and white
 SOONER = 30  # times as fast as tau falls, beta rises
 FOLLOWED = 0.99  # decay of the average by which the codes' use is watched
 
@@ -240,7 +242,7 @@ class DVAE(Codec):
         logits = self.encoder(mapped).float()
         uniform = draws.uniform(*logits.shape[1:])
         mu, log_b = self.decoder(gumbel_mixture(logits, uniform, temperature))
-        mu, log_b = mu.float(), log_b.float()
+        mu, log_b = mu.float(), log_b.float().clamp(min=SHARPEST)
         ids = logits.detach().argmax(1).flatten()
         self.counts.lerp_(torch.bincount(ids, minlength=self.codes).float(), 1 - FOLLOWED)
         watched = self.note(batch.image, 2 * unmap_pixels(mu.detach().sigmoid()) - 1)
