@@ -14,10 +14,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lineage import __version__
 from lineage.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lineage.contract import System
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,6 +116,7 @@ def _sample(options: argparse.Namespace) -> None:
     from lineage.runs import load, save_picture
     from lineage.sheets import picture, rows_sheet, sheet
 
+    _agreeing(options)
     system = load(options.run, options.device)
     captions = [caption for caption in options.captions for _ in range(options.count)]
     unknown = system.text.unknown(options.captions)
@@ -118,8 +124,6 @@ def _sample(options: argparse.Namespace) -> None:
         print(f"lineage: not seen in training: {', '.join(unknown)}", file=sys.stderr)
     out, knobs = Path(options.out), system.typed_knobs(_settings(options.set))
     if options.inside:
-        if knobs or options.single or options.count > 1 or options.init or options.best_of > 1:
-            raise UserError("--inside shows one picture and takes no other option but --seed.")
         rows = system.inside(captions[0], seed=options.seed)
         if not rows:
             raise UserError(f"{options.run}: this system has no inside to show.")
@@ -127,20 +131,7 @@ def _sample(options: argparse.Namespace) -> None:
         save_picture(rows_sheet(drawn), out)
         print(out)
         return
-    if options.init and options.best_of > 1:
-        raise UserError("--init goes on with one picture: leave out --best-of.")
-    if options.init:
-        given = _given_picture(Path(options.init), Path(options.run))
-        begun = given.expand(len(captions), -1, -1, -1)
-        finished = system.complete(captions, begun, keep=options.keep, seed=options.seed, **knobs)
-        images = to_bytes(finished).cpu()
-    elif options.best_of > 1:
-        from lineage.evaluate.best import best_of, scorer_of_run
-
-        scorer = scorer_of_run(options.scorer, Path(options.run), system.device)
-        images, _ = best_of(system, captions, scorer, options.best_of, seed=options.seed, **knobs)
-    else:
-        images = to_bytes(system.generate(captions, seed=options.seed, **knobs)).cpu()
+    images = _drawn(options, system, captions, knobs)
     if options.single:
         paths = [
             out.with_name(f"{out.stem}_{i:03d}{out.suffix or '.png'}") for i in range(len(images))
@@ -154,7 +145,43 @@ def _sample(options: argparse.Namespace) -> None:
         print(out)
 
 
-def _given_picture(path: Path, run: Path) -> Any:
+def _agreeing(options: argparse.Namespace) -> None:
+    """Raises `UserError` for options of `sample` of which one would be passed over in silence."""
+    several = (options.best_of or 1) > 1
+    if options.inside and (
+        options.set or options.single or options.count > 1 or options.init or several
+    ):
+        raise UserError("--inside shows one picture and takes no other option but --seed.")
+    if options.init and several:
+        raise UserError("--init goes on with one picture: leave out --best-of.")
+    if options.keep is not None and not options.init:
+        raise UserError("--keep is a share of the picture that --init names.")
+    if options.scorer is not None and options.best_of is None:
+        raise UserError("--scorer chooses among several: add --best-of 8.")
+
+
+def _drawn(
+    options: argparse.Namespace, system: System, captions: list[str], knobs: dict[str, Any]
+) -> Tensor:
+    """Pictures (B, 3, S, S) uint8 of captions, as the options of `sample` ask for them."""
+    from lineage.data.contract import to_bytes
+
+    if options.init:
+        begun = _given_picture(Path(options.init), Path(options.run))
+        begun = begun.expand(len(captions), -1, -1, -1)
+        keep = 0.5 if options.keep is None else options.keep
+        images = system.complete(captions, begun, keep=keep, seed=options.seed, **knobs)
+        return to_bytes(images).cpu()
+    if (options.best_of or 1) > 1:
+        from lineage.evaluate.best import best_of, scorer_of_run
+
+        name = "auto" if options.scorer is None else options.scorer
+        scorer = scorer_of_run(name, Path(options.run), system.device)
+        return best_of(system, captions, scorer, options.best_of, seed=options.seed, **knobs)[0]
+    return to_bytes(system.generate(captions, seed=options.seed, **knobs)).cpu()
+
+
+def _given_picture(path: Path, run: Path) -> Tensor:
     """A picture file as (1, 3, S, S) in [-1, 1], at the size of the run."""
     import torch
 
@@ -316,13 +343,13 @@ def _parser() -> Parser:
     )
     command.add_argument("--init", metavar="PICTURE", help="go on with the upper part of a picture")
     command.add_argument(
-        "--keep", type=float, default=0.5, help="share of --init that is given (0.5)"
+        "--keep", type=float, help="share of --init that is given, from above (0.5)"
     )
     command.add_argument(
-        "--best-of", type=_number, default=1, help="draw so many for each and keep the best (1)"
+        "--best-of", type=_number, help="draw so many for each and keep the best (1)"
     )
     command.add_argument(
-        "--scorer", default="auto", help="who chooses: hub:MODEL, damsm:RUN or auto (auto)"
+        "--scorer", help="who chooses of --best-of: hub:MODEL, damsm:RUN or auto (auto)"
     )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="auto")

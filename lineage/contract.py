@@ -162,7 +162,7 @@ class System(Trainable):
 
     def complete(
         self,
-        captions: Sequence[str],
+        captions: str | Sequence[str],
         images: Tensor,
         *,
         keep: float = 0.5,

@@ -41,11 +41,12 @@ def best_of(
     """
     if candidates < 1:
         raise UserError(f"{candidates} candidates are too few: 1 or more.")
-    every = [caption for caption in captions for _ in range(candidates)]
+    every = [caption for _ in range(candidates) for caption in captions]
     drawn = [to_bytes(part).cpu() for part in system.generate_in_parts(every, seed=seed, **knobs)]
-    images = torch.cat(drawn).unflatten(0, (len(captions), candidates))
-    fit = (scorer.image(images.flatten(0, 1)) * scorer.text(every)).sum(1)
-    fit = fit.view(len(captions), candidates)
+    images = torch.cat(drawn)
+    fit = (scorer.image(images) * scorer.text(every)).sum(1)
+    shape = (candidates, len(captions))
+    images, fit = images.unflatten(0, shape).transpose(0, 1), fit.view(shape).T
     return images[torch.arange(len(captions)), fit.argmax(1)], fit
 
 

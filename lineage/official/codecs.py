@@ -97,7 +97,13 @@ def import_vqgan(files: Sequence[Given]) -> Imported:
         if key.startswith(judge)
     }
     config = replace(vqgan.PRESETS["small"], preset="paper", size=SIZE, codec=codec)
-    absent = ("codec.discriminator.", "codec.error", "codec.steps", "codec.quantiser.")
+    absent = (
+        "codec.discriminator.",
+        "codec.error",
+        "codec.noted",
+        "codec.steps",
+        "codec.quantiser.",
+    )
     return Imported(config, weights, PRIOR + absent, NOTE.format(key="vqgan"))
 
 
@@ -129,5 +135,5 @@ def import_dalle(files: Sequence[Given]) -> Imported:
         for key, value in file.tensors.items()
     }
     config = replace(dalle.PRESETS["small"], preset="paper", size=SIZE, codec=codec)
-    absent = ("codec.error", "codec.steps", "codec.counts")
+    absent = ("codec.error", "codec.noted", "codec.steps", "codec.counts")
     return Imported(config, weights, PRIOR + absent, NOTE.format(key="dalle"))

@@ -44,7 +44,9 @@ class Codec(Trainable):
         super().__init__()
         self.text = NoText()
         self.register_buffer("error", torch.ones(()))  # squared, of a pixel in [-1, 1]
+        self.register_buffer("noted", torch.zeros(()))  # steps that it was followed over
         self.error: Tensor
+        self.noted: Tensor
 
     @abstractmethod
     def encode(self, image: Tensor) -> Tensor:
@@ -71,7 +73,8 @@ class Codec(Trainable):
         log.
         """
         error = (decoded.float().clamp(-1, 1) - image).square().mean()
-        self.error.lerp_(error, 1 - DECAY)
+        self.noted += 1
+        self.error.lerp_(error, (1 / self.noted).clamp(min=1 - DECAY))  # at first a plain mean
         return {"psnr": psnr(error)}
 
     def remark(self, means: dict[str, float]) -> str:
@@ -84,20 +87,19 @@ def psnr(error: Tensor) -> Tensor:
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """Of the standard normal distribution."""
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    """Of the standard normal distribution; exact far out on the left."""
+    return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
 def interval(cdf: Any, below: Tensor, above: Tensor) -> Tensor:
     """ln(cdf(above) - cdf(below)), summed over all but the first axis: (B, ...) -> (B,).
 
-    In float64, and of symmetric distributions: both are turned to the left, where small shares are
-    not lost beside 1.
+    Of symmetric distributions: both are turned to the left, where small shares are not lost beside
+    1.
     """
-    below, above = below.double(), above.double()
     right = below + above > 0
     low, high = torch.where(right, -above, below), torch.where(right, -below, above)
-    return (cdf(high) - cdf(low)).clamp(min=1e-30).log().flatten(1).sum(1).float()
+    return (cdf(high) - cdf(low)).clamp(min=1e-30).log().flatten(1).sum(1)
 
 
 class Codes(Trainable):

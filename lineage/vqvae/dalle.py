@@ -84,10 +84,11 @@ class Choice:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or math.isinf(self.temperature):
-            raise UserError(f"temperature={self.temperature} must be 0 or more.")
+        for name in ("temperature", "guidance"):
+            value = getattr(self, name)
+            if not value >= 0 or math.isinf(value):
+                raise UserError(f"{name}={value} must be a number from 0 up.")
         at_least("top_k", self.top_k, 0)
-        at_least("guidance", self.guidance, 0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1.")
 
@@ -98,7 +99,7 @@ class Choice:
         if 0 < self.top_k < logits.shape[1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
-        shares = (logits / self.temperature).softmax(1)
+        shares = ((logits - logits.amax(1, keepdim=True)) / self.temperature).softmax(1)
         if self.top_p < 1:
             ordered, order = shares.sort(1, descending=True)
             before = ordered.cumsum(1) - ordered  # what is likelier than each, together
@@ -108,8 +109,10 @@ class Choice:
 
     def take(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """(B, K) logits, (B,) in [0, 1) -> (B,) codes: where cumulated shares pass `uniform`."""
-        heap = self.probabilities(logits).double().cumsum(1)  # so that 0.99999994 of it is below it
-        return torch.searchsorted(heap, uniform[:, None] * heap[:, -1:], right=True).squeeze(1)
+        heap = self.probabilities(logits).cumsum(1)
+        whole = heap[:, -1:]
+        below = torch.nextafter(whole, torch.zeros_like(whole))  # 0.99999994 of it may round to it
+        return torch.searchsorted(heap, (uniform[:, None] * whole).minimum(below), right=True)[:, 0]
 
 
 class Prior(System):
@@ -272,7 +275,7 @@ class Prior(System):
 
     def complete(
         self,
-        captions: Sequence[str],
+        captions: str | Sequence[str],
         images: Tensor,
         *,
         keep: float = 0.5,
@@ -295,6 +298,7 @@ class Prior(System):
                 f"{tuple(images.shape)}."
             )
         choice = self._choice(**dict.fromkeys(self.knobs()) | self.typed_knobs(knobs))
+        captions = [captions] if isinstance(captions, str) else captions
         rows = round(keep * self.side)
         parts = iter(images.to(self.device).split(self.at_once))
 
