@@ -115,6 +115,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise UserError(f"There is no file {path}.") from None
     except Exception as error:  # of a dozen kinds, for files that are foreign or cut short
         raise UserError(f"{path} is no checkpoint of tensors alone.") from error
-    if not isinstance(state, dict):
+    whole = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not whole:
         raise UserError(f"{path} holds no dictionary of tensors by name.")
     return state

@@ -46,7 +46,7 @@ PRESETS = {
         codec_share=0.5,
         codec_optim=OptimConfig(lr=2e-3, warmup=50, average=0.99, weight_decay=0.0),
         codec_batch=16,
-        codec=DVAEConfig(64, 32, 32, 1, 3, beta=0.1, anneal=3000),
+        codec=DVAEConfig(64, 32, 32, 1, 3, beta=0.1, anneal=3000, sharpest=-2.0),
         model=PriorConfig(
             TransformerConfig(128, 5, 4, "exact"), places=16, temperature=0.5, guidance=2.0
         ),
@@ -62,7 +62,7 @@ PRESETS = {
         codec_optim=OptimConfig(lr=6e-4, warmup=200, average=0.999, weight_decay=0.0),
         codec_batch=128,
         kept=65_536,
-        codec=DVAEConfig(1024, 64, 64, 2, 4, beta=1.0, anneal=4000),
+        codec=DVAEConfig(1024, 64, 64, 2, 4, beta=0.1, anneal=8000, sharpest=-2.0),
         model=PriorConfig(TransformerConfig(384, 8, 6), places=32, temperature=0.9, guidance=2.0),
     ),
     # Ramesh et al. 2021, appendices A and B: 32 x 32 codes of 8,192; 64 layers of 62 heads of 64,

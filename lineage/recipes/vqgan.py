@@ -107,7 +107,10 @@ PRESETS = {
         ),
         codec_batch=12,
         kept=200_000,
-        codec=VQGANConfig(adversary_from=250_001),
+        codec=VQGANConfig(
+            quantiser=QuantiserConfig(1024, 256, codebook="loss", start="normal", restart=0.0),
+            adversary_from=250_001,
+        ),
         model=PriorConfig(TransformerConfig(1024, 24, 16, "exact"), places=64, drop_text=0.1),
     ),
 }

@@ -14,8 +14,8 @@ The KL term is per pixel and channel, as the pixels' density is, so that beta = 
 ln p(x); the paper's beta is 6.6.
 
 Departures: both schedules end after `anneal` steps (the paper: 150,000 for tau, 5,000 for beta;
-here beta rises over a thirtieth of tau's); small pictures may have fewer groups; b has a floor in
-training, since in drawn pictures pixels repeat exactly, and such a density has no bound.
+here beta rises over a thirtieth of tau's); small pictures may have fewer groups; b may have a floor:
+in drawn pictures pixels repeat exactly, and such a density has no bound.
 
 Axes: B pictures, V codes, H W places, S side.
 """
@@ -40,7 +40,6 @@ from lineage.vqvae.codec import HALF, Codec, interval
 from lineage.vqvae.quantise import code_usage
 
 EPSILON = 0.1  # pixels are kept this far from 0 and 1
-SHARPEST = -4.0  # ln b in training: half a byte's width, in logits, next to black and white
 SOONER = 30  # times as fast as tau falls, beta rises
 FOLLOWED = 0.99  # decay of the average by which the codes' use is watched
 
@@ -58,6 +57,7 @@ class DVAEConfig:
         temperature: that tau falls to from 1, along a cosine.
         beta: that the KL term's weight rises to from 0, along a cosine.
         anneal: steps until tau has fallen.
+        sharpest: floor of ln b, which is reached smoothly.
     """
 
     codes: int = 8192
@@ -68,6 +68,7 @@ class DVAEConfig:
     temperature: float = 1 / 16
     beta: float = 6.6
     anneal: int = 150_000
+    sharpest: float = -20.0
 
     def __post_init__(self) -> None:
         for name in ("codes", "start", "blocks", "groups", "anneal"):
@@ -241,8 +242,7 @@ class DVAE(Codec):
         mapped = map_pixels((batch.image + 1) / 2)
         logits = self.encoder(mapped).float()
         uniform = draws.uniform(*logits.shape[1:])
-        mu, log_b = self.decoder(gumbel_mixture(logits, uniform, temperature))
-        mu, log_b = mu.float(), log_b.float().clamp(min=SHARPEST)
+        mu, log_b = self._density(gumbel_mixture(logits, uniform, temperature))
         ids = logits.detach().argmax(1).flatten()
         self.counts.lerp_(torch.bincount(ids, minlength=self.codes).float(), 1 - FOLLOWED)
         watched = self.note(batch.image, 2 * unmap_pixels(mu.detach().sigmoid()) - 1)
@@ -253,18 +253,22 @@ class DVAE(Codec):
     def encode(self, image: Tensor) -> Tensor:
         return self.encoder(map_pixels((image + 1) / 2)).argmax(1)
 
-    def _density(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and ln b of codes (B, H, W)."""
-        mixture = F.one_hot(ids, self.codes).movedim(3, 1).to(self.decoder.input.weight.dtype)
+    def _density(self, mixture: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and ln b, (B, 3, S, S) each, of shares (B, V, H, W)."""
         mu, log_b = self.decoder(mixture)
-        return mu.float(), log_b.float()
+        floor = self.config.sharpest
+        return mu.float(), floor + F.softplus(log_b.float() - floor)
+
+    def _mixture(self, ids: Tensor) -> Tensor:
+        """Codes (B, H, W) as shares of all or nothing."""
+        return F.one_hot(ids, self.codes).movedim(3, 1).to(self.decoder.input.weight.dtype)
 
     def decode(self, ids: Tensor) -> Tensor:
-        return 2 * unmap_pixels(self._density(ids)[0].sigmoid()) - 1
+        return 2 * unmap_pixels(self._density(self._mixture(ids))[0].sigmoid()) - 1
 
     def nats(self, image: Tensor, ids: Tensor) -> Tensor:
         """With the Laplace density of the pixels' logits gathered over the width of a byte."""
-        mu, log_b = self._density(ids)
+        mu, log_b = self._density(self._mixture(ids))
         edges = ((edge + 1) / 2 for edge in (image - HALF, image + HALF))
         below, above = ((map_pixels(e.clamp(0, 1)).logit() - mu) / log_b.exp() for e in edges)
         below = torch.where(image <= -1 + HALF, -torch.inf, below)

@@ -35,6 +35,7 @@ from lineage.errors import UserError
 
 EPSILON = 1e-5  # of the smoothed counts
 ROUNDS = 10  # of k-means
+DEAD = 0.03  # share of 1 / K below which a code is out of use
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class QuantiserConfig:
         decay: of that average.
         start: `normal` numbers, or `kmeans` of the first batch.
         restart: a code with a smaller share of the vectors than this share of 1 / K is put on a
-            vector of the batch; 0 leaves it.
+            vector of the batch that is far from its code; 0 leaves it.
         cosine: compare directions, of vectors and codes of length one.
         misplaced_beta: see the header.
     """
@@ -59,7 +60,7 @@ class QuantiserConfig:
     codebook: str = "average"
     decay: float = 0.99
     start: str = "kmeans"
-    restart: float = 0.03
+    restart: float = DEAD
     cosine: bool = False
     misplaced_beta: bool = False
 
@@ -126,16 +127,23 @@ class VectorQuantiser(nn.Module):
     def extra_repr(self) -> str:
         return f"codes={self.config.codes}, width={self.config.width}"
 
+    def book(self) -> Tensor:
+        """(K, D) the codes as they are compared and given: of length one under `cosine`, whatever
+        an optimiser or an average over steps has made of them.
+        """
+        return F.normalize(self.codes, dim=1) if self.config.cosine else self.codes
+
     def nearest(self, z: Tensor) -> Tensor:
         """(..., D) -> (...) int64, the number of the nearest code."""
         with torch.autocast(z.device.type, enabled=False):  # distances must be exact
-            flat = z.float().reshape(-1, z.shape[-1])
-            squares = flat.square().sum(1, keepdim=True) - 2 * flat @ self.codes.T
-            return (squares + self.codes.square().sum(1)).argmin(1).view(z.shape[:-1])
+            flat, codes = z.float().reshape(-1, z.shape[-1]), self.book()
+            flat = F.normalize(flat, dim=1) if self.config.cosine else flat
+            squares = flat.square().sum(1, keepdim=True) - 2 * flat @ codes.T
+            return (squares + codes.square().sum(1)).argmin(1).view(z.shape[:-1])
 
     def values(self, ids: Tensor) -> Tensor:
         """(...) numbers -> (..., D) codes."""
-        return F.embedding(ids, self.codes)
+        return F.embedding(ids, self.book())
 
     def forward(self, z: Tensor) -> Quantised:
         """(..., D) -> codes. In training, a codebook of averages follows; this step's values are
@@ -213,7 +221,7 @@ class VectorQuantiser(nn.Module):
         dead = share < self.config.restart / len(self.codes)
         if not bool(dead.any()):
             return
-        apart = (flat - self.codes[near]).square().sum(1)
+        apart = (flat - self.book()[near]).square().sum(1)
         chosen = flat[_far(apart, int(dead.sum()))]
         chosen, count = _of_first_process(chosen), self.counts.sum() / len(self.codes)
         self.codes[dead] = chosen.to(self.codes.dtype)
@@ -231,12 +239,12 @@ def code_usage(counts: Tensor) -> dict[str, Tensor]:
     """How a codebook fares, from how often each code was used (K,).
 
     Returns:
-        Scalars: `usage`, the share of codes that stand for at least a tenth of what they would if
-        all were equally frequent; `dead`, the number of the others; and `perplexity`, how many
-        equally frequent codes would say as much.
+        Scalars: `usage`, the share of codes in use, which stand for at least `DEAD` of what they
+        would if all were equally frequent; `dead`, the number of the others; and `perplexity`, how
+        many equally frequent codes would say as much.
     """
     share = counts / counts.sum().clamp(min=1e-12)
-    used = share > 0.1 / len(counts)
+    used = share > DEAD / len(counts)
     return {
         "usage": used.float().mean(),
         "dead": (~used).float().sum(),

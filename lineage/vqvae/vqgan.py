@@ -14,8 +14,9 @@ The perceptual distance is LPIPS where the user has its networks (`lpips`: files
 distance of what the discriminator sees in both pictures (feature matching, Larsen et al. 2016,
 arXiv:1512.09300), which needs no network from elsewhere.
 
-Departure: beta is on the encoder's term, as in the paper (`quantiser.misplaced_beta` has the
-authors' code).
+Where the authors' code differs from the paper, it is followed: pixels are compared by |x - y|, not
+by the square. Departure: beta is on the encoder's term, as in the paper
+(`quantiser.misplaced_beta` has the authors' code).
 
 Axes: B pictures, D width of a code, H W places, S side.
 """
@@ -56,7 +57,8 @@ class VQGANConfig:
         adversary: factor of the adaptive weight [disc_weight]; 0 leaves the discriminator out.
         adversary_from: steps before it counts [disc_start].
         perceptual: weight of the perceptual distance [perceptual_weight].
-        lpips: files of VGG16 and of LPIPS; without them the discriminator's features serve.
+        lpips: files of VGG16 and of LPIPS; without them the discriminator's features serve, which
+            say little where `adversary` is 0 and it never learns.
     """
 
     net: AutoencoderConfig = field(default_factory=AutoencoderConfig)
