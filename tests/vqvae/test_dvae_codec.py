@@ -20,6 +20,7 @@ from lineage.nn.draws import Draws
 from lineage.recipes import dalle as recipe
 from lineage.text.tokenizer import WordTokenizer
 from lineage.train.loop import Trainer
+from lineage.vqvae import dvae as module
 from lineage.vqvae.dvae import DVAE, DVAEConfig, cosine_way, laplace_cdf, uniform_kl
 
 TINY = DVAEConfig(codes=7, width=4, start=5, blocks=1, groups=2, beta=3.0, anneal=90)
@@ -402,8 +403,7 @@ def test_nats_are_about_what_training_minimises() -> None:
 
 @pytest.mark.parametrize("floor", [-2.0, -4.0])
 def test_b_has_a_floor_in_training_and_in_bits(floor: float) -> None:
-    """Far below it the density is that of ln b at the floor, and still has a gradient; far above,
-    ln b is what the network says."""
+    """Far below it the density is that of ln b at the floor; far above, what the network says."""
     batch, ids = pictures(2, 4), torch.zeros(2, 2, 2, dtype=torch.int64)
 
     def floored(log_b: float, sharpest: float) -> DVAE:
@@ -419,9 +419,6 @@ def test_b_has_a_floor_in_training_and_in_bits(floor: float) -> None:
         terms = [terms_of(codec, batch)["pixels"].item() for codec in (ours, plain)]
         assert terms[0] == pytest.approx(terms[1], rel=1e-4)
         assert torch.allclose(ours.nats(batch.image, ids), plain.nats(batch.image, ids), rtol=1e-4)
-    log_b = torch.tensor(floor - 3, requires_grad=True)
-    (floor + F.softplus(log_b - floor)).backward()
-    assert log_b.grad is not None and log_b.grad > 0.01
 
 
 # --- learning and keeping ---------------------------------------------------------------------
