@@ -31,8 +31,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     if mask is not None:
         away = torch.zeros_like(mask, dtype=scores.dtype)
         scores = scores + away.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
-    with torch.autocast(query.device.type, enabled=False):  # bfloat16 is summed in float32 anyway
+    if scores.dtype == torch.float32:
         attended = scores.softmax(-1).to(value.dtype) @ value
+    else:  # bfloat16 is summed in float32 anyway, and need not become it
+        with torch.autocast(query.device.type, enabled=False):
+            attended = scores.softmax(-1).to(value.dtype) @ value
     seen = None if mask is None else mask.any(-1, keepdim=True)
     return attended if seen is None or bool(seen.all()) else attended * seen
 

@@ -44,6 +44,9 @@ from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.vqvae.codec import Codec, Codes, psnr
 from lineage.vqvae.transformer import Cache, Transformer, TransformerConfig
 
+COLDEST = 1e-6  # temperature; logits divided by less might overflow
+HIGHEST = 1 - 2**-22
+
 
 @dataclass(frozen=True)
 class PriorConfig:
@@ -99,7 +102,7 @@ class Choice:
         if 0 < self.top_k < logits.shape[1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
-        shares = ((logits - logits.amax(1, keepdim=True)) / self.temperature).softmax(1)
+        shares = (logits / max(self.temperature, COLDEST)).softmax(1)
         if self.top_p < 1:
             ordered, order = shares.sort(1, descending=True)
             before = ordered.cumsum(1) - ordered  # what is likelier than each, together
@@ -110,9 +113,8 @@ class Choice:
     def take(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """(B, K) logits, (B,) in [0, 1) -> (B,) codes: where cumulated shares pass `uniform`."""
         heap = self.probabilities(logits).cumsum(1)
-        whole = heap[:, -1:]
-        below = torch.nextafter(whole, torch.zeros_like(whole))  # 0.99999994 of it may round to it
-        return torch.searchsorted(heap, (uniform[:, None] * whole).minimum(below), right=True)[:, 0]
+        place = uniform.clamp(max=HIGHEST)[:, None] * heap[:, -1:]  # rounds to less than the whole
+        return torch.searchsorted(heap, place, right=True)[:, 0]
 
 
 class Prior(System):
@@ -175,9 +177,11 @@ class Prior(System):
 
     def embed_codes(self, ids: Tensor, first: int = 0) -> Tensor:
         """(B, n) codes at places `first` and on, row by row -> (B, n, D)."""
-        place = torch.arange(first, first + ids.shape[1], device=ids.device)
-        where = self.row(place // self.side) + self.column(place % self.side)
-        return self.code(ids) + where
+        return self.code(ids) + self.where()[first : first + ids.shape[1]]
+
+    def where(self) -> Tensor:
+        """What is added to a code for its row and column, (N, D)."""
+        return rearrange(self.row.weight[:, None] + self.column.weight, "h w d -> (h w) d")
 
     def logits(self, text: TextFeatures, ids: Tensor) -> tuple[Tensor | None, Tensor]:
         """Of each token given all before it.
@@ -232,6 +236,7 @@ class Prior(System):
         count, total = len(text), self.side**2
         uniform = draws.uniform(total)  # (B, N)
         ids = uniform.new_zeros(count, 0, dtype=torch.int64) if given is None else given
+        where = self.where()
         guided = choice.guidance != 1
         start = self.embed_text(TextFeatures.cat([text, self.text.null(count)]) if guided else text)
         twice = (lambda codes: codes.repeat(2, 1)) if guided else (lambda codes: codes)
@@ -245,7 +250,7 @@ class Prior(System):
                 towards, without = logits.chunk(2)
                 logits = without + choice.guidance * (towards - without)
             ids = torch.cat([ids, choice.take(logits, uniform[:, place])[:, None]], dim=1)
-            last = self.embed_codes(twice(ids[:, -1:]), place)
+            last = self.code(twice(ids[:, -1:])) + where[place]
             new = last if cached else torch.cat([new, last], dim=1)
         return ids.unflatten(1, (self.side, self.side))
 

@@ -14,8 +14,8 @@ The KL term is per pixel and channel, as the pixels' density is, so that beta = 
 ln p(x); the paper's beta is 6.6.
 
 Departures: both schedules end after `anneal` steps (the paper: 150,000 for tau, 5,000 for beta;
-here beta rises over a thirtieth of tau's); small pictures may have fewer groups; b may have a floor:
-in drawn pictures pixels repeat exactly, and such a density has no bound.
+here beta rises over a thirtieth of tau's); small pictures may have fewer groups; b may have a
+floor: in drawn pictures pixels repeat exactly, and such a density has no bound.
 
 Axes: B pictures, V codes, H W places, S side.
 """

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from lineage.config import at_least, one_of
@@ -61,15 +60,13 @@ class Cache:
         self.kept = like.new_empty(shape)
         self.used = 0
 
-    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next places' keys and values (B, H, n, d); returns those of all places."""
-        end, length = self.used + key.shape[2], self.kept.shape[4]
+    def put(self, layer: int, pairs: Tensor) -> Tensor:
+        """Write the next places' keys and values (2, B, H, n, d); returns those of all places."""
+        end, length = self.used + pairs.shape[3], self.kept.shape[4]
         if end > length:
             raise UserError(f"{end} places do not fit a cache of {length}.")
-        keys, values = self.kept[layer]
-        keys[:, :, self.used : end] = key
-        values[:, :, self.used : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        self.kept[layer, :, :, :, self.used : end] = pairs
+        return self.kept[layer, :, :, :, :end]
 
 
 class SelfAttention(nn.Module):
@@ -85,12 +82,12 @@ class SelfAttention(nn.Module):
         self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, n, D), mask over (B, H, n, N) -> (B, n, D)."""
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads
-        )
+        split = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, pairs = split[0], split[1:]  # (B, H, n, d) and (2, B, H, n, d)
         if cache is not None:
-            key, value = cache.put(layer, key, value)
-        return self.proj(rearrange(attend(query, key, value, mask), "b h n d -> b n (h d)"))
+            pairs = cache.put(layer, pairs)
+        seen = attend(query, pairs[0], pairs[1], mask)
+        return self.proj(seen.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -156,12 +153,11 @@ class Transformer(nn.Module):
         """What goes into each block, and what comes out of the last norm."""
         past = cache.used if cache is not None else 0
         count = x.shape[1]
-        look = torch.ones(past + count, past + count, dtype=torch.bool, device=x.device).tril()
-        look[:open_places, :open_places] = True
-        look = look[past:]  # (n, N)
-        if mask is not None:
-            look = look & mask[:, None, None, :]
-        given = None if count == 1 and mask is None else look
+        given = None  # a single place sees all that the cache holds
+        if count > 1 or mask is not None:
+            look = torch.ones(past + count, past + count, dtype=torch.bool, device=x.device).tril()
+            look[:open_places, :open_places] = True
+            given = look[past:] if mask is None else look[past:] & mask[:, None, None, :]  # (n, N)
         states = []
         for layer, block in enumerate(self.blocks):
             states.append(x)
