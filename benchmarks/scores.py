@@ -1,7 +1,7 @@
 """The README's tables, from the scores of a comparison or of runs.
 
 python benchmarks/scores.py results/demo/report.json --bounds --out results/demo/scores.md
-python benchmarks/scores.py results/{stackgan,attngan}/long/scores.json --out results/long.md
+python benchmarks/scores.py results/{stackgan,vqvae,attngan}/long/scores.json --out results/long.md
 """
 
 from __future__ import annotations
