@@ -47,7 +47,7 @@ PRESETS = {
         model=PriorConfig(TransformerConfig(16, 2, 2), places=8),
     ),
     # Minutes on two CPU cores. Few codes: each is seen more often, and with 32 of them a green edge
-    # is drawn with the same codes in every shape (results/vqvae/trials.md has 32, 64, 128 and 256).
+    # is drawn with the same codes in every shape (results/vqvae: trials.md, knobs.json).
     "tiny": Config(
         key="vqvae",
         preset="tiny",
