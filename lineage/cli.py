@@ -116,13 +116,13 @@ def _sample(options: argparse.Namespace) -> None:
     from lineage.runs import load, save_picture
     from lineage.sheets import picture, rows_sheet, sheet
 
-    _agreeing(options)
     system = load(options.run, options.device)
     captions = [caption for caption in options.captions for _ in range(options.count)]
     unknown = system.text.unknown(options.captions)
     if unknown:
         print(f"lineage: not seen in training: {', '.join(unknown)}", file=sys.stderr)
     out, knobs = Path(options.out), system.typed_knobs(_settings(options.set))
+    _agreeing(options)
     if options.inside:
         rows = system.inside(captions[0], seed=options.seed)
         if not rows:

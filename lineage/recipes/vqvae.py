@@ -22,12 +22,15 @@ class Config(CodesConfig):
     codec: VQVAEConfig = field(default_factory=VQVAEConfig)
 
     def with_recipe(self, name: str) -> Config:
-        """`collapse`: what the codebook is without its helpers, which is what the paper's readers
-        found first: moved by its loss alone, started from large random numbers, nothing restarted.
+        """`collapse`: what becomes of a codebook without its helpers: eight times as many codes
+        that start from random numbers, are moved by their loss alone, and are never restarted.
         """
         if name != "collapse":
             raise UserError(f"vqvae has no recipe {name!r}: collapse.")
-        lost = replace(self.codec.quantiser, codebook="loss", start="normal", restart=0.0)
+        quantiser = self.codec.quantiser
+        lost = replace(
+            quantiser, codes=8 * quantiser.codes, codebook="loss", start="normal", restart=0.0
+        )
         return replace(self, codec=replace(self.codec, quantiser=lost))
 
 

@@ -448,7 +448,9 @@ def test_the_recipe_changes_the_codebook_alone() -> None:
         lost = changed.codec.quantiser
         assert (lost.codebook, lost.start, lost.restart) == ("loss", "normal", 0.0)
         before = preset.codec.quantiser
-        back = replace(lost, codebook=before.codebook, start=before.start, restart=before.restart)
+        assert lost.codes == 8 * before.codes
+        back = replace(lost, codes=before.codes, codebook=before.codebook)
+        back = replace(back, start=before.start, restart=before.restart)
         assert replace(changed, codec=replace(changed.codec, quantiser=back)) == preset
     config: Any = runs.configure(
         "vqvae",
