@@ -15,8 +15,16 @@ from lineage.train.stage import Stage, content
 from lineage.train.store import fingerprint, load_tensors, read_json
 from lineage.vqvae.codec import Codec, Codes
 from lineage.vqvae.dalle import Prior, PriorConfig
+from lineage.vqvae.transformer import TransformerConfig
 
 CODEC, CODES, PRIOR = "codec", "codes", "prior"
+
+# One prior for the three at each preset, so that comparing them compares their codecs.
+SMOKE_PRIOR = PriorConfig(TransformerConfig(16, 2, 2), places=8)
+TINY_PRIOR = PriorConfig(
+    TransformerConfig(128, 5, 4, "exact"), places=16, temperature=0.5, guidance=2.0
+)
+SMALL_PRIOR = PriorConfig(TransformerConfig(384, 8, 6), places=32, temperature=0.9, guidance=2.0)
 
 C = TypeVar("C", bound="CodesConfig")
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lineage.config import OptimConfig, TextConfig, TrainConfig
-from lineage.recipes.codes_prior import CodesConfig, codec_stages
+from lineage.recipes.codes_prior import (
+    SMALL_PRIOR,
+    SMOKE_PRIOR,
+    TINY_PRIOR,
+    CodesConfig,
+    codec_stages,
+)
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage
 from lineage.vqvae.dalle import PriorConfig
@@ -33,7 +39,7 @@ PRESETS = {
         codec_batch=8,
         kept=16,
         codec=DVAEConfig(16, 8, 8, 1, 3, anneal=6),
-        model=PriorConfig(TransformerConfig(16, 2, 2), places=8),
+        model=SMOKE_PRIOR,
     ),
     # Minutes on two CPU cores. The codec gets half of them: its codes part slowly while tau falls.
     "tiny": Config(
@@ -47,9 +53,7 @@ PRESETS = {
         codec_optim=OptimConfig(lr=2e-3, warmup=50, average=0.99, weight_decay=0.0),
         codec_batch=16,
         codec=DVAEConfig(64, 32, 32, 1, 3, beta=0.1, anneal=3000, sharpest=-2.0),
-        model=PriorConfig(
-            TransformerConfig(128, 5, 4, "exact"), places=16, temperature=0.5, guidance=2.0
-        ),
+        model=TINY_PRIOR,
     ),
     # One GPU of 8 GB, under an hour: 64 codes of 8 x 8 pixels.
     "small": Config(
@@ -63,7 +67,7 @@ PRESETS = {
         codec_batch=128,
         kept=65_536,
         codec=DVAEConfig(1024, 64, 64, 2, 4, beta=0.1, anneal=8000, sharpest=-2.0),
-        model=PriorConfig(TransformerConfig(384, 8, 6), places=32, temperature=0.9, guidance=2.0),
+        model=SMALL_PRIOR,
     ),
     # Ramesh et al. 2021, appendices A and B: 32 x 32 codes of 8,192; 64 layers of 62 heads of 64,
     # 12 billion parameters; 256 places of text from 16,384 tokens; batches of 512 and 1,024, three

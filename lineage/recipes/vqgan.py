@@ -7,7 +7,13 @@ from dataclasses import dataclass, field, replace
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig
-from lineage.recipes.codes_prior import CodesConfig, codec_stages
+from lineage.recipes.codes_prior import (
+    SMALL_PRIOR,
+    SMOKE_PRIOR,
+    TINY_PRIOR,
+    CodesConfig,
+    codec_stages,
+)
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage
 from lineage.vqvae.dalle import PriorConfig
@@ -45,7 +51,7 @@ PRESETS = {
         codec=VQGANConfig(
             AutoencoderConfig(8, (1, 2, 2), 1, (4,), 16, 8), QuantiserConfig(16, 8), 4, 2
         ),
-        model=PriorConfig(TransformerConfig(16, 2, 2), places=8),
+        model=SMOKE_PRIOR,
     ),
     # Minutes on two CPU cores. The codec gets half of them: it has five times the arithmetic of
     # `vqvae`'s, and its loss asks for more than pixels.
@@ -62,9 +68,7 @@ PRESETS = {
         codec=VQGANConfig(
             AutoencoderConfig(16, (1, 2, 2), 1, (), 32, 32), QuantiserConfig(64, 16), 16, 2
         ),
-        model=PriorConfig(
-            TransformerConfig(128, 5, 4, "exact"), places=16, temperature=0.5, guidance=2.0
-        ),
+        model=TINY_PRIOR,
     ),
     # One GPU of 8 GB, under an hour: 64 codes of 8 x 8 pixels.
     "small": Config(
@@ -81,7 +85,7 @@ PRESETS = {
         codec=VQGANConfig(
             AutoencoderConfig(64, (1, 1, 2, 4), 1, (8,), 64, 128), QuantiserConfig(1024, 32), 32, 2
         ),
-        model=PriorConfig(TransformerConfig(384, 8, 6), places=32, temperature=0.9, guidance=2.0),
+        model=SMALL_PRIOR,
     ),
     # The authors' configuration for ImageNet: 16 x 16 codes of 1,024, and their largest transformer
     # (24 layers, 1,024 wide). Their rate is 4.5e-6 for each picture of a batch, and the

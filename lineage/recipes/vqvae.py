@@ -6,7 +6,13 @@ from dataclasses import dataclass, field, replace
 
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.errors import UserError
-from lineage.recipes.codes_prior import CodesConfig, codec_stages
+from lineage.recipes.codes_prior import (
+    SMALL_PRIOR,
+    SMOKE_PRIOR,
+    TINY_PRIOR,
+    CodesConfig,
+    codec_stages,
+)
 from lineage.text.tokenizer import Tokenizer
 from lineage.train.stage import Stage
 from lineage.vqvae.dalle import PriorConfig
@@ -47,7 +53,7 @@ PRESETS = {
         codec_batch=8,
         kept=16,
         codec=VQVAEConfig(QuantiserConfig(16, 8), 8, 8, 1),
-        model=PriorConfig(TransformerConfig(16, 2, 2), places=8),
+        model=SMOKE_PRIOR,
     ),
     # Minutes on two CPU cores. Few codes: each is seen more often, and with 32 of them a green edge
     # is drawn with the same codes in every shape (results/vqvae: trials.md, knobs.json).
@@ -62,9 +68,7 @@ PRESETS = {
         codec_optim=OptimConfig(lr=4e-3, warmup=50, average=0.99, weight_decay=0.0),
         codec_batch=32,
         codec=VQVAEConfig(QuantiserConfig(32, 16), 64, 32, 2),
-        model=PriorConfig(
-            TransformerConfig(128, 5, 4, "exact"), places=16, temperature=0.5, guidance=2.0
-        ),
+        model=TINY_PRIOR,
     ),
     # One GPU of 8 GB, under an hour: 64 codes of 8 x 8 pixels.
     "small": Config(
@@ -79,7 +83,7 @@ PRESETS = {
         codec_batch=128,
         kept=65_536,
         codec=VQVAEConfig(QuantiserConfig(1024, 32), 128, 64, 2, 3),
-        model=PriorConfig(TransformerConfig(384, 8, 6), places=32, temperature=0.9, guidance=2.0),
+        model=SMALL_PRIOR,
     ),
     # Section 4.1 and 4.2: 128 pixels, 32 x 32 codes of 512, 256 channels, Adam at 0.0002, batches
     # of 128, 250,000 steps; the codebook moved by its loss. The authors' prior is a PixelCNN.

@@ -175,9 +175,9 @@ class Prior(System):
         words = torch.where(text.mask[..., None], words, self.empty.weight) + self.place.weight
         return torch.cat([self.start.weight.expand(count, 1, -1), words], dim=1)
 
-    def embed_codes(self, ids: Tensor, first: int = 0) -> Tensor:
-        """(B, n) codes at places `first` and on, row by row -> (B, n, D)."""
-        return self.code(ids) + self.where()[first : first + ids.shape[1]]
+    def embed_codes(self, ids: Tensor) -> Tensor:
+        """(B, n) the first codes, row by row -> (B, n, D)."""
+        return self.code(ids) + self.where()[: ids.shape[1]]
 
     def where(self) -> Tensor:
         """What is added to a code for its row and column, (N, D)."""
