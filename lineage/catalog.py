@@ -274,7 +274,9 @@ _ROWS = (
         "text.",
         family="diffusion",
         builds_on=("adm", "vqgan"),
-        stages=("autoencoder", "denoiser"),
+        stages=("autoencoder", "latents", "denoiser"),
+        presets=PRESETS,
+        status="works",
     ),
     Row(
         key="unclip",
@@ -381,7 +383,9 @@ _ROWS = (
         "of the UNet.",
         family="diffusion",
         builds_on=("ldm",),
-        stages=("autoencoder", "denoiser"),
+        stages=("autoencoder", "latents", "denoiser"),
+        presets=PRESETS,
+        status="works",
     ),
     Row(
         key="muse",

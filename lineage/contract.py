@@ -89,9 +89,11 @@ class System(Trainable):
 
     Attributes:
         at_once: how many pictures `generate` makes in one go.
+        begun: what is done with a picture that is given: `complete` it or `edit` it.
     """
 
     at_once: int = 64
+    begun: str = "complete"
 
     @abstractmethod
     def draw(self, captions: list[str], draws: Draws) -> Tensor:
@@ -182,6 +184,31 @@ class System(Trainable):
         raise UserError(
             f"{type(self).__name__} cannot go on with a picture that is begun; vqvae, dalle and "
             "vqgan can."
+        )
+
+    def edit(
+        self,
+        captions: str | Sequence[str],
+        images: Tensor,
+        *,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        seed: int = 0,
+        **knobs: Any,
+    ) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1] made from `images` by the captions.
+
+        Args:
+            images: (B, 3, S, S) in [-1, 1].
+            mask: (B, 1, S, S) bool, True where to paint anew; None for all of the picture.
+            strength: how far to go from the picture, above 0 up to 1.
+            **knobs: those of `generate`.
+
+        Raises:
+            UserError: for a system that cannot change a given picture.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot change a given picture; ddpm, ldm and dit can."
         )
 
     def reconstruct(self, images: Tensor) -> Tensor | None:

@@ -5,19 +5,14 @@ The problem: to draw from p(picture | caption) without an adversary. What is new
 noise. A picture is noised in T small steps; a network that predicts what the noise hid, trained by
 plain least squares, can walk back from pure noise, one step at a time.
 
-    algorithm 1 (training)   `DDPM.losses`:  t ~ U, eps ~ N(0, 1), minimise |target - UNet(x_t, t,
-    text)|^2 algorithm 2 (sampling)   `samplers.ddpm_sample`, and its faster descendant
-    `ddim_sample` (the default) equation 4, 7, 14        `process.py`
+    algorithm 1 (training)   `Denoiser.losses`:  t ~ U, eps ~ N(0, 1), minimise |target - UNet(x_t,
+                             t, text)|^2
+    algorithm 2 (sampling)   `samplers.ddpm`, and its faster descendants
+    equation 4, 7, 14        `process.py`; the bound of equation 5 is in `bound.py`
     appendix B               `unet.py`
 
-Added to the paper, which knows no captions:
-    text     by attention to the words and by the sentence (`unet.py`);
-    guidance without a classifier (Ho and Salimans 2022, arXiv:2207.12598): captions are dropped in
-    training with
-             probability `drop_text`; in sampling, x_0 is moved away from what the network would
-             draw without a
-             caption: x_0 = x_0(null) + guidance * (x_0(text) - x_0(null)). guidance = 1 is plain
-                 sampling.
+Added to the paper, which knows no captions: text, by attention to the words and by the sentence
+(`unet.py`), and guidance without a classifier (`guidance.py`).
 
 Departures, at the presets that are not `paper`: the network predicts x_0 instead of the noise,
 which on a small budget is the largest single gain (results/ has the trial), over the cosine
@@ -26,49 +21,38 @@ schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lineage.contract import System, Turn
-from lineage.data.contract import Batch
-from lineage.diffusion.process import Process, ProcessConfig
-from lineage.diffusion.samplers import SAMPLERS
+from lineage.diffusion.denoiser import Denoiser, DenoiserConfig
 from lineage.diffusion.unet import UNet, UNetConfig
-from lineage.errors import UserError, nearest
-from lineage.nn.draws import Draws
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.errors import UserError
+from lineage.text.contract import TextEncoder
 
 
 @dataclass(frozen=True)
-class DDPMConfig:
+class DDPMConfig(DenoiserConfig):
     """A pixel diffusion model.
 
     Attributes:
         unet: the network.
-        process: schedule and prediction.
-        drop_text: share of training rows whose caption is dropped.
-        steps, guidance, sampler: what `generate` uses unless told otherwise.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
-    process: ProcessConfig = field(default_factory=ProcessConfig)
-    drop_text: float = 0.1
-    steps: int = 50
-    guidance: float = 2.0
-    sampler: str = "ddim"
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise UserError(
-                f"There is no sampler {self.sampler!r}: {nearest(self.sampler, SAMPLERS)}"
-            )
 
 
-class DDPM(System):
-    """Noise to picture, caption in hand.
+def check_side(config: UNetConfig, side: int, what: str) -> None:
+    """Raises `UserError` if a UNet cannot halve a side as often as it has to."""
+    if side % config.smallest:
+        raise UserError(
+            f"A UNet of {len(config.multipliers)} levels at patch {config.patch} needs a side that "
+            f"is a multiple of {config.smallest}, not {what}={side}."
+        )
+
+
+class DDPM(Denoiser):
+    """Diffusion in pixels.
 
     Args:
         config: network, process and sampling.
@@ -77,73 +61,13 @@ class DDPM(System):
     """
 
     def __init__(self, config: DDPMConfig, text: TextEncoder, size: int) -> None:
-        super().__init__()
-        levels, patch = len(config.unet.multipliers), config.unet.patch
-        smallest = patch * 2 ** (levels - 1)
-        if size % smallest:
-            raise UserError(
-                f"A UNet of {levels} levels at patch {patch} needs a picture side that is a "
-                f"multiple of {smallest}, not size={size}."
-            )
-        self.config, self.text, self.size = config, text, size
-        self.process = Process(config.process)
-        self.unet = UNet(config.unet, text.width)
+        check_side(config.unet, size, "size")
+        outputs = 6 if config.process.learned else 3
+        network = UNet(config.unet, text.width, 3, outputs)
+        super().__init__(config, text, size, (3, size, size), network)
 
-    def groups(self) -> dict[str, list[nn.Module]]:
-        return {"denoiser": [self.unet, self.text]}
+    def from_pictures(self, images: Tensor) -> Tensor:
+        return images
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
-        """Algorithm 1, with some captions dropped."""
-        x0 = batch.image  # (B, 3, S, S)
-        t = draws.integers(self.process.steps)  # (B,)
-        keep = draws.uniform() >= self.config.drop_text  # (B,)
-        noise = draws.normal(*x0.shape[1:])  # (B, 3, S, S)
-        output = self.unet(
-            self.process.noised(x0, noise, t), t, text.where(keep, self.text.null(len(batch)))
-        )
-        yield (
-            "denoiser",
-            {f"mse_{self.config.process.prediction}": self.process.loss(output, x0, noise, t)},
-        )
-
-    def draw(
-        self,
-        captions: list[str],
-        draws: Draws,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        negative: str = "",
-    ) -> Tensor:
-        """Pictures (B, 3, S, S) of captions.
-
-        Args:
-            steps: network evaluations, from 1 to T.
-            guidance: 1 follows the caption as training did, more follows it more closely.
-            sampler: `ddim` or `ddpm`.
-            negative: what guidance moves away from, in place of "no caption".
-        """
-        name = self.config.sampler if sampler is None else sampler
-        if name not in SAMPLERS:
-            raise UserError(f"There is no sampler {name!r}: {nearest(name, SAMPLERS)}")
-        scale = self.config.guidance if guidance is None else guidance
-        wanted = self.config.steps if steps is None else steps
-        text = self.text.encode(captions)
-        away = (
-            self.text.encode([negative] * len(captions))
-            if negative
-            else self.text.null(len(captions))
-        )
-        both = TextFeatures.cat([text, away])
-
-        def denoise(noised: Tensor, t: Tensor) -> Tensor:
-            if scale == 1.0:
-                x0 = self.process.to_x0(self.unet(noised, t, text).float(), noised, t)
-            else:
-                output = self.unet(torch.cat([noised, noised]), torch.cat([t, t]), both).float()
-                towards, without = (self.process.to_x0(o, noised, t) for o in output.chunk(2))
-                x0 = without + scale * (towards - without)
-            return x0.clamp(-1, 1)
-
-        x = draws.normal(3, self.size, self.size)
-        return SAMPLERS[name](denoise, x, self.process, wanted, draws)
+    def to_pictures(self, x: Tensor) -> Tensor:
+        return x

@@ -39,6 +39,8 @@ class AutoencoderConfig:
         attention: sides at which there is attention after each block [attn_resolutions].
         size: side of the pictures, by which `attention` is found [resolution].
         latent: channels between the two [z_channels].
+        patch: side of the square of pixels that is folded into channels first, as the authors do
+            not: a quarter of the work at 2.
     """
 
     channels: int = 128
@@ -47,27 +49,28 @@ class AutoencoderConfig:
     attention: tuple[int, ...] = (16,)
     size: int = 256
     latent: int = 256
+    patch: int = 1
 
     def __post_init__(self) -> None:
         if not self.multipliers or min(self.multipliers) < 1:
             raise UserError(f"codec.multipliers={self.multipliers} must be one or more, from 1 up.")
-        for name in ("channels", "blocks", "latent"):
+        for name in ("channels", "blocks", "latent", "patch"):
             if getattr(self, name) < 1:
                 raise UserError(f"codec.{name}={getattr(self, name)} must be at least 1.")
         if self.size % self.factor:
             raise UserError(
-                f"{self.size} pixels cannot be halved {len(self.multipliers) - 1} times: choose "
-                "another size, or fewer codec.multipliers."
+                f"{self.size} pixels do not divide into places of {self.factor}: choose another "
+                "size, or fewer multipliers."
             )
 
     @property
     def factor(self) -> int:
         """How many pixels a side of a place has."""
-        return int(2 ** (len(self.multipliers) - 1))
+        return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
     def levels(self) -> list[tuple[int, bool]]:
         """(channels, whether there is attention) at each side, from the largest down."""
-        sides = [self.size // 2**k for k in range(len(self.multipliers))]
+        sides = [self.size // self.patch // 2**k for k in range(len(self.multipliers))]
         return [
             (self.channels * m, side in self.attention)
             for m, side in zip(self.multipliers, sides, strict=True)
@@ -177,7 +180,8 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, outputs: int, inputs: int = 3) -> None:
         super().__init__()
         width = config.channels
-        self.conv_in = nn.Conv2d(inputs, width, 3, padding=1)
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(inputs * config.patch**2, width, 3, padding=1)
         levels = []
         for number, (channels, attention) in enumerate(config.levels(), start=1):
             last = number == len(config.multipliers)
@@ -191,7 +195,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, outputs, S / f, S / f)."""
-        x = self.conv_in(image)
+        x = self.conv_in(F.pixel_unshuffle(image, self.patch))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -214,14 +218,15 @@ class Decoder(nn.Module):
             width = channels
         self.up = nn.ModuleList(levels)
         self.norm_out = norm(width)
-        self.conv_out = nn.Conv2d(width, outputs, 3, padding=1)
+        self.patch = config.patch
+        self.conv_out = nn.Conv2d(width, outputs * config.patch**2, 3, padding=1)
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, latent, S / f, S / f) -> (B, 3, S, S)."""
         x = self.mid(self.conv_in(grid))
         for level in self.up:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
 
 class PatchDiscriminator(nn.Module):

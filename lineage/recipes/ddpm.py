@@ -23,7 +23,7 @@ class Config(RunConfig):
 def _unet(
     width: int, multipliers: tuple[int, ...], attention: tuple[int, ...], patch: int
 ) -> UNetConfig:
-    return UNetConfig(width, multipliers, 1, attention, heads=4, patch=patch, dropout=0.0)
+    return UNetConfig(width, multipliers, 1, attention, 4, patch=patch, dropout=0.0)
 
 
 _LEAN = ProcessConfig(1000, "cosine", "x0")  # on a small budget x0 learns far faster than noise
@@ -37,7 +37,7 @@ PRESETS = {
         encoder=TextConfig(width=16),
         optim=OptimConfig(lr=2e-3, warmup=10),
         train=TrainConfig(steps=20, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
-        model=DDPMConfig(_unet(8, (1, 2), (1,), 2), _LEAN, steps=5),
+        model=DDPMConfig(process=_LEAN, steps=5, unet=_unet(8, (1, 2), (1,), 2)),
     ),
     # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width; a bag
     # of words, since in the first minutes encoders that know word order are slower than they help
@@ -49,7 +49,7 @@ PRESETS = {
         encoder=TextConfig(width=64),
         optim=OptimConfig(lr=2e-3, warmup=100, average=0.995),
         train=TrainConfig(minutes=5, batch=32, checkpoint_every=500, sample_every=1000),
-        model=DDPMConfig(_unet(16, (1, 2, 3), (1, 2), 2), _LEAN, steps=30),
+        model=DDPMConfig(process=_LEAN, steps=30, unet=_unet(16, (1, 2, 3), (1, 2), 2)),
     ),
     # One GPU of 8 GB, under an hour: words in order, 16 times the width.
     "small": Config(
@@ -60,7 +60,7 @@ PRESETS = {
         encoder=TextConfig(width=256, layers=2),
         optim=OptimConfig(lr=1e-3, warmup=500, average=0.999),
         train=TrainConfig(minutes=55, batch=128, checkpoint_every=1000, sample_every=2000),
-        model=DDPMConfig(_unet(96, (1, 2, 3, 3), (2, 3), 2), _LEAN, steps=50),
+        model=DDPMConfig(process=_LEAN, steps=50, unet=_unet(96, (1, 2, 3, 3), (2, 3), 2)),
     ),
     # Ho et al. 2020, section 4 and appendix B, CIFAR10: 35.7 million parameters without the text.
     "paper": Config(
@@ -79,7 +79,9 @@ PRESETS = {
             average=0.9999,
         ),
         train=TrainConfig(steps=800_000, batch=128, checkpoint_every=5000, sample_every=10_000),
-        model=DDPMConfig(UNetConfig(), ProcessConfig(), steps=1000, sampler="ddpm"),
+        model=DDPMConfig(
+            process=ProcessConfig(), steps=1000, sampler="ddpm", unet=UNetConfig(epsilon=1e-6)
+        ),
     ),
 }
 

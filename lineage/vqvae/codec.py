@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lineage.contract import Trainable, Turn
 from lineage.data.contract import Batch
-from lineage.nn.draws import Draws, stream_seed
+from lineage.nn.draws import Draws
+from lineage.nn.memory import Memory
 from lineage.text.contract import NoText, TextFeatures
 from lineage.vqvae.quantise import code_usage, usage_remark
 
@@ -119,16 +120,9 @@ class Codes(Trainable):
         super().__init__()
         self.codec, self.text = codec.requires_grad_(False), NoText()
         self.side = size // codec.factor
-        self.register_buffer("names", torch.zeros(kept, dtype=torch.int64))
-        self.register_buffer("ids", torch.zeros(kept, self.side**2, dtype=torch.int32))
+        self.memory = Memory(kept, (self.side**2,), torch.int32)
         self.register_buffer("uses", torch.zeros(codec.codes))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.names: Tensor
-        self.ids: Tensor
         self.uses: Tensor
-        self.count: Tensor
-        self._rows: dict[int, int] = {}
-        self.register_load_state_dict_post_hook(lambda module, _: module._index())
 
     def train(self, mode: bool = True) -> Codes:
         """The codec stays in evaluation mode."""
@@ -139,20 +133,11 @@ class Codes(Trainable):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {}
 
-    def _index(self) -> None:
-        names = self.names[: int(self.count)].tolist()
-        self._rows = {name: row for row, name in enumerate(names)}
-
     @torch.no_grad()
     def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
         """Find and keep the batch's codes. There is nothing to minimise, so nothing is yielded."""
         ids = self._found(batch.image)
-        for name, row in zip(map(_number, batch.id), ids.flatten(1), strict=True):
-            at = int(self.count)
-            if name not in self._rows and at < len(self.names):
-                self.names[at], self.ids[at] = name, row.to(torch.int32)
-                self._rows[name] = at
-                self.count += 1
+        self.memory.keep(batch.id, ids.flatten(1))
         self.uses += torch.bincount(ids.flatten(), minlength=len(self.uses))
         error = (self.codec.decode(ids).float().clamp(-1, 1) - batch.image).square().mean()
         self.facts = {"psnr": psnr(error), **code_usage(self.uses)}
@@ -169,13 +154,7 @@ class Codes(Trainable):
     @torch.no_grad()
     def of(self, batch: Batch) -> Tensor:
         """The codes (B, H, W) of a batch, from memory where they are known."""
-        rows = [self._rows.get(_number(name), -1) for name in batch.id]
-        if min(rows) < 0:
+        found = self.memory.recall(batch.id)
+        if found is None:
             return self._found(batch.image)
-        found = self.ids[torch.tensor(rows).to(self.ids.device)].long()
-        return found.unflatten(1, (self.side, self.side)).to(batch.image.device)
-
-
-def _number(name: str) -> int:
-    """A picture's name as 63 bits."""
-    return stream_seed("codes", name)
+        return found.long().unflatten(1, (self.side, self.side)).to(batch.image.device)

@@ -5,14 +5,8 @@ is new: it is judged by how its pictures look, to a perceptual distance and to a
 patches, so that fewer codes suffice for a transformer.
 
     equation 4      `VQGAN.losses`: reconstruction and the quantiser's terms
-    equation 5      the discriminator's loss, a hinge in the authors' code
-    equation 7      `adaptive_weight`: the adversary gets the weight at which its gradient in the
-                    decoder's last layer is as long as the reconstruction's
+    equations 5, 7  `lineage/nn/looks.py`: the discriminator, its weight, the perceptual distance
     table 7         `lineage/nn/autoencoder.py`
-
-The perceptual distance is LPIPS where the user has its networks (`lpips`: files); else the mean
-distance of what the discriminator sees in both pictures (feature matching, Larsen et al. 2016,
-arXiv:1512.09300), which needs no network from elsewhere.
 
 Where the authors' code differs from the paper, it is followed: pixels are compared by |x - y|, not
 by the square. Departure: beta is on the encoder's term, as in the paper
@@ -27,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -36,13 +29,12 @@ from lineage.contract import Turn
 from lineage.data.contract import Batch
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.nn.draws import Draws
-from lineage.nn.gan import accepted, dcgan_weights, rejected
+from lineage.nn.gan import dcgan_weights
+from lineage.nn.looks import adaptive_weight, judged, perceptual_distance
 from lineage.nn.perceptual import LPIPS, load_lpips
 from lineage.text.contract import TextFeatures
 from lineage.vqvae.codec import Codec
 from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
-
-LARGEST = 1e4  # that the adaptive weight becomes
 
 
 @dataclass(frozen=True)
@@ -84,19 +76,6 @@ class VQGANConfig:
         return self.net.factor
 
 
-def adaptive_weight(reconstruction: Tensor, adversary: Tensor, last: Tensor) -> Tensor:
-    """Equation 7: |d reconstruction / d last| / (|d adversary / d last| + 0.0001), at most 10,000.
-
-    Args:
-        last: the decoder's last kernel.
-    """
-    lengths = [
-        torch.autograd.grad(loss, last, retain_graph=True)[0].float().norm()
-        for loss in (reconstruction, adversary)
-    ]
-    return (lengths[0] / (lengths[1] + 1e-4)).clamp(max=LARGEST).detach()
-
-
 class VQGAN(Codec):
     """Encoder, codebook, decoder, and the discriminator that teaches them."""
 
@@ -129,7 +108,9 @@ class VQGAN(Codec):
         decoded = self._decoded(found.values)
         terms = {"pixels": (decoded.float() - image).abs().mean()}
         if config.perceptual > 0:
-            terms["perceptual"] = config.perceptual * self._distance(image, decoded)
+            terms["perceptual"] = config.perceptual * perceptual_distance(
+                look, self.lpips, image, decoded
+            )
         self.facts = {**self.note(image, decoded.detach()), **self.quantiser.usage()}
         adversarial = config.adversary > 0 and int(self.steps) >= config.adversary_from
         self.steps += 1
@@ -142,20 +123,9 @@ class VQGAN(Codec):
         yield "codec", {**terms, **found.terms}
 
         if adversarial:
-            real, fake = look(image).float(), look(decoded.detach()).float()
-            self.facts["accuracy_real"] = (real > 0).float().mean()
-            self.facts["accuracy_fake"] = (fake < 0).float().mean()
-            judged = {"real": accepted(real, "hinge"), "fake": rejected(fake, "hinge")}
-            yield "discriminator", {name: 0.5 * each.mean() for name, each in judged.items()}
-
-    def _distance(self, image: Tensor, decoded: Tensor) -> Tensor:
-        """How far apart the pictures look, a mean over rows."""
-        if self.lpips:
-            return self.lpips[0].to(image.device)(image, decoded.float()).mean()
-        with torch.no_grad():
-            real = self.discriminator.features(image)
-        pairs = zip(real, self.discriminator.features(decoded), strict=True)
-        return torch.stack([F.l1_loss(b.float(), a.float()) for a, b in pairs]).mean()
+            turn, facts = judged(look, image, decoded)
+            self.facts |= facts
+            yield "discriminator", turn
 
     def _vectors(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, H, W, D), not yet codes."""
