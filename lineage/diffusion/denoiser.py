@@ -29,8 +29,9 @@ from lineage.contract import Named, System, Turn
 from lineage.data.contract import Batch
 from lineage.diffusion.bound import hybrid_term
 from lineage.diffusion.guidance import THRESHOLDS, Guidance, bounded
-from lineage.diffusion.process import SPACINGS, Path, Point, Process, ProcessConfig
+from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import SAMPLERS, Callback, Denoise, Estimate, ignore
+from lineage.diffusion.schedules import SPACINGS, Path, Point
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
 from lineage.text.contract import TextEncoder, TextFeatures

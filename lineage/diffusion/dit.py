@@ -28,7 +28,7 @@ from lineage.diffusion.denoiser import DenoiserConfig
 from lineage.diffusion.ldm import LatentDenoiser, Latents
 from lineage.diffusion.unet import time_embedding, zeroed
 from lineage.errors import UserError
-from lineage.nn.attention import attend
+from lineage.nn.attention import Attention
 from lineage.text.contract import TextEncoder, TextFeatures
 
 FREQUENCIES = 256  # width of the time embedding before its layers
@@ -94,23 +94,6 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, N, D), mask over (B, H, N, N) -> (B, N, D)."""
-        query, key, value = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d)
-            for part in self.qkv(x).chunk(3, dim=2)
-        )
-        return self.proj(attend(query, key, value, mask).transpose(1, 2).flatten(2))
-
-
 class Block(nn.Module):
     """Figure 3, adaLN-Zero: attention and a perceptron, each modulated before and gated after."""
 
@@ -120,7 +103,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (
             nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON) for _ in range(2)
         )
-        self.attn = SelfAttention(width, config.heads)
+        self.attn = Attention(width, config.heads)
         gelu = nn.GELU("tanh" if config.gelu == "tanh" else "none")
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), gelu, nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
@@ -128,7 +111,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, told: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, N, D), told (B, D) after its SiLU -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(told).chunk(6, dim=1)
-        seen = self.attn(modulated(self.norm1(x), shift1, scale1), mask)
+        seen = self.attn(modulated(self.norm1(x), shift1, scale1), mask=mask)
         x = x + gate1[:, None] * seen
         return x + gate2[:, None] * self.mlp(modulated(self.norm2(x), shift2, scale2))
 

@@ -21,6 +21,7 @@ Axes: B pictures, S side, C H W latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -106,6 +107,12 @@ class Gaussian:
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.deviation * noise
+
+    def nll(self, x: Tensor) -> Tensor:
+        """-log p(x) in nats, a sum over each row, (B,)."""
+        square = (x - self.mean).square() / self.log_variance.exp()
+        each = math.log(2 * math.pi) + self.log_variance + square
+        return 0.5 * each.flatten(1).sum(1)
 
     def kl(self) -> Tensor:
         """To N(0, 1) in nats, a sum over each row, (B,)."""

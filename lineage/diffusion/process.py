@@ -5,23 +5,15 @@ here.
     posterior   q(x_s | x_t, x_0) for any s < t                          (equations 6 and 7)
     loss        E |target - network(x_t, t)|^2                           (equation 14)
 
-Schedules. For all but the last a^2 = abar and b^2 = 1 - abar, abar the product of 1 - beta:
-    linear         beta from 1e-4 to 0.02 over 1,000 steps               (Ho et al. 2020, section 4)
-    scaled_linear  its root is linear, 0.00085 to 0.012                  (Rombach et al. 2022, code)
-    cosine         abar = cos^2                                          (Nichol and Dhariwal 2021,
-                                                                         arXiv:2102.09672, eq. 17)
-    sigmoid        abar = a sigmoid, stretched to end at 0               (Jabri et al. 2022,
-                                                                         arXiv:2212.11972, alg. 1)
-    flow           a = 1 - s, b = s: a straight line                     (Liu et al. 2022,
-                                                                         arXiv:2209.03003)
-Predictions: `noise` eps; `x0`; `v` = a eps - b x_0 (Salimans and Ho 2022, arXiv:2202.00512); `flow`
-    = eps - x_0, the velocity of the straight line. Each can be had with any schedule.
+Schedules, and the paths that samplers take along them, are in `schedules.py`.
+Predictions: `noise` eps; `x0`; `v` = a eps - b x_0 (Salimans and Ho 2022, arXiv:2202.00512);
+    `flow` = eps - x_0, the velocity of the straight line; `edm`, what x_0 is beyond a share of x_t,
+    at unit deviation (Karras et al. 2022, arXiv:2206.00364, table 1). Each can be had with any
+    schedule.
 Weights: `simple`, or `min_snr` (Hang et al. 2023, arXiv:2303.09556, section 3.4).
 Variances of p(x_s | x_t): `fixed_small`, `fixed_large` (Ho et al. 2020, section 3.2), `learned`,
     and `learned_range` between the two (Nichol and Dhariwal 2021, eq. 15); `bound.py` has their
     loss.
-`zero_snr` takes the last trace of the picture from the last step (Lin et al. 2023,
-    arXiv:2305.08891, algorithm 1).
 
 Which of the T steps a sampler visits is a `Path`. Respacing is no more than that: a and b of the
 visited steps stay, and all else (the beta of a stride, the posterior) follows from them.
@@ -34,68 +26,34 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lineage.config import at_least, one_of
+from lineage.diffusion.schedules import (
+    CLEAN,
+    FARTHEST,
+    FLOW,
+    SCHEDULES,
+    SPACINGS,
+    Path,
+    Point,
+    even_times,
+    exponential_sigmas,
+    karras_sigmas,
+    leading_times,
+    shifted,
+    trailing_times,
+    without_snr_at_end,
+)
 from lineage.errors import UserError
 
-# --- schedules --------------------------------------------------------------------------------
-
-
-def linear_betas(steps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
-    """(T,) beta; chains of other lengths than 1,000 get proportionally other steps."""
-    scale = 1000 / steps
-    return torch.linspace(scale * start, scale * end, steps, dtype=torch.float64)
-
-
-def scaled_linear_betas(steps: int, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """(T,) beta whose root is linear."""
-    scale = 1000 / steps
-    ends = math.sqrt(scale * start), math.sqrt(scale * end)
-    return torch.linspace(*ends, steps, dtype=torch.float64) ** 2
-
-
-def betas_of(abar: Callable[[Tensor], Tensor], steps: int) -> Tensor:
-    """(T,) beta of a falling function of t / T, clipped at 0.999."""
-    values = abar(torch.arange(steps + 1, dtype=torch.float64) / steps)
-    return (1 - values[1:] / values[:-1]).clamp(max=0.999)
-
-
-def cosine_betas(steps: int) -> Tensor:
-    """(T,) beta such that abar(t) = cos^2((t / T + 0.008) / 1.008 * pi / 2)."""
-    return betas_of(lambda t: torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2, steps)
-
-
-def sigmoid_betas(steps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
-    """(T,) beta such that abar falls like a sigmoid between `start` and `end`, from 1 to 0."""
-    first, last = (torch.tensor(x, dtype=torch.float64).sigmoid() for x in (start, end))
-
-    def abar(t: Tensor) -> Tensor:
-        return (last - (start + t * (end - start)).sigmoid()) / (last - first)
-
-    return betas_of(abar, steps)
-
-
-SCHEDULES: dict[str, Callable[..., Tensor]] = {
-    "linear": linear_betas,
-    "scaled_linear": scaled_linear_betas,
-    "cosine": cosine_betas,
-    "sigmoid": sigmoid_betas,
-}
-FLOW = "flow"
-PREDICTIONS = ("noise", "x0", "v", "flow")
+PREDICTIONS = ("noise", "x0", "v", "flow", "edm")
 WEIGHTS = ("simple", "min_snr")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
-
-
-def without_snr_at_end(abar: Tensor) -> Tensor:
-    """(T,) abar, its root shifted and stretched so that the last is 0 and the first as it was."""
-    root = abar.sqrt()
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 @dataclass(frozen=True)
@@ -105,11 +63,13 @@ class ProcessConfig:
     Attributes:
         steps: T.
         schedule: `linear`, `scaled_linear`, `cosine`, `sigmoid` or `flow`.
-        prediction: what the network gives: `noise`, `x0`, `v` or `flow`.
+        prediction: what the network gives: `noise`, `x0`, `v`, `flow` or `edm`.
         weighting: of the loss over t: `simple` or `min_snr`.
         gamma: the signal-to-noise ratio at which `min_snr` cuts.
         variance: `fixed_small`, `fixed_large`, or `learned` and `learned_range`, for which the
             network has twice the channels.
+        shift: of the levels that a sampler visits on the straight line, towards noise; 1 for none.
+        deviation: of the pictures' values, for `edm`.
         zero_snr: whether the last step is noise alone. Not with the `noise` prediction, from which
             the picture could not be told there.
     """
@@ -120,6 +80,8 @@ class ProcessConfig:
     weighting: str = "simple"
     gamma: float = 5.0
     variance: str = "fixed_small"
+    shift: float = 1.0
+    deviation: float = 0.5
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
@@ -128,6 +90,8 @@ class ProcessConfig:
         one_of("process.weighting", self.weighting, WEIGHTS)
         one_of("process.variance", self.variance, VARIANCES)
         at_least("process.gamma", self.gamma, 0)
+        for name in ("shift", "deviation"):
+            at_least(f"process.{name}", getattr(self, name), 1e-3)
         flow, few = self.schedule == FLOW, self.steps < 2
         if few or not (flow or bool((SCHEDULES[self.schedule](self.steps) < 1).all())):
             raise UserError(f"steps={self.steps} are too few for a {self.schedule} schedule.")
@@ -136,7 +100,7 @@ class ProcessConfig:
         if (flow or self.zero_snr) and self.prediction == "noise":
             raise UserError(
                 "prediction=noise says nothing of the picture where there is noise alone, as at "
-                "the end of schedule=flow and with zero_snr: choose x0, v or flow."
+                "the end of schedule=flow and with zero_snr: choose x0, v, flow or edm."
             )
 
     @property
@@ -145,103 +109,23 @@ class ProcessConfig:
         return self.variance.startswith("learned")
 
 
-# --- which steps a sampler visits ---------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Point:
-    """A noise level: x = signal x_0 + noise eps; `time` is what the network is told."""
-
-    signal: float
-    noise: float
-    time: float
-
-    @property
-    def sigma(self) -> float:
-        """Noise against signal, by which levels of all processes are compared."""
-        return self.noise / self.signal if self.signal > 0 else math.inf
-
-
-CLEAN = Point(1.0, 0.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Path:
-    """Levels in the order in which a sampler visits them.
+class Scalings:
+    """Karras et al. 2022, table 1: x_0 = skip x / a + out F, F of deviation 1, at one sigma.
 
     Attributes:
-        points: from the noisiest on; the last is where it ends, without asking the network there.
-        at: the level of a sigma between them.
+        skip, out, into: the factors of x / a, of the network's output, and of x / a as its input.
     """
 
-    points: tuple[Point, ...]
-    at: Callable[[float], Point]
+    skip: float
+    out: float
+    into: float
 
-    def __len__(self) -> int:
-        """Steps."""
-        return len(self.points) - 1
-
-    def steps(self) -> list[tuple[Point, Point]]:
-        """(from, to) of each step."""
-        return list(zip(self.points, self.points[1:], strict=False))
-
-    def shortened(self, steps: int) -> Path:
-        """The last `steps` steps."""
-        return Path(self.points[-steps - 1 :], self.at)
-
-
-def karras_sigmas(steps: int, least: float, most: float, rho: float = 7.0) -> list[float]:
-    """Sigmas from `most` to `least` whose 1 / rho-th powers are evenly spaced (Karras et al. 2022,
-    arXiv:2206.00364, equation 5); rho = 1 spaces them evenly themselves.
-    """
-    shares = torch.linspace(0, 1, steps, dtype=torch.float64)
-    ends = most ** (1 / rho), least ** (1 / rho)
-    return ((ends[0] + shares * (ends[1] - ends[0])) ** rho).tolist()  # type: ignore[no-any-return]
-
-
-def exponential_sigmas(steps: int, least: float, most: float, rho: float = 1.0) -> list[float]:
-    """Sigmas from `most` to `least` whose logarithms are evenly spaced, or, for another rho, by the
-    rho-th power of even shares.
-    """
-    shares = torch.linspace(1, 0, steps, dtype=torch.float64) ** rho
-    low, high = math.log(least), math.log(most)
-    return (low + shares * (high - low)).exp().tolist()  # type: ignore[no-any-return]
-
-
-def even_times(total: int, steps: int) -> list[int]:
-    """From T - 1 to 0, both among them."""
-    return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().int().tolist()  # type: ignore[no-any-return]
-
-
-def leading_times(total: int, steps: int, offset: int = 0) -> list[int]:
-    """Every T // steps-th step from `offset` on. Where `steps` does not divide T there is another
-    one, as in the code of latent diffusion.
-    """
-    return [t + offset for t in range(0, total, total // steps) if t + offset < total][::-1]
-
-
-def trailing_times(total: int, steps: int) -> list[int]:
-    """Every T / steps-th step, counted from T - 1 down (Lin et al. 2023, table 2)."""
-    return [round(total - k * total / steps) - 1 for k in range(steps)]
-
-
-SPACINGS = ("even", "leading", "trailing", "karras", "exponential")
-
-
-def respaced_times(total: int, sections: Sequence[int]) -> list[int]:
-    """Steps to keep: as many of each of several equal parts of the chain as `sections` says, both
-    ends of a part among them (Nichol and Dhariwal 2021, code). Sorted.
-    """
-    size, more = divmod(total, len(sections))
-    kept, start = [], 0
-    for part, count in enumerate(sections):
-        length = size + (part < more)
-        if not 1 <= count <= length:
-            raise UserError(f"{count} steps cannot be kept of a part of {length}.")
-        stride = (length - 1) / (count - 1) if count > 1 else 0.0
-        kept += [start + round(stride * k) for k in range(count)]
-        start += length
-    return kept
+    @classmethod
+    def at(cls, sigma: float, deviation: float) -> Scalings:
+        """`deviation` is that of the data."""
+        whole = math.hypot(sigma, deviation)
+        return cls((deviation / whole) ** 2, sigma * deviation / whole, 1 / whole)
 
 
 # --- the process --------------------------------------------------------------------------------
@@ -319,6 +203,11 @@ class Process:
             return float(above if math.isinf(wanted) else above - 1)
         return above - 1 + min(max((wanted - low) / (high - low), 0.0), 1.0)
 
+    def nearest(self, sigma: float) -> int:
+        """The step whose sigma is nearest, by the logarithms."""
+        wanted = math.log(sigma)
+        return min(range(self.steps), key=lambda t: abs(self._log_sigmas[t] - wanted))
+
     def sigma(self, time: float) -> float:
         """The sigma of a step, or between two of them, by the logarithms."""
         below = min(int(time), self.steps - 2)
@@ -347,6 +236,9 @@ class Process:
                 "trailing": lambda: trailing_times(self.steps, steps),
             }[spacing]()
             points = [self.point(t) for t in times]
+            if self.straight and self.config.shift != 1:
+                levels = [shifted(point.noise, self.config.shift) for point in points]
+                points = [Point(1 - s, s, s * self.steps - 1) for s in levels]
         return Path((*points, CLEAN), self.at)
 
     # --- forward ---
@@ -367,7 +259,7 @@ class Process:
 
     # --- what the network's output means ---
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, at: Tensor | Point) -> Tensor:
         """What the network should give for x_t."""
         if self.config.prediction == "noise":
             return noise
@@ -375,14 +267,30 @@ class Process:
             return x0
         if self.config.prediction == "flow":
             return noise - x0
-        a, b = self.levels(t)
+        a, b = self.levels(at)
+        if self.config.prediction == "edm":
+            skip, out = self._share_and_rest(a, b)
+            return (x0 - skip * (a * x0 + b * noise)) / out
         return a * noise - b * x0
+
+    def _share_and_rest(
+        self, a: Tensor | float, b: Tensor | float
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """What x_t and the network's output count in x_0 under `edm`: `Scalings`, without the
+        division by a, which may be 0.
+        """
+        deviation = self.config.deviation
+        square = b * b + (a * deviation) ** 2
+        return a * deviation**2 / square, b * deviation / square**0.5
 
     def to_x0(self, output: Tensor, noised: Tensor, at: Tensor | Point) -> Tensor:
         """The network's output for x_t, read as an estimate of x_0."""
-        a, b = self.levels(at)
         if self.config.prediction == "x0":
             return output
+        a, b = self.levels(at)
+        if self.config.prediction == "edm":
+            skip, out = self._share_and_rest(a, b)
+            return skip * noised + out * output
         if self.config.prediction == "noise":
             return (noised - b * output) / a
         if self.config.prediction == "flow":
@@ -408,13 +316,13 @@ class Process:
             "noise": 1 / snr.clamp(min=1e-12),  # |x_0 error|^2 = |eps error|^2 / snr
             "v": 1 / (snr + 1),
             "flow": (b / (a + b)) ** 2,
+            "edm": self._share_and_rest(a, b)[1] ** 2,
         }
         return (cut * per_output[self.config.prediction]).float()
 
-    def mse(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def mse(self, output: Tensor, x0: Tensor, noise: Tensor, at: Tensor | Point) -> Tensor:
         """(B,) the mean square of equation 14 over each picture, weighted."""
-        error = (output.float() - self.target(x0, noise, t)).square().flatten(1).mean(1)
-        return error if self.config.weighting == "simple" else error * self.weight(t)
-
-
-FARTHEST = 1e3  # sigma from which grids in sigma begin where the schedule's own is larger
+        error = (output.float() - self.target(x0, noise, at)).square().flatten(1).mean(1)
+        if self.config.weighting == "simple" or isinstance(at, Point):
+            return error
+        return error * self.weight(at)

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lineage.diffusion.process import FARTHEST, Path, Point
+from lineage.diffusion.schedules import FARTHEST, Path, Point
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
 
@@ -169,7 +169,7 @@ def in_sigmas(solver: Callable[..., Tensor]) -> Sampler:
         **knobs: Any,
     ) -> Tensor:
         points = path.points
-        if points[0].sigma > FARTHEST and points[0].signal < 1 / FARTHEST:  # as good as noise alone
+        if points[0].signal == 0:  # a sigma without end; this one is as good
             points = (Point(1 / FARTHEST, points[0].noise, points[0].time), *points[1:])
         levels = {point.sigma: point for point in points}
 
@@ -313,7 +313,7 @@ def lms(
         for number, each in enumerate(slopes):
             others = [node for k, node in enumerate(nodes) if k != number]
             scale = math.prod(nodes[number] - node for node in others)
-            integral = np.polyint(np.poly(others))
+            integral = np.polyint(np.atleast_1d(np.poly(others)))
             x = x + float((np.polyval(integral, then) - np.polyval(integral, now)) / scale) * each
     return x
 

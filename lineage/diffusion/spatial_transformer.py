@@ -14,37 +14,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.errors import UserError
-from lineage.nn.attention import attend
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention without biases before the output.
-
-    Args:
-        context_width: of what is attended to; None for the sequence itself.
-    """
-
-    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
-        super().__init__()
-        if width % heads:
-            raise UserError(f"A width of {width} cannot be shared by {heads} heads of attention.")
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width or width, width, bias=False)
-        self.to_v = nn.Linear(context_width or width, width, bias=False)
-        self.to_out = nn.Linear(width, width)
-
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """x (B, N, C), context (B, L, D), mask over (B, H, N, L) -> (B, N, C)."""
-        seen = x if context is None else context
-        query, key, value = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d)
-            for part in (self.to_q(x), self.to_k(seen), self.to_v(seen))
-        )
-        return self.to_out(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+from lineage.nn.attention import Attention
 
 
 class FeedForward(nn.Module):
@@ -65,8 +35,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, width: int, heads: int, text_width: int) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.pixels = CrossAttention(width, heads)
-        self.words = CrossAttention(width, heads, text_width)
+        self.pixels = Attention(width, heads, bias=False)
+        self.words = Attention(width, heads, text_width, bias=False)
         self.feed = FeedForward(width)
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from lineage.config import at_least, one_of
 from lineage.diffusion.spatial_transformer import SpatialTransformer
 from lineage.errors import UserError
-from lineage.nn.attention import Attention, attend
+from lineage.nn.attention import Attention
 from lineage.text.contract import TextFeatures
 
 CONDITIONING = ("cross", "transformer", "joint", "sentence", "none")
@@ -199,13 +199,10 @@ class AttentionBlock(nn.Module):
 
     def _joint(self, seen: Tensor, told: Tensor, mask: Tensor | None) -> Tensor:
         """One softmax over words and pixels: seen (B, N, C), told (B, L, 2 C) -> (B, N, C)."""
-        own = self.pixels
-        pairs = torch.cat([told, own.key_value(seen)], dim=1)  # (B, L + N, 2 C)
-        parts = (own.query(seen), *pairs.chunk(2, dim=2))
-        query, key, value = (p.unflatten(2, (own.heads, -1)).transpose(1, 2) for p in parts)
+        pairs = torch.cat([told, self.pixels.key_value(seen)], dim=1)  # (B, L + N, 2 C)
         if mask is not None:
             mask = F.pad(mask, (0, seen.shape[1]), value=True)
-        return own.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+        return self.pixels.among(self.pixels.query(seen), pairs, mask)
 
 
 class Level(nn.Module):

@@ -13,7 +13,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from lineage.errors import UserError
@@ -47,16 +46,26 @@ class Attention(nn.Module):
         width: D of the queries and of the result.
         heads: H; must divide `width`.
         context_width: width of the keys' sequence; None attends to the sequence itself.
+        inner: H d, where it is not D.
+        bias: of queries, keys and values.
     """
 
-    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        context_width: int | None = None,
+        inner: int | None = None,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        if heads < 1 or width % heads:
-            raise UserError(f"A width of {width} cannot be shared by {heads} heads of attention.")
+        inner = width if inner is None else inner
+        if heads < 1 or inner % heads:
+            raise UserError(f"A width of {inner} cannot be shared by {heads} heads of attention.")
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(context_width or width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = nn.Linear(width, inner, bias)
+        self.key_value = nn.Linear(context_width or width, 2 * inner, bias)
+        self.out = nn.Linear(inner, width)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
@@ -64,8 +73,11 @@ class Attention(nn.Module):
         """x (B, N, D), context (B, M, C) or None for x itself, mask bool over (B, H, N, M) -> (B,
         N, D).
         """
-        query = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads)
-        pairs = self.key_value(x if context is None else context)
-        key, value = rearrange(pairs, "b m (two h d) -> two b h m d", two=2, h=self.heads)
-        attended = attend(query, key, value, mask)
-        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
+        return self.among(self.query(x), self.key_value(x if context is None else context), mask)
+
+    def among(self, query: Tensor, pairs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Queries (B, N, H d) to keys and values (B, M, 2 H d) -> (B, N, D)."""
+        key, value = pairs.chunk(2, dim=2)
+        heads = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = heads  # (B, H, N, d), (B, H, M, d) twice
+        return self.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))

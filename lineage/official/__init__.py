@@ -65,6 +65,15 @@ VERIFIERS: dict[str, str | Verifier] = {
     "taming_vqgan": "lineage.official.vqvae:taming_vqgan",
     "dalle_dvae": "lineage.official.vqvae:dalle_dvae",
     "vq_ema": "lineage.official.vqvae:vq_ema",
+    "guided_diffusion": "lineage.official.diffusion:guided_diffusion",
+    "k_diffusion": "lineage.official.diffusion:k_diffusion",
+    "diffusers_schedulers": "lineage.official.diffusion:diffusers_schedulers",
+    "adm_unet": "lineage.official.unets:adm_unet",
+    "glide_text2im": "lineage.official.unets:glide_text2im",
+    "ldm_unet": "lineage.official.unets:ldm_unet",
+    "ldm_vae": "lineage.official.unets:ldm_vae",
+    "ldm_bert": "lineage.official.unets:ldm_bert",
+    "dit": "lineage.official.unets:dit",
     "paper_size": "lineage.official.paper_size:paper_size",
 }
 """The systems that are covered, each by its verifier or by "module:function"."""

@@ -281,6 +281,10 @@ def taming_vqgan(formula: Formula) -> dict[str, Tensor]:
     }
 
 
+def filled(formula: Formula, names: Names, name: str, shapes: Mapping[str, torch.Size]) -> None:
+    """Not used."""
+
+
 NETWORKS: dict[str, Made] = {
     "attngan_bird_G_NET": attngan_generator,
     "attngan_bird_D_NET256": attngan_discriminator,

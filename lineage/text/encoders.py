@@ -11,8 +11,7 @@
                  token and reads that; here the mask means words alone, so the last word takes its
                  place (causal attention lets it see all others).
 
-"No caption" is the caption without words: one `<null>` token, so that attention always has
-something to look at.
+`char_cnn_rnn`, `bert` and `glide` have files of their own, as has `pretrained:NAME`.
 """
 
 from __future__ import annotations
@@ -26,49 +25,11 @@ from lineage.config import TextConfig
 from lineage.errors import UserError, nearest
 from lineage.nn.attention import Attention
 from lineage.text.char_cnn_rnn import CharCNNRNN
-from lineage.text.contract import TextEncoder, TextFeatures
-from lineage.text.tokenizer import NULL, PAD, Tokenizer
-
-
-class TokenEncoder(TextEncoder):
-    """What the encoders that are trained here have in common: tokeniser, word table, padding, cut.
-
-    Subclasses implement `forward(ids, mask) -> (words, sentence)`.
-    """
-
-    in_order = False  # whether a word's vector knows no later word
-
-    def __init__(self, config: TextConfig, tokenizer: Tokenizer, inputs: int = 0) -> None:
-        super().__init__()
-        self.config, self.tokenizer, self.width = config, tokenizer, config.width
-        self.tokens = len(tokenizer) if self.in_order else 0
-        self.table = nn.Embedding(len(tokenizer), inputs or config.width, padding_idx=PAD)
-        nn.init.normal_(self.table.weight)
-        with torch.no_grad():
-            self.table.weight[PAD].zero_()
-
-    def encode(self, captions: list[str]) -> TextFeatures:
-        return self._features([self.tokenizer.encode(c)[: self.config.words] for c in captions])
-
-    def null(self, count: int) -> TextFeatures:
-        return self._features([[NULL]] * count)
-
-    def pieces(self, caption: str) -> list[str]:
-        ids = self.tokenizer.encode(caption)[: self.config.words]
-        return [self.tokenizer.decode([number]).strip() or "<null>" for number in ids]
-
-    def unknown(self, captions: list[str]) -> list[str]:
-        return list(
-            dict.fromkeys(w for caption in captions for w in self.tokenizer.unknown(caption))
-        )
-
-    def _features(self, rows: list[list[int]]) -> TextFeatures:
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])  # (B, L)
-        ids = ids.to(self.table.weight.device, non_blocking=True)
-        mask = ids != PAD
-        words, sentence = self(ids, mask)
-        return TextFeatures(words, mask, sentence, ids)
+from lineage.text.contract import TextEncoder
+from lineage.text.padded import BertEncoder, GlideEncoder
+from lineage.text.pretrained import PRETRAINED, PretrainedEncoder
+from lineage.text.tokenizer import Tokenizer
+from lineage.text.tokens import TokenEncoder
 
 
 class BagEncoder(TokenEncoder):
@@ -163,11 +124,18 @@ ENCODERS: dict[str, Callable[[TextConfig, Tokenizer], TextEncoder]] = {
     "bag": BagEncoder,
     "lstm": LSTMEncoder,
     "transformer": TransformerEncoder,
+    "bert": BertEncoder,
+    "glide": GlideEncoder,
 }
 
 
 def make_encoder(name: str, config: TextConfig, tokenizer: Tokenizer) -> TextEncoder:
-    """The encoder called `name`, untrained. Raises `UserError` for a name there is not."""
+    """The encoder called `name`, untrained, or `pretrained:` and a folder or name of the hub.
+
+    Raises `UserError` for a name there is not.
+    """
+    if name.startswith(PRETRAINED):
+        return PretrainedEncoder(config, name.removeprefix(PRETRAINED))
     if name not in ENCODERS:
         raise UserError(f"There is no text encoder {name!r}: {nearest(name, ENCODERS)}")
     return ENCODERS[name](config, tokenizer)
