@@ -30,8 +30,9 @@ from lineage.data.contract import Batch
 from lineage.diffusion.bound import hybrid_term
 from lineage.diffusion.guidance import THRESHOLDS, Guidance, bounded
 from lineage.diffusion.process import Process, ProcessConfig
-from lineage.diffusion.samplers import SAMPLERS, Callback, Denoise, Estimate, ignore
+from lineage.diffusion.samplers import SAMPLERS
 from lineage.diffusion.schedules import SPACINGS, Path, Point
+from lineage.diffusion.solvers import Callback, Denoise, Estimate, ignore
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
 from lineage.text.contract import TextEncoder, TextFeatures

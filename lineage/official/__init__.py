@@ -67,13 +67,13 @@ VERIFIERS: dict[str, str | Verifier] = {
     "vq_ema": "lineage.official.vqvae:vq_ema",
     "guided_diffusion": "lineage.official.diffusion:guided_diffusion",
     "k_diffusion": "lineage.official.diffusion:k_diffusion",
-    "diffusers_schedulers": "lineage.official.diffusion:diffusers_schedulers",
+    "diffusers_schedulers": "lineage.official.schedulers:diffusers_schedulers",
     "adm_unet": "lineage.official.unets:adm_unet",
     "glide_text2im": "lineage.official.unets:glide_text2im",
-    "ldm_unet": "lineage.official.unets:ldm_unet",
-    "ldm_vae": "lineage.official.unets:ldm_vae",
-    "ldm_bert": "lineage.official.unets:ldm_bert",
-    "dit": "lineage.official.unets:dit",
+    "ldm_unet": "lineage.official.latent:ldm_unet",
+    "ldm_vae": "lineage.official.latent:ldm_vae",
+    "ldm_bert": "lineage.official.latent:ldm_bert",
+    "dit": "lineage.official.latent:dit",
     "paper_size": "lineage.official.paper_size:paper_size",
 }
 """The systems that are covered, each by its verifier or by "module:function"."""

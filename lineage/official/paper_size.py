@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,18 @@ from torch import Tensor, nn
 from lineage.attngan.attngan import Generator
 from lineage.attngan.damsm import InceptionRegions
 from lineage.cgan.stackgan import StackGANConfig, StageOneGenerator, StageTwoGenerator
+from lineage.diffusion.dit import SIZES
+from lineage.diffusion.ldm import KLAutoencoder
+from lineage.diffusion.unet import UNet
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder
 from lineage.nn.matching import Discriminator
 from lineage.official import Outcome, Outputs
 from lineage.official.attngan import text_encoder
+from lineage.official.latent import dit_names, dit_network, dit_rest
+from lineage.official.unets import Names, told, unet_names
 from lineage.official.verify import Reference
 from lineage.official.vqvae import gpt2_state
+from lineage.recipes import ldm
 from lineage.recipes.attngan import PRESETS
 from lineage.text.contract import TextFeatures
 from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder, map_pixels
@@ -45,10 +52,13 @@ class Formula:
     Args:
         salt: makes other numbers of the same names.
         gains: factor on the weights of each network.
+        config: what else the file says, such as the time that a network is told.
     """
 
-    def __init__(self, salt: int, gains: Mapping[str, float]) -> None:
-        self.salt, self.gains = salt, gains
+    def __init__(
+        self, salt: int, gains: Mapping[str, float], config: Mapping[str, Any] | None = None
+    ) -> None:
+        self.salt, self.gains, self.config = salt, gains, config or {}
 
     def numbers(self, name: str, *shape: int) -> Tensor:
         """float64 in [-1, 1), a function of the name and the place alone."""
@@ -281,8 +291,73 @@ def taming_vqgan(formula: Formula) -> dict[str, Tensor]:
     }
 
 
-def filled(formula: Formula, names: Names, name: str, shapes: Mapping[str, torch.Size]) -> None:
-    """Not used."""
+@torch.no_grad()
+def gathered_by(formula: Formula, name: str, network: nn.Module, names: Names) -> None:
+    """Set the weights of a network by a map of official tensors, laid one behind the other."""
+    for key, tensor in network.state_dict().items():
+        parts = names.get(key, ())
+        for part, rows in zip(parts, tensor.chunk(max(1, len(parts))), strict=False):
+            rows.copy_(formula.weight(part, rows.shape, formula.gains[name]))
+
+
+def sd_unet(formula: Formula) -> dict[str, Tensor]:
+    """Stable Diffusion's UNet, as the `paper` preset of `ldm` has it."""
+    name, config = "sd_v1_unet", ldm.PRESETS["paper"].model.unet
+    unet = UNet(config, 768, 4)
+    gathered_by(formula, name, unet, unet_names(unet))
+    x, context = formula.given("unet/x", 1, 4, 32, 32), formula.given("unet/context", 1, 77, 768)
+    return {"eps": unet.eval()(x, torch.full((1,), formula.config["sd_v1_unet_t"]), told(context))}
+
+
+def sd_autoencoder(formula: Formula) -> dict[str, Tensor]:
+    """Its autoencoder."""
+    name, config = "sd_v1_vae", ldm.PRESETS["paper"].autoencoder
+    autoencoder = KLAutoencoder(replace(config, adversary=0.0, perceptual=0.0)).eval()
+    levels = len(config.net.multipliers)
+    for prefix in ("encoder", "decoder"):
+        part = autoencoder.get_submodule(prefix)
+        formula.fill(part, name, partial(of_autoencoder, levels=levels, part=prefix))
+    for prefix in ("quant_conv", "post_quant_conv"):
+        part = autoencoder.get_submodule(prefix)
+        formula.fill(part, name, lambda key, p=prefix: f"{p}.{key}")  # type: ignore[misc]
+    image = formula.given("vae/image", 1, 3, 64, 64)
+    found = autoencoder.encode(image)
+    moments = autoencoder.quant_conv(autoencoder.encoder(image))
+    return {"moments": moments, "decode_mean": autoencoder.decode(found.mean)}
+
+
+def dit_xl(formula: Formula) -> dict[str, Tensor]:
+    """The largest DiT, told a class."""
+    name, size = "DiT-XL/2", dit_xl_sizes()
+    net = dit_network(size)
+    count, width = size["num_classes"] + 1, size["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {"y_embedder.embedding_table.weight": (count, width)}
+    for number in range(size["depth"]):
+        shapes[f"blocks.{number}.attn.qkv.weight"] = (3 * width, width)
+        shapes[f"blocks.{number}.attn.qkv.bias"] = (3 * width,)
+    gathered_by(formula, name, net, dit_names(net))
+    gain = formula.gains[name]
+    made = {k: formula.weight(k, torch.Size(v), gain).float() for k, v in shapes.items()}
+    net.load_state_dict(dit_rest(net, made), strict=False)
+    one_hot = F.one_hot(torch.tensor([formula.config["dit_y"]]), count).float()
+    time = torch.full((1,), formula.config["dit_t"])
+    x = formula.given("dit/x", 1, 4, 32, 32)
+    return {"out": net(x, time, told(one_hot[:, None], one_hot))}
+
+
+def dit_xl_sizes() -> dict[str, int]:
+    """DiT-XL/2's arguments, for 1,000 classes."""
+    own = SIZES["XL"]
+    return {
+        "hidden_size": own["width"],
+        "depth": own["layers"],
+        "num_heads": own["heads"],
+        "patch_size": 2,
+        "in_channels": 4,
+        "input_size": 32,
+        "learn_sigma": True,
+        "num_classes": 1000,
+    }
 
 
 NETWORKS: dict[str, Made] = {
@@ -294,6 +369,9 @@ NETWORKS: dict[str, Made] = {
     "gpt2_small": gpt2_small,
     "dalle_dvae": dalle_dvae,
     "taming_vqgan_f16_1024": taming_vqgan,
+    "sd_v1_unet": sd_unet,
+    "sd_v1_vae": sd_autoencoder,
+    "DiT-XL/2": dit_xl,
 }
 """Those that we have, by the name before the last `/` of their outputs."""
 
@@ -301,7 +379,7 @@ NETWORKS: dict[str, Made] = {
 def paper_size(reference: Reference) -> Outputs:
     """Every output of a network that we have; of the others, why not."""
     config = reference.config
-    formula = Formula(config["salt"], config["gains"])
+    formula = Formula(config["salt"], config["gains"], config)
     made: dict[str, Mapping[str, Tensor]] = {}
 
     def output(network: str, name: str) -> Tensor:
