@@ -154,8 +154,11 @@ def _agreeing(options: argparse.Namespace) -> None:
         raise UserError("--inside shows one picture and takes no other option but --seed.")
     if options.init and several:
         raise UserError("--init goes on with one picture: leave out --best-of.")
-    if options.keep is not None and not options.init:
-        raise UserError("--keep is a share of the picture that --init names.")
+    for name in ("keep", "mask", "strength"):
+        if getattr(options, name) is not None and not options.init:
+            raise UserError(f"--{name} says what to do with the picture that --init names.")
+    if options.keep is not None and (options.mask or options.strength is not None):
+        raise UserError("--keep completes a picture, --mask and --strength change it: choose one.")
     if options.scorer is not None and options.best_of is None:
         raise UserError("--scorer chooses among several: add --best-of 8.")
 
@@ -169,6 +172,14 @@ def _drawn(
     if options.init:
         begun = _given_picture(Path(options.init), Path(options.run))
         begun = begun.expand(len(captions), -1, -1, -1)
+        changed = options.mask or options.strength is not None
+        if changed or (options.keep is None and system.begun == "edit"):
+            mask = None
+            if options.mask:  # white is to be painted anew
+                given = _given_picture(Path(options.mask), Path(options.run))
+                mask = (given.mean(1, keepdim=True) > 0).expand(len(captions), -1, -1, -1)
+            how = {"mask": mask, "strength": options.strength, "seed": options.seed}
+            return to_bytes(system.edit(captions, begun, **how, **knobs)).cpu()
         keep = 0.5 if options.keep is None else options.keep
         images = system.complete(captions, begun, keep=keep, seed=options.seed, **knobs)
         return to_bytes(images).cpu()
@@ -341,7 +352,17 @@ def _parser() -> Parser:
         action="store_true",
         help="show what happens on the way to the first caption's picture, such as attention",
     )
-    command.add_argument("--init", metavar="PICTURE", help="go on with the upper part of a picture")
+    command.add_argument(
+        "--init",
+        metavar="PICTURE",
+        help="start from a picture: go on with its upper part, or edit it",
+    )
+    command.add_argument(
+        "--mask", metavar="MASK", help="a picture as large as --init, white where to paint anew"
+    )
+    command.add_argument(
+        "--strength", type=float, help="how far to leave --init, to 1 (0.6; with --mask 1)"
+    )
     command.add_argument(
         "--keep", type=float, help="share of --init that is given, from above (0.5)"
     )

@@ -326,7 +326,7 @@ def test_codes_are_kept_as_they_are(codes: int) -> None:
         return
     text = kept.text.encode(batch.caption)
     list(kept.losses(batch, text, Draws.for_pictures(0, 3, "cpu")))
-    assert int(kept.count) == 3
+    assert int(kept.memory.count) == 3
     assert torch.equal(kept.of(batch), codec.encode(image))
     again = Codes(Many(codes), 4, 3)
     again.load_state_dict(kept.state_dict())

@@ -214,13 +214,12 @@ class Process:
         low, high = self._log_sigmas[below], self._log_sigmas[below + 1]
         return math.exp(low + (time - below) * (high - low))
 
-    def path(self, steps: int, spacing: str = "even", offset: int = 0) -> Path:
+    def path(self, steps: int, spacing: str = "even") -> Path:
         """`steps` levels from noise on, and the clean picture at the end.
 
         Args:
-            spacing: `even` in t, both ends among them; `leading`, `trailing` as the code of latent
-                diffusion and Lin et al. have them; `karras` or `exponential` in sigma.
-            offset: added to the steps of `leading`.
+            spacing: `even` in t, both ends among them; `leading` as the code of latent diffusion,
+                which adds 1; `trailing` as Lin et al.; `karras` or `exponential` in sigma.
         """
         one_of("spacing", spacing, SPACINGS)
         if not 1 <= steps <= self.steps:
@@ -232,7 +231,9 @@ class Process:
         else:
             times = {
                 "even": lambda: even_times(self.steps, steps),
-                "leading": lambda: leading_times(self.steps, steps, offset),
+                "leading": lambda: [
+                    min(t, self.steps - 1) for t in leading_times(self.steps, steps, 1)
+                ],
                 "trailing": lambda: trailing_times(self.steps, steps),
             }[spacing]()
             points = [self.point(t) for t in times]

@@ -49,7 +49,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class Given:
-    """A file that the user gave: a checkpoint's `tensors`, or the `lines` of a `.txt`."""
+    """What the user gave: a checkpoint's `tensors`, the `lines` of a `.txt`, or a folder."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -93,6 +93,7 @@ IMPORTERS: dict[str, str] = {
     "attngan": "lineage.official.attngan:import_attngan",
     "vqgan": "lineage.official.codecs:import_vqgan",
     "dalle": "lineage.official.codecs:import_dalle",
+    "ldm": "lineage.official.stable_diffusion:import_ldm",
 }
 """The systems whose published checkpoints can be read, by "module:function"."""
 
@@ -147,7 +148,12 @@ def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str 
 
 
 def read_given(path: Path) -> Given:
-    """A checkpoint, or a list of words (`.txt`). Raises `UserError` if it cannot be read."""
+    """A checkpoint, a list of words (`.txt`), or a folder, in which the importer will look.
+
+    Raises `UserError` if it cannot be read.
+    """
+    if path.is_dir():
+        return Given(path, {})
     if path.suffix != ".txt":
         return Given(path, read_checkpoint(path))
     try:

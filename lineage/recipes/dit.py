@@ -45,8 +45,8 @@ PRESETS = {
             process=_LEAN, steps=5, threshold="none", net=DiTConfig(16, 2, 2, 2, words=8)
         ),
     ),
-    # Minutes on two CPU cores: each place of the 8 x 8 latents is a patch; the optimiser and the
-    # sizes are those of `vqvae`'s prior.
+    # Minutes on two CPU cores: 16 patches of the 8 x 8 latents; the optimiser and the sizes are
+    # those of `vqvae`'s prior.
     "tiny": Config(
         key="dit",
         preset="tiny",
@@ -60,7 +60,7 @@ PRESETS = {
             process=_LEAN,
             steps=20,
             threshold="none",
-            net=DiTConfig(128, 5, 4, 1, words=16, gelu="exact"),
+            net=DiTConfig(128, 5, 4, 2, words=16, gelu="exact"),
         ),
     ),
     # One GPU of 8 GB, under an hour: DiT-S, the smallest of the paper, on 8 x 8 latents.

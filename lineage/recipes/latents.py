@@ -53,7 +53,7 @@ class LatentConfig(RunConfig):
     """
 
     autoencoder: KLConfig = field(default_factory=KLConfig)
-    autoencoder_share: float = 0.25
+    autoencoder_share: float = 0.1
     autoencoder_optim: OptimConfig = field(default_factory=OptimConfig)
     autoencoder_batch: int = 32
     kept: int = 8192

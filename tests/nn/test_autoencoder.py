@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,7 +104,13 @@ def test_attention_stands_only_at_the_sides_named(blocks: int, attention: tuple[
 
 @pytest.mark.parametrize(
     ("config", "side"),
-    [(SMALL, 16), (SMALL, 32), (AutoencoderConfig(4, (2,), 2, (), 8, 6), 8)],
+    [
+        (SMALL, 16),
+        (SMALL, 32),
+        (AutoencoderConfig(4, (2,), 2, (), 8, 6), 8),
+        (replace(SMALL, patch=2), 32),
+        (AutoencoderConfig(4, (1, 2), 1, (), 12, 6, patch=3), 24),
+    ],
     ids=str,
 )
 def test_shapes(config: AutoencoderConfig, side: int) -> None:
@@ -123,6 +130,47 @@ def test_the_decoder_mirrors_the_encoder() -> None:
     assert ups == [[24, 24], [24, 16], [16, 8]]
 
 
+# --- pixels folded into channels --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", [2, 3])
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2), (2, 1, 1)], ids=str)
+def test_a_patch_makes_places_larger(patch: int, multipliers: tuple[int, ...]) -> None:
+    """As much as it is wide; attention stands where the folded picture has its side."""
+    plain = AutoencoderConfig(4, multipliers, 1, (8,), 24, 5)
+    folded = replace(plain, patch=patch, size=24 * patch)
+    assert folded.factor == patch * plain.factor
+    assert folded.levels() == plain.levels()
+    extra = 9 * 3 * (patch**2 - 1) * 4  # of the convolution next to the picture
+    assert count(Encoder(folded, 5)) == count(Encoder(plain, 5)) + extra
+    last = plain.channels * multipliers[0]
+    extra = (9 * last + 1) * 3 * (patch**2 - 1)
+    assert count(Decoder(folded)) == count(Decoder(plain)) + extra
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_a_patch_is_a_square_of_neighbours(patch: int) -> None:
+    """What goes into the first convolution and comes out of the last, pixel by pixel."""
+    config = AutoencoderConfig(4, (1,), 1, (), 6, 5, patch=patch)
+    seen: list[Tensor] = []
+    encoder, decoder = Encoder(config, 5), Decoder(config)
+    encoder.conv_in.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    decoder.conv_out.register_forward_hook(lambda _, __, found: seen.append(found))
+    image = torch.randn(2, 3, 6, 6)
+    encoder(image)
+    drawn = decoder(torch.randn(2, 5, 6 // patch, 6 // patch))
+    folded, last = seen
+    assert folded.shape == last.shape == (2, 3 * patch**2, 6 // patch, 6 // patch)
+    for row in range(6):
+        for column in range(6):
+            at = (slice(None), slice(None), row // patch, column // patch)
+            within = row % patch * patch + column % patch
+            for pixels, channels in ((image, folded[at]), (drawn, last[at])):
+                inner = channels[:, within :: patch**2]
+                assert torch.equal(pixels[:, :, row, column], inner)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -131,7 +179,9 @@ def test_the_decoder_mirrors_the_encoder() -> None:
         ({"channels": 0}, "codec.channels=0"),
         ({"blocks": 0}, "codec.blocks=0"),
         ({"latent": -1}, "codec.latent=-1"),
-        ({"size": 100}, "100 pixels cannot be halved 4 times"),
+        ({"patch": 0}, "codec.patch=0"),
+        ({"size": 100}, "100 pixels do not divide into places of 16"),
+        ({"patch": 2, "size": 272}, "272 pixels do not divide into places of 32"),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from lineage.text.tokenizer import Tokenizer, make_tokenizer
 SHORT = "a red circle"
 LONG = "two small yellow stars to the left of a large purple ring"
 WORDS = 9
-IN_ORDER, OTHERS = ("bag", "transformer"), ("lstm", "char_cnn_rnn")
+IN_ORDER, OTHERS = ("bag", "transformer"), ("lstm", "char_cnn_rnn", "bert", "glide")
 
 
 def tokenizer_of(kind: str) -> Tokenizer:

@@ -241,7 +241,7 @@ def assert_codes_are_the_codecs(prior: Any, data: str) -> None:
     batch = Trainer(
         prior, dataset, preset("vqvae", "smoke").optim, preset("vqvae", "smoke").train
     ).loader.at(0)
-    assert int(known.count) == len(dataset)
+    assert int(known.memory.count) == len(dataset)
     assert torch.equal(known.of(batch), prior.codec.encode(batch.image))
 
 

@@ -282,7 +282,7 @@ def test_a_batch_that_is_partly_known_is_encoded(names: list[str]) -> None:
     batch = batch_of(names)
     found, calls = asked(codes)(batch)
     assert calls == 1 and torch.equal(found, codes.codec.encode(batch.image))
-    assert int(codes.count) == 2  # asking does not keep
+    assert int(codes.memory.count) == 2  # asking does not keep
 
 
 @pytest.mark.parametrize("kept", [1, 3, 4, 9])
@@ -291,15 +291,15 @@ def test_the_first_pictures_are_kept_up_to_the_limit(kept: int) -> None:
     names = [["a", "b"], ["c", "d", "e"], ["f"]]
     codes = look_at(made(kept), *map(batch_of, names))
     flat = [name for batch in names for name in batch]
-    assert int(codes.count) == min(kept, len(flat))
+    assert int(codes.memory.count) == min(kept, len(flat))
     ask = asked(codes)
     assert [ask(batch_of([name]))[1] for name in flat] == [int(k >= kept) for k in range(6)]
 
 
 def test_a_picture_seen_again_is_kept_once_and_counted_twice() -> None:
     codes = look_at(made(), batch_of(["a", "a", "b"]), batch_of(["b", "a"]))
-    assert int(codes.count) == 2
-    assert codes.names[:2].unique().numel() == 2 and not codes.names[2:].any()
+    assert int(codes.memory.count) == 2
+    assert codes.memory.names[:2].unique().numel() == 2 and not codes.memory.names[2:].any()
     assert codes.uses.sum().item() == 5 * 16
 
 
@@ -309,8 +309,8 @@ def test_names_are_told_apart() -> None:
     codes = Codes(Grey(factor=1), 1, 3000)
     image = torch.zeros(3000, 3, 1, 1)
     look_at(codes, Batch(image, [""] * 3000, None, names))
-    assert int(codes.count) == 3000 and len(codes.names.unique()) == 3000
-    assert (codes.names >= 0).all()
+    assert int(codes.memory.count) == 3000 and len(codes.memory.names.unique()) == 3000
+    assert (codes.memory.names >= 0).all()
 
 
 def test_large_numbers_of_codes_are_kept() -> None:
@@ -363,7 +363,7 @@ def test_resuming_keeps_what_an_unbroken_run_keeps(stop: int) -> None:
     assert second.state_dict().keys() == whole.state_dict().keys()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
-    assert second._rows == whole._rows
+    assert second.memory._rows == whole.memory._rows
 
 
 # --- the audit --------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_the_loop_fills_the_memory(shapes: CaptionedDataset) -> None:
     train = TrainConfig(pictures=24, batch=10, precision="fp32", prefetch=0)
     trainer = Trainer(codes, shapes, optim, train, stage="codes")
     trainer.run()
-    assert trainer.step == 3 and int(codes.count) == 24
+    assert trainer.step == 3 and int(codes.memory.count) == 24
     trainer.system.load_state_dict({n: t.clone() for n, t in codes.state_dict().items()})
     later = Trainer(
         Codes(Grey(), 16, 1), shapes, optim, TrainConfig(batch=4, prefetch=0), stage="prior"

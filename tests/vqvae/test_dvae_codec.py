@@ -498,7 +498,7 @@ def test_presets_of_dalle_build_and_fit(name: str, tokenizer: WordTokenizer) -> 
         mu, log_b = codec.decoder(logits)
         assert mu.shape == log_b.shape == (1, 3, config.size, config.size)
     assert made["prior"].side == made["codes"].side == side
-    assert codec.codes <= torch.iinfo(made["codes"].ids.dtype).max + 1
+    assert codec.codes <= torch.iinfo(made["codes"].memory.values.dtype).max + 1
     steps = stages["codec"].budgeted().steps
     assert steps is None or steps >= config.codec.anneal
 

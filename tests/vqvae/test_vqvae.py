@@ -377,7 +377,7 @@ def test_codes_are_found_in_full_precision() -> None:
         list(codes.losses(batch, text, Draws(range(16))))
     assert torch.equal(asked, exact)
     known = Batch(batch.image[:8], [""] * 8, None, batch.id[:8])
-    assert torch.equal(codes.of(known), exact[:8]) and int(codes.count) == 8
+    assert torch.equal(codes.of(known), exact[:8]) and int(codes.memory.count) == 8
 
 
 @pytest.mark.parametrize("name", ["k-means", "loss"])
@@ -481,8 +481,8 @@ def test_presets_of_vqvae_build_and_fit(name: str, tokenizer: WordTokenizer) -> 
         assert grid.shape == (2, config.codec.quantiser.width, side, side)
         assert codec.decoder(grid).shape == (2, 3, config.size, config.size)
     assert codes.side == made["prior"].side == side
-    assert codes.ids.shape == (config.kept, side**2)
-    assert codec.codes <= torch.iinfo(codes.ids.dtype).max + 1
+    assert codes.memory.values.shape == (config.kept, side**2)
+    assert codec.codes <= torch.iinfo(codes.memory.values.dtype).max + 1
 
 
 def test_the_preset_paper_of_vqvae_is_the_papers() -> None:
