@@ -36,6 +36,7 @@ from lineage.config import at_least, one_of
 from lineage.diffusion.spatial_transformer import SpatialTransformer
 from lineage.errors import UserError
 from lineage.nn.attention import Attention
+from lineage.nn.autoencoder import Double
 from lineage.text.contract import TextFeatures
 
 CONDITIONING = ("cross", "transformer", "joint", "sentence", "none")
@@ -217,17 +218,6 @@ class Level(nn.Module):
     def forward(self, x: Tensor, time: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
         x = self.residual(x, time)
         return x if self.attention is None else self.attention(x, words, mask)
-
-
-class Double(nn.Module):
-    """Nearest neighbours, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(doubled(x))
 
 
 class UNet(nn.Module):

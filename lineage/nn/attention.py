@@ -1,8 +1,9 @@
 """Multi-head attention for text and pictures, with one mask convention: True = may be looked at.
 
 The arithmetic is softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, equation 1). On a GPU it runs as
-the fused kernel; on the CPU as two matrix products, which are faster there at these sizes and,
-unlike the fused kernel, can be differentiated twice (gradient penalties).
+the fused kernel; on the CPU as two matrix products, which are faster there at most sizes and,
+unlike the fused kernel, can be differentiated twice (gradient penalties). Long sequences from which
+nobody wants a gradient take the fused kernel there too.
 
 Axes: B batch, N queries, M keys, H heads, d width of a head, D = H d.
 """
@@ -18,13 +19,17 @@ from torch import Tensor, nn
 from lineage.errors import UserError
 
 
+LONG = 128  # queries and keys from which the fused kernel is faster on the CPU
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B, H, N, d), (B, H, M, d), (B, H, M, d) -> (B, H, N, d).
 
     `mask` broadcasts to (B, H, N, M), True = look. A query that may look nowhere gets zeros, as
     from the fused kernel.
     """
-    if query.is_cuda:
+    long = query.shape[-2] >= LONG and key.shape[-2] >= LONG and query.dtype == torch.float32
+    if query.is_cuda or (long and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
     if mask is not None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lineage.errors import UserError
 from lineage.nn.attention import attend
+from lineage.nn.blocks import conv_of_doubled
 
 EPSILON = 1e-6  # of the group norms
 
@@ -153,7 +154,7 @@ class Double(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return conv_of_doubled(x, self.conv)
 
 
 class Middle(nn.Module):

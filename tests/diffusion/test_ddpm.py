@@ -1,8 +1,11 @@
-"""`ddpm`: the UNet's promises, guidance, and that it can learn eight pictures by heart."""
+"""`ddpm`: its training step, the knobs of drawing, and that it can learn eight pictures by heart."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,8 +15,11 @@ from torch import Tensor
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.diffusion.ddpm import DDPM, DDPMConfig
-from lineage.diffusion.process import ProcessConfig
-from lineage.diffusion.unet import CONDITIONING, UNet, UNetConfig, time_embedding
+from lineage.diffusion.denoiser import DenoiserConfig
+from lineage.diffusion.process import PREDICTIONS, ProcessConfig
+from lineage.diffusion.samplers import SAMPLERS
+from lineage.diffusion.schedules import SPACINGS, Point
+from lineage.diffusion.unet import UNetConfig
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
 from lineage.text.contract import TextFeatures
@@ -21,145 +27,70 @@ from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
 from lineage.train.loop import Trainer
 
-D = 6  # width of the text
-SMALL = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(1,), heads=2, dropout=0.0)
+UNET = UNetConfig(16, (1, 2), blocks=1, attention=(1,), heads=2, patch=2, dropout=0.0)
+PROCESS = ProcessConfig(100, "cosine", "x0")
+LINE = ProcessConfig(100, "flow", "flow")
+CAPTIONS = ["a red circle", "a blue square above a green triangle"]
 
 
-def features(lengths: list[int], seed: int = 0) -> TextFeatures:
-    """Random text of so many words a caption, with nonsense behind the words."""
-    generator = torch.Generator().manual_seed(seed)
-    count, length = len(lengths), max(lengths)
-    mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
-    return TextFeatures(
-        torch.randn(count, length, D, generator=generator),
-        mask,
-        torch.randn(count, D, generator=generator),
-        mask.long(),
-    )
-
-
-def network(**changes: Any) -> UNet:
-    """A UNet whose layers that start at zero have been moved."""
+def system(
+    tokenizer: WordTokenizer, process: ProcessConfig = PROCESS, moved: float = 0.0, **changes: Any
+) -> DDPM:
+    """A small system; `moved` takes its network away from the zero it starts at."""
     torch.manual_seed(0)
-    unet = UNet(replace(SMALL, **changes), D).eval()
+    config = DDPMConfig(**{"unet": UNET, "process": process, "steps": 10, **changes})
+    one = DDPM(config, make_encoder("bag", TextConfig(width=16), tokenizer), 16).eval()
     with torch.no_grad():
-        for parameter in unet.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return unet
+        for parameter in one.network.parameters():
+            parameter.add_(moved * torch.randn_like(parameter))
+    return one
 
 
-def system(shapes: CaptionedDataset, tokenizer: WordTokenizer, **changes: Any) -> DDPM:
-    torch.manual_seed(0)
-    config = DDPMConfig(
-        unet=replace(SMALL, width=16, patch=2),
-        process=ProcessConfig(100, "cosine", "x0"),
-        steps=10,
-        **changes,
-    )
-    return DDPM(config, make_encoder("bag", TextConfig(width=16), tokenizer), 16)
-
-
-# --- the network ------------------------------------------------------------------------------
-
-
-def test_a_new_network_says_nothing() -> None:
-    """Its last layer starts at zero, so the first loss is that of the mean, not of a random net."""
-    unet = UNet(SMALL, D)
-    out = unet(torch.randn(2, 3, 8, 8), torch.tensor([0, 50]), features([2, 3]))
-    assert torch.equal(out, torch.zeros(2, 3, 8, 8))
-
-
-@pytest.mark.parametrize("conditioning", CONDITIONING)
-@pytest.mark.parametrize("patch", [1, 2])
-def test_the_output_has_the_shape_of_the_input(conditioning: str, patch: int) -> None:
-    unet = network(conditioning=conditioning, patch=patch)
-    x = torch.randn(3, 3, 8, 8)
-    out = unet(x, torch.tensor([0, 5, 99]), features([2, 1, 4]))
-    assert out.shape == x.shape and torch.isfinite(out).all()
-
-
-@pytest.mark.parametrize("conditioning", CONDITIONING)
-def test_text_comes_in_by_the_way_that_is_named(conditioning: str) -> None:
-    unet, x, t = network(conditioning=conditioning), torch.randn(2, 3, 8, 8), torch.tensor([5, 50])
-    text = features([3, 3])
-    plain = unet(x, t, text)
-    words = unet(x, t, replace(text, words=features([3, 3], 1).words))
-    sentence = unet(x, t, replace(text, sentence=features([3, 3], 1).sentence))
-    assert ((plain - words).abs().max() > 1e-3) == (conditioning == "cross")
-    assert ((plain - sentence).abs().max() > 1e-3) == (conditioning != "none")
-
-
-def test_padding_does_not_matter() -> None:
-    """Words behind the mask must not be looked at, whatever they hold and however many."""
-    unet, x, t = network(), torch.randn(2, 3, 8, 8), torch.tensor([5, 50])
-    text = features([2, 4])
-    plain = unet(x, t, text)
-    longer = text.padded(9)
-    longer.words[~longer.mask] = 1e4
-    torch.testing.assert_close(unet(x, t, longer), plain, atol=1e-5, rtol=1e-5)
-    alone = unet(x[:1], t[:1], TextFeatures.cat([text[:1]]))
-    torch.testing.assert_close(alone[0], plain[0], atol=1e-5, rtol=1e-5)
-    shorter = TextFeatures(
-        text.words[:1, :2], text.mask[:1, :2], text.sentence[:1], text.ids[:1, :2]
-    )
-    torch.testing.assert_close(unet(x[:1], t[:1], shorter)[0], plain[0], atol=1e-5, rtol=1e-5)
-
-
-def test_time_matters_and_is_told_apart() -> None:
-    unet, x, text = network(), torch.randn(1, 3, 8, 8), features([2])
-    outs = [unet(x, torch.tensor([t]), text) for t in (0, 1, 500, 501, 999)]
-    for i, one in enumerate(outs):
-        for other in outs[i + 1 :]:
-            assert (one - other).abs().max() > 1e-5
-    vectors = time_embedding(torch.arange(1000), 32)
-    assert vectors.shape == (1000, 32)
-    assert vectors[0].tolist() == [0.0] * 16 + [1.0] * 16
-    assert torch.pdist(vectors).min() > 1e-2
-
-
-def test_each_row_has_its_own_time_and_text() -> None:
-    unet, x, t = network(), torch.randn(3, 3, 8, 8), torch.tensor([5, 50, 500])
-    text = features([2, 4, 1])
-    plain = unet(x, t, text)
-    turned = unet(x.flip(0), t.flip(0), text[torch.tensor([2, 1, 0])])
-    torch.testing.assert_close(turned.flip(0), plain, atol=1e-5, rtol=1e-5)
-
-
-def test_wrong_settings_are_told(shapes: CaptionedDataset, tokenizer: WordTokenizer) -> None:
-    with pytest.raises(UserError, match=r"'croos'.*'cross'"):
-        UNetConfig(conditioning="croos")
-    with pytest.raises(UserError, match="did you mean 'ddim'"):
-        DDPMConfig(sampler="ddin")
-    text = make_encoder("bag", TextConfig(width=16), tokenizer)
-    config = DDPMConfig(unet=replace(SMALL, patch=2))
-    for size in (15, 18, 2, 33):
-        with pytest.raises(UserError, match=f"multiple of 4, not size={size}"):
-            DDPM(config, text, size)
-    assert DDPM(config, text, 20).size == 20
-
-
-@pytest.mark.parametrize("change", [{"heads": 3}, {"heads": 0}, {"multipliers": ()}], ids=str)
-def test_sizes_that_cannot_be_are_told(change: dict[str, Any], tokenizer: WordTokenizer) -> None:
-    """Each is reached by `--set model.unet.NAME=...`, so each deserves a sentence."""
-    text = make_encoder("bag", TextConfig(width=16), tokenizer)
-    with pytest.raises(UserError):
-        DDPM(DDPMConfig(unet=replace(SMALL, **change)), text, 16)
-
-
-# --- training ---------------------------------------------------------------------------------
+@pytest.fixture
+def one(tokenizer: WordTokenizer) -> DDPM:
+    """A system whose network says something."""
+    return system(tokenizer, moved=0.05)
 
 
 class Recorder(torch.nn.Module):
     """Stands in for the UNet and keeps what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: int = 1) -> None:
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.zeros(()))
+        self.scale = torch.nn.Parameter(torch.zeros(outputs))
         self.seen: list[tuple[Tensor, Tensor, TextFeatures]] = []
 
     def forward(self, noised: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         self.seen.append((noised, t, text))
-        return self.scale * noised
+        return torch.cat([scale * noised for scale in self.scale], dim=1)
+
+
+class Asked:
+    """Counts of rows, and times, that the network was asked at."""
+
+    def __init__(self, one: DDPM) -> None:
+        self.rows: list[int] = []
+        self.times: list[float] = []
+        one.network.register_forward_hook(self._note)
+
+    def _note(self, module: Any, given: Any, out: Any) -> None:
+        self.rows.append(len(given[0]))
+        self.times.append(given[1][0].item())
+
+
+def eight(shapes: CaptionedDataset) -> Batch:
+    return shapes.batch(range(8), [0] * 8, 0)
+
+
+def step_of(one: DDPM, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+    """The terms of the one turn."""
+    draws = Draws(range(seed, seed + len(batch)))
+    ((name, terms),) = one.losses(batch, one.text.encode(batch.caption), draws)
+    assert name == "denoiser"
+    return terms
+
+
+# --- training ---------------------------------------------------------------------------------
 
 
 def test_captions_are_dropped_as_often_as_is_set(
@@ -167,27 +98,168 @@ def test_captions_are_dropped_as_often_as_is_set(
 ) -> None:
     """Guidance compares with "no caption": never dropped, it compares with noise."""
     batch = shapes.batch(range(400), [0] * 400, 0)
-    for share in (0.0, 0.25, 1.0):
-        one = system(shapes, tokenizer, drop_text=share)
-        recorder = one.unet = Recorder()
-        ((_, terms),) = one.losses(batch, one.text.encode(batch.caption), Draws(range(400)))
+    for share in (0.0, 0.25, 0.95):
+        one = system(tokenizer, drop_text=share)
+        recorder = one.network = Recorder()
+        terms = step_of(one, batch)
         _, t, text = recorder.seen[0]
         null = one.text.null(1)
         dropped = text.mask.sum(1) == 1
-        assert dropped.float().mean().item() == pytest.approx(share, abs=0.07 * (0 < share < 1))
+        assert dropped.float().mean().item() == pytest.approx(share, abs=0.07 * (share > 0))
         expected = null.sentence.expand(int(dropped.sum()), -1)
         torch.testing.assert_close(text.sentence[dropped], expected)
+        kept = one.text.encode(batch.caption).sentence[~dropped]
+        torch.testing.assert_close(text.sentence[~dropped], kept)
         assert t.min() == 0 and t.max() == 99 and len(t.unique()) > 90
         assert list(terms) == ["mse_x0"]
         assert terms["mse_x0"].item() == pytest.approx(batch.image.square().mean().item(), rel=1e-5)
+
+
+def test_pictures_are_noised_as_much_as_their_time_says(
+    shapes: CaptionedDataset, tokenizer: WordTokenizer
+) -> None:
+    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, with eps that is normal and each row's own."""
+    batch, one = shapes.batch(range(64), [0] * 64, 0), system(tokenizer)
+    recorder = one.network = Recorder()
+    step_of(one, batch)
+    noised, t, _ = recorder.seen[0]
+    share = (t.double() + 1) / 100
+    abar = ((share + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    abar = (abar / math.cos(0.008 / 1.008 * math.pi / 2) ** 2)[:, None, None, None]
+    eps = (noised - abar.sqrt() * batch.image) / (1 - abar).sqrt()
+    inner = t < 99  # the last beta is clipped
+    assert eps[inner].mean().item() == pytest.approx(0, abs=0.02)
+    assert eps[inner].std().item() == pytest.approx(1, abs=0.02)
+    assert eps.flatten(1).corrcoef().triu(1).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0", "v", "flow"])
+def test_min_snr_weighs_by_the_ratio_of_signal_and_noise(
+    prediction: str, shapes: CaptionedDataset, tokenizer: WordTokenizer
+) -> None:
+    """Hang et al., section 3.4: min(snr, 5) |x_0 - estimate|^2, whatever is predicted."""
+    batch = eight(shapes)
+    process = ProcessConfig(100, "cosine", prediction, "min_snr")
+    one = system(tokenizer, process, drop_text=0.0)
+    recorder = one.network = Recorder()
+    with torch.no_grad():
+        recorder.scale.fill_(0.3)
+    found = step_of(one, batch)[f"mse_{prediction}"].item()
+    noised, t, _ = recorder.seen[0]
+    wanted = 0.0
+    for row, level in zip(range(8), t.tolist(), strict=True):
+        a, b = one.process.point(level).signal, one.process.point(level).noise
+        estimate = {
+            "noise": (1 - 0.3 * b) / a,
+            "x0": 0.3,
+            "v": a - 0.3 * b,
+            "flow": (1 - 0.3 * b) / (a + b),
+        }[prediction] * noised[row]
+        error = (estimate - batch.image[row]).square().mean().item()
+        wanted += min((a / b) ** 2, 5.0) * error / 8
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_row_of_the_loss_knows_nothing_of_the_others(shapes: CaptionedDataset, one: DDPM) -> None:
+    """Time, dropped caption and noise are of its own stream, so the mean is that of single rows."""
+    batch = eight(shapes)
+    together = step_of(one, batch)["mse_x0"].item()
+    alone = [step_of(one, row, seed)["mse_x0"].item() for seed, row in enumerate(batch.split(1))]
+    assert together == pytest.approx(sum(alone) / 8, rel=1e-4)
+    assert len({round(value, 6) for value in alone}) == 8
+
+
+@pytest.mark.parametrize("text", ["bag", "transformer"])
+def test_the_turn_moves_the_network_and_the_text(
+    text: str, shapes: CaptionedDataset, tokenizer: WordTokenizer
+) -> None:
+    encoder = make_encoder(text, TextConfig(width=16), tokenizer)
+    one = DDPM(DDPMConfig(unet=UNET, process=PROCESS), encoder, 16)
+    assert one.groups() == {"denoiser": [one.network, one.text]}
+    optim = OptimConfig(warmup=0, weight_decay=0.0)
+    trainer = Trainer(one, shapes, optim, TrainConfig(batch=8, precision="fp32", prefetch=0))
+    before = {name: value.clone() for name, value in one.named_parameters()}
+    for _ in range(4):  # what starts at zero passes gradients on once it has moved
+        trainer.advance(eight(shapes))
+    still = {name for name, value in one.named_parameters() if torch.equal(before[name], value)}
+    assert still <= {"text.position"}  # nobody reads so far
+    assert {name.split(".")[0] for name in before} == {"network", "text"}
+
+
+LEARNT = [
+    *((prediction, "cosine") for prediction in PREDICTIONS),
+    *((prediction, "flow") for prediction in PREDICTIONS if prediction != "noise"),
+]
+
+
+@pytest.mark.parametrize(("prediction", "schedule"), LEARNT)
+def test_each_prediction_learns_one_batch_by_heart(
+    prediction: str, schedule: str, shapes: CaptionedDataset, tokenizer: WordTokenizer
+) -> None:
+    """With the same noise at each step, so that only learning can lower the loss."""
+    one = system(tokenizer, ProcessConfig(100, schedule, prediction)).train()
+    optimizer = torch.optim.Adam(one.parameters(), lr=1e-2)
+    losses: list[float] = []
+    for _ in range(40):
+        terms = step_of(one, eight(shapes))
+        assert list(terms) == [f"mse_{prediction}"]
+        losses.append(terms[f"mse_{prediction}"].item())
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+    assert losses[-1] < 0.4 * losses[0], (losses[0], losses[-1])
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_a_learnt_variance_has_a_term_of_its_own(
+    variance: str, shapes: CaptionedDataset, tokenizer: WordTokenizer
+) -> None:
+    """The mean is held fixed in it, so it moves what the network says of variances, and no more."""
+    one = system(tokenizer, replace(PROCESS, variance=variance), moved=0.02)
+    assert one.network.leave.out_channels == 6 * UNET.patch**2
+    terms = step_of(one, eight(shapes))
+    assert list(terms) == ["mse_x0", "bound"]
+    one.network = Recorder(2)
+    for name, moves in (("mse_x0", [True, False]), ("bound", [False, True])):
+        (gradient,) = torch.autograd.grad(step_of(one, eight(shapes))[name], one.network.scale)
+        assert (gradient != 0).tolist() == moves, name
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_a_learnt_variance_is_learnt_and_drawn_with(
+    variance: str, shapes: CaptionedDataset, tokenizer: WordTokenizer
+) -> None:
+    one = system(tokenizer, replace(PROCESS, variance=variance), sampler="ddpm").train()
+    optimizer = torch.optim.Adam(one.parameters(), lr=1e-2)
+    sums: list[float] = []
+    for _ in range(30):
+        terms = step_of(one, eight(shapes))
+        loss = sum(terms.values())
+        sums.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sums[-1] < 0.5 * sums[0], (sums[0], sums[-1])
+    for name in SAMPLERS:
+        if name != "flow_euler":
+            drawn = one.generate(CAPTIONS, sampler=name, steps=4)
+            assert drawn.shape == (2, 3, 16, 16) and torch.isfinite(drawn).all(), name
+    drawn = one.generate(CAPTIONS)
+    with torch.no_grad():  # the second half of the channels, and no more
+        one.network.leave.bias[12:] += 1.0
+    assert not torch.equal(one.generate(CAPTIONS), drawn)
+    plain = one.generate(CAPTIONS, sampler="ddim")
+    with torch.no_grad():
+        one.network.leave.bias[12:] += 1.0
+    assert torch.equal(one.generate(CAPTIONS, sampler="ddim"), plain)
 
 
 def test_eight_pictures_are_learnt_by_heart(
     shapes: CaptionedDataset, tokenizer: WordTokenizer
 ) -> None:
     """Whatever is wired wrongly, this fails: loss, gradient, schedule, text or optimiser."""
-    batch = shapes.batch(range(8), [0] * 8, 0)
-    one = system(shapes, tokenizer)
+    batch = eight(shapes)
+    one = system(tokenizer)
     optim = OptimConfig(lr=4e-3, warmup=20, decay="none", average=0.9)
     trainer = Trainer(one, shapes, optim, TrainConfig(batch=8, precision="fp32"))
     losses: list[float] = []
@@ -197,33 +269,28 @@ def test_eight_pictures_are_learnt_by_heart(
     start, end = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
     assert end < 0.35 * start, (start, end)
     with trainer.averaged() as averaged:
-        drawn = averaged.generate(batch.caption, seed=0, guidance=1.0)
-    distances = (drawn[:, None] - batch.image[None]).square().mean(dim=(2, 3, 4))  # (B, B)
-    assert (distances.argmin(1) == torch.arange(8)).float().mean() >= 0.5  # by its caption
+        assert isinstance(averaged, DDPM)
+        for sampler in ("ddim", "ddpm", "dpmpp_2m"):
+            drawn = averaged.generate(batch.caption, seed=0, guidance=1.0, sampler=sampler)
+            distances = (drawn[:, None] - batch.image[None]).square().mean(dim=(2, 3, 4))  # (B, B)
+            found = (distances.argmin(1) == torch.arange(8)).float().mean()  # by its caption
+            assert found >= 0.5, sampler
 
 
-# --- drawing ----------------------------------------------------------------------------------
+# --- drawing: guidance --------------------------------------------------------------------------
 
 
-def moved(shapes: CaptionedDataset, tokenizer: WordTokenizer) -> DDPM:
-    one = system(shapes, tokenizer).eval()
+def small(one: DDPM) -> DDPM:
+    """Outputs so small that nothing is clipped."""
     with torch.no_grad():
-        for parameter in one.unet.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+        one.network.leave.weight.mul_(0.05)
+        one.network.leave.bias.mul_(0.05)
     return one
 
 
-CAPTIONS = ["a red circle", "a blue square above a green triangle"]
-
-
-def test_guidance_moves_away_from_the_picture_without_a_caption(
-    shapes: CaptionedDataset, tokenizer: WordTokenizer
-) -> None:
+def test_guidance_moves_away_from_the_picture_without_a_caption(one: DDPM) -> None:
     """x_0 = null + guidance (text - null), seen in a single step of sampling."""
-    one = moved(shapes, tokenizer)
-    with torch.no_grad():
-        one.unet.leave.weight.mul_(0.05)  # small enough that nothing is clipped
-        one.unet.leave.bias.mul_(0.05)
+    small(one)
     text, null = (
         one.generate(captions, steps=1, guidance=1.0) for captions in (CAPTIONS, ["", ""])
     )
@@ -236,61 +303,333 @@ def test_guidance_moves_away_from_the_picture_without_a_caption(
     torch.testing.assert_close(found, negative + 2.5 * (text - negative), atol=1e-5, rtol=0)
 
 
-def test_guidance_1_is_the_conditional_output(
-    shapes: CaptionedDataset, tokenizer: WordTokenizer
-) -> None:
+def test_guidance_1_is_the_conditional_output(one: DDPM) -> None:
     """And the network is asked once for a picture, not twice."""
-    one = moved(shapes, tokenizer)
-    calls: list[int] = []
-    one.unet.register_forward_hook(lambda module, given, out: calls.append(len(given[0])))
+    asked = Asked(one)
     plain = one.generate(CAPTIONS, guidance=1.0, steps=3)
-    assert calls == [2, 2, 2]
+    assert asked.rows == [2, 2, 2]
     nearly = one.generate(CAPTIONS, guidance=1.0 + 1e-6, steps=3)
-    assert calls[3:] == [4, 4, 4]
+    assert asked.rows[3:] == [4, 4, 4]
     torch.testing.assert_close(nearly, plain, atol=1e-4, rtol=0)
 
 
-def test_every_estimate_is_clipped_to_the_range_of_pictures(
-    shapes: CaptionedDataset, tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """High guidance leaves the range, and what leaves it grows from step to step."""
-    from lineage.diffusion import ddpm
+def test_a_negative_prompt_changes_the_picture(one: DDPM) -> None:
+    plain = one.generate(CAPTIONS, guidance=3.0)
+    away = one.generate(CAPTIONS, guidance=3.0, negative="a green ring")
+    assert (plain - away).abs().max() > 1e-3
+    assert torch.equal(one.generate(CAPTIONS, guidance=3.0, negative=""), plain)
+    once = one.generate(CAPTIONS, guidance=1.0)
+    assert torch.equal(one.generate(CAPTIONS, guidance=1.0, negative="a green ring"), once)
 
-    one, seen = moved(shapes, tokenizer), []
-    original = ddpm.SAMPLERS["ddim"]
 
-    def watched(denoise: Any, *rest: Any) -> Tensor:
-        def check(x: Tensor, t: Tensor) -> Tensor:
-            seen.append(denoise(x, t))
-            return seen[-1]
+def test_rescaling_brings_the_deviation_back(one: DDPM) -> None:
+    """Lin et al., equations 15 and 16: all of it at 1, half of it at 0.5."""
+    small(one)
+
+    def deviations(**knobs: Any) -> Tensor:
+        return one.generate(CAPTIONS, steps=1, threshold="none", **knobs).flatten(1).std(1)
+
+    caption, guided = deviations(guidance=1.0), deviations(guidance=9.0)
+    assert (guided / caption - 1).abs().min() > 0.01
+    torch.testing.assert_close(deviations(guidance=9.0, rescale=1.0), caption)
+    half = deviations(guidance=9.0, rescale=0.5)
+    torch.testing.assert_close(half, (guided + caption) / 2)
+
+
+def test_guidance_within_an_interval_of_sigmas(one: DDPM) -> None:
+    """Outside it, the network is asked for the caption alone."""
+    asked = Asked(one)
+    sigmas = [point.sigma for point in one.process.path(10).points[:-1]]
+    one.generate(CAPTIONS, guidance=3.0, interval=(0.3, 3.0))
+    assert asked.rows == [4 if 0.3 <= sigma <= 3 else 2 for sigma in sigmas]
+    assert {2, 4} == set(asked.rows)
+    plain, always = (one.generate(CAPTIONS, guidance=g) for g in (1.0, 3.0))
+    nowhere = one.generate(CAPTIONS, guidance=3.0, interval=(1e6, 1e7))
+    assert torch.equal(nowhere, plain)
+    assert torch.equal(one.generate(CAPTIONS, guidance=3.0, interval=(0.0, 1e9)), always)
+    assert torch.equal(one.generate(CAPTIONS, guidance=3.0, interval=()), always)
+    text = one.generate(CAPTIONS, guidance=3.0, interval="0.3,3")
+    assert not torch.equal(text, plain) and not torch.equal(text, always)
+
+
+# --- drawing: levels and samplers ---------------------------------------------------------------
+
+
+def watched(one: DDPM, monkeypatch: pytest.MonkeyPatch, **knobs: Any) -> list[Tensor]:
+    """The estimates of x_0 on the way."""
+    seen: list[Tensor] = []
+    original = SAMPLERS["ddim"]
+
+    def sampler(denoise: Any, *rest: Any) -> Tensor:
+        def check(x: Tensor, level: Point) -> Any:
+            found = denoise(x, level)
+            seen.append(found.x0)
+            return found
 
         return original(check, *rest)
 
-    monkeypatch.setitem(ddpm.SAMPLERS, "ddim", watched)
-    one.generate(CAPTIONS, guidance=50.0)
+    monkeypatch.setitem(SAMPLERS, "ddim", sampler)
+    one.generate(CAPTIONS, **knobs)
+    return seen
+
+
+@pytest.mark.parametrize("threshold", ["clip", "dynamic"])
+def test_every_estimate_is_kept_in_the_range_of_pictures(
+    threshold: str, one: DDPM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """High guidance leaves the range, and what leaves it grows from step to step."""
+    seen = watched(one, monkeypatch, guidance=50.0, threshold=threshold)
     assert len(seen) == 10
     assert max(x.abs().max().item() for x in seen) == 1.0
 
 
-def test_knobs_of_drawing(shapes: CaptionedDataset, tokenizer: WordTokenizer) -> None:
-    one = moved(shapes, tokenizer)
-    calls: list[int] = []
-    one.unet.register_forward_hook(lambda module, given, out: calls.append(int(given[1][0])))
+def test_without_a_threshold_estimates_go_where_they_go(
+    one: DDPM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watched(one, monkeypatch, guidance=50.0, threshold="none")
+    assert max(x.abs().max().item() for x in seen) > 2.0
+    assert one.generate(CAPTIONS, guidance=50.0, threshold="none").abs().max() <= 1
+
+
+def test_clipping_is_the_threshold_unless_told_otherwise(one: DDPM) -> None:
+    kinds = [one.generate(CAPTIONS, guidance=9.0, threshold=k) for k in ("clip", "dynamic", "none")]
+    assert torch.equal(one.generate(CAPTIONS, guidance=9.0), kinds[0])
+    assert all((one - other).abs().max() > 1e-3 for one, other in pairwise(kinds))
+
+
+def test_knobs_of_drawing(one: DDPM) -> None:
+    asked = Asked(one)
     one.generate("a red circle", steps=4)
-    assert len(calls) == 4 and calls[0] == 99 and calls[-1] == 0
-    calls.clear()
+    assert asked.times == [99, 66, 33, 0]
+    asked.times.clear()
     one.generate("a red circle")
-    assert len(calls) == one.config.steps
+    assert len(asked.times) == one.config.steps
     ddim, ddpm = (one.generate(CAPTIONS, sampler=name) for name in ("ddim", "ddpm"))
     assert (ddim - ddpm).abs().max() > 1e-3
     with pytest.raises(UserError, match="did you mean 'ddim'"):
         one.generate("a red circle", sampler="dimm")
 
 
-@pytest.mark.parametrize("steps", [0, -3, 101, 2.5, "many"])
-def test_a_number_of_steps_that_cannot_be_is_told(
-    steps: Any, shapes: CaptionedDataset, tokenizer: WordTokenizer
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_spacing_decides_what_the_network_is_asked_for(spacing: str, one: DDPM) -> None:
+    asked = Asked(one)
+    one.generate("a red circle", steps=5, spacing=spacing)
+    fixed = {
+        "even": [99, 74, 50, 25, 0],  # 74.25, 49.5 to even, 24.75
+        "leading": [80, 60, 40, 20, 0],
+        "trailing": [99, 79, 59, 39, 19],
+    }
+    if spacing in fixed:
+        assert asked.times == fixed[spacing]
+    else:  # both ends of the chain, the first where it is as good as noise alone
+        ends = one.process.point(0).sigma, 80.0
+        shares = [k / 4 for k in range(5)]
+        sigmas = {
+            "karras": [
+                (ends[1] ** (1 / 7) * (1 - s) + ends[0] ** (1 / 7) * s) ** 7 for s in shares
+            ],
+            "exponential": [ends[1] ** (1 - s) * ends[0] ** s for s in shares],
+        }[spacing]
+        found = [one.process.sigma(time) for time in asked.times]
+        assert found == pytest.approx(sigmas, rel=1e-3)
+
+
+def test_eta_is_how_much_noise_is_added(one: DDPM) -> None:
+    """From `ddim` to `ddpm`; and two names for each of them."""
+    how: dict[str, Any] = {"spacing": "karras", "steps": 6}
+    ddim, ddpm = (one.generate(CAPTIONS, sampler=name, **how) for name in ("ddim", "ddpm"))
+    torch.testing.assert_close(one.generate(CAPTIONS, eta=1.0, **how), ddpm, atol=1e-4, rtol=0)
+    torch.testing.assert_close(one.generate(CAPTIONS, eta=0.0, **how), ddim, atol=1e-4, rtol=0)
+    ancestral = one.generate(CAPTIONS, sampler="euler_ancestral", **how)
+    torch.testing.assert_close(ancestral, ddpm, atol=1e-3, rtol=0)
+    for eta, wanted in ((0.0, ddim), (1.0, ddpm)):
+        found = one.generate(CAPTIONS, sampler="euler_ancestral", eta=eta, **how)
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+    between = one.generate(CAPTIONS, eta=0.5, **how)
+    assert min((between - other).abs().max() for other in (ddim, ddpm)) > 1e-3
+
+
+def test_the_variance_is_the_process_s(tokenizer: WordTokenizer) -> None:
+    """Small and large differ where a sampler draws from the posterior, and nowhere else."""
+    kinds = [
+        system(tokenizer, replace(PROCESS, variance=f"fixed_{size}"), moved=0.05)
+        for size in ("small", "large")
+    ]
+    for sampler, same in (("ddpm", False), ("ddim", True), ("euler_ancestral", True)):
+        found = [one.generate(CAPTIONS, sampler=sampler, steps=5) for one in kinds]
+        assert torch.equal(*found) == same, sampler
+
+
+def test_what_is_not_told_is_the_configuration_s(tokenizer: WordTokenizer) -> None:
+    own: dict[str, Any] = {
+        "steps": 4,
+        "guidance": 3.0,
+        "sampler": "euler_ancestral",
+        "spacing": "trailing",
+        "threshold": "dynamic",
+    }
+    given = system(tokenizer, moved=0.05).generate(CAPTIONS, **own)
+    assert torch.equal(system(tokenizer, moved=0.05, **own).generate(CAPTIONS), given)
+    for name, other in (
+        ("steps", 5),
+        ("guidance", 1.0),
+        ("sampler", "ddim"),
+        ("spacing", "even"),
+        ("threshold", "none"),
+    ):
+        changed = system(tokenizer, moved=0.05, **{**own, name: other}).generate(CAPTIONS)
+        assert not torch.equal(changed, given), name
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_picture_knows_nothing_of_its_batch(sampler: str, tokenizer: WordTokenizer) -> None:
+    """Picture i follows from the seed, i and caption i, whatever stands beside it."""
+    one = system(tokenizer, LINE, moved=0.05, sampler=sampler, steps=4)
+    captions = [*CAPTIONS, "two small yellow stars"]
+    together = one.generate(captions, seed=5)
+    torch.rand(3)
+    alone = one.generate(captions[:1], seed=5)
+    torch.testing.assert_close(alone[0], together[0], atol=1e-3, rtol=0)
+    one.at_once = 1
+    torch.testing.assert_close(one.generate(captions, seed=5), together, atol=1e-3, rtol=0)
+    one.at_once = 2
+    others = one.generate(["", captions[1], "a zorp"], seed=5)
+    torch.testing.assert_close(others[1], together[1], atol=1e-3, rtol=0)
+    same = one.generate(["a red circle"] * 2, seed=5)
+    assert (same[0] - same[1]).abs().max() > 0.01
+    assert (one.generate(captions, seed=6) - together).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "flow_euler"])
+def test_every_sampler_draws_at_any_number_of_steps(
+    sampler: str, zero_snr: bool, tokenizer: WordTokenizer
 ) -> None:
+    process = ProcessConfig(100, "linear", "v", zero_snr=zero_snr)
+    one = system(tokenizer, process, moved=0.05, sampler=sampler)
+    for steps in (1, 2, 3, 100):
+        drawn = one.generate("a red circle", steps=steps)
+        assert torch.isfinite(drawn).all() and drawn.std() > 0.01, steps
+
+
+# --- what cannot be -----------------------------------------------------------------------------
+
+
+def one_sentence(told: str) -> bool:
+    return "\n" not in told and told[0].isupper() | ("=" in told) and told[-1] in ".?"
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"sampler": "dimm"}, "sampler='dimm'.*did you mean 'ddim'"),
+    ({"sampler": "flow_euler"}, "flow_euler needs"),
+    ({"spacing": "oven"}, "spacing='oven'"),
+    ({"threshold": "clap"}, "threshold='clap'.*did you mean 'clip'"),
+    ({"eta": 0.5, "sampler": "heun"}, "heun takes no eta"),
+    ({"eta": 0.5, "sampler": "ddpm"}, "ddpm takes no eta"),
+    ({"eta": "much"}, "eta='much'"),
+    ({"interval": (1.0,)}, r"interval=\(1.0,\) must be two sigmas"),
+    ({"interval": (1.0, 2.0, 3.0)}, "must be two sigmas"),
+    ({"interval": (3.0, 0.3)}, "the smaller one first"),
+    ({"interval": (-1.0, 0.3)}, "two sigmas"),
+    ({"interval": "low"}, "interval"),
+    ({"rescale": 1.5}, "rescale=1.5"),
+    ({"rescale": -0.1}, "rescale=-0.1"),
+    ({"guidance": "strong"}, "guidance='strong'"),
+    ({"guidance": math.nan}, "guidance=nan"),
+    ({"negative": 3}, "negative=3"),
+    ({"flavour": 1}, "has no knob 'flavour'"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "match"), WRONG, ids=str)
+def test_a_knob_that_cannot_be_is_told(knobs: dict[str, Any], match: str, one: DDPM) -> None:
+    with pytest.raises(UserError, match=match) as told:
+        one.generate("a red circle", **knobs)
+    assert one_sentence(str(told.value)), told.value
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+def test_noise_cannot_be_taken_away(sampler: str, one: DDPM) -> None:
+    """At eta = -1 a step divides by zero."""
+    with pytest.raises(UserError, match="eta=-1"):
+        one.generate("a red circle", sampler=sampler, eta=-1.0)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 101, 2.5, "many"])
+def test_a_number_of_steps_that_cannot_be_is_told(steps: Any, one: DDPM) -> None:
     """Nought is not "as usual", and `--set steps=many` is not a traceback."""
     with pytest.raises(UserError, match="steps"):
-        moved(shapes, tokenizer).generate("a red circle", steps=steps)
+        one.generate("a red circle", steps=steps)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampler": "ddin"},
+        {"spacing": "oven"},
+        {"threshold": "clap"},
+        {"steps": 0},
+        {"drop_text": 1.0},
+        {"drop_text": -0.1},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_told(change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(UserError, match=rf"model\.{name}=") as told:
+        DenoiserConfig(**change)
+    assert one_sentence(str(told.value)), told.value
+
+
+def test_knobs_from_a_command_line_are_read(one: DDPM) -> None:
+    """As text, they mean what they mean as numbers."""
+    given = one.generate(CAPTIONS, steps=4, guidance=3.0, eta=0.5, interval=(0.3, 3.0))
+    text = one.generate(CAPTIONS, steps="4", guidance="3", eta="0.5", interval="0.3,3")
+    assert torch.equal(given, text)
+
+
+def test_no_caption_is_no_picture(one: DDPM) -> None:
+    with pytest.raises(UserError, match="at least one caption"):
+        one.generate([])
+
+
+# --- inside -------------------------------------------------------------------------------------
+
+
+def rows_of(one: DDPM, **how: Any) -> Iterator[tuple[list[str], list[Tensor]]]:
+    for row in one.inside("a red circle", **how):
+        yield [name for name, _ in row], [picture for _, picture in row]
+
+
+def test_inside_shows_the_way_from_noise_to_picture(one: DDPM) -> None:
+    """x_t above, the estimate of x_0 below, at eight moments under the same names."""
+    (names, noised), (again, estimates) = rows_of(one, seed=3)
+    assert names == again and len(names) == len(set(names)) == 8
+    sigmas = [point.sigma for point in one.process.path(10).points[:-1]]
+    assert names[0] == f"sigma {sigmas[0]:.2g}" and names[-1] == f"sigma {sigmas[-1]:.2g}"
+    for picture in noised + estimates:
+        assert picture.shape == (3, 16, 16) and picture.abs().max() <= 1
+    start = Draws.for_pictures(3, 1, "cpu").normal(3, 16, 16)[0]
+    torch.testing.assert_close(noised[0], start.clamp(-1, 1))
+    torch.testing.assert_close(estimates[-1], one.generate("a red circle", seed=3)[0])
+    torch.testing.assert_close(noised[-1], estimates[-1], atol=0.2, rtol=0)  # hardly any noise
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_inside_shows_no_moment_twice(steps: int, tokenizer: WordTokenizer) -> None:
+    one = system(tokenizer, moved=0.05, steps=steps)
+    (names, _), (again, _) = rows_of(one)
+    assert names == again and len(names) == min(steps, 8)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_inside_works_with_every_sampler(sampler: str, tokenizer: WordTokenizer) -> None:
+    """And says "noise" where sigma has no end."""
+    one = system(tokenizer, LINE, moved=0.05, sampler=sampler)
+    (names, noised), (_, estimates) = rows_of(one, seed=1)
+    assert names[0] == "noise" and len(names) == 8
+    start = Draws.for_pictures(1, 1, "cpu").normal(3, 16, 16)[0]
+    torch.testing.assert_close(noised[0], start.clamp(-1, 1))
+    if sampler != "lms":  # which goes on along earlier slopes
+        drawn = one.generate("a red circle", seed=1)[0]
+        torch.testing.assert_close(estimates[-1], drawn, atol=1e-4, rtol=0)

@@ -182,7 +182,7 @@ def test_a_point_knows_its_sigma() -> None:
 
 
 def test_a_path_is_a_list_of_steps() -> None:
-    points = tuple(Point(1 - s, s, 10 * s) for s in (1.0, 0.7, 0.4)) + (CLEAN,)
+    points = (*(Point(1 - s, s, 10 * s) for s in (1.0, 0.7, 0.4)), CLEAN)
     path = Path(points, lambda sigma: CLEAN)
     assert len(path) == 3
     assert path.steps() == [(points[0], points[1]), (points[1], points[2]), (points[2], CLEAN)]
@@ -261,7 +261,7 @@ def test_times_are_distinct_and_fall(make: Callable[[int, int], list[int]], tota
     for steps in {1, 2, total // 2, total - 1, total} - {0}:
         times = make(total, steps)
         assert len(times) == steps and np.all(np.diff(times) < 0)
-        assert 0 <= times[-1] and times[0] < total
+        assert times[-1] >= 0 and times[0] < total
         assert all(isinstance(t, int) for t in times)
     assert make(total, total) == list(range(total - 1, -1, -1))
 
@@ -276,9 +276,12 @@ def test_times_that_do_not_divide_the_chain() -> None:
     assert leading_times(10, 1) == [0]
 
 
-@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 12.0])
+@pytest.mark.parametrize("shift", [0.1, 0.3, 1.0, 3.0, 12.0])
 def test_a_shift_multiplies_sigma(shift: float) -> None:
-    """Esser et al., equation 23: noise against signal grows by the factor, and the ends stay."""
+    """Esser et al., equation 23: noise against signal grows by the factor.
+
+    The ends stay, exactly: a trace of signal in noise alone, or less than none, is divided by.
+    """
     for s in (0.01, 0.2, 0.5, 0.97):
         moved = shifted(s, shift)
         assert moved / (1 - moved) == pytest.approx(shift * s / (1 - s), rel=1e-12)
@@ -304,10 +307,10 @@ def test_an_equal_stride() -> None:
 
 def test_so_many_of_each_part() -> None:
     """Of 0..99, of 100..199 and of 200..299, both ends of each among them."""
-    found = respaced_times(300, "10,15,20")
+    found = respaced_times(300, "10,12,20")
     expected = [
         np.round(first + np.linspace(0, 99, count)).astype(int)
-        for first, count in ((0, 10), (100, 15), (200, 20))
+        for first, count in ((0, 10), (100, 12), (200, 20))
     ]
     assert found == np.concatenate(expected).tolist()
 

@@ -1,0 +1,471 @@
+"""Frozen text models of Hugging Face's: tiny ones, made here, against the models themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lineage
+from lineage import runs
+from lineage.config import TextConfig
+from lineage.data.contract import CaptionedDataset
+from lineage.errors import UserError
+from lineage.text.encoders import make_encoder
+from lineage.text.pretrained import PretrainedEncoder
+from lineage.text.tokenizer import WordTokenizer
+from lineage.train import texts
+from lineage.train.store import load_tensors
+from lineage.train.texts import Reader
+
+WIDTH, WORDS, PLACES = 16, 8, 10
+SHORT, LONG = "a red circle", "a small red circle left of a blue ring of a circle"
+CAPTIONS = [SHORT, LONG, "", "a zorp"]
+LENGTHS = {"clip": [5, 8, 2, 4], "bert": [5, 8, 2, 4], "t5": [4, 8, 1, 3]}
+KINDS = tuple(LENGTHS)
+VOCABULARY = ["a", "red", "blue", "circle", "ring", "of", "left", "small"]
+SPECIAL = {  # start, end and padding
+    "clip": ("<start>", "<end>", "<end>"),
+    "bert": ("[CLS]", "[SEP]", "[PAD]"),
+    "t5": ("", "</s>", "<pad>"),
+    "bare": ("", "", "[PAD]"),
+}
+
+
+def numbers(kind: str) -> dict[str, int]:
+    """Token numbers; of padding 0."""
+    start, end, pad = SPECIAL[kind]
+    return {word: k for k, word in enumerate(dict.fromkeys([pad, "?", start, end, *VOCABULARY]))}
+
+
+def save_tokenizer(kind: str, folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    (start, end, pad), known = SPECIAL[kind], numbers(kind)
+    whole = Tokenizer(models.WordLevel(known, unk_token="?"))
+    whole.pre_tokenizer = pre_tokenizers.Whitespace()
+    if end:
+        whole.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A {end}".strip(),
+            special_tokens=[(token, known[token]) for token in (start, end) if token],
+        )
+    named = {"pad_token": pad, "unk_token": "?", "eos_token": end or None}
+    PreTrainedTokenizerFast(tokenizer_object=whole, **named).save_pretrained(folder)
+
+
+def untrained(kind: str) -> Any:
+    """A tiny model whose vectors differ, with dropout that would show."""
+    import transformers as library
+
+    known, end = numbers(kind), numbers(kind).get(SPECIAL[kind][1])
+    sizes = {"vocab_size": len(known), "hidden_size": WIDTH, "intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": PLACES}
+    if kind == "clip":
+        config = library.CLIPTextConfig(
+            **sizes, attention_dropout=0.3, pad_token_id=0, bos_token_id=2, eos_token_id=end
+        )
+        return library.CLIPTextModel(config)
+    if kind == "t5":
+        config = library.T5Config(
+            vocab_size=len(known), d_model=WIDTH, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+            dropout_rate=0.3, pad_token_id=0, eos_token_id=end, decoder_start_token_id=0,
+        )  # fmt: skip
+        return library.T5Model(config)
+    return library.BertModel(library.BertConfig(**sizes, hidden_dropout_prob=0.3, pad_token_id=0))
+
+
+def save(kind: str, folder: Path, model: Any = None) -> Path:
+    torch.manual_seed(4)
+    model = untrained(kind) if model is None else model
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    save_tokenizer(kind, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each kind, as `save_pretrained` leaves it."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    place = tmp_path_factory.mktemp("models")
+    return {kind: save(kind, place / kind) for kind in KINDS}
+
+
+def made(folder: Path | str, **sizes: Any) -> PretrainedEncoder:
+    config = TextConfig(**{"width": WIDTH, "words": WORDS, **sizes})
+    encoder = make_encoder(f"pretrained:{folder}", config, WordTokenizer(["a"]))
+    assert isinstance(encoder, PretrainedEncoder)
+    return encoder
+
+
+def by_hand(kind: str, caption: str, words: int = WORDS) -> list[int]:
+    """Start, words and end, cut so that the end stays; and padding."""
+    start, end, _ = SPECIAL[kind]
+    known = numbers(kind)
+    ids = [known.get(word, known["?"]) for word in caption.split()]
+    ids = ids[: words - bool(start) - bool(end)]
+    ids = [*([known[start]] if start else []), *ids, *([known[end]] if end else [])]
+    return ids + [0] * (words - len(ids))
+
+
+# --- what is given ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_caption_has_all_places(kind: str, folders: dict[str, Path]) -> None:
+    """Numbers by hand; the mask is that of words, start and end, all of them in front."""
+    encoder = made(folders[kind])
+    text = encoder.encode(CAPTIONS)
+    assert encoder.width == WIDTH and encoder.tokens == 0
+    assert text.words.shape == (4, WORDS, WIDTH) and text.words.dtype == torch.float32
+    assert text.sentence.shape == (4, WIDTH) and text.sentence.dtype == torch.float32
+    assert text.mask.dtype == torch.bool and text.ids.dtype == torch.int64
+    assert text.mask.tolist() == [[k < n for k in range(WORDS)] for n in LENGTHS[kind]]
+    assert text.ids.tolist() == [by_hand(kind, caption) for caption in CAPTIONS]
+    assert made(folders[kind]).encode(["red"]).words.shape == (1, WORDS, WIDTH)
+
+
+@torch.no_grad()
+def test_words_of_clip_are_its_last_hidden_states(folders: dict[str, Path]) -> None:
+    """Behind the last norm, padding and all, which is read too; the sentence is that at the first
+    end."""
+    from transformers import CLIPTextModel
+
+    model = CLIPTextModel.from_pretrained(folders["clip"]).eval()
+    text = made(folders["clip"]).encode(CAPTIONS)
+    given = model(input_ids=torch.tensor([by_hand("clip", caption) for caption in CAPTIONS]))
+    torch.testing.assert_close(text.words, given.last_hidden_state)
+    ends = [length - 1 for length in LENGTHS["clip"]]
+    torch.testing.assert_close(text.sentence, text.words[range(4), ends])
+    assert text.words[0, 5:].abs().amax(1).min() > 0.1
+
+
+@torch.no_grad()
+def test_words_of_bert_are_its_last_hidden_states(folders: dict[str, Path]) -> None:
+    """A caption at a time and without padding; the sentence is their mean."""
+    from transformers import BertModel
+
+    model = BertModel.from_pretrained(folders["bert"]).eval()
+    text = made(folders["bert"]).encode(CAPTIONS)
+    for row, caption in enumerate(CAPTIONS):
+        length = LENGTHS["bert"][row]
+        ids = torch.tensor([by_hand("bert", caption)[:length]])
+        alone = model(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(text.words[row, :length], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(text.sentence[row], alone.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def encoder_only(whole: Any) -> Any:
+    """The same weights as a model without a decoder, as diffusion models bring it along."""
+    from transformers import T5EncoderModel
+
+    alone = T5EncoderModel(type(whole.config)(**whole.config.to_dict()))
+    alone.shared.load_state_dict(whole.shared.state_dict())
+    alone.encoder.load_state_dict(whole.encoder.state_dict())
+    return alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alone", [False, True], ids=["with a decoder", "encoder alone"])
+def test_words_of_t5_are_those_of_its_encoder(alone: bool, tmp_path: Path) -> None:
+    """Whether the folder holds a decoder, which nobody asks for, or not."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model = untrained("t5")
+    folder = save("t5", tmp_path / "t5", encoder_only(model) if alone else model)
+    from transformers import T5EncoderModel
+
+    reader = T5EncoderModel.from_pretrained(folder).eval()
+    text = made(folder).encode(CAPTIONS)
+    for row, caption in enumerate(CAPTIONS):
+        length = LENGTHS["t5"][row]
+        ids = torch.tensor([by_hand("t5", caption)[:length]])
+        found = reader(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(text.words[row, :length], found, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(text.sentence[row], found.mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_caption_is_the_empty_one(kind: str, folders: dict[str, Path]) -> None:
+    encoder = made(folders[kind])
+    null, empty = encoder.null(3), encoder.encode(["", "", ""])
+    for part in ("words", "mask", "sentence", "ids"):
+        torch.testing.assert_close(getattr(null, part), getattr(empty, part))
+    assert len(encoder.null(0)) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbours_do_not_matter(kind: str, folders: dict[str, Path]) -> None:
+    encoder = made(folders[kind])
+    together = encoder.encode(CAPTIONS)
+    for row, caption in enumerate(CAPTIONS):
+        alone = encoder.encode([caption])
+        torch.testing.assert_close(alone.words[0], together.words[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone.sentence[0], together.sentence[row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_every_word_has_its_piece(kind: str, caption: str, folders: dict[str, Path]) -> None:
+    """Start and end among them; padding has none."""
+    encoder = made(folders[kind])
+    pieces = encoder.pieces(caption)
+    assert len(pieces) == int(encoder.encode([caption]).mask.sum())
+    words = {number: word for word, number in numbers(kind).items()}
+    assert pieces == [words[number] for number in by_hand(kind, caption)[: len(pieces)]]
+    assert encoder.unknown([caption]) == []
+
+
+@pytest.mark.parametrize("words", [3, WORDS, PLACES])
+def test_as_many_words_as_are_asked_for(words: int, folders: dict[str, Path]) -> None:
+    for kind, folder in folders.items():
+        text = made(folder, words=words).encode([SHORT, LONG])
+        assert text.ids.tolist() == [by_hand(kind, caption, words) for caption in (SHORT, LONG)]
+
+
+# --- frozen, and no part of the weights -------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_frozen_and_no_part_of_the_encoder(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    """Before and after it is read; no dropout in training; no gradient flows."""
+    encoder = made(folders[kind])
+    for _ in range(2):
+        assert not encoder.state_dict() and not list(encoder.parameters())
+        assert not list(encoder.children())
+        encoder.train()
+        one, other = encoder.encode(CAPTIONS), encoder.encode(CAPTIONS)
+        assert torch.equal(one.words, other.words) and not one.words.requires_grad
+        assert not one.sentence.requires_grad
+    _, model = encoder._parts()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_model_is_read_once_and_when_it_is_asked(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is built, and its parameters counted, without it."""
+    from lineage.text import pretrained
+
+    original, read = pretrained.load_text_model, []
+    monkeypatch.setattr(
+        pretrained, "load_text_model", lambda name: read.append(name) or original(name)
+    )
+    encoder = made(folders["clip"])
+    assert read == []
+    encoder.encode([SHORT]), encoder.null(2), encoder.pieces(SHORT)
+    assert read == [str(folders["clip"])]
+
+
+def test_the_layout_of_diffusers(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The model in `text_encoder`, its tokeniser in `tokenizer`, as in Stable Diffusion."""
+    for part, names in (("tokenizer", "tokenizer*"), ("text_encoder", "[cm]o*")):
+        (tmp_path / part).mkdir()
+        for file in folders["clip"].glob(names):
+            shutil.copy(file, tmp_path / part)
+    assert (tmp_path / "text_encoder" / "model.safetensors").is_file()
+    one, other = made(tmp_path).encode(CAPTIONS), made(folders["clip"]).encode(CAPTIONS)
+    assert torch.equal(one.words, other.words) and torch.equal(one.ids, other.ids)
+
+
+# --- tokenisers of other habits ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_tokeniser_without_start_and_end(tmp_path: Path) -> None:
+    """Its empty caption has no token at all; guidance and caption dropout still read it."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    encoder = made(save("bare", tmp_path / "bare"))
+    text = encoder.encode([SHORT, ""])
+    assert text.words.isfinite().all() and text.sentence.isfinite().all()
+    null = encoder.null(2)
+    assert null.sentence.isfinite().all()
+    assert null.mask.any(1).all()  # attention always has something to look at
+
+
+@torch.no_grad()
+def test_words_stand_in_front_whatever_the_tokeniser_prefers(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Captions are shortened from behind, so padding before the words would cut these off."""
+    shutil.copytree(folders["bert"], tmp_path / "left")
+    path = tmp_path / "left" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
+    text = made(tmp_path / "left").encode([SHORT, LONG])
+    assert text.mask.tolist() == [[k < n for k in range(WORDS)] for n in (5, 8)]
+
+
+# --- what cannot be ---------------------------------------------------------------------------
+
+
+def told(call: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    sentence = str(caught.value)
+    assert "\n" not in sentence and len(sentence) < 600
+    return sentence
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [8, 17, 768])
+def test_another_width_is_told(kind: str, width: int, folders: dict[str, Path]) -> None:
+    """With the one to set, and the folder."""
+    sentence = told(lambda: made(folders[kind], width=width).encode([SHORT]))
+    assert f"encoder.width={WIDTH}" in sentence and str(width) in sentence
+    assert str(folders[kind]) in sentence
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_more_words_than_the_model_reads_are_told(kind: str, folders: dict[str, Path]) -> None:
+    """T5 has no end: its places are relative."""
+    sentence = told(lambda: made(folders[kind], words=PLACES + 1).null(1))
+    assert f"encoder.words={PLACES}" in sentence and str(PLACES + 1) in sentence
+    assert made(folders["t5"], words=40).encode([LONG]).mask.sum() == 13
+
+
+def test_a_folder_that_holds_no_model_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Missing, empty, without weights, without a tokeniser, with a broken file."""
+    (tmp_path / "empty").mkdir()
+    broken: dict[str, Path] = {"missing": tmp_path / "missing", "empty": tmp_path / "empty"}
+    for name in ("config.json", "model.safetensors"):
+        for change in ("without", "broken"):
+            place = broken[f"{change} {name}"] = tmp_path / f"{change}-{name}"
+            shutil.copytree(folders["clip"], place)
+            (place / name).unlink() if change == "without" else (place / name).write_text("{")
+    for what, folder in broken.items():
+        sentence = told(lambda folder=folder: made(folder).encode([SHORT]))
+        assert str(folder) in sentence and "no text model" in sentence, what
+
+
+def test_a_tokeniser_that_cannot_pad_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    """GPT-2's is one."""
+    shutil.copytree(folders["bert"], tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    saved = json.loads(path.read_text())
+    del saved["pad_token"]
+    path.write_text(json.dumps(saved))
+    assert "pad" in told(lambda: made(tmp_path / "model").encode([SHORT, LONG]))
+
+
+def test_a_model_without_a_name_is_told() -> None:
+    assert "name a folder" in told(lambda: made(""))
+
+
+def test_without_transformers_the_mend_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the name of the extra, which there is."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    sentence = told(lambda: made(tmp_path).encode([SHORT]))
+    assert "pip install 'lineage-t2i[hub]'" in sentence
+    project = (Path(lineage.__file__).parents[1] / "pyproject.toml").read_text()
+    assert "\nhub = [" in project and "transformers" in project
+
+
+@pytest.mark.parametrize("key", ["ddpm", "ldm"])
+def test_a_model_that_is_not_there_is_told_before_anything_is_written(
+    key: str, tmp_path: Path
+) -> None:
+    """Not when the autoencoder's share of the budget is spent."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    out, settings = tmp_path / "run", {"text": f"pretrained:{tmp_path / 'none'}"}
+    told(lambda: runs.train(key, preset="smoke", out=out, steps=3, settings=settings))
+    assert not out.exists()
+
+
+# --- in systems -------------------------------------------------------------------------------
+
+
+def settings_for(folder: Path, words: int = WORDS) -> dict[str, Any]:
+    return {
+        "text": f"pretrained:{folder}",
+        "encoder.width": WIDTH,
+        "encoder.words": words,
+        "train.precision": "fp32",
+    }
+
+
+@pytest.mark.parametrize(("key", "kind"), [("gan_int_cls", "t5"), ("ldm", "clip"), ("dit", "bert")])
+def test_families_run_with_it(
+    key: str,
+    kind: str,
+    folders: dict[str, Path],
+    train_run: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """Trained, saved without the model, loaded, and the same pictures drawn."""
+    run = train_run(tmp_path / "run", key, settings_for(folders[kind]), steps=6)
+    saved = load_tensors(run.folder / "model.safetensors")
+    assert saved and not any(name.startswith("text.") for name in saved)
+    system = lineage.load(run.folder)
+    captions = [SHORT, "", "a small blue ring"]
+    pictures = system.generate(captions, seed=3)
+    assert pictures.shape == (3, 3, 16, 16) and pictures.isfinite().all()
+    assert torch.equal(pictures, run.system.generate(captions, seed=3))
+    told = [system.generate(caption, seed=3) for caption in (SHORT, "a small blue ring")]
+    assert not torch.equal(*told)
+
+
+def test_a_run_without_its_model_says_so(
+    folders: dict[str, Path], train_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The weights of the model are no part of it."""
+    shutil.copytree(folders["clip"], tmp_path / "clip")
+    run = train_run(tmp_path / "run", "ddpm", settings_for(tmp_path / "clip"), steps=2)
+    shutil.rmtree(tmp_path / "clip")
+    system = lineage.load(run.folder)
+    assert str(tmp_path / "clip") in told(lambda: system.generate(SHORT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_that_are_looked_up_are_what_the_model_says(
+    kind: str, folders: dict[str, Path], shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen encoder's answers are kept by the loop. Who attends to the padding, as Stable
+    Diffusion does, must find as much of it there as when it draws."""
+    monkeypatch.setattr(texts, "KEPT", 12)
+    encoder = made(folders[kind])
+    reader = Reader(encoder, shapes)
+    captions = list(dict.fromkeys(reader._captions()))[:3]
+    for before in (0, 400):
+        found, asked = reader.read(captions, before), encoder.encode(captions)
+        for part in ("words", "mask", "sentence", "ids"):
+            torch.testing.assert_close(
+                getattr(found, part), getattr(asked, part), msg=f"{part} after {before} captions"
+            )
+
+
+def test_what_stands_behind_the_words_is_attended_to_in_training_as_in_drawing(
+    folders: dict[str, Path],
+    make_system: Callable[..., Any],
+    shapes: CaptionedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A network that reads the padding is given the same words by the loop, early and late."""
+    monkeypatch.setattr(texts, "KEPT", 12)
+    settings = {name.replace(".", "__"): v for name, v in settings_for(folders["clip"]).items()}
+    system, _ = make_system("ldm", **settings, model__unet__padding=True)
+    with torch.no_grad():
+        for parameter in system.network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    reader = Reader(system.text, shapes)
+    caption = min(reader._captions(), key=len)
+    noised, t = torch.randn(1, *system.shape), torch.tensor([500])
+
+    def drawn(before: int) -> Tensor:
+        with torch.no_grad():
+            return system.network(noised, t, reader.read([caption], before))
+
+    assert isinstance(system.network, nn.Module)
+    torch.testing.assert_close(drawn(400), drawn(0))
