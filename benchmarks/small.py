@@ -33,7 +33,7 @@ from lineage.train.store import write_json
 
 OUT = Path(__file__).parent.parent / "results" / "small.json"
 TERAFLOPS = 8.0
-KEYS = ("gan_int_cls", "stackgan", "attngan", "vqvae", "vqgan", "dalle", "ddpm")
+KEYS = ("gan_int_cls", "stackgan", "attngan", "vqvae", "vqgan", "dalle", "ddpm", "ldm", "dit")
 """Of several stages, the last."""
 
 

@@ -38,6 +38,11 @@ from lineage.nn.draws import Draws
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
+AT_ONCE = 2**22  # pixels' values of the pictures that are drawn together, at most
+AUTO = "auto"  # even steps for the samplers of the process's coordinates, Karras' for the others
+EVEN = ("ddpm", "ddim", "flow_euler")
+
+
 @dataclass(frozen=True)
 class DenoiserConfig:
     """What every diffusion system has.
@@ -54,12 +59,12 @@ class DenoiserConfig:
     steps: int = 50
     guidance: float = 2.0
     sampler: str = "ddim"
-    spacing: str = "even"
+    spacing: str = AUTO
     threshold: str = "clip"
 
     def __post_init__(self) -> None:
         one_of("model.sampler", self.sampler, tuple(SAMPLERS))
-        one_of("model.spacing", self.spacing, SPACINGS)
+        one_of("model.spacing", self.spacing, (AUTO, *SPACINGS))
         one_of("model.threshold", self.threshold, THRESHOLDS)
         at_least("model.steps", self.steps, 1)
         if not 0 <= self.drop_text < 1:
@@ -102,6 +107,7 @@ class Denoiser(System):
         self.config, self.text, self.size, self.shape = config, text, size, shape
         self.process = Process(config.process)
         self.network = network
+        self.at_once = max(1, min(self.at_once, AT_ONCE // (3 * size**2)))
 
     # --- the space: pixels unless a system says otherwise -------------------------------------
 
@@ -160,7 +166,8 @@ class Denoiser(System):
             guidance: 1 follows the caption as training did, more follows it more closely.
             sampler: a name in `samplers.SAMPLERS`.
             negative: what guidance moves away from, in place of "no caption".
-            spacing: of the steps, a name in `process.SPACINGS`.
+            spacing: of the steps, a name in `schedules.SPACINGS`; `auto` is `even` for `ddpm`,
+                `ddim` and `flow_euler`, and `karras` for the others.
             eta: how much noise the sampler adds, where it can be told.
             rescale: see `guidance.py`.
             interval: two sigmas between which there is guidance, such as 0.3,3; none for always.
@@ -198,7 +205,10 @@ class Denoiser(System):
         own: dict[str, Any] = {} if eta is None else {"eta": eta}
         if "variance" in takes and not self.config.process.learned:
             own["variance"] = self.config.process.variance
-        path = self.process.path(or_else(steps, "steps"), or_else(spacing, "spacing"))
+        placed = or_else(spacing, "spacing")
+        if placed == AUTO:
+            placed = "even" if name in EVEN else "karras"
+        path = self.process.path(or_else(steps, "steps"), placed)
         joined = Guidance(or_else(guidance, "guidance"), rescale, *interval)
         return Plan(name, path, joined, kind, own)
 

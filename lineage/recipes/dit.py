@@ -116,7 +116,6 @@ PRESETS = {
             average=0.0,
         ),
         autoencoder_batch=12,
-        kept=100_000,
         model=DiTSystemConfig(
             process=ProcessConfig(1000, "linear", "noise", variance="learned_range"),
             drop_text=0.1,

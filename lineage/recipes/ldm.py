@@ -113,7 +113,6 @@ PRESETS = {
             average=0.0,
         ),
         autoencoder_batch=12,
-        kept=100_000,
         model=LDMConfig(
             process=ProcessConfig(1000, "scaled_linear", "noise"),
             drop_text=0.1,

@@ -92,10 +92,13 @@ class TextEncoder(nn.Module):
         width: D, the width of words and sentence alike.
         tokens: how many different tokens `ids` may hold, if the vector of a place tells nothing of
             the places after it, so that a model may learn to write captions too; else 0.
+        padded: whether every caption has the same number of places, padding among them, as models
+            that attend to the padding were trained with.
     """
 
     width: int
     tokens: int = 0
+    padded: bool = False
 
     @abstractmethod
     def encode(self, captions: list[str]) -> TextFeatures:

@@ -44,6 +44,8 @@ class Block(nn.Module):
 class PaddedEncoder(TokenEncoder):
     """Tokens at their places, transformer blocks, a last norm."""
 
+    padded = True
+
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
         width = config.width

@@ -33,6 +33,8 @@ class PretrainedEncoder(TextEncoder):
             `text_encoder` and its tokeniser in `tokenizer`.
     """
 
+    padded = True
+
     def __init__(self, config: TextConfig, name: str) -> None:
         super().__init__()
         if not name:

@@ -21,13 +21,15 @@ class Reader:
     """`text.encode` for the captions of a data set, faster when `text` is not trained.
 
     Args:
-        text: the encoder; it is not trained if none of its parameters asks for a gradient.
+        text: the encoder; it is not trained if none of its parameters asks for a gradient. What a
+            padded one says is not kept: its features are large, and may not be cut to their words.
         dataset: whose captions to keep.
     """
 
     def __init__(self, text: TextEncoder, dataset: CaptionedDataset) -> None:
         self.text, self.dataset = text, dataset
-        self.frozen = not any(p.requires_grad for p in text.parameters())
+        trained = any(p.requires_grad for p in text.parameters())
+        self.frozen = not trained and not text.padded
         self._rows: dict[str, int] = {}
         self._kept: TextFeatures | None = None
         self._lengths: list[int] = []
