@@ -37,7 +37,6 @@ from lineage.errors import UserError
 from lineage.nn.draws import Draws
 from lineage.text.contract import TextEncoder, TextFeatures
 
-
 AT_ONCE = 2**22  # pixels' values of the pictures that are drawn together, at most
 AUTO = "auto"  # even steps for the samplers of the process's coordinates, Karras' for the others
 EVEN = ("ddpm", "ddim", "flow_euler")

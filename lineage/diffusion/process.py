@@ -89,11 +89,12 @@ class ProcessConfig:
         one_of("process.prediction", self.prediction, PREDICTIONS)
         one_of("process.weighting", self.weighting, WEIGHTS)
         one_of("process.variance", self.variance, VARIANCES)
-        at_least("process.gamma", self.gamma, 0)
-        for name in ("shift", "deviation"):
+        for name in ("gamma", "shift", "deviation"):
             at_least(f"process.{name}", getattr(self, name), 1e-3)
         flow, few = self.schedule == FLOW, self.steps < 2
-        if few or not (flow or bool((SCHEDULES[self.schedule](self.steps) < 1).all())):
+        with torch.device("cpu"):  # whatever device a network is being built on
+            possible = not few and (flow or bool((SCHEDULES[self.schedule](self.steps) < 1).all()))
+        if not possible:
             raise UserError(f"steps={self.steps} are too few for a {self.schedule} schedule.")
         if flow and self.learned:
             raise UserError("A learned variance needs a schedule of betas, not schedule=flow.")
@@ -164,15 +165,17 @@ class Process:
             self.noise = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
             self.signal = 1 - self.noise
         else:
+            own = betas is None
             if betas is None:
                 betas = SCHEDULES[config.schedule](config.steps)
             self.abar = torch.cumprod(1 - betas, dim=0)
-            if config.zero_snr:
+            if config.zero_snr and own:
                 self.abar = without_snr_at_end(self.abar)
                 betas = 1 - self.abar / torch.cat([self.abar.new_ones(1), self.abar[:-1]])
             self.betas = betas
             self.signal, self.noise = self.abar.sqrt(), (1 - self.abar).sqrt()
-        self._tables = torch.stack([self.signal, self.noise]).float()  # (2, T)
+        tables = torch.stack([self.signal, self.noise]).float()  # (2, T)
+        self._tables = {tables.device: tables}
         self._log_sigmas: list[float] = (self.noise / self.signal).log().tolist()
 
     def respaced(self, kept: Sequence[int]) -> Process:
@@ -191,8 +194,14 @@ class Process:
 
     def at(self, sigma: float) -> Point:
         """The level of a sigma, its time interpolated in log sigma between steps."""
-        signal = 1 / (1 + sigma) if self.straight else 1 / math.sqrt(1 + sigma**2)
-        return Point(signal, sigma * signal, self.time(sigma))
+        step = self.time(sigma)
+        below = min(int(step), self.steps - 2)
+        low, high = self.times[below : below + 2]
+        told = low + (step - below) * (high - low)
+        if math.isinf(sigma):
+            return Point(0.0, 1.0, told)
+        signal = 1 / (1 + sigma) if self.straight else 1 / math.hypot(1, sigma)
+        return Point(signal, sigma * signal, told)
 
     def time(self, sigma: float) -> float:
         """The number of the step that has this sigma; between steps, by the logarithms."""
@@ -205,14 +214,17 @@ class Process:
 
     def nearest(self, sigma: float) -> int:
         """The step whose sigma is nearest, by the logarithms."""
-        wanted = math.log(sigma)
+        if math.isinf(sigma):
+            return self.steps - 1
+        wanted = math.log(max(sigma, 1e-12))
         return min(range(self.steps), key=lambda t: abs(self._log_sigmas[t] - wanted))
 
     def sigma(self, time: float) -> float:
         """The sigma of a step, or between two of them, by the logarithms."""
+        time = min(max(time, 0.0), self.steps - 1.0)
         below = min(int(time), self.steps - 2)
         low, high = self._log_sigmas[below], self._log_sigmas[below + 1]
-        return math.exp(low + (time - below) * (high - low))
+        return math.exp(low + (time - below) * (high - low) if time > below else low)
 
     def path(self, steps: int, spacing: str = "even") -> Path:
         """`steps` levels from noise on, and the clean picture at the end.
@@ -231,15 +243,13 @@ class Process:
         else:
             times = {
                 "even": lambda: even_times(self.steps, steps),
-                "leading": lambda: [
-                    min(t, self.steps - 1) for t in leading_times(self.steps, steps, 1)
-                ],
+                "leading": lambda: leading_times(self.steps, steps, int(steps < self.steps)),
                 "trailing": lambda: trailing_times(self.steps, steps),
             }[spacing]()
             points = [self.point(t) for t in times]
             if self.straight and self.config.shift != 1:
                 levels = [shifted(point.noise, self.config.shift) for point in points]
-                points = [Point(1 - s, s, s * self.steps - 1) for s in levels]
+                points = [Point(1 - s, s, max(s * self.steps - 1, 0.0)) for s in levels]
         return Path((*points, CLEAN), self.at)
 
     # --- forward ---
@@ -248,9 +258,9 @@ class Process:
         """a and b: of steps t (B,), each (B, 1, 1, 1); or of one level, two numbers."""
         if isinstance(at, Point):
             return at.signal, at.noise
-        if self._tables.device != at.device:
-            self._tables = self._tables.to(at.device)
-        signal, noise = self._tables[:, at, None, None, None]  # (B, 1, 1, 1) each
+        if at.device not in self._tables:
+            self._tables[at.device] = self._tables[torch.device("cpu")].to(at.device)
+        signal, noise = self._tables[at.device][:, at, None, None, None]  # (B, 1, 1, 1) each
         return signal, noise
 
     def noised(self, x0: Tensor, noise: Tensor, at: Tensor | Point) -> Tensor:
@@ -305,17 +315,17 @@ class Process:
 
     # --- loss ---
 
-    def weight(self, t: Tensor) -> Tensor:
-        """(B,) what the squared error of each row counts."""
+    def weight(self, at: Tensor | Point) -> Tensor:
+        """(B,), or (1,) of one level, what the squared error of each row counts."""
+        a, b = (torch.as_tensor(level).flatten().double() for level in self.levels(at))
         if self.config.weighting == "simple":
-            return torch.ones_like(t, dtype=torch.float32)
-        a, b = (level.flatten().double() for level in self.levels(t))  # type: ignore[union-attr]
+            return torch.ones_like(a, dtype=torch.float32)
         snr = (a / b) ** 2
         cut = snr.clamp(max=self.config.gamma)  # the weight of |x_0 - estimate|^2
         per_output = {
             "x0": torch.ones_like(snr),
             "noise": 1 / snr.clamp(min=1e-12),  # |x_0 error|^2 = |eps error|^2 / snr
-            "v": 1 / (snr + 1),
+            "v": (b / (a * a + b * b)) ** 2,
             "flow": (b / (a + b)) ** 2,
             "edm": self._share_and_rest(a, b)[1] ** 2,
         }
@@ -324,6 +334,4 @@ class Process:
     def mse(self, output: Tensor, x0: Tensor, noise: Tensor, at: Tensor | Point) -> Tensor:
         """(B,) the mean square of equation 14 over each picture, weighted."""
         error = (output.float() - self.target(x0, noise, at)).square().flatten(1).mean(1)
-        if self.config.weighting == "simple" or isinstance(at, Point):
-            return error
-        return error * self.weight(at)
+        return error * self.weight(at).to(error.device)

@@ -173,10 +173,18 @@ def shifted(s: float, shift: float) -> float:
     """A level of the straight line, moved towards noise, where large pictures lose their last trace
     (Esser et al. 2024, arXiv:2403.03206, equation 23). 1 moves nothing.
     """
-    return shift * s / (1 + (shift - 1) * s)
+    return shift * s / (1 - s + shift * s)  # 1 at s = 1, exactly
 
 
 SPACINGS = ("even", "leading", "trailing", "karras", "exponential")
+
+
+def whole(part: str, how: str) -> int:
+    """A part of `how`, a way to keep steps, as a number."""
+    try:
+        return int(part)
+    except ValueError:
+        raise UserError(f"Steps to keep are told as 10,15,20 or ddim25, not {how!r}.") from None
 
 
 def respaced_times(total: int, how: str) -> list[int]:
@@ -187,13 +195,13 @@ def respaced_times(total: int, how: str) -> list[int]:
             among them; `ddim25` keeps 25, an equal stride apart, the first step among them.
     """
     if how.startswith("ddim"):
-        wanted = int(how.removeprefix("ddim"))
+        wanted = whole(how.removeprefix("ddim"), how)
         fitting = (range(0, total, k) for k in range(1, total))
         found = next((list(times) for times in fitting if len(times) == wanted), None)
         if found is None:
             raise UserError(f"No stride of {total} steps keeps {wanted} of them.")
         return found
-    sections = [int(part) for part in how.split(",")]
+    sections = [whole(part, how) for part in how.split(",")]
     size, more = divmod(total, len(sections))
     kept, start = [], 0
     for part, count in enumerate(sections):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lineage.errors import UserError
 
-
 LONG = 128  # queries and keys from which the fused kernel is faster on the CPU
 
 

@@ -6,6 +6,7 @@ Axes: K pictures kept, B asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,16 @@ class Memory(nn.Module):
 
     def __init__(self, kept: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.register_buffer("names", torch.zeros(kept, dtype=torch.int64))
-        self.register_buffer("values", torch.zeros(kept, *shape, dtype=dtype))
+        self.kept = kept
+        # there is room for none until the first is kept: a run that only draws needs no memory
+        self.register_buffer("names", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("values", torch.zeros(0, *shape, dtype=dtype))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.names: Tensor
         self.values: Tensor
         self.count: Tensor
         self._rows: dict[int, int] = {}
+        self.register_load_state_dict_pre_hook(_make_room)
         self.register_load_state_dict_post_hook(lambda module, _: module._index())
 
     def _index(self) -> None:
@@ -39,6 +43,9 @@ class Memory(nn.Module):
 
     def keep(self, names: Sequence[str], values: Tensor) -> None:
         """Keep the values (B, ...) of pictures that are new, as long as there is room."""
+        if not len(self.names):
+            self.names = self.names.new_zeros(self.kept)
+            self.values = self.values.new_zeros(self.kept, *self.values.shape[1:])
         for name, value in zip(map(_number, names), values, strict=True):
             at = int(self.count)
             if name not in self._rows and at < len(self.names):
@@ -52,6 +59,15 @@ class Memory(nn.Module):
         if min(rows) < 0:
             return None
         return self.values[torch.tensor(rows).to(self.values.device)]
+
+
+def _make_room(module: Memory, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Before weights are loaded: as many rows as they have."""
+    for name in ("names", "values"):
+        saved = state.get(prefix + name)
+        own = getattr(module, name)
+        if saved is not None and saved.shape[1:] == own.shape[1:]:
+            setattr(module, name, own.new_zeros(saved.shape))
 
 
 def _number(name: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import SAMPLERS
-from lineage.diffusion.schedules import CLEAN, Path, Point, karras_sigmas
+from lineage.diffusion.schedules import CLEAN, SPACINGS, Path, Point, karras_sigmas
 from lineage.diffusion.solvers import Churn, Denoise, Estimate, ignore
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
@@ -104,7 +105,9 @@ class Apart(Draws):
 
 def unit(places: int, at: int) -> Tensor:
     """(1, 1, 1, places)."""
-    return torch.eye(places, dtype=torch.float64)[at][None, None, None]
+    x = torch.zeros(1, 1, 1, places, dtype=torch.float64)
+    x[..., at] = 1
+    return x
 
 
 @dataclass
@@ -165,9 +168,9 @@ def test_normal_data_come_out_as_they_are(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "flow_euler"])
 @pytest.mark.parametrize("spacing", ["even", "trailing", "exponential"])
 def test_they_arrive_along_every_spacing(name: str, spacing: str) -> None:
-    found = sampled(name, LINEAR.path(500, spacing))
+    found = sampled(name, LINEAR.path(250, spacing))
     assert found.mean == pytest.approx(1)
-    assert found.deviation == pytest.approx(DEVIATION, rel=0.02)
+    assert found.deviation == pytest.approx(DEVIATION, rel=0.04)
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
@@ -550,6 +553,21 @@ def test_from_noise_alone(name: str) -> None:
         assert found.deviation == pytest.approx(DEVIATION, rel=0.12)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 10, 99, 100])
+def test_sigmas_fall_along_every_path(spacing: str, steps: int) -> None:
+    """A solver divides by the width of a step; a level that comes twice has none."""
+    configs = [
+        ProcessConfig(100, schedule, "v", zero_snr=zero)
+        for schedule in ("linear", "cosine", "flow")
+        for zero in (False, True)
+    ]
+    for config in configs:
+        sigmas = [point.sigma for point in Process(config).path(steps, spacing).points]
+        assert len(sigmas) == steps + 1 and sigmas[-1] == 0, config
+        assert all(now > then for now, then in pairwise(sigmas)), (config, sigmas[:3])
+
+
 FAR = {
     "flow, 250 steps": FLOW.path(250),
     "flow, shift 3, 50 steps": Process(
@@ -568,7 +586,7 @@ def test_from_noise_alone_the_second_level_may_be_far_too(name: str) -> None:
         watched = Watched(pair())
         found = SAMPLERS[name](watched, start_of(path), path, streams(2))
         sigmas = [level.sigma for _, level in watched.asked]
-        assert sigmas == sorted(sigmas, reverse=True), (told, sigmas[:4])
+        assert all(now > then * (1 - 1e-9) for now, then in pairwise(sigmas)), (told, sigmas[:4])
         assert ((found.abs() - 1).abs() < 0.1).all(), told
 
 
@@ -576,17 +594,9 @@ def test_from_noise_alone_the_second_level_may_be_far_too(name: str) -> None:
 def test_a_shifted_line_begins_at_noise_alone(shift: float) -> None:
     """Rounding may leave no trace of a picture, which would make a sigma of 1e15 of it."""
     process = Process(ProcessConfig(schedule="flow", prediction="v", shift=shift))
-    path = process.path(10)
-    assert path.points[0].signal == 0 and path.points[0].noise == 1
-    assert sampled("heun", path).deviation == pytest.approx(DEVIATION, rel=0.3)
-
-
-@pytest.mark.parametrize("name", ["ddim", "heun", "dpm_2", "dpm_2_ancestral", "lms"])
-def test_a_first_step_from_very_far_throws_nobody_off(name: str) -> None:
-    """The cosine schedule ends at sigma 20,000, and the second of 10 levels is at 6."""
-    path = COSINE.path(10)
-    assert path.points[0].sigma > 10_000 and path.points[1].sigma < 10
-    assert sampled(name, path).deviation == pytest.approx(DEVIATION, rel=0.3)
+    path = process.path(500)
+    assert path.points[0] == Point(0.0, 1.0, 999.0)
+    assert sampled("heun", path).deviation == pytest.approx(DEVIATION, rel=0.05)
 
 
 # --- knobs, and rows ------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ def test_times_are_distinct_and_fall(make: Callable[[int, int], list[int]], tota
 def test_times_that_do_not_divide_the_chain() -> None:
     """By hand, T = 10 and four steps; `leading` leaves the end out, `trailing` the start."""
     assert even_times(10, 4) == [9, 6, 3, 0]
+    assert even_times(40, 8) == [39, 33, 28, 22, 17, 11, 6, 0]
     assert leading_times(10, 4) == [6, 4, 2, 0]
     assert leading_times(10, 4, 1) == [7, 5, 3, 1]
     assert trailing_times(10, 4) == [9, 7, 4, 1]  # 10, 7.5, 5 and 2.5, less 1; halves to even

@@ -282,6 +282,28 @@ def test_doubling_repeats_pixels() -> None:
     assert layer(x)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 3, 1, 1), (2, 3, 3, 1), (1, 3, 5, 5)], ids=str)
+def test_doubling_is_the_convolution_of_a_picture_of_twice_the_side(
+    shape: tuple[int, ...],
+) -> None:
+    """However it is computed: at the edges, on sides of one pixel, and backwards."""
+    layer, x = Double(3).double(), torch.randn(shape).double()
+    plain = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = F.conv2d(plain, layer.conv.weight, layer.conv.bias, padding=1)
+    torch.testing.assert_close(layer(x), expected)
+    with torch.enable_grad():
+        found = []
+        for drawn in (
+            lambda: layer(x),
+            lambda: F.conv2d(plain, layer.conv.weight, layer.conv.bias, padding=1),
+        ):
+            layer.zero_grad()
+            drawn().square().sum().backward()
+            found.append([p.grad.clone() for p in layer.parameters()])
+    torch.testing.assert_close(*found)
+
+
 # --- discriminator ----------------------------------------------------------------------------
 
 

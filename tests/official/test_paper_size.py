@@ -12,12 +12,16 @@ from torch import nn
 
 from lineage.attngan.attngan import AttnGANConfig, Generator
 from lineage.cgan.stackgan import StackGANConfig, StageTwoGenerator
+from lineage.diffusion.dit import DiT, DiTConfig
+from lineage.diffusion.unet import UNet, UNetConfig
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder
 from lineage.nn.matching import Discriminator
 from lineage.official import paper_size
 from lineage.official.attngan import discriminator_key, generator_key, text_encoder, text_key
 from lineage.official.cgan import stackgan_key
+from lineage.official.latent import dit_names, dit_rest
 from lineage.official.paper_size import NETWORKS, Formula
+from lineage.official.unets import unet_names
 from lineage.official.verify import as_text, read_reference, verify
 from lineage.official.vqvae import autoencoder_key, dvae_key
 from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder
@@ -111,6 +115,65 @@ def test_names_turned_back_are_those_that_are_read(
     official = [back(name) for name in names]
     assert len(set(official)) == len(names)
     assert [(there or discriminator_key)(name) for name in official] == names
+
+
+# --- networks that are filled by a map --------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_each_tensor_is_filled_by_its_official_names(network: str) -> None:
+    """As if the official tensors had been made one by one, and read by the map."""
+    formula = Formula(3, {"net": 1.5})
+    if network == "unet":
+        config = UNetConfig(8, (1, 2), 1, (1,), 2, conditioning="transformer", padding=True)
+        net: nn.Module = UNet(config, 6, 4)
+        names = unet_names(net)  # type: ignore[arg-type]
+    else:
+        net = DiT(DiTConfig(8, 2, 2, 2, words=0), 5, (3, 4, 4), 6)
+        names = dit_names(net)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    paper_size.gathered_by(formula, "net", net, names)
+    assert len(names) > 20
+    for key, tensor in net.state_dict().items():
+        if key not in names:
+            assert torch.equal(tensor, before[key]), key
+            continue
+        shape = torch.Size([len(tensor) // len(names[key]), *tensor.shape[1:]])
+        parts = [formula.weight(name, shape, 1.5) for name in names[key]]
+        assert torch.equal(tensor, torch.cat(parts).float()), key
+
+
+def test_two_maps_of_a_dit_leave_nothing_out() -> None:
+    """What `dit_names` fills and what `dit_rest` gives are the whole network."""
+    net = DiT(DiTConfig(8, 2, 2, 2, words=0), 5, (3, 4, 4), 6)
+    rest = {"y_embedder.embedding_table.weight": torch.zeros(5, 8)}
+    for number in range(2):
+        rest[f"blocks.{number}.attn.qkv.weight"] = torch.zeros(24, 8)
+        rest[f"blocks.{number}.attn.qkv.bias"] = torch.zeros(24)
+    filled, given = set(dit_names(net)), set(dit_rest(net, rest))
+    assert not filled & given and filled | given == set(net.state_dict())
+
+
+def test_the_largest_dit_has_its_papers_sizes() -> None:
+    sizes = paper_size.dit_xl_sizes()
+    assert (sizes["depth"], sizes["hidden_size"], sizes["num_heads"]) == (28, 1152, 16)
+    assert sizes["patch_size"] == 2 and sizes["input_size"] * 8 == 256 and sizes["learn_sigma"]
+
+
+@absent
+def test_every_network_of_ours_is_asked_for() -> None:
+    """Known to the file by its name, with a gain of its own; nothing is built until it is asked
+    for."""
+    reference = read_reference(REAL)
+    asked = {name.rpartition("/")[0] for name in reference.outputs}
+    assert set(NETWORKS) <= asked
+    outcomes = paper_size.paper_size(reference)
+    assert set(outcomes) == set(reference.outputs)
+    for name, outcome in outcomes.items():
+        ours = name.rpartition("/")[0] in NETWORKS
+        assert callable(outcome) if ours else "is not here yet" in str(outcome), name
+    assert {"sd_v1_unet", "sd_v1_vae", "DiT-XL/2"} <= set(NETWORKS)
+    assert set(NETWORKS) <= set(reference.config["gains"])
 
 
 @absent

@@ -468,4 +468,5 @@ def test_what_stands_behind_the_words_is_attended_to_in_training_as_in_drawing(
             return system.network(noised, t, reader.read([caption], before))
 
     assert isinstance(system.network, nn.Module)
-    torch.testing.assert_close(drawn(400), drawn(0))
+    early = drawn(0)
+    torch.testing.assert_close(drawn(400), early)
