@@ -28,10 +28,10 @@ from lineage.train.store import write_bytes, write_json
 
 CURVES = {
     "ddpm": (10, 25, 50, 100),
-    "ddim": (5, 10, 20, 50),
+    "ddim": (5, 10, 25),
     "dpmpp_2m": (3, 5, 10, 20),
-    "dpmpp_2m_sde": (5, 10, 20, 50),
-    "heun": (3, 5, 10, 25),
+    "dpmpp_2m_sde": (5, 10, 20),
+    "heun": (5, 10),
 }
 TWICE = ("heun",)  # evaluate the network twice a step
 

@@ -156,7 +156,7 @@ class Denoiser(System):
         eta: float | None = None,
         rescale: float = 0.0,
         interval: tuple[float, ...] = (),
-        threshold: str | None = None,
+        threshold: str = "",
     ) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
 
@@ -186,19 +186,21 @@ class Denoiser(System):
         eta: float | None = None,
         rescale: float = 0.0,
         interval: tuple[float, ...] = (),
-        threshold: str | None = None,
+        threshold: str = "",
     ) -> Plan:
         """The knobs that are given, and the configuration's for those that are None."""
 
         def or_else(value: Any, name: str) -> Any:
             return getattr(self.config, name) if value is None else value
 
-        name, kind = or_else(sampler, "sampler"), or_else(threshold, "threshold")
+        name, kind = or_else(sampler, "sampler"), or_else(threshold or None, "threshold")
         one_of("sampler", name, tuple(SAMPLERS))
         one_of("threshold", kind, THRESHOLDS)
         takes = inspect.signature(SAMPLERS[name]).parameters
         if eta is not None and "eta" not in takes:
             raise UserError(f"sampler={name} takes no eta: choose ddim or one with noise.")
+        if eta is not None:
+            at_least("eta", eta, 0)
         if len(interval) not in (0, 2):
             raise UserError(f"interval={interval} must be two sigmas, as in interval=0.3,3.")
         own: dict[str, Any] = {} if eta is None else {"eta": eta}
@@ -288,6 +290,8 @@ class Denoiser(System):
             raise UserError(
                 f"The mask must be {(wanted[0], 1, *wanted[2:])}, not {tuple(mask.shape)}."
             )
+        if mask is not None and mask.dtype != torch.bool:
+            raise UserError(f"The mask must be of bool, not of {mask.dtype}.")
         share = (0.6 if mask is None else 1.0) if strength is None else strength
         if not 0 < share <= 1:
             raise UserError(f"strength={share} must be above 0 and at most 1.")
@@ -316,7 +320,8 @@ class Denoiser(System):
         share: float,
     ) -> Tensor:
         """x_0 (B, C, H, W) that is `given` where it is not `anew`."""
-        known = self.from_pictures(given)
+        seen = given if share < 1 else given.masked_fill(anew, 0.0)  # no trace of what is to go
+        known = self.from_pictures(seen)
         factor = self.size // self.shape[-1]
         free = F.max_pool2d(anew.float(), factor)  # every place with a pixel to paint
         path = plan.path.shortened(max(1, round(share * len(plan.path))))

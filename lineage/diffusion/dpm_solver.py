@@ -129,9 +129,19 @@ def toward(x: Tensor, x0: Tensor, now: float, then: float) -> Tensor:
 
 @in_sigmas
 def dpmpp_sde(
-    clean: Clean, x: Tensor, sigmas: Sequence[float], draws: Draws, callback: Callback
+    clean: Clean,
+    x: Tensor,
+    sigmas: Sequence[float],
+    draws: Draws,
+    callback: Callback,
+    related: bool = True,
 ) -> Tensor:
-    """DPM-Solver++ for the stochastic equation, by the middle of a step, with noise twice."""
+    """DPM-Solver++ for the stochastic equation, by the middle of a step.
+
+    Args:
+        related: whether the noise of the way to the middle is part of the step's, as on one path;
+            without it the solver is of order 1.
+    """
     for step, (now, then) in enumerate(pairwise(sigmas)):
         x0 = clean(x, now)
         callback(step, x, x0)
@@ -139,11 +149,13 @@ def dpmpp_sde(
             x = x0
             continue
         middle = math.sqrt(now * then)
+        first, rest = (draws.normal(*x.shape[1:]) for _ in range(2))
         down, up = ancestral(now, middle)
-        halfway = toward(x, x0, now, down) + up * draws.normal(*x.shape[1:])
-        x0 = clean(halfway, middle)
+        x0 = clean(toward(x, x0, now, down) + up * first, middle)
+        share = (now - middle) / (now - then) if related else 0.0  # of the step's noise
+        noise = math.sqrt(share) * first + math.sqrt(1 - share) * rest
         down, up = ancestral(now, then)
-        x = toward(x, x0, now, down) + up * draws.normal(*x.shape[1:])
+        x = toward(x, x0, now, down) + up * noise
     return x
 
 

@@ -70,8 +70,9 @@ def in_sigmas(solver: Callable[..., Tensor]) -> Sampler:
         **knobs: Any,
     ) -> Tensor:
         points = path.points
-        if points[0].signal == 0:  # a sigma without end; this one is as good
-            points = (Point(1 / FARTHEST, points[0].noise, points[0].time), *points[1:])
+        if points[0].signal == 0:  # a sigma without end; one that is far beyond the next is as good
+            most = max(FARTHEST, 2 * points[1].sigma)
+            points = (Point(1 / most, points[0].noise, points[0].time), *points[1:])
         levels = {point.sigma: point for point in points}
 
         def clean(scaled: Tensor, sigma: float) -> Tensor:

@@ -89,9 +89,19 @@ class UNetConfig:
             at_least(f"unet.{name}", getattr(self, name), 1)
         for name in ("groups", "head_width"):
             at_least(f"unet.{name}", getattr(self, name), 0)
+        at_least("unet.epsilon", self.epsilon, 0)
+        if self.width % 2:
+            raise UserError(f"unet.width={self.width} must be even, for the sines of the time.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"unet.dropout={self.dropout} must be from 0 to below 1.")
         if not self.multipliers or min(self.multipliers) < 1:
             raise UserError(
                 f"unet.multipliers={self.multipliers} must name a width for each level."
+            )
+        if not set(self.attention) <= set(range(len(self.multipliers))):
+            raise UserError(
+                f"unet.attention={self.attention} must name levels from 0 to "
+                f"{len(self.multipliers) - 1}."
             )
 
     @property

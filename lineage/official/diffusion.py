@@ -252,7 +252,7 @@ SOLVERS: dict[str, tuple[Sampler, dict[str, Any]]] = {
     "euler_ancestral_eta0.5": (samplers.euler_ancestral, {"eta": 0.5}),
     "dpm_2_ancestral": (samplers.dpm_2_ancestral, {}),
     "dpmpp_2s_ancestral": (samplers.dpmpp_2s_ancestral, {}),
-    "dpmpp_sde": (samplers.dpmpp_sde, {}),
+    "dpmpp_sde": (samplers.dpmpp_sde, {"related": False}),  # as the file has its noise
     "dpmpp_2m_sde": (samplers.dpmpp_2m_sde, {}),
     "dpmpp_2m_sde_heun": (samplers.dpmpp_2m_sde, {"kind": "heun"}),
     "dpmpp_3m_sde": (samplers.dpmpp_3m_sde, {}),

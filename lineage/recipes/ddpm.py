@@ -39,13 +39,13 @@ PRESETS = {
         train=TrainConfig(steps=20, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
         model=DDPMConfig(process=_LEAN, steps=5, unet=_unet(8, (1, 2), (1,), 2)),
     ),
-    # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width. The
-    # words come in order: a bag of words learns sooner what is there, and never who stands where.
+    # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width; a bag
+    # of words, which in the first minutes learns soonest what is there. Who stands where it never
+    # learns: for more than ten minutes, text=transformer.
     "tiny": Config(
         key="ddpm",
         preset="tiny",
         size=32,
-        text="transformer",
         encoder=TextConfig(width=64),
         optim=OptimConfig(lr=2e-3, warmup=100, average=0.995),
         train=TrainConfig(minutes=5, batch=32, checkpoint_every=500, sample_every=1000),

@@ -16,8 +16,9 @@ from lineage.data.contract import Batch, CaptionedDataset
 from lineage.diffusion.ddpm import DDPM, DDPMConfig
 from lineage.diffusion.denoiser import DenoiserConfig
 from lineage.diffusion.process import PREDICTIONS, ProcessConfig
-from lineage.diffusion.samplers import SAMPLERS
+from lineage.diffusion.samplers import SAMPLERS, ddim
 from lineage.diffusion.schedules import SPACINGS, Point
+from lineage.diffusion.solvers import Denoise, Estimate
 from lineage.diffusion.unet import UNetConfig
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
@@ -254,6 +255,33 @@ def test_a_learnt_variance_is_learnt_and_drawn_with(
     assert torch.equal(one.generate(CAPTIONS, sampler="ddim"), plain)
 
 
+class Caption(torch.nn.Module):
+    """Says 0, with the large variance where there is a caption and with the small one elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, noised: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
+        share = 2.0 * (text.mask.sum(1) > 1)[:, None, None, None] - 1
+        return torch.cat([0 * noised, share.expand_as(noised)], dim=1)
+
+
+def test_a_guided_variance_is_that_of_the_caption(
+    tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guidance is of the prediction."""
+    process = replace(PROCESS, variance="learned_range")
+    for variance in ("learned_range", "learned"):
+        one = system(tokenizer, replace(process, variance=variance))
+        one.network = Caption()
+        (found, *_) = watched(one, monkeypatch, guidance=3.0)
+        if variance == "learned_range":
+            assert found.log_variance is None and (found.share == 1).all()
+        else:
+            assert found.share is None and (found.log_variance == 1).all()
+
+
 def test_eight_pictures_are_learnt_by_heart(
     shapes: CaptionedDataset, tokenizer: WordTokenizer
 ) -> None:
@@ -355,18 +383,16 @@ def test_guidance_within_an_interval_of_sigmas(one: DDPM) -> None:
 # --- drawing: levels and samplers -----------------------------------------------------------------
 
 
-def watched(one: DDPM, monkeypatch: pytest.MonkeyPatch, **knobs: Any) -> list[Tensor]:
-    """The estimates of x_0 on the way."""
-    seen: list[Tensor] = []
-    original = SAMPLERS["ddim"]
+def watched(one: DDPM, monkeypatch: pytest.MonkeyPatch, **knobs: Any) -> list[Estimate]:
+    """What is said of x_0 on the way."""
+    seen: list[Estimate] = []
 
-    def sampler(denoise: Any, *rest: Any) -> Tensor:
-        def check(x: Tensor, level: Point) -> Any:
-            found = denoise(x, level)
-            seen.append(found.x0)
-            return found
+    def sampler(denoise: Denoise, *rest: Any) -> Tensor:
+        def check(x: Tensor, level: Point) -> Estimate:
+            seen.append(denoise(x, level))
+            return seen[-1]
 
-        return original(check, *rest)
+        return ddim(check, *rest)
 
     monkeypatch.setitem(SAMPLERS, "ddim", sampler)
     one.generate(CAPTIONS, **knobs)
@@ -380,14 +406,14 @@ def test_every_estimate_is_kept_in_the_range_of_pictures(
     """High guidance leaves the range, and what leaves it grows from step to step."""
     seen = watched(one, monkeypatch, guidance=50.0, threshold=threshold)
     assert len(seen) == 10
-    assert max(x.abs().max().item() for x in seen) == 1.0
+    assert max(found.x0.abs().max().item() for found in seen) == 1.0
 
 
 def test_without_a_threshold_estimates_go_where_they_go(
     one: DDPM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = watched(one, monkeypatch, guidance=50.0, threshold="none")
-    assert max(x.abs().max().item() for x in seen) > 2.0
+    assert max(found.x0.abs().max().item() for found in seen) > 2.0
     assert one.generate(CAPTIONS, guidance=50.0, threshold="none").abs().max() <= 1
 
 

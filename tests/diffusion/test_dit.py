@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage import runs
+from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import CaptionedDataset
 from lineage.diffusion.dit import (
     SIZES,
@@ -30,6 +31,7 @@ from lineage.nn.draws import Draws
 from lineage.recipes import dit as recipe
 from lineage.text.contract import TextFeatures
 from lineage.text.tokenizer import WordTokenizer
+from lineage.train.loop import Trainer
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 TINY = DiTConfig(width=24, layers=2, heads=3, patch=2, words=5)
@@ -495,6 +497,25 @@ def test_a_system_whose_latents_do_not_divide_is_told(make_system: Callable[...,
     """8 x 8 latents at preset smoke."""
     with pytest.raises(UserError, match=r"8 x 8.*net\.patch=3"):
         make_system("dit", model__net__patch=3)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_transformer_learns_a_few_pictures(
+    optimiser: str, make_system: Callable[..., Any], shapes: CaptionedDataset
+) -> None:
+    """From its start at zero, whose gates have no gradient at first."""
+    system, _ = make_system("dit", model__net__width=32)
+    optim = OptimConfig(optimiser, lr=5e-3, warmup=0, decay="none", weight_decay=0.0)
+    trainer = Trainer(system, shapes, optim, TrainConfig(batch=4, precision="fp32", prefetch=0))
+    batch, sure = trainer.loader.at(0), system.autoencoder.quant_conv
+    with (
+        torch.no_grad()
+    ):  # else a sample of its latents is mostly noise, as long as it is untrained
+        sure.weight[system.shape[0] :] = 0
+        sure.bias[system.shape[0] :] = -30
+        system.scale.copy_(1 / system.from_pictures(batch.image).std())
+    errors = [trainer.advance(batch)["denoiser/mse_x0"].item() for _ in range(80)]
+    assert sum(errors[-10:]) < 0.5 * sum(errors[:10])
 
 
 @pytest.mark.parametrize("words", [0, 1, 8])

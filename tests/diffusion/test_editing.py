@@ -18,6 +18,8 @@ from lineage.diffusion.ddpm import DDPM, DDPMConfig
 from lineage.diffusion.ldm import LDM
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import SAMPLERS
+from lineage.diffusion.schedules import Point
+from lineage.diffusion.solvers import Estimate
 from lineage.diffusion.unet import UNetConfig
 from lineage.errors import UserError
 from lineage.text.contract import TextFeatures
@@ -194,8 +196,9 @@ def test_strength_unless_told(one: DDPM, images: Tensor) -> None:
 def test_all_strength_leaves_no_trace_of_what_was_there(
     sampler: str, images: Tensor, tokenizer: WordTokenizer
 ) -> None:
-    """Another picture under the mask, the same result."""
-    one, mask = system(tokenizer, LINE, sampler=sampler, steps=4), box()
+    """Another picture under the mask, the same result, also where not all is noise at the start."""
+    mask, one = box(), system(tokenizer, LINE, sampler=sampler, steps=4, spacing="karras")
+    assert one.process.path(4, "karras").points[0].signal > 0
     other = torch.where(mask, -images.flip(0), images)
     assert torch.equal(one.edit(CAPTIONS, images, mask=mask), one.edit(CAPTIONS, other, mask=mask))
     half = [one.edit(CAPTIONS, given, mask=mask, strength=0.5) for given in (images, other)]
@@ -323,6 +326,36 @@ def test_in_latents_too_every_bit_outside_the_mask_stays(latent: LDM, images: Te
     assert (edited[mask] != images[mask]).float().mean() > 0.9
     empty = torch.zeros(3, 1, S, S, dtype=torch.bool)
     assert torch.equal(latent.edit(CAPTIONS, images, mask=empty), images)
+
+
+def test_a_latent_with_one_pixel_to_paint_is_painted(
+    latent: LDM, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wholly, and those without one not at all: they are the picture's own."""
+    seen: list[Tensor] = []
+    decode = latent.to_pictures
+
+    def says(x: Tensor, level: Point) -> Estimate:
+        return Estimate(torch.full_like(x, 0.3))
+
+    def keep(x: Tensor) -> Tensor:
+        seen.append(x)
+        return decode(x)
+
+    monkeypatch.setattr(latent, "denoise", lambda *_: says)
+    monkeypatch.setattr(latent, "to_pictures", keep)
+    mask = torch.zeros(3, 1, S, S, dtype=torch.bool)
+    mask[:, :, 5, 7:10] = True
+    latent.edit(CAPTIONS, images, mask=mask, strength=0.9)
+    factor = S // latent.shape[-1]
+    assert factor > 1
+    with torch.no_grad():
+        known = latent.from_pictures(images)
+    for y in range(latent.shape[1]):
+        for x in range(latent.shape[2]):
+            cell = mask[:, :, y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
+            wanted = torch.full_like(known[..., y, x], 0.3) if cell.any() else known[..., y, x]
+            torch.testing.assert_close(seen[0][..., y, x], wanted)
 
 
 def test_in_latents_too_no_trace_is_left(latent: LDM, images: Tensor) -> None:

@@ -87,6 +87,12 @@ def one_point(where: Tensor | float) -> Denoise:
     return lambda x, level: Estimate(torch.zeros_like(x) + where)
 
 
+def smooth(x: Tensor, level: Point) -> Estimate:
+    """Of no data in particular: it bends, never settles, and looks at the whole of a row."""
+    middle = x.mean((1, 2, 3), keepdim=True)
+    return Estimate((x / (level.signal + 0.5) + middle + level.noise).tanh())
+
+
 class Apart(Draws):
     """Noise that keeps to itself: each draw is 1 at a place of its own and 0 elsewhere.
 
@@ -143,6 +149,17 @@ def path_of(process: Process, sigmas: list[float], *ends: Point) -> Path:
 
 def streams(count: int) -> Draws:
     return Draws(range(100, 100 + count))
+
+
+def way(
+    name: str, path: Path, denoise: Denoise = smooth, seeds: tuple[int, ...] = (1, 2), **knobs: Any
+) -> Tensor:
+    """x at each step and at the end, (steps + 1, B, 1, 4, 4)."""
+    seen: list[Tensor] = []
+    end = SAMPLERS[name](
+        denoise, start_of(path), path, Draws(seeds), lambda step, x, x0: seen.append(x), **knobs
+    )
+    return torch.stack([*seen, end])
 
 
 def start_of(path: Path, count: int = 2) -> Tensor:
@@ -299,26 +316,42 @@ SAME: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
 def test_two_names_for_one(
     one: str, knobs: dict[str, Any], other: str, others: dict[str, Any], path: Path
 ) -> None:
-    """With the same draws, on data that are not linear."""
-    first = SAMPLERS[one](pair(0.6), start_of(path), path, streams(2), **knobs)
-    second = SAMPLERS[other](pair(0.6), start_of(path), path, streams(2), **others)
+    """With the same draws, all the way."""
+    first, second = way(one, path, **knobs), way(other, path, **others)
     torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
 
 
 def test_order_3_without_noise_is_one_too() -> None:
     """Of 15 steps or more: with fewer, the last steps of `dpmpp_2m` are of lower order."""
     path = COSINE.path(20, "karras")
-    first = SAMPLERS["dpmpp_2m"](pair(), start_of(path), path, streams(2), order=3, kind="heun")
-    second = SAMPLERS["dpmpp_3m_sde"](pair(), start_of(path), path, streams(2), eta=0.0)
+    first = way("dpmpp_2m", path, order=3, kind="heun")
+    second = way("dpmpp_3m_sde", path, eta=0.0)
     torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpm_solver"])
+def test_the_last_of_few_steps_is_of_the_first_order(name: str) -> None:
+    """Lu et al.'s code has it so below 15 steps, where a higher order is not stable."""
+    for steps in (14, 15):
+        path = path_of(LINEAR, karras_sigmas(steps + 1, 0.05, 20.0))
+        *_, before, end = way(name, path)
+        last = Path(path.points[-2:], path.at)
+        euler = SAMPLERS["euler"](smooth, before, last, streams(2))
+        assert torch.allclose(end, euler, atol=1e-9) == (steps == 14), steps
+
+
+def test_lms_is_of_order_4_unless_told() -> None:
+    path = LINEAR.path(9, "karras")
+    ways = {order: way("lms", path, order=order) for order in (2, 3, 4)}
+    assert torch.equal(way("lms", path), ways[4])
+    assert not torch.equal(ways[4], ways[3]) and not torch.equal(ways[3], ways[2])
 
 
 @pytest.mark.parametrize("spacing", ["even", "trailing", "karras"])
 def test_flow_euler_is_ddim_on_the_straight_line(spacing: str) -> None:
     """From noise alone too, where sigma has no end."""
     path = FLOW.path(12, spacing)
-    straight = SAMPLERS["flow_euler"](pair(0.6), start_of(path), path, streams(2))
-    ddim = SAMPLERS["ddim"](pair(0.6), start_of(path), path, streams(2))
+    straight, ddim = way("flow_euler", path), way("ddim", path)
     torch.testing.assert_close(straight, ddim, atol=1e-6, rtol=1e-6)
 
 
@@ -357,8 +390,7 @@ def test_a_step_of_ddpm_is_equation_7() -> None:
 
 def test_learnt_variances_add_no_noise_to_the_picture() -> None:
     """Nor do they change what a fixed variance gives where they say the same."""
-    path = COSINE.path(6, "karras")
-    inner = pair()
+    path, inner = COSINE.path(6, "karras"), smooth
 
     def small(x: Tensor, level: Point) -> Estimate:
         return Estimate(inner(x, level).x0, share=torch.zeros_like(x))
@@ -366,11 +398,9 @@ def test_learnt_variances_add_no_noise_to_the_picture() -> None:
     def large(x: Tensor, level: Point) -> Estimate:
         return Estimate(inner(x, level).x0, share=torch.ones_like(x))
 
-    x = start_of(path)
     for denoise, variance in ((small, "fixed_small"), (large, "fixed_large")):
-        learnt = SAMPLERS["ddpm"](denoise, x, path, streams(2))
-        fixed = SAMPLERS["ddpm"](inner, x, path, streams(2), variance=variance)
-        torch.testing.assert_close(learnt, fixed)
+        learnt = way("ddpm", path, denoise)
+        torch.testing.assert_close(learnt, way("ddpm", path, variance=variance))
 
 
 # --- the way --------------------------------------------------------------------------------------
@@ -434,6 +464,21 @@ def test_any_eta_keeps_the_level(name: str, eta: float) -> None:
     assert Moments.of(end).deviation == pytest.approx(path.points[-1].noise)
     new = math.hypot(*end.flatten()[2:].tolist())
     assert (new > 0) == (eta > 0)
+
+
+@pytest.mark.parametrize("name", WITH_ETA)
+def test_eta_is_how_much_of_the_noise_is_new(name: str) -> None:
+    """In one step from sigma s to r: of `ddim` and of ancestral steps, eta^2 r^2 (1 - r^2 / s^2);
+    of the equation of DPM-Solver++, r^2 (1 - (r / s)^(2 eta))."""
+    s, r = 8.0, 3.0
+    path = path_of(LINEAR, [s, r])
+    for eta in (0.25, 0.5, 1.0):
+        end = SAMPLERS[name](one_point(0.0), unit(8, NOISE), path, Apart(), eta=eta)
+        variance = eta**2 * (1 - (r / s) ** 2)
+        if name.endswith("sde"):
+            variance = 1 - (r / s) ** (2 * eta)
+        new = end.flatten()[2:].square().sum().item() / path.points[-1].noise ** 2
+        assert new == pytest.approx(variance)
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
@@ -609,23 +654,17 @@ def test_an_unknown_knob_is_told(name: str) -> None:
         SAMPLERS[name](pair(), start_of(path), path, streams(2), ignore, flavour=1)
 
 
-def mixed(x: Tensor, level: Point) -> Estimate:
-    """An estimate that looks at the whole of a row, as a network does."""
-    middle = x.mean((1, 2, 3), keepdim=True)
-    return Estimate((0.5 * x / max(level.signal, 0.02) + middle).tanh())
-
-
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_a_row_knows_nothing_of_the_others(name: str) -> None:
     """Its result follows from its start and its own stream, and from no other dice."""
     path = straight(name, 6)
     x = start_of(path, 3)
-    together = SAMPLERS[name](mixed, x, path, streams(3))
+    together = SAMPLERS[name](smooth, x, path, streams(3))
     torch.rand(5)
     for row in range(3):
-        alone = SAMPLERS[name](mixed, x[row : row + 1], path, Draws([100 + row]))
+        alone = SAMPLERS[name](smooth, x[row : row + 1], path, Draws([100 + row]))
         torch.testing.assert_close(alone[0], together[row])
-    other = SAMPLERS[name](mixed, x, path, Draws([7, 8, 9]))
+    other = SAMPLERS[name](smooth, x, path, Draws([7, 8, 9]))
     assert torch.equal(other, together) == (name in DETERMINISTIC)
 
 
@@ -633,6 +672,6 @@ def test_a_row_knows_nothing_of_the_others(name: str) -> None:
 def test_a_row_with_churn_knows_nothing_of_the_others(name: str) -> None:
     path, churn = straight(name, 6), Churn(5.0)
     x = start_of(path, 2)
-    together = SAMPLERS[name](mixed, x, path, streams(2), churn=churn)
-    alone = SAMPLERS[name](mixed, x[1:], path, Draws([101]), churn=churn)
+    together = SAMPLERS[name](smooth, x, path, streams(2), churn=churn)
+    alone = SAMPLERS[name](smooth, x[1:], path, Draws([101]), churn=churn)
     torch.testing.assert_close(alone[0], together[1])

@@ -137,6 +137,35 @@ def test_a_memory_that_is_loaded_goes_on_alike(stop: int) -> None:
     assert set(whole.state_dict()) == {"names", "values", "count"}
 
 
+def test_there_is_room_for_none_until_the_first_is_kept() -> None:
+    """A run that only draws needs no memory; then for all of them at once."""
+    memory = Memory(10**9, (4, 64, 64))
+    assert sum(buffer.numel() for buffer in memory.buffers()) == 1
+    assert memory.recall(["a"]) is None
+    memory = Memory(5, (2, 3))
+    memory.keep(["a"], values_of(["a"]))
+    assert memory.values.shape == (5, 2, 3) and memory.names.shape == (5,)
+    assert memory.kept == 5
+
+
+def test_a_state_of_before_the_first_is_loaded_too() -> None:
+    """Into a memory that holds something, which it forgets; and it can be filled again."""
+    two = filled(["x", "y"])
+    two.load_state_dict(Memory(6, (2, 3)).state_dict())
+    assert int(two.count) == 0 and two.recall(["x"]) is None
+    two.keep(list("abcdefgh"), values_of(list("abcdefgh")))
+    assert int(two.count) == 6 and two.recall(["f"]) is not None and two.recall(["g"]) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2,), (2, 3, 1)], ids=str)
+def test_a_state_of_other_values_is_refused(shape: tuple[int, ...]) -> None:
+    """Latents of other sizes are of another autoencoder."""
+    other = Memory(6, shape)
+    other.keep(["a"], torch.zeros(1, *shape))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        filled(["x"]).load_state_dict(other.state_dict())
+
+
 def test_a_copy_loads_into_itself() -> None:
     """Not into the one that it was copied from."""
     one = filled(["a", "b"])
