@@ -166,7 +166,7 @@ def another(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
     elif isinstance(value, dict):
         choices = [{"autoencoder": 0.5}]
     elif isinstance(value, list):
-        choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"]]
+        choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"], [0], []]
     elif isinstance(value, str):
         choices = list(WORDS)
     else:

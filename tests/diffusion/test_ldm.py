@@ -823,23 +823,41 @@ def test_pixels_outside_the_mask_stay_to_the_bit(lossy: bool, strength: float | 
     assert edited.min() >= -1 and edited.max() <= 1
 
 
-def test_latents_outside_the_mask_are_the_pictures_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_latents_outside_the_mask_are_the_pictures_own(
+    strength: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit at the end: every place of which no pixel is to be painted. A place with a single
-    one is free as a whole."""
+    one is free as a whole. Those of a picture that is painted from noise alone are found with the
+    hole already there, since the encoder looks around."""
     built = system(made(PLAIN))
     images, mask = pictures(4, first=50).image, hole(*BOXES)
     ends: list[Tensor] = []
     original = built.to_pictures
     monkeypatch.setattr(built, "to_pictures", lambda x: ends.append(x) or original(x))
-    built.edit(CAPTIONS, images, mask=mask, seed=2)
+    built.edit(CAPTIONS, images, mask=mask, strength=strength, seed=2)
     (x,) = ends
-    known = built.from_pictures(images)
+    known = built.from_pictures(images if strength else torch.where(mask, 0.0, images))
     free = torch.zeros(4, 8, 8, dtype=torch.bool)
-    for row, column, line in mask[:, 0].nonzero().tolist():
+    for row, _, column, line in mask.nonzero().tolist():
         free[row, column // 2, line // 2] = True
     assert free.flatten(1).sum(1).tolist() == [3 * 5, 32, 1, 0]
     moved = (x - known).abs().amax(1)
     assert not moved[~free].any() and (moved[free] > 0).all()
+
+
+def test_what_is_painted_over_leaves_no_trace() -> None:
+    """Another picture in the hole makes no difference, unless one comes back to it part of the
+    way."""
+    built = system(made(PLAIN))
+    images, mask = pictures(4, first=50).image, hole(*BOXES)
+    others = torch.where(mask, pictures(4, first=70).image, images)
+    one, other = (built.edit(CAPTIONS, i, mask=mask, seed=2) for i in (images, others))
+    assert torch.equal(one, other) and not torch.equal(images, others)
+    one, other = (
+        built.edit(CAPTIONS, i, mask=mask, strength=0.5, seed=2) for i in (images, others)
+    )
+    assert (one - other).abs().flatten(1).amax(1)[:3].min() > 1e-3
 
 
 def test_an_edit_is_decided_by_seed_place_and_caption() -> None:
