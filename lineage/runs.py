@@ -166,7 +166,8 @@ def _prepare(folder: Path, config: RunConfig, started: bool, writes: bool) -> Ru
         )
     stages = find_recipe(config.key).stages(config, tokenizer)
     with torch.device("meta"):
-        build(stages)  # what cannot be built is told before anything is written
+        system = build(stages)  # what cannot be built is told before anything is written
+    system.text.check()
     if writes:
         saved = {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with}
         write_json(folder / "tokenizer.json", tokenizer.to_json())

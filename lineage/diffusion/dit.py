@@ -16,6 +16,7 @@ Axes: B pictures, C H W latents, P patch, N = H W / P^2 patches, L words, D widt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -161,8 +162,12 @@ class DiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         if self.order is not None:
             nn.init.normal_(self.order.weight, std=0.02)
+        joined = math.sqrt(6 / (4 * self.config.width))  # queries, keys, values: one layer of 3 D
         for block in self.blocks:
-            zeroed(block.modulation)  # type: ignore[arg-type]
+            assert isinstance(block, Block)
+            nn.init.uniform_(block.attn.query.weight, -joined, joined)
+            nn.init.uniform_(block.attn.key_value.weight, -joined, joined)
+            zeroed(block.modulation)
         zeroed(self.modulation)
         zeroed(self.leave)
 

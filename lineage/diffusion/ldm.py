@@ -131,9 +131,9 @@ class KLAutoencoder(Trainable):
         self.quant_conv = nn.Conv2d(2 * net.latent, 2 * config.width, 1)
         self.post_quant_conv = nn.Conv2d(config.width, net.latent, 1)
         self.discriminator: PatchDiscriminator | None = None
-        if config.adversary > 0 or (config.perceptual > 0 and not config.lpips):
+        if config.adversary > 0 or config.perceptual > 0:
             self.discriminator = PatchDiscriminator(config.discriminator, config.layers)
-            self.discriminator.apply(dcgan_weights)
+            self.discriminator.apply(dcgan_weights).requires_grad_(config.adversary > 0)
         # in a list, so that a network that the user has is not part of the weights
         self.lpips: list[LPIPS] = [load_lpips(config.lpips)] if config.lpips else []
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -240,7 +240,10 @@ class Latents(Trainable):
         moments = self._found(batch.image)
         self.memory.keep(batch.id, moments)
         z = Gaussian.of(moments).sample(draws.normal(*self.shape)).double()
-        self.sums += torch.stack([torch.full_like(z.sum(), z.numel()), z.sum(), z.square().sum()])
+        sums = torch.stack([torch.full_like(z.sum(), z.numel()), z.sum(), z.square().sum()])
+        if torch.distributed.is_initialized():  # one scale for all processes
+            torch.distributed.all_reduce(sums)
+        self.sums += sums
         decoded = self.autoencoder.decode(z.float()).clamp(-1, 1)
         error = (decoded - batch.image).square().mean()
         self.facts = {

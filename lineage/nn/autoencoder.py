@@ -54,10 +54,10 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         if not self.multipliers or min(self.multipliers) < 1:
-            raise UserError(f"codec.multipliers={self.multipliers} must be one or more, from 1 up.")
+            raise UserError(f"net.multipliers={self.multipliers} must be one or more, from 1 up.")
         for name in ("channels", "blocks", "latent", "patch"):
             if getattr(self, name) < 1:
-                raise UserError(f"codec.{name}={getattr(self, name)} must be at least 1.")
+                raise UserError(f"net.{name}={getattr(self, name)} must be at least 1.")
         if self.size % self.factor:
             raise UserError(
                 f"{self.size} pixels do not divide into places of {self.factor}: choose another "

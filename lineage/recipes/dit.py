@@ -64,8 +64,8 @@ PRESETS = {
             net=DiTConfig(128, 5, 4, 2, words=16, gelu="exact"),
         ),
     ),
-    # One GPU of 8 GB, under an hour: 64 patches of 8 x 8 latents. The paper's smallest, DiT-S, would
-    # see each picture of the data a twentieth as often in this hour.
+    # One GPU of 8 GB, under an hour: 64 patches of 8 x 8 latents. The paper's smallest, DiT-S,
+    # would see a twentieth as many pictures in this hour.
     "small": Config(
         key="dit",
         preset="small",

@@ -21,23 +21,27 @@ AUTOENCODER, LATENTS, DENOISER = "autoencoder", "latents", "denoiser"
 # One autoencoder for both at each preset, so that comparing them compares their denoisers. At the
 # small ones no adversary: its gain, sharp textures, is of no use to the flat pictures of `shapes`.
 SMOKE_AUTOENCODER = KLConfig(
-    AutoencoderConfig(8, (1, 2), 1, (), 16, 4), kl=1e-4, error="square", adversary=0, perceptual=0
+    AutoencoderConfig(8, (1, 2), 1, (), 16, 4),
+    kl=1e-4,
+    error="square",
+    adversary=0.0,
+    perceptual=0.0,
 )
 TINY_AUTOENCODER = KLConfig(
     AutoencoderConfig(32, (1, 2), 1, (), 32, 8, patch=2),
     width=8,
     kl=1e-3,
     error="square",
-    adversary=0,
-    perceptual=0,
+    adversary=0.0,
+    perceptual=0.0,
 )
 SMALL_AUTOENCODER = KLConfig(
     AutoencoderConfig(64, (1, 2, 2), 2, (), 64, 8, patch=2),
     width=8,
     kl=1e-3,
     error="square",
-    adversary=0,
-    perceptual=0,
+    adversary=0.0,
+    perceptual=0.0,
 )
 
 
@@ -83,6 +87,13 @@ def latent_stages(
         raise UserError(
             f"size={config.size} does not divide into places of {factor} pixels: choose a "
             "multiple of it."
+        )
+    own = config.autoencoder
+    looked_at = own.adversary > 0 or (own.perceptual > 0 and not own.lpips)
+    if looked_at and config.size < 3 * 2**own.layers:  # two convolutions of 4 x 4 follow
+        raise UserError(
+            f"size={config.size} is too small for autoencoder.layers={own.layers}, which needs "
+            f"{3 * 2**own.layers} pixels: choose fewer layers."
         )
     settings: dict[str, Any] = to_dict(config)
     train = replace(config.train, batch=config.autoencoder_batch, sample_every=0)

@@ -112,6 +112,9 @@ class TextEncoder(nn.Module):
     def pieces(self, caption: str) -> list[str]:
         """What each of the L places of `words` stands for, to be written under a picture."""
 
+    def check(self) -> None:
+        """Raises `UserError` if what the encoder takes from elsewhere is not there."""
+
     def unknown(self, captions: list[str]) -> list[str]:
         """The words of `captions` that the encoder has never seen, in order, each once."""
         return []

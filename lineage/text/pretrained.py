@@ -44,8 +44,15 @@ class PretrainedEncoder(TextEncoder):
         self.here: Tensor
         self._loaded: tuple[Any, Any] | None = None  # out of the way of `parameters`
 
+    def check(self) -> None:
+        self._read()
+
     def _parts(self) -> tuple[Any, Any]:
         """(tokeniser, model), read at the first call."""
+        tokenizer, model = self._read()
+        return tokenizer, model.to(self.here.device)
+
+    def _read(self) -> tuple[Any, Any]:
         if self._loaded is None:
             tokenizer, model = load_text_model(self.name)
             width = getattr(model.config, "hidden_size", None) or model.config.d_model
@@ -55,14 +62,15 @@ class PretrainedEncoder(TextEncoder):
                     f"{self.width})."
                 )
             most = getattr(model.config, "max_position_embeddings", None)
+            if most is not None and "roberta" in model.config.model_type:
+                most -= 2  # the first two places are not for words
             if most is not None and self.config.words > most:
                 raise UserError(
                     f"{self.name} reads at most {most} tokens: set encoder.words={most} (it is "
                     f"{self.config.words})."
                 )
             self._loaded = (tokenizer, model.eval().requires_grad_(False))
-        tokenizer, model = self._loaded
-        return tokenizer, model.to(self.here.device)
+        return self._loaded
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> TextFeatures:
@@ -75,6 +83,7 @@ class PretrainedEncoder(TextEncoder):
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.here.device)
+        found["attention_mask"][:, 0] = 1  # an empty caption without a start has a place to look at
         mask = found["attention_mask"].bool()
         if model.config.model_type in CLIP:  # causal, and read with its padding, as it was trained
             given = model(input_ids=found["input_ids"])
@@ -102,7 +111,14 @@ def load_text_model(name: str) -> tuple[Any, Any]:
         UserError: `transformers` is not installed, or there is no such model.
     """
     try:
-        from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+        from transformers import (
+            MODEL_FOR_TEXT_ENCODING_MAPPING,
+            AutoConfig,
+            AutoModel,
+            AutoModelForTextEncoding,
+            AutoTokenizer,
+            CLIPTextModel,
+        )
     except ImportError as error:
         raise UserError(
             "text=pretrained: needs transformers: pip install 'lineage-t2i[hub]'."
@@ -112,8 +128,12 @@ def load_text_model(name: str) -> tuple[Any, Any]:
     places = (folder / "tokenizer", within) if within.is_dir() else (name, name)
     try:
         config = AutoConfig.from_pretrained(places[1])
-        tokenizer = AutoTokenizer.from_pretrained(places[0])
-        kind = CLIPTextModel if config.model_type in CLIP else AutoModel
+        tokenizer = AutoTokenizer.from_pretrained(places[0], padding_side="right")
+        spare = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer.pad_token = tokenizer.pad_token or spare
+        encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # as T5, without its decoder
+        kind = AutoModelForTextEncoding if encodes else AutoModel
+        kind = CLIPTextModel if config.model_type in CLIP else kind
         model = kind.from_pretrained(places[1])
         return tokenizer, model.get_encoder() if model.config.is_encoder_decoder else model
     except Exception as error:  # of many kinds: no folder, no file in it, no network, a broken file

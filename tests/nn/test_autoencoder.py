@@ -174,12 +174,12 @@ def test_a_patch_is_a_square_of_neighbours(patch: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"multipliers": ()}, "codec.multipliers"),
-        ({"multipliers": (1, 0)}, "codec.multipliers"),
-        ({"channels": 0}, "codec.channels=0"),
-        ({"blocks": 0}, "codec.blocks=0"),
-        ({"latent": -1}, "codec.latent=-1"),
-        ({"patch": 0}, "codec.patch=0"),
+        ({"multipliers": ()}, "net.multipliers"),
+        ({"multipliers": (1, 0)}, "net.multipliers"),
+        ({"channels": 0}, "net.channels=0"),
+        ({"blocks": 0}, "net.blocks=0"),
+        ({"latent": -1}, "net.latent=-1"),
+        ({"patch": 0}, "net.patch=0"),
         ({"size": 100}, "100 pixels do not divide into places of 16"),
         ({"patch": 2, "size": 272}, "272 pixels do not divide into places of 32"),
     ],
