@@ -132,7 +132,7 @@ def load_text_model(name: str) -> tuple[Any, Any]:
         spare = tokenizer.eos_token or tokenizer.unk_token
         tokenizer.pad_token = tokenizer.pad_token or spare
         encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # as T5, without its decoder
-        kind = AutoModelForTextEncoding if encodes else AutoModel
+        kind: Any = AutoModelForTextEncoding if encodes else AutoModel
         kind = CLIPTextModel if config.model_type in CLIP else kind
         model = kind.from_pretrained(places[1])
         return tokenizer, model.get_encoder() if model.config.is_encoder_decoder else model

@@ -237,7 +237,7 @@ def test_a_second_comparison_keeps_what_was_measured(folder: Path) -> None:
 def test_what_cannot_be_compared_is_told_before_anything_is_trained(tmp_path: Path) -> None:
     for keys, options, words in (
         (["gan_int_cls", "ddmp"], {}, "'ddpm'"),
-        (["gan_int_cls", "dit"], {}, "planned"),
+        (["gan_int_cls", "glide"], {}, "planned"),
         (["gan_int_cls", "retrieval"], {"preset": "paper"}, "'paper'"),
         (["gan_int_cls"], {"settings": {"model.gen": 3}}, "'model.gen'"),
         (["gan_int_cls"], {"data": "nowhere"}, "nowhere"),
