@@ -27,12 +27,14 @@ from lineage.evaluate.prompts import Prompt, make_prompts
 from lineage.train.store import write_bytes, write_json
 
 CURVES = {
-    "ddpm": (10, 25, 50, 100),
-    "ddim": (5, 10, 25),
-    "dpmpp_2m": (3, 5, 10, 20),
-    "dpmpp_2m_sde": (5, 10, 20),
-    "heun": (5, 10),
+    ("ddpm", None): (10, 25, 50, 100),
+    ("ddim", None): (5, 10, 25),
+    ("dpmpp_2m", None): (3, 5, 10, 20),
+    ("dpmpp_2m_sde", None): (5, 10, 20),
+    ("dpmpp_2m_sde", "exponential"): (5, 10, 20),
+    ("heun", None): (5, 10),
 }
+"""(sampler, spacing, which is its own where there is none): numbers of steps."""
 TWICE = ("heun",)  # evaluate the network twice a step
 
 
@@ -55,8 +57,9 @@ def drawing(rows: list[dict[str, Any]], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    for name in dict.fromkeys(row["sampler"] for row in rows):
-        own = [row for row in rows if row["sampler"] == name]
+    for sampler, spacing in CURVES:
+        own = [r for r in rows if (r["sampler"], r["spacing"]) == (sampler, spacing)]
+        name = f"{sampler}, {spacing}" if spacing else sampler
         for axis, what in zip(axes, ("evaluations", "seconds"), strict=True):
             axis.plot([r[what] for r in own], [r["mean"] for r in own], "o-", label=name)
     for axis, label in zip(
@@ -73,33 +76,29 @@ def drawing(rows: list[dict[str, Any]], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
-    parser.add_argument("--spacing", action="append", help="even, karras, ... (the run's own)")
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     options = parser.parse_args()
     system, judge = lineage.load(options.run), Judge.load()
     prompts = [p for p in make_prompts("easy") if p.split == "test"]
     rows: list[dict[str, Any]] = []
-    for sampler, counts in CURVES.items():
+    for (sampler, spacing), counts in CURVES.items():
         for steps in counts:
-            for spacing in options.spacing or [None]:
-                knobs = {"sampler": sampler, "steps": steps, "spacing": spacing}
-                row = {**knobs, "evaluations": steps * (2 if sampler in TWICE else 1)}
-                row |= scored(system, judge, prompts, **{k: v for k, v in knobs.items() if v})
-                rows.append(row)
-                print(
-                    sampler, steps, spacing or "", f"{row['mean']:.3f}", f"{row['seconds']:.1f} s"
-                )
+            knobs = {"sampler": sampler, "steps": steps, "spacing": spacing}
+            row: dict[str, Any] = {**knobs, "evaluations": steps * (2 if sampler in TWICE else 1)}
+            row |= scored(system, judge, prompts, **{k: v for k, v in knobs.items() if v})
+            rows.append(row)
+            print(sampler, steps, spacing or "", round(row["mean"], 3), round(row["seconds"], 1))
     write_json(
         options.out.with_suffix(".json"),
         {"run": options.run.name, "prompts": len(prompts), "machine": machine(), "rows": rows},
     )
     drawing(rows, options.out.with_suffix(".png"))
-    lines = ["| sampler | steps | evaluations | mean of six tasks | seconds |", "|---" * 5 + "|"]
-    lines += [
-        f"| {r['sampler']} | {r['steps']} | {r['evaluations']} | {r['mean']:.3f} | "
-        f"{r['seconds']:.1f} |"
-        for r in rows
-    ]
+    head = ["sampler", "spacing", "steps", "evaluations", "mean of six tasks", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [row["sampler"], row["spacing"] or "auto", row["steps"], row["evaluations"]]
+        cells += [f"{row['mean']:.3f}", f"{row['seconds']:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     write_bytes(options.out.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
 
 

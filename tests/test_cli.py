@@ -311,7 +311,7 @@ def test_a_run_of_a_system_that_is_not_there_is_told(call: Call, run_folder: Pat
     path = run_folder / "config.json"
     config = json.loads(path.read_text())
     for change, word in (
-        ({"key": "dit"}, "dit"),
+        ({"key": "glide"}, "glide"),
         ({"key": "mine"}, "mine"),
         ({"hue": 1}, "hue"),
         ({"key": 3}, "3"),
