@@ -95,8 +95,9 @@ def main() -> None:
     drawing(rows, options.out.with_suffix(".png"))
     head = ["sampler", "spacing", "steps", "evaluations", "mean of six tasks", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    own = f"{system.config.spacing} (the run's)"
     for row in rows:
-        cells = [row["sampler"], row["spacing"] or "auto", row["steps"], row["evaluations"]]
+        cells = [row["sampler"], row["spacing"] or own, row["steps"], row["evaluations"]]
         cells += [f"{row['mean']:.3f}", f"{row['seconds']:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     write_bytes(options.out.with_suffix(".md"), ("\n".join(lines) + "\n").encode())

@@ -399,9 +399,12 @@ def test_sample_shows_the_inside(call: Call, attended: Path) -> None:
         assert set(blank.convert("L").tobytes()) == {255}
 
 
-def test_a_system_without_an_inside_is_told(call: Call, run_folder: Path) -> None:
-    refused = call("sample", run_folder, "a red circle", "--inside", "--out", "a.png")
-    assert_refused(refused, "finished", "no inside")
+def test_a_system_without_an_inside_is_told(
+    call: Call, smoke_run: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folder = smoke_run("gan_int_cls").folder
+    refused = call("sample", folder, "a red circle", "--inside", "--out", "a.png")
+    assert_refused(refused, "gan_int_cls", "no inside")
     assert not Path("a.png").exists()
 
 
