@@ -32,7 +32,7 @@ CURVES = {
     ("dpmpp_2m", None): (3, 5, 10, 20),
     ("dpmpp_2m_sde", None): (5, 10, 20),
     ("dpmpp_2m_sde", "exponential"): (5, 10, 20),
-    ("heun", None): (5, 10),
+    ("heun", "karras"): (5, 10),
 }
 """(sampler, spacing, which is its own where there is none): numbers of steps."""
 TWICE = ("heun",)  # evaluate the network twice a step
@@ -55,10 +55,13 @@ def drawing(rows: list[dict[str, Any]], out: Path) -> None:
     """The curves."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for sampler, spacing in CURVES:
         own = [r for r in rows if (r["sampler"], r["spacing"]) == (sampler, spacing)]
+        if not own:
+            continue
         name = f"{sampler}, {spacing}" if spacing else sampler
         for axis, what in zip(axes, ("evaluations", "seconds"), strict=True):
             axis.plot([r[what] for r in own], [r["mean"] for r in own], "o-", label=name)
@@ -66,6 +69,8 @@ def drawing(rows: list[dict[str, Any]], out: Path) -> None:
         axes, ("evaluations of the network", "seconds for 352 pictures"), strict=True
     ):
         axis.set(xlabel=label, xscale="log", ylim=(0, 1))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of exact pictures, mean of six tasks")
     axes[0].legend()

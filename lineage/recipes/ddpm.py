@@ -41,7 +41,8 @@ PRESETS = {
     ),
     # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width; a bag
     # of words, which in the first minutes learns soonest what is there. Who stands where it never
-    # learns: for more than ten minutes, text=transformer.
+    # learns: for more than ten minutes, text=transformer. Ancestral sampling adds noise, which mends
+    # what came before (results/ddpm/samplers.md).
     "tiny": Config(
         key="ddpm",
         preset="tiny",
@@ -49,7 +50,9 @@ PRESETS = {
         encoder=TextConfig(width=64),
         optim=OptimConfig(lr=2e-3, warmup=100, average=0.995),
         train=TrainConfig(minutes=5, batch=32, checkpoint_every=500, sample_every=1000),
-        model=DDPMConfig(process=_LEAN, steps=30, unet=_unet(16, (1, 2, 3), (1, 2), 2)),
+        model=DDPMConfig(
+            process=_LEAN, steps=25, sampler="ddpm", unet=_unet(16, (1, 2, 3), (1, 2), 2)
+        ),
     ),
     # One GPU of 8 GB, under an hour: words in order, 16 times the width.
     "small": Config(

@@ -59,7 +59,8 @@ PRESETS = {
         autoencoder_optim=OptimConfig(lr=2e-3, warmup=50, average=0.99, weight_decay=0.0),
         model=DiTSystemConfig(
             process=_LEAN,
-            steps=20,
+            steps=25,
+            sampler="ddpm",
             threshold="none",
             net=DiTConfig(128, 5, 4, 2, words=16, gelu="exact"),
         ),

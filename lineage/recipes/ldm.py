@@ -62,7 +62,8 @@ PRESETS = {
         autoencoder_optim=OptimConfig(lr=2e-3, warmup=50, average=0.99, weight_decay=0.0),
         model=LDMConfig(
             process=_LEAN,
-            steps=20,
+            steps=25,
+            sampler="ddpm",
             threshold="none",
             unet=UNetConfig(32, (1, 2), 1, (1,), 4, conditioning="transformer", dropout=0.0),
         ),
