@@ -140,7 +140,7 @@ def test_shares_that_cannot_be_kept_are_told(
     told(sample("vqvae", "a blue square", "--init", begun, f"--keep={keep}"), "keep", keep)
 
 
-@pytest.mark.parametrize("key", ["ddpm", "retrieval"])
+@pytest.mark.parametrize("key", ["gan_int_cls", "retrieval"])
 def test_systems_that_cannot_go_on_say_so(
     key: str, sample: Callable[..., Answer], begun: Path
 ) -> None:

@@ -98,6 +98,10 @@ IMPORTERS: dict[str, str] = {
 """The systems whose published checkpoints can be read, by "module:function"."""
 
 
+IN_FOLDERS = ("ldm",)
+"""Those whose checkpoints come as folders too."""
+
+
 def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str | Path) -> str:
     """Write the run folder `out` from published files; returns a note for the user.
 
@@ -114,7 +118,7 @@ def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str 
     where, name = IMPORTERS[key].split(":")
     importer: Importer = getattr(importlib.import_module(where), name)
     try:
-        found = importer([read_given(path) for path in paths])
+        found = importer([read_given(path, key in IN_FOLDERS) for path in paths])
     except KeyError as error:
         raise UserError(f"{given} does not fit {key}: it lacks {error}.") from error
     except (IndexError, ValueError, ZeroDivisionError) as error:
@@ -147,12 +151,12 @@ def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str 
     return found.note
 
 
-def read_given(path: Path) -> Given:
-    """A checkpoint, a list of words (`.txt`), or a folder, in which the importer will look.
+def read_given(path: Path, folders: bool) -> Given:
+    """A checkpoint, a list of words (`.txt`), or, for some, a folder in which they look themselves.
 
     Raises `UserError` if it cannot be read.
     """
-    if path.is_dir():
+    if folders and path.is_dir():
         return Given(path, {})
     if path.suffix != ".txt":
         return Given(path, read_checkpoint(path))

@@ -41,7 +41,7 @@ PRESETS = {
     ),
     # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width; a bag
     # of words, which in the first minutes learns soonest what is there. Who stands where it never
-    # learns: for more than ten minutes, text=transformer. Ancestral sampling adds noise, which mends
+    # learns: for more than ten minutes, text=transformer. Ancestral sampling adds noise that mends
     # what came before (results/ddpm/samplers.md).
     "tiny": Config(
         key="ddpm",

@@ -45,7 +45,7 @@ PRESETS = {
             process=_LEAN,
             steps=5,
             threshold="none",
-            unet=UNetConfig(8, (1, 2), 1, (1,), 2, conditioning="transformer", dropout=0.0),
+            unet=UNetConfig(16, (1, 2), 1, (1,), 2, conditioning="transformer", dropout=0.0),
         ),
     ),
     # Minutes on two CPU cores: 8 x 8 latents. The words come in order, as the UNet attends to them
