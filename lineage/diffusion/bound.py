@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lineage.diffusion.process import Process
+from lineage.diffusion.process import Process, row
 from lineage.nn.draws import Draws
 
 HYBRID = 0.001  # weight of the bound, a sum over all t, beside L_simple
@@ -53,30 +53,6 @@ def log_likelihood_of_bytes(x: Tensor, mean: Tensor, log_deviation: Tensor) -> T
     return share.clamp(min=1e-12).log()
 
 
-class Posterior:
-    """q(x_(t-1) | x_t, x_0) of a process, (T,) float64 each (Ho et al. 2020, equation 7)."""
-
-    def __init__(self, process: Process) -> None:
-        betas, abar = process.betas, process.abar
-        self.abar_before = torch.cat([abar.new_ones(1), abar[:-1]])
-        self.of_x0 = betas * self.abar_before.sqrt() / (1 - abar)
-        self.of_noised = (1 - self.abar_before) * (1 - betas).sqrt() / (1 - abar)
-        self.variance = betas * (1 - self.abar_before) / (1 - abar)
-        # at t = 0 it is zero, so there the logarithm is that of t = 1
-        self.log_variance = torch.cat([self.variance[1:2], self.variance[1:]]).log()
-        self.log_betas = betas.log()
-        self.log_large = torch.cat([self.variance[1:2], betas[1:]]).log()
-
-    def mean(self, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
-        """(B, C, H, W)."""
-        return row(self.of_x0, t) * x0 + row(self.of_noised, t) * noised
-
-
-def row(table: Tensor, t: Tensor) -> Tensor:
-    """(T,) at t (B,) -> (B, 1, 1, 1) float32."""
-    return table.to(t.device)[t].float()[:, None, None, None]
-
-
 @dataclass
 class Backward:
     """p(x_(t-1) | x_t): mean and log variance, and the x_0 that they come from, (B, C, H, W)."""
@@ -90,7 +66,7 @@ def backward(
     process: Process, output: Tensor, noised: Tensor, t: Tensor, clip: bool = False
 ) -> Backward:
     """What the network's output says of the step before; `clip` keeps x_0 within [-1, 1]."""
-    posterior = Posterior(process)
+    posterior = process.posterior
     kind = process.config.variance
     predicted, learned = output.chunk(2, dim=1) if process.config.learned else (output, output)
     x0 = process.to_x0(predicted, noised, t)
@@ -108,7 +84,7 @@ def backward(
 
 def bound_terms(process: Process, found: Backward, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
     """L_t of each row."""
-    posterior = Posterior(process)
+    posterior = process.posterior
     true = posterior.mean(x0, noised, t)
     kl = normal_kl(true, row(posterior.log_variance, t), found.mean, found.log_variance)
     last = -log_likelihood_of_bytes(x0, found.mean, 0.5 * found.log_variance)

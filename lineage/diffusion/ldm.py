@@ -37,7 +37,7 @@ from lineage.diffusion.unet import UNet, UNetConfig
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.nn.draws import Draws
 from lineage.nn.gan import dcgan_weights
-from lineage.nn.looks import adaptive_weight, judged, perceptual_distance
+from lineage.nn.looks import adaptive_weight, judged, perceptual_distance, psnr
 from lineage.nn.memory import Memory
 from lineage.nn.perceptual import LPIPS, load_lpips
 from lineage.text.contract import NoText, TextEncoder, TextFeatures
@@ -168,7 +168,7 @@ class KLAutoencoder(Trainable):
         with torch.no_grad():
             square = (decoded.clamp(-1, 1) - image).square().mean()
             self.facts = {
-                "psnr": 10 * (4 / square.clamp(min=1e-10)).log10(),
+                "psnr": psnr(square),
                 "deviation": found.mean.std(),
             }
         look = self.discriminator
@@ -247,7 +247,7 @@ class Latents(Trainable):
         decoded = self.autoencoder.decode(z.float()).clamp(-1, 1)
         error = (decoded - batch.image).square().mean()
         self.facts = {
-            "psnr": 10 * (4 / error.clamp(min=1e-10)).log10(),
+            "psnr": psnr(error),
             "scale": self.scale.to(error.device),
         }
         yield from ()
@@ -314,7 +314,7 @@ class LatentDenoiser(Denoiser):
     def stage_scores(self, batch: Batch) -> dict[str, Tensor]:
         """The reconstruction's `psnr` in dB, (B,)."""
         error = (self.reconstruct(batch.image) - batch.image).square().flatten(1).mean(1)
-        return {"psnr": 10 * (4 / error.clamp(min=1e-10)).log10()}
+        return {"psnr": psnr(error)}
 
 
 # --- section 3.3: conditioning --------------------------------------------------------------------

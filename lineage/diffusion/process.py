@@ -28,6 +28,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -129,6 +130,30 @@ class Scalings:
         return cls((deviation / whole) ** 2, sigma * deviation / whole, 1 / whole)
 
 
+def row(table: Tensor, t: Tensor) -> Tensor:
+    """(T,) at t (B,) -> (B, 1, 1, 1) float32."""
+    return table.to(t.device)[t].float()[:, None, None, None]
+
+
+class Posterior:
+    """q(x_(t-1) | x_t, x_0) of a process, (T,) float64 each (Ho et al. 2020, equation 7)."""
+
+    def __init__(self, process: Process) -> None:
+        betas, abar = process.betas, process.abar
+        self.abar_before = torch.cat([abar.new_ones(1), abar[:-1]])
+        self.of_x0 = betas * self.abar_before.sqrt() / (1 - abar)
+        self.of_noised = (1 - self.abar_before) * (1 - betas).sqrt() / (1 - abar)
+        self.variance = betas * (1 - self.abar_before) / (1 - abar)
+        # at t = 0 it is zero, so there the logarithm is that of t = 1
+        self.log_variance = torch.cat([self.variance[1:2], self.variance[1:]]).log()
+        self.log_betas = betas.log()
+        self.log_large = torch.cat([self.variance[1:2], betas[1:]]).log()
+
+    def mean(self, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """(B, C, H, W)."""
+        return row(self.of_x0, t) * x0 + row(self.of_noised, t) * noised
+
+
 # --- the process --------------------------------------------------------------------------------
 
 
@@ -185,6 +210,11 @@ class Process:
         abar = self.abar[list(kept)]
         betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
         return Process(self.config, betas, [self.times[t] for t in kept])
+
+    @cached_property
+    def posterior(self) -> Posterior:
+        """Tables of q(x_(t-1) | x_t, x_0)."""
+        return Posterior(self)
 
     # --- levels ---
 

@@ -25,6 +25,11 @@ from lineage.nn.perceptual import LPIPS
 LARGEST = 1e4  # that the adaptive weight becomes
 
 
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of squared errors of pixels in [-1, 1], whose peak is 2."""
+    return 10 * (4 / error.clamp(min=1e-10)).log10()
+
+
 def adaptive_weight(reconstruction: Tensor, adversary: Tensor, last: Tensor) -> Tensor:
     """Equation 7: |d reconstruction / d last| / (|d adversary / d last| + 0.0001), at most 10,000.
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from lineage.diffusion import samplers
 from lineage.diffusion.bound import (
     Backward,
-    Posterior,
     backward,
     bits_per_dim,
     bound_terms,
@@ -103,7 +102,7 @@ def guided_diffusion(reference: Reference) -> Outputs:
     base = ProcessConfig(steps, schedule, variance="learned_range")
     process, x0, t = Process(base), given["x0"], given["t"]
     noised = process.noised(x0, given["noise"], t)
-    posterior = Posterior(process)
+    posterior = process.posterior
     outputs: dict[str, Any] = {}
 
     for name in reference.outputs:

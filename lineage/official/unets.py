@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from lineage.config import TextConfig
 from lineage.diffusion.unet import Level, UNet, UNetConfig
@@ -75,17 +75,14 @@ def places(unet: UNet) -> Iterator[tuple[str, str]]:
 
 def unet_names(unet: UNet) -> Names:
     """The map of a UNet with spatial transformers."""
-    modules = sorted(places(unet), key=lambda pair: -len(pair[0]))
-    names: Names = {}
-    for key in unet.state_dict():
-        ours, theirs = next(pair for pair in modules if key.startswith(f"{pair[0]}."))
-        inner, _, kind = key.removeprefix(f"{ours}.").rpartition(".")
-        if ours.endswith(".residual"):
-            names[key] = (f"{theirs}.{RESIDUAL[inner]}.{kind}",)
-        elif ours.endswith(".attention"):
-            names[key] = tuple(f"{theirs}.{part}.{kind}" for part in _transformer(inner))
-        else:
-            names[key] = (f"{theirs}.{kind}",)
+    names = unet_names_without_attention(unet)
+    for ours, theirs in places(unet):
+        level, _, last = ours.rpartition(".")
+        attention = unet.get_submodule(level).attention if last == "attention" else None
+        for key in attention.state_dict() if isinstance(attention, nn.Module) else ():
+            inner, _, kind = key.rpartition(".")
+            parts = tuple(f"{theirs}.{part}.{kind}" for part in _transformer(inner))
+            names[f"{ours}.{key}"] = parts
     return names
 
 

@@ -9,6 +9,7 @@ from lineage.diffusion.dit import DiTConfig, DiTSystem, DiTSystemConfig
 from lineage.diffusion.ldm import KLConfig
 from lineage.diffusion.process import ProcessConfig
 from lineage.recipes.latents import (
+    AUTHORS_OPTIM,
     SMALL_AUTOENCODER,
     SMOKE_AUTOENCODER,
     TINY_AUTOENCODER,
@@ -106,17 +107,7 @@ PRESETS = {
         train=TrainConfig(steps=7_000_000, batch=256, checkpoint_every=5000, sample_every=10_000),
         autoencoder=KLConfig(),
         autoencoder_share=0.1,
-        autoencoder_optim=OptimConfig(
-            "adam",
-            lr=4.5e-6 * 12,
-            beta1=0.5,
-            beta2=0.9,
-            weight_decay=0.0,
-            warmup=0,
-            decay="none",
-            clip=0.0,
-            average=0.0,
-        ),
+        autoencoder_optim=AUTHORS_OPTIM,
         autoencoder_batch=12,
         model=DiTSystemConfig(
             process=ProcessConfig(1000, "linear", "noise", variance="learned_range"),

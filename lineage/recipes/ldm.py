@@ -9,6 +9,7 @@ from lineage.diffusion.ldm import LDM, KLConfig, LDMConfig
 from lineage.diffusion.process import ProcessConfig
 from lineage.diffusion.unet import UNetConfig
 from lineage.recipes.latents import (
+    AUTHORS_OPTIM,
     SMALL_AUTOENCODER,
     SMOKE_AUTOENCODER,
     TINY_AUTOENCODER,
@@ -102,17 +103,7 @@ PRESETS = {
         train=TrainConfig(steps=500_000, batch=32, checkpoint_every=5000, sample_every=10_000),
         autoencoder=KLConfig(),
         autoencoder_share=0.3,
-        autoencoder_optim=OptimConfig(
-            "adam",
-            lr=4.5e-6 * 12,
-            beta1=0.5,
-            beta2=0.9,
-            weight_decay=0.0,
-            warmup=0,
-            decay="none",
-            clip=0.0,
-            average=0.0,
-        ),
+        autoencoder_optim=AUTHORS_OPTIM,
         autoencoder_batch=12,
         model=LDMConfig(
             process=ProcessConfig(1000, "scaled_linear", "noise"),

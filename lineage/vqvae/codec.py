@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lineage.contract import Trainable, Turn
 from lineage.data.contract import Batch
 from lineage.nn.draws import Draws
+from lineage.nn.looks import psnr
 from lineage.nn.memory import Memory
 from lineage.text.contract import NoText, TextFeatures
 from lineage.vqvae.quantise import code_usage, usage_remark
@@ -80,11 +81,6 @@ class Codec(Trainable):
 
     def remark(self, means: dict[str, float]) -> str:
         return usage_remark(means)
-
-
-def psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of squared errors of pixels in [-1, 1], whose peak is 2."""
-    return 10 * (4 / error.clamp(min=1e-10)).log10()
 
 
 def normal_cdf(x: Tensor) -> Tensor:

@@ -40,8 +40,9 @@ from lineage.contract import Named, System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
+from lineage.nn.looks import psnr
 from lineage.text.contract import TextEncoder, TextFeatures
-from lineage.vqvae.codec import Codec, Codes, psnr
+from lineage.vqvae.codec import Codec, Codes
 from lineage.vqvae.transformer import Cache, Transformer, TransformerConfig
 
 COLDEST = 1e-6  # temperature; logits divided by less might overflow

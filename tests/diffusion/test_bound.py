@@ -13,7 +13,6 @@ from torch.distributions import Normal, kl_divergence
 
 from lineage.diffusion.bound import (
     Backward,
-    Posterior,
     approximate_cdf,
     backward,
     bits,
@@ -24,7 +23,7 @@ from lineage.diffusion.bound import (
     normal_kl,
     prior_bits,
 )
-from lineage.diffusion.process import VARIANCES, Process, ProcessConfig
+from lineage.diffusion.process import VARIANCES, Posterior, Process, ProcessConfig
 from lineage.nn.draws import Draws
 
 B, T = 4, 40
