@@ -29,7 +29,7 @@ from lineage.nn.draws import stream_seed
 from lineage.recipes import find_recipe, preset
 from lineage.sheets import sheet
 from lineage.text.tokenizer import Tokenizer, make_tokenizer, tokenizer_from_json
-from lineage.train.machine import Processes, pick_device
+from lineage.train.machine import Processes, keep_freed_memory, pick_device
 from lineage.train.stage import RunStages, Stage, Stopped, load_weights
 from lineage.train.store import read_json, unwritable, write_json
 
@@ -128,6 +128,7 @@ def train(
             device=device,
             settings=settings,
         )
+    keep_freed_memory()
     processes = Processes.join(pick_device(config.train.device))
     processes.wait()  # all have seen whether the folder holds a run before the first one writes
     run = _prepare(folder, config, started, processes.first)
@@ -268,6 +269,7 @@ def load(run: str | Path, device: str = "auto") -> System:
     if not folder.is_dir():
         raise UserError(f"There is no run folder {folder}.")
     config = read_config(folder).without_files()
+    keep_freed_memory()
     system = build(find_recipe(config.key).stages(config, read_tokenizer(folder)))
     load_weights(system, folder / "model.safetensors")
     return system.to(pick_device(device)).eval()

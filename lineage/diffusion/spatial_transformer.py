@@ -25,7 +25,8 @@ class FeedForward(nn.Module):
         self.enter, self.leave = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.enter(x).chunk(2, dim=-1)
+        halves = zip(self.enter.weight.chunk(2), self.enter.bias.chunk(2), strict=True)
+        value, gate = (F.linear(x, weight, bias) for weight, bias in halves)  # each in one piece
         return self.leave(value * F.gelu(gate))
 
 

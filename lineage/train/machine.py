@@ -5,7 +5,9 @@ device, precision, memory layout, and the other processes of a `torchrun`.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +110,23 @@ class Processes:
             dist.barrier()
 
 
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, for its next tensors.
+
+    glibc gives large blocks back to the system at once and takes them anew, page by page, for every
+    tensor of this size: a quarter of the time in which `ddpm` draws 64 pictures. Elsewhere it does
+    nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        if not mallopt(mmap_threshold, 2**30):
+            mallopt(mmap_threshold, 2**25)  # the most that older ones take
+
+
 def peak_memory(device: torch.device) -> int:
     """Most memory used so far, in bytes.
 
@@ -119,7 +138,5 @@ def peak_memory(device: torch.device) -> int:
         import resource
     except ImportError:  # Windows
         return 0
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

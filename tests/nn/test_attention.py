@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lineage.errors import UserError
-from lineage.nn.attention import Attention, attend
+from lineage.nn.attention import LONG, Attention, attend
 
 
 def by_loops(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -102,6 +103,29 @@ def test_it_can_be_differentiated_twice(masked: bool) -> None:
     apart = (steep(key + step * way) - steep(key - step * way)) / (2 * step)
     assert second.abs().max() > 1e-3
     assert (second * way).sum().item() == pytest.approx(apart.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_sequences_give_the_same_by_the_fused_kernel(masked: bool) -> None:
+    """From `LONG` on, results and gradients, against the plain products in double precision."""
+    query, key, value = (torch.randn(2, 3, LONG + 2, 8).requires_grad_() for _ in range(3))
+    mask = torch.rand(LONG + 2, LONG + 2) < 0.5 if masked else None
+    plain = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    found, expected = attend(query, key, value, mask), attend(*plain, mask)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for ours, theirs in zip((query, key, value), plain, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_long_sequences_are_differentiated_twice_under_the_kernel_that_can() -> None:
+    query = torch.randn(1, 1, LONG, 4, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        out = attend(query, query, query).square().sum()
+        (gradient,) = torch.autograd.grad(out, query, create_graph=True)
+        gradient.square().sum().backward()
+    assert query.grad.abs().max() > 0
 
 
 # --- the module -------------------------------------------------------------------------------

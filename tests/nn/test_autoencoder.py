@@ -283,12 +283,13 @@ def test_doubling_repeats_pixels() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 3, 1, 1), (2, 3, 3, 1), (1, 3, 5, 5)], ids=str)
 def test_doubling_is_the_convolution_of_a_picture_of_twice_the_side(
-    shape: tuple[int, ...],
+    shape: tuple[int, ...], layout: torch.memory_format
 ) -> None:
-    """However it is computed: at the edges, on sides of one pixel, and backwards."""
-    layer, x = Double(3).double(), torch.randn(shape).double()
+    """However it is computed: at the edges, on sides of one pixel, backwards, in either layout."""
+    layer, x = Double(3).double(), torch.randn(shape).double().contiguous(memory_format=layout)
     plain = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     expected = F.conv2d(plain, layer.conv.weight, layer.conv.bias, padding=1)
     torch.testing.assert_close(layer(x), expected)
