@@ -58,16 +58,15 @@ from lineage.nn.gan import (
     different,
     gan_health,
     gan_remark,
-    gradient_penalty,
+    lazy,
     orthogonal_weights,
     smaller,
 )
 from lineage.nn.matching import (
     Discriminator,
-    discriminator_terms,
+    discriminator_turn,
     generator_terms,
     kl_term,
-    pair_logits,
 )
 from lineage.text.contract import TextFeatures
 
@@ -347,17 +346,13 @@ class AttnGAN(System):
         noise, eps = draws.normal(self.config.noise), draws.normal(self.config.condition)
         drawn: Drawn = self.generator(text, noise, eps)
         mismatched = different(batch.caption, batch.image.device)[1:]  # (B - 1,)
-        penalised = self.config.r1 > 0 and int(self.steps) % self.config.r1_every == 0
+        r1 = lazy(self.config.r1, self.config.r1_every, int(self.steps))
         self.steps += 1
         for (side, look), fake in zip(self.looks(), drawn.images, strict=True):
             real = smaller(batch.image, side)
-            if penalised:
-                real = real.detach().requires_grad_()
-            logits = pair_logits(look, real, fake.detach(), text.sentence)
-            terms = discriminator_terms(logits, mismatched, self.config.loss)
-            if penalised:
-                penalty = gradient_penalty(logits["real"], real)
-                terms["r1"] = self.config.r1_every * self.config.r1 / 2 * penalty
+            terms, logits = discriminator_turn(
+                look, real, fake, text.sentence, mismatched, self.config.loss, r1
+            )
             yield f"discriminator{side}", terms
         self.facts = gan_health(logits, mismatched, fake, real)  # of the largest pictures
         yield "generator", self.drawing_terms(drawn, batch, text)

@@ -41,7 +41,7 @@ from lineage.contract import System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
-from lineage.nn.gan import dcgan_weights, different, gan_health, gan_remark, gradient_penalty
+from lineage.nn.gan import dcgan_weights, different, gan_health, gan_remark, gradient_penalty, lazy
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
@@ -212,19 +212,17 @@ class GanIntCls(System):
         noise = draws.normal(self.config.noise)  # (B, Z)
         fake = self.generator(noise, right)
 
-        penalised = self.config.r1 > 0 and int(self.steps) % self.config.r1_every == 0
+        r1 = lazy(self.config.r1, self.config.r1_every, int(self.steps))
         self.steps += 1
-        if penalised:
+        if r1 > 0:
             real = real.detach().requires_grad_()
         seen = self.discriminator.features(real)
         real_logits = self.discriminator.score(seen, right)
         wrong_logits = self.discriminator.score(seen, wrong)
         fake_logits = self.discriminator(fake.detach(), right)
         terms = discriminator_terms(real_logits, wrong_logits, fake_logits, mismatched)
-        if penalised:
-            terms["r1"] = (
-                self.config.r1_every * self.config.r1 / 2 * gradient_penalty(real_logits, real)
-            )
+        if r1 > 0:
+            terms["r1"] = r1 * gradient_penalty(real_logits, real)
         logits = {"real": real_logits, "wrong": wrong_logits, "fake": fake_logits}
         self.facts = gan_health(logits, mismatched, drawn=fake, shown=real)
         yield "discriminator", terms

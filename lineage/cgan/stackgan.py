@@ -54,16 +54,15 @@ from lineage.nn.gan import (
     different,
     gan_health,
     gan_remark,
-    gradient_penalty,
+    lazy,
     normal_weights,
     smaller,
 )
 from lineage.nn.matching import (
     Discriminator,
-    discriminator_terms,
+    discriminator_turn,
     generator_terms,
     kl_term,
-    pair_logits,
 )
 from lineage.text.contract import TextEncoder, TextFeatures
 
@@ -245,22 +244,17 @@ class StackGANStage(System):
         condition = sentence if config.reads == "sentence" else drawn.mu.detach()
         real = self.real(batch)
         mismatched = different(batch.caption, real.device)[1:]  # (B - 1,)
-        penalised = config.r1 > 0 and int(self.steps) % config.r1_every == 0
+        r1 = lazy(config.r1, config.r1_every, int(self.steps))
         self.steps += 1
-        if penalised:
-            real = real.detach().requires_grad_()
-        shown_real, shown_fake = real, drawn.image
-        if config.augment:
-            shown_real, shown_fake = diff_augment(real), diff_augment(drawn.image)
-        logits = pair_logits(look, shown_real, shown_fake.detach(), condition)
-        terms = discriminator_terms(logits, mismatched, config.loss)
-        if penalised:
-            penalty = gradient_penalty(logits["real"], real)
-            terms["r1"] = config.r1_every * config.r1 / 2 * penalty
+        shown = diff_augment if config.augment else nn.Identity()
+        fake = shown(drawn.image)
+        terms, logits = discriminator_turn(
+            look, real, fake, condition, mismatched, config.loss, r1, shown
+        )
         self.facts = gan_health(logits, mismatched, drawn.image, real)
         yield "discriminator", terms
 
-        terms = generator_terms(look, shown_fake, condition, config.loss)
+        terms = generator_terms(look, fake, condition, config.loss)
         if config.kl > 0:
             terms["kl"] = config.kl * kl_term(drawn.mu, drawn.log_variance)
         yield "generator", terms

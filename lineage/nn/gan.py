@@ -90,6 +90,13 @@ def gradient_penalty(logits: Tensor, image: Tensor) -> Tensor:
     return gradient.float().square().sum(dim=(1, 2, 3)).mean()
 
 
+def lazy(weight: float, every: int, step: int) -> float:
+    """What the penalty weighs in step `step`: `weight` / 2, in every `every`-th step and there for
+    those left out too (Karras et al. 2020, arXiv:1912.04958, section 3.1); 0 in the others.
+    """
+    return every * weight / 2 if step % every == 0 else 0.0
+
+
 def spectral(network: nn.Module) -> None:
     """Divide every kernel of `network` by its largest singular value (Miyato et al. 2018)."""
     for layer in network.modules():

@@ -10,14 +10,14 @@ Axes: B pictures, C what is told of a caption, S side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from einops import repeat
 from torch import Tensor, nn
 
 from lineage.nn.blocks import conv3x3, doublings
-from lineage.nn.gan import accepted, convinced, rejected, spectral
+from lineage.nn.gan import accepted, convinced, gradient_penalty, rejected, spectral
 
 
 class Discriminator(nn.Module):
@@ -127,6 +127,33 @@ def discriminator_terms(
             each = each * mismatched * len(each) / mismatched.sum().clamp(min=1.0)
         terms[name] = weight * each.mean()
     return terms
+
+
+def discriminator_turn(
+    look: Discriminator,
+    real: Tensor,
+    fake: Tensor,
+    told: Tensor,
+    mismatched: Tensor,
+    loss: str = "log",
+    r1: float = 0.0,
+    shown: Callable[[Tensor], Tensor] = lambda image: image,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A discriminator's turn: its terms, and the logits of its pairs for `gan_health`.
+
+    Args:
+        real, fake, told: as of `pair_logits`; no gradient reaches the fake pictures.
+        mismatched, loss: as of `discriminator_terms`.
+        r1: weight of the gradient penalty on the real pictures; 0 leaves it out.
+        shown: what the discriminator sees of a real picture.
+    """
+    if r1 > 0:
+        real = real.detach().requires_grad_()
+    logits = pair_logits(look, shown(real), fake.detach(), told)
+    terms = discriminator_terms(logits, mismatched, loss)
+    if r1 > 0:
+        terms["r1"] = r1 * gradient_penalty(logits["real"], real)
+    return terms, logits
 
 
 def generator_terms(

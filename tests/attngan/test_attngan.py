@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage import runs
-from lineage.attngan import attngan as module
 from lineage.attngan.attngan import (
     AttnGAN,
     AttnGANConfig,
@@ -29,6 +28,7 @@ from lineage.attngan.damsm import DAMSM, DAMSMConfig, RegionHeads, matching
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
+from lineage.nn import matching as pairs
 from lineage.nn.draws import Draws
 from lineage.nn.matching import Discriminator, kl_term
 from lineage.recipes import attngan as recipe
@@ -498,13 +498,13 @@ def test_pairs_are_pictures_of_every_scale(
 ) -> None:
     """Real ones made small by means, fakes through which no gradient flows back, and sentences."""
     system, batch, seen = make(), batch_of(shapes), []
-    original = module.pair_logits
+    original = pairs.pair_logits
 
     def watched(look: Any, real: Tensor, fake: Tensor, told: Tensor) -> Any:
         seen.append((look, real, fake, told))
         return original(look, real, fake, told)
 
-    monkeypatch.setattr(module, "pair_logits", watched)
+    monkeypatch.setattr(pairs, "pair_logits", watched)
     list(steps(system, batch))
     text, images = system.text.encode(batch.caption), drawn_by(system, batch).images
     for k, (look, real, fake, told) in enumerate(seen):

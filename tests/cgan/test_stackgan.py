@@ -25,6 +25,7 @@ from lineage.cgan.stackgan import (
 from lineage.config import OptimConfig, TextConfig, TrainConfig, to_dict
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
+from lineage.nn import matching as pairs
 from lineage.nn.draws import Draws
 from lineage.nn.matching import discriminator_terms, kl_term
 from lineage.recipes import stackgan as recipe
@@ -311,7 +312,7 @@ def test_pairs_are_those_of_the_authors(
     system = make(stage)
     batch = batch_of(shapes, ["a ring", "a ring", "a blue square", "a star"])
     seen, masks = [], []
-    score, terms_of = system.discriminator.score, stackgan.discriminator_terms
+    score, terms_of = system.discriminator.score, pairs.discriminator_terms
 
     def watched_score(features: Tensor, condition: Tensor) -> Tensor:
         seen.append((features, condition))
@@ -322,7 +323,7 @@ def test_pairs_are_those_of_the_authors(
         return terms_of(found, mismatched, loss)
 
     monkeypatch.setattr(system.discriminator, "score", watched_score)
-    monkeypatch.setattr(stackgan, "discriminator_terms", watched_terms)
+    monkeypatch.setattr(pairs, "discriminator_terms", watched_terms)
     drawn = system.fake(system.text.encode(batch.caption).sentence, Draws(range(B)))
     names = [name for name, _ in steps(system, batch)]
     assert names == ["discriminator", "generator"] and masks == [[0.0, 1.0, 1.0]]
@@ -554,7 +555,7 @@ def test_what_is_judged_is_augmented_and_what_is_drawn_is_not(
     monkeypatch.setattr(stackgan, "diff_augment", lambda image: shown.append(image) or image * 0)
     system, batch = make(2, augment=True), batch_of(shapes)
     list(steps(system, batch))
-    assert len(shown) == 2 and torch.equal(shown[0], batch.image)
+    assert len(shown) == 2 and torch.equal(shown[1], batch.image)
     shown.clear()
     list(steps(make(2), batch))
     system.generate(CAPTIONS)
