@@ -52,7 +52,7 @@ from lineage.config import at_least, one_of
 from lineage.contract import Named, System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
-from lineage.nn.blocks import conv3x3, doublings, halvings
+from lineage.nn.blocks import conv3x3, doublings, halvings, up
 from lineage.nn.draws import Draws
 from lineage.nn.gan import (
     different,
@@ -128,12 +128,7 @@ class AttnGANConfig:
 
 def glu_up(inputs: int, outputs: int) -> nn.Sequential:
     """Twice the side: nearest neighbours, a convolution, a gate."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="nearest"),
-        conv3x3(inputs, 2 * outputs),
-        nn.BatchNorm2d(2 * outputs),
-        nn.GLU(dim=1),
-    )
+    return up(inputs, 2 * outputs, nn.GLU(dim=1))
 
 
 class GatedResidual(nn.Module):

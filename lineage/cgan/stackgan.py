@@ -35,7 +35,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise, starmap
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ class StageOneGenerator(nn.Module):
             nn.ReLU(),
         )
         widths = halvings(channels, doublings(4, config.start))
-        self.upsample = nn.Sequential(*starmap(up, pairwise(widths)))
+        self.upsample = nn.Sequential(*(up(a, b, nn.ReLU()) for a, b in pairwise(widths)))
         self.img = nn.Sequential(conv3x3(widths[-1], 3), nn.Tanh())
 
     def forward(self, sentence: Tensor, noise: Tensor, eps: Tensor) -> Drawn:
@@ -194,7 +194,7 @@ class StageTwoGenerator(nn.Module):
         )
         self.residual = nn.Sequential(*(ResidualBlock(channels) for _ in range(config.residual)))
         widths = halvings(channels, doublings(config.start, size) + 2)
-        self.upsample = nn.Sequential(*starmap(up, pairwise(widths)))
+        self.upsample = nn.Sequential(*(up(a, b, nn.ReLU()) for a, b in pairwise(widths)))
         self.img = nn.Sequential(conv3x3(widths[-1], 3), nn.Tanh())
 
     def forward(self, small: Tensor, sentence: Tensor, eps: Tensor) -> Drawn:

@@ -5,6 +5,8 @@ Axes: B pictures, C channels, H W.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,16 +40,6 @@ def halvings(channels: int, times: int) -> list[int]:
 def conv3x3(inputs: int, outputs: int, dilation: int = 1) -> nn.Conv2d:
     """Keeps the side; with a `dilation` of 2 it looks at every second pixel."""
     return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
-
-
-def up(inputs: int, outputs: int) -> nn.Sequential:
-    """Twice the side: nearest neighbours, then a convolution."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="nearest"),
-        conv3x3(inputs, outputs),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
 
 
 def well_laid(x: Tensor) -> Tensor:
@@ -85,6 +77,26 @@ def conv_of_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     upper = torch.stack([up_left[..., :-1, :-1], up_right[..., :-1, 1:]], dim=-1)
     lower = torch.stack([down_left[..., 1:, :-1], down_right[..., 1:, 1:]], dim=-1)
     return torch.stack([upper, lower], dim=3).flatten(4, 5).flatten(2, 3)
+
+
+class DoublingConv(nn.Conv2d):
+    """`conv_of_doubled` as a layer: 3 x 3 and padding 1, twice the side."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', 2 H, 2 W)."""
+        return conv_of_doubled(x, self)
+
+
+def up(inputs: int, outputs: int, gate: nn.Module) -> nn.Sequential:
+    """Twice the side: nearest neighbours, then a convolution, batch norm, and `gate`.
+
+    The layers are numbered as the authors', whose layer 0 is the doubling.
+    """
+    layers = (DoublingConv(inputs, outputs), nn.BatchNorm2d(outputs), gate)
+    return nn.Sequential(OrderedDict((str(k), layer) for k, layer in enumerate(layers, start=1)))
 
 
 def down(inputs: int, outputs: int) -> list[nn.Module]:
