@@ -6,8 +6,9 @@ On a GPU: the peak of the allocator and the pictures a second over a hundred ste
 reckoned: memory from the tensors that autograd keeps for a step (measured here in bfloat16 at a
 small batch, scaled to the preset's, copies of weights included) and the weights, gradients, moments
 and averages; time from the floating-point operations of a step at `TERAFLOPS` sustained, a
-third of what a consumer card of 8 GB promises for bfloat16. The GANs' gradient penalty is left out,
-and so is what grows with the square of the batch, AttnGAN's pairs of pictures and captions: some
+third of what a consumer card of 8 GB promises for bfloat16. Convolutions of doubled pictures count
+as the CPU computes them, in 4 / 9 of a GPU's products; the GANs' gradient penalty is left out, and
+so is what grows with the square of the batch, AttnGAN's pairs of pictures and captions: some
 eight tensors of 128 x 128 x 14 words x 64 regions, half a gigabyte.
 """
 

@@ -127,7 +127,7 @@ class TrainConfig:
             saved).
         precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the machine has the instructions
             for it.
-        channels_last: memory layout of convolutions: `on`, `off`, or `auto`: on for CUDA.
+        channels_last: memory layout of weights and pictures: `on`, `off`, or `auto`: on for CUDA.
         compile: hand the networks to torch.compile (a minute of warm-up).
         prefetch: batches prepared ahead in a thread; 0 prepares each when it is asked for; None is
             2 for a GPU and 0 for a CPU, where a thread beside the arithmetic slows both.

@@ -262,6 +262,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def load(run: str | Path, device: str = "auto") -> System:
     """The trained system of a run folder, ready to `generate`.
 
+    On Linux the process keeps the memory that drawing frees (`keep_freed_memory`).
+
     Raises:
         UserError: the folder holds no run, or a file of it is damaged; the sentence names the file.
     """

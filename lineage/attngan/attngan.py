@@ -58,8 +58,8 @@ from lineage.nn.gan import (
     different,
     gan_health,
     gan_remark,
-    lazy,
     orthogonal_weights,
+    penalty_weight,
     smaller,
 )
 from lineage.nn.matching import (
@@ -341,12 +341,12 @@ class AttnGAN(System):
         noise, eps = draws.normal(self.config.noise), draws.normal(self.config.condition)
         drawn: Drawn = self.generator(text, noise, eps)
         mismatched = different(batch.caption, batch.image.device)[1:]  # (B - 1,)
-        r1 = lazy(self.config.r1, self.config.r1_every, int(self.steps))
+        r1 = penalty_weight(self.config.r1, self.config.r1_every, self.steps)
         self.steps += 1
         for (side, look), fake in zip(self.looks(), drawn.images, strict=True):
             real = smaller(batch.image, side)
             terms, logits = discriminator_turn(
-                look, real, fake, text.sentence, mismatched, self.config.loss, r1
+                look, real, fake, text.sentence, mismatched, self.config.loss, r1=r1
             )
             yield f"discriminator{side}", terms
         self.facts = gan_health(logits, mismatched, fake, real)  # of the largest pictures

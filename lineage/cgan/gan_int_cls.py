@@ -41,7 +41,14 @@ from lineage.contract import System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.draws import Draws
-from lineage.nn.gan import dcgan_weights, different, gan_health, gan_remark, gradient_penalty, lazy
+from lineage.nn.gan import (
+    dcgan_weights,
+    different,
+    gan_health,
+    gan_remark,
+    gradient_penalty,
+    penalty_weight,
+)
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
@@ -212,7 +219,7 @@ class GanIntCls(System):
         noise = draws.normal(self.config.noise)  # (B, Z)
         fake = self.generator(noise, right)
 
-        r1 = lazy(self.config.r1, self.config.r1_every, int(self.steps))
+        r1 = penalty_weight(self.config.r1, self.config.r1_every, self.steps)
         self.steps += 1
         if r1 > 0:
             real = real.detach().requires_grad_()

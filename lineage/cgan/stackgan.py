@@ -54,12 +54,13 @@ from lineage.nn.gan import (
     different,
     gan_health,
     gan_remark,
-    lazy,
     normal_weights,
+    penalty_weight,
     smaller,
 )
 from lineage.nn.matching import (
     Discriminator,
+    as_it_is,
     discriminator_turn,
     generator_terms,
     kl_term,
@@ -244,12 +245,12 @@ class StackGANStage(System):
         condition = sentence if config.reads == "sentence" else drawn.mu.detach()
         real = self.real(batch)
         mismatched = different(batch.caption, real.device)[1:]  # (B - 1,)
-        r1 = lazy(config.r1, config.r1_every, int(self.steps))
+        r1 = penalty_weight(config.r1, config.r1_every, self.steps)
         self.steps += 1
-        shown = diff_augment if config.augment else nn.Identity()
+        shown = diff_augment if config.augment else as_it_is
         fake = shown(drawn.image)
         terms, logits = discriminator_turn(
-            look, real, fake, condition, mismatched, config.loss, r1, shown
+            look, real, fake, condition, mismatched, config.loss, r1=r1, shown=shown
         )
         self.facts = gan_health(logits, mismatched, drawn.image, real)
         yield "discriminator", terms

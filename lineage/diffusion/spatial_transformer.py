@@ -25,8 +25,9 @@ class FeedForward(nn.Module):
         self.enter, self.leave = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        # two products, since on a CPU two smaller results are biased and gated faster than one
         halves = zip(self.enter.weight.chunk(2), self.enter.bias.chunk(2), strict=True)
-        value, gate = (F.linear(x, weight, bias) for weight, bias in halves)  # each in one piece
+        value, gate = (F.linear(x, weight, bias) for weight, bias in halves)
         return self.leave(value * F.gelu(gate))
 
 

@@ -37,7 +37,7 @@ from lineage.diffusion.spatial_transformer import SpatialTransformer
 from lineage.errors import UserError
 from lineage.nn.attention import Attention
 from lineage.nn.autoencoder import Double
-from lineage.nn.blocks import well_laid
+from lineage.nn.blocks import laid_for_convolutions
 from lineage.text.contract import TextFeatures
 
 CONDITIONING = ("cross", "transformer", "joint", "sentence", "none")
@@ -305,7 +305,9 @@ class UNet(nn.Module):
         time, words = F.silu(time), text.words
         # the same words for every head and pixel
         mask = None if self.config.padding else text.mask[:, None, None]
-        x = self.enter(well_laid(F.pixel_unshuffle(noised, self.config.patch)))  # (B, C, H, W)
+        x = self.enter(
+            laid_for_convolutions(F.pixel_unshuffle(noised, self.config.patch))
+        )  # (B, C, H, W)
         kept = [x]
         for part in self.down:
             x = part(x, time, words, mask) if isinstance(part, Level) else part(x)

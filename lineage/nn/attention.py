@@ -2,9 +2,8 @@
 
 The arithmetic is softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, equation 1). On a GPU it runs as
 the fused kernel, on the CPU as two matrix products, which are faster there at most sizes; long
-sequences in float32 take the fused kernel there too. On the CPU that kernel cannot be
-differentiated twice: a gradient penalty through long attention needs
-`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around it.
+sequences in float32 take the fused kernel there too. Fused kernels cannot be differentiated twice:
+a gradient penalty through them needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around it.
 
 Axes: B batch, N queries, M keys, H heads, d width of a head, D = H d.
 """
@@ -29,6 +28,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     from the fused kernel.
     """
     long = query.shape[-2] >= LONG and key.shape[-2] >= LONG and query.dtype == torch.float32
+    long = long and not torch.is_autocast_enabled("cpu")
     if query.is_cuda or long:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lineage.errors import UserError
 from lineage.nn.attention import attend
-from lineage.nn.blocks import conv_of_doubled, well_laid
+from lineage.nn.blocks import conv_of_doubled, laid_for_convolutions
 
 EPSILON = 1e-6  # of the group norms
 
@@ -196,7 +196,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, outputs, S / f, S / f)."""
-        x = self.conv_in(well_laid(F.pixel_unshuffle(image, self.patch)))
+        x = self.conv_in(laid_for_convolutions(F.pixel_unshuffle(image, self.patch)))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -224,7 +224,7 @@ class Decoder(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, latent, S / f, S / f) -> (B, 3, S, S)."""
-        x = self.mid(self.conv_in(well_laid(grid)))
+        x = self.mid(self.conv_in(laid_for_convolutions(grid)))
         for level in self.up:
             x = level(x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)

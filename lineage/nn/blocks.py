@@ -5,8 +5,6 @@ Axes: B pictures, C channels, H W.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,11 +40,11 @@ def conv3x3(inputs: int, outputs: int, dilation: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False)
 
 
-def well_laid(x: Tensor) -> Tensor:
-    """x (B, C, H, W), its channels last in memory where convolutions are faster so: on a CPU in
-    float32, not in bfloat16. (On a GPU that is `train.channels_last`.)
+def laid_for_convolutions(x: Tensor) -> Tensor:
+    """x (B, C, H, W), its channels last in memory where convolutions are faster so: on a CPU (x86
+    was measured) in float32, not in bfloat16. On a GPU `train.channels_last` says how they lie.
     """
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -59,10 +57,15 @@ def conv_of_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     a GPU, whose kernels are made for 3 x 3, the plain way is taken.
     """
     if x.is_cuda:
-        return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        large = F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.conv2d(large, conv.weight, conv.bias, padding=1)
 
     def merged(kernel: Tensor, dim: int) -> list[Tensor]:
-        """The kernels of the second and of the first of two pixels along `dim`."""
+        """The kernels of the second and of the first of two pixels along `dim`.
+
+        In this order, as place k of the result, which has one place more, sees pixels k - 1 and k:
+        it holds the second half of the one and the first half of the other.
+        """
         before, own, after = kernel.unbind(dim)
         return [torch.stack([before + own, after], dim), torch.stack([before, own + after], dim)]
 
@@ -70,8 +73,9 @@ def conv_of_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     beside = 1 if last else 0  # the four channels of one pixel side by side, or a block for each
     kernels = [kernel for rows in merged(conv.weight, 2) for kernel in merged(rows, 3)]
     bias = None if conv.bias is None else torch.stack([conv.bias] * 4, beside).flatten()
-    made = F.conv2d(x, torch.stack(kernels, beside).flatten(0, 1), bias, padding=1)
-    if last:  # (B, 4 C', H + 1, W + 1)
+    kernel = torch.stack(kernels, beside).flatten(0, 1)  # (4 C', C, 2, 2)
+    made = F.conv2d(x, kernel, bias, padding=1)  # (B, 4 C', H + 1, W + 1)
+    if last:
         return F.pixel_shuffle(made, 2)[..., 1:-1, 1:-1]
     down_right, down_left, up_right, up_left = made.chunk(4, dim=1)
     upper = torch.stack([up_left[..., :-1, :-1], up_right[..., :-1, 1:]], dim=-1)
@@ -93,10 +97,11 @@ class DoublingConv(nn.Conv2d):
 def up(inputs: int, outputs: int, gate: nn.Module) -> nn.Sequential:
     """Twice the side: nearest neighbours, then a convolution, batch norm, and `gate`.
 
-    The layers are numbered as the authors', whose layer 0 is the doubling.
+    Layer 0 does nothing: the authors' is the doubling, and the others keep the numbers of theirs.
     """
-    layers = (DoublingConv(inputs, outputs), nn.BatchNorm2d(outputs), gate)
-    return nn.Sequential(OrderedDict((str(k), layer) for k, layer in enumerate(layers, start=1)))
+    return nn.Sequential(
+        nn.Identity(), DoublingConv(inputs, outputs), nn.BatchNorm2d(outputs), gate
+    )
 
 
 def down(inputs: int, outputs: int) -> list[nn.Module]:

@@ -90,11 +90,12 @@ def gradient_penalty(logits: Tensor, image: Tensor) -> Tensor:
     return gradient.float().square().sum(dim=(1, 2, 3)).mean()
 
 
-def lazy(weight: float, every: int, step: int) -> float:
-    """What the penalty weighs in step `step`: `weight` / 2, in every `every`-th step and there for
-    those left out too (Karras et al. 2020, arXiv:1912.04958, section 3.1); 0 in the others.
+def penalty_weight(weight: float, every: int, step: Tensor) -> float:
+    """What the penalty weighs in a step: `every` * `weight` / 2 in steps 0, `every`, 2 `every`, ...
+    and 0 in the others, so that the mean over steps is `weight` / 2 (Karras et al. 2020,
+    arXiv:1912.04958, section 3.1).
     """
-    return every * weight / 2 if step % every == 0 else 0.0
+    return every * weight / 2 if weight > 0 and int(step) % every == 0 else 0.0
 
 
 def spectral(network: nn.Module) -> None:

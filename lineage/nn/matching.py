@@ -129,6 +129,11 @@ def discriminator_terms(
     return terms
 
 
+def as_it_is(image: Tensor) -> Tensor:
+    """`image`, not augmented."""
+    return image
+
+
 def discriminator_turn(
     look: Discriminator,
     real: Tensor,
@@ -137,15 +142,16 @@ def discriminator_turn(
     mismatched: Tensor,
     loss: str = "log",
     r1: float = 0.0,
-    shown: Callable[[Tensor], Tensor] = lambda image: image,
+    shown: Callable[[Tensor], Tensor] = as_it_is,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A discriminator's turn: its terms, and the logits of its pairs for `gan_health`.
 
     Args:
-        real, fake, told: as of `pair_logits`; no gradient reaches the fake pictures.
+        real, told: as of `pair_logits`.
+        fake: as the discriminator is to see them; no gradient reaches them.
         mismatched, loss: as of `discriminator_terms`.
-        r1: weight of the gradient penalty on the real pictures; 0 leaves it out.
-        shown: what the discriminator sees of a real picture.
+        r1: weight of the gradient penalty, at the real pictures as they are; 0 leaves it out.
+        shown: how the discriminator is to see the real pictures.
     """
     if r1 > 0:
         real = real.detach().requires_grad_()

@@ -56,9 +56,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def channels_last(device: torch.device, train: TrainConfig) -> bool:
-    """Whether convolutions should lay channels out last.
+    """Whether weights and pictures should lie with channels last: faster on tensor cores.
 
-    Faster on tensor cores, not on CPUs at these sizes.
+    On a CPU, networks whose activations are faster so see to it themselves
+    (`laid_for_convolutions`).
     """
     return train.channels_last == "on" or (train.channels_last == "auto" and device.type == "cuda")
 
@@ -122,7 +123,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)  # never
         if not mallopt(mmap_threshold, 2**30):
             mallopt(mmap_threshold, 2**25)  # the most that older ones take
 

@@ -281,7 +281,7 @@ def test_gates_and_sums_are_those_of_the_authors() -> None:
     """Twice the side, then convolution, norm, gate; residual blocks with nothing after the sum."""
     x = numbers(2, 4, 6, 6)
     up = glu_up(4, 3).eval()
-    conv, norm, _ = up
+    _, conv, norm, _ = up
     twice = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(up(x), gate(norm(F.conv2d(twice, conv.weight, padding=1))))
     block = GatedResidual(4).eval()

@@ -27,7 +27,8 @@ from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
 from lineage.nn import matching as pairs
 from lineage.nn.draws import Draws
-from lineage.nn.matching import discriminator_terms, kl_term
+from lineage.nn.gan import diff_augment
+from lineage.nn.matching import discriminator_terms, discriminator_turn, kl_term
 from lineage.recipes import stackgan as recipe
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
@@ -551,15 +552,43 @@ def test_what_is_judged_is_augmented_and_what_is_drawn_is_not(
     make: Make, shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real and fake pictures alike, or the discriminator would know the holes."""
-    shown: list[Tensor] = []
-    monkeypatch.setattr(stackgan, "diff_augment", lambda image: shown.append(image) or image * 0)
+    given: list[Tensor] = []
+    judged: list[Tensor] = []
+    monkeypatch.setattr(stackgan, "diff_augment", lambda image: given.append(image) or image * 0)
     system, batch = make(2, augment=True), batch_of(shapes)
+    features = system.discriminator.features
+    monkeypatch.setattr(
+        system.discriminator, "features", lambda image: judged.append(image) or features(image)
+    )
     list(steps(system, batch))
-    assert len(shown) == 2 and torch.equal(shown[1], batch.image)
-    shown.clear()
+    assert len(given) == 2 and any(torch.equal(image, batch.image) for image in given)
+    assert len(judged) == 3 and not any(image.any() for image in judged)
+    given.clear()
     list(steps(make(2), batch))
     system.generate(CAPTIONS)
-    assert shown == []
+    assert given == []
+
+
+def test_the_penalty_is_taken_at_real_pictures_through_their_augmentation(
+    make: Make, shapes: CaptionedDataset
+) -> None:
+    """The gradient in the picture as it is, of the logit of the picture as it is shown; neither the
+    batch nor the generator's pictures take part in it."""
+    look = make(2, norm="spectral").discriminator.eval()
+    image = batch_of(shapes).image
+    told = torch.randn(B, look.joint[0].in_channels - look.alone.in_channels)
+    fake = torch.rand_like(image).requires_grad_()
+    torch.manual_seed(5)
+    terms, _ = discriminator_turn(
+        look, image, fake, told, torch.ones(B - 1), r1=0.7, shown=diff_augment
+    )
+    torch.manual_seed(5)
+    own = image.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(look.score(look.features(diff_augment(own)), told).sum(), own)
+    expected = 0.7 * gradient.square().sum((1, 2, 3)).mean()
+    torch.testing.assert_close(terms["r1"], expected)
+    sum(terms.values()).backward()  # type: ignore[union-attr]
+    assert expected > 0 and not image.requires_grad and fake.grad is None
 
 
 # --- drawing ----------------------------------------------------------------------------------

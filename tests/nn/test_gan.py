@@ -19,6 +19,7 @@ from lineage.nn.gan import (
     gan_remark,
     gradient_penalty,
     normal_weights,
+    penalty_weight,
     rejected,
     smaller,
     spectral,
@@ -222,3 +223,10 @@ def test_remarks_are_made_of_trouble_alone() -> None:
     flat = {**well, "spread": 0.29}
     assert gan_remark(flat) == "collapse: the pictures hardly differ"
     assert gan_remark(won | {"spread": 0.1}) == f"{gan_remark(won)}; {gan_remark(flat)}"
+
+
+def test_a_penalty_of_few_steps_weighs_as_one_of_all() -> None:
+    weights = [penalty_weight(0.3, 4, torch.tensor(step)) for step in range(8)]
+    assert weights == pytest.approx([0.6, 0, 0, 0, 0.6, 0, 0, 0])
+    assert sum(weights) / 8 == pytest.approx(0.3 / 2)
+    assert penalty_weight(0.0, 4, torch.empty((), device="meta")) == 0  # not even looked at
