@@ -39,14 +39,14 @@ PRESETS = {
         train=TrainConfig(steps=20, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
         model=DDPMConfig(process=_LEAN, steps=5, unet=_unet(8, (1, 2), (1,), 2)),
     ),
-    # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width; a bag
-    # of words, which in the first minutes learns soonest what is there. Who stands where it never
-    # learns: for more than ten minutes, text=transformer. Ancestral sampling adds noise that mends
-    # what came before (results/ddpm/samplers.md).
+    # Minutes on two CPU cores: narrow and fast, since more steps teach more than more width. Words
+    # in order: a bag of them is read sooner in the first minutes, but never tells who stands where.
+    # Ancestral sampling adds noise that mends what came before.
     "tiny": Config(
         key="ddpm",
         preset="tiny",
         size=32,
+        text="transformer",
         encoder=TextConfig(width=64),
         optim=OptimConfig(lr=2e-3, warmup=100, average=0.995),
         train=TrainConfig(minutes=5, batch=32, checkpoint_every=500, sample_every=1000),
