@@ -1,9 +1,9 @@
 """Multi-head attention for text and pictures, with one mask convention: True = may be looked at.
 
 The arithmetic is softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, equation 1). On a GPU it runs as
-the fused kernel, on the CPU as two matrix products, which are faster there at most sizes; long
-sequences in float32 take the fused kernel there too. Fused kernels cannot be differentiated twice:
-a gradient penalty through them needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around it.
+the fused kernel, and so it does on the CPU for many queries in float32; for few, and in bfloat16,
+two matrix products are faster there. Fused kernels cannot be differentiated twice: a gradient
+penalty through them needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around it.
 
 Axes: B batch, N queries, M keys, H heads, d width of a head, D = H d.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lineage.errors import UserError
 
-LONG = 128  # queries and keys from which the fused kernel is faster on the CPU
+LONG = 64  # queries from which the fused kernel is faster on the CPU
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -27,9 +27,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     `mask` broadcasts to (B, H, N, M), True = look. A query that may look nowhere gets zeros, as
     from the fused kernel.
     """
-    long = query.shape[-2] >= LONG and key.shape[-2] >= LONG and query.dtype == torch.float32
-    long = long and not torch.is_autocast_enabled("cpu")
-    if query.is_cuda or long:
+    in_full = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if query.is_cuda or (in_full and query.shape[-2] >= LONG):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
     if mask is not None:

@@ -105,11 +105,12 @@ def test_it_can_be_differentiated_twice(masked: bool) -> None:
     assert (second * way).sum().item() == pytest.approx(apart.item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("keys", [LONG + 2, 5])
 @pytest.mark.parametrize("masked", [False, True])
-def test_long_sequences_give_the_same_by_the_fused_kernel(masked: bool) -> None:
+def test_long_sequences_give_the_same_by_the_fused_kernel(masked: bool, keys: int) -> None:
     """From `LONG` on, results and gradients, against the plain products in double precision."""
-    query, key, value = (torch.randn(2, 3, LONG + 2, 8).requires_grad_() for _ in range(3))
-    mask = torch.rand(LONG + 2, LONG + 2) < 0.5 if masked else None
+    query, key, value = (torch.randn(2, 3, n, 8).requires_grad_() for n in (LONG + 2, keys, keys))
+    mask = torch.rand(LONG + 2, keys) < 0.5 if masked else None
     plain = [x.detach().double().requires_grad_() for x in (query, key, value)]
     found, expected = attend(query, key, value, mask), attend(*plain, mask)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
