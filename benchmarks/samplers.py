@@ -60,8 +60,6 @@ def drawing(rows: list[dict[str, Any]], out: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for sampler, spacing in CURVES:
         own = [r for r in rows if (r["sampler"], r["spacing"]) == (sampler, spacing)]
-        if not own:
-            continue
         name = f"{sampler}, {spacing}" if spacing else sampler
         for axis, what in zip(axes, ("evaluations", "seconds"), strict=True):
             axis.plot([r[what] for r in own], [r["mean"] for r in own], "o-", label=name)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lineage import runs
+from lineage.cli import main
 from lineage.config import RunConfig
 from lineage.contract import System
 from lineage.data import load_dataset
@@ -130,3 +131,28 @@ def command() -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    errors: str
+
+
+@pytest.fixture
+def sample(
+    capfd: pytest.CaptureFixture[str],
+    smoke_run: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Answer]:
+    """(key, options) -> what `lineage sample` of that smoke run answers, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(key: str, *arguments: object) -> Answer:
+        folder = smoke_run(key).folder
+        capfd.readouterr()
+        code = main(["sample", str(folder), *map(str, arguments)])
+        return Answer(code, *capfd.readouterr())
+
+    return run

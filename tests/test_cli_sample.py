@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,34 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 import lineage
-from lineage.cli import main
 from lineage.data.contract import to_bytes, to_unit
 from lineage.evaluate.best import best_of, scorer_of_run
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    errors: str
-
-
-@pytest.fixture
-def sample(
-    capfd: pytest.CaptureFixture[str],
-    smoke_run: Callable[[str], Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Answer]:
-    """(key, options) -> what `lineage sample` of that smoke run answers, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(key: str, *arguments: object) -> Answer:
-        folder = smoke_run(key).folder
-        capfd.readouterr()
-        code = main(["sample", str(folder), *map(str, arguments)])
-        return Answer(code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -57,7 +31,7 @@ def read(path: str | Path) -> Tensor:
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
-def told(answer: Answer, *words: str) -> None:
+def told(answer: Any, *words: str) -> None:
     """One sentence on standard error that holds `words`, nothing else, and exit code 2."""
     assert answer.code == 2 and answer.out == "", answer
     lines = [line for line in answer.errors.splitlines() if line.strip()]
@@ -74,7 +48,7 @@ def told(answer: Answer, *words: str) -> None:
 
 @pytest.mark.parametrize("key", ["vqvae", "dalle", "vqgan"])
 def test_init_goes_on_with_a_picture(
-    key: str, sample: Callable[..., Answer], begun: Path, smoke_run: Callable[[str], Any]
+    key: str, sample: Callable[..., Any], begun: Path, smoke_run: Callable[[str], Any]
 ) -> None:
     """What `complete` gives: each caption as often as asked for, by seed and knobs."""
     flags = ["--init", begun, "--count", 2, "--seed", 3, "--set", "guidance=2", "--single"]
@@ -90,7 +64,7 @@ def test_init_goes_on_with_a_picture(
 
 
 def test_init_keeps_what_keep_says(
-    sample: Callable[..., Answer], begun: Path, smoke_run: Callable[[str], Any]
+    sample: Callable[..., Any], begun: Path, smoke_run: Callable[[str], Any]
 ) -> None:
     """All of it, none of it, or half, which is the default."""
     system = lineage.load(smoke_run("vqvae").folder)
@@ -110,7 +84,7 @@ def test_init_keeps_what_keep_says(
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
-def test_init_takes_pictures_of_any_kind(mode: str, sample: Callable[..., Answer]) -> None:
+def test_init_takes_pictures_of_any_kind(mode: str, sample: Callable[..., Any]) -> None:
     """Of another size and shape as well."""
     if mode == "I;16":
         Image.fromarray(np.full((30, 50), 40_000, np.uint16)).save("any.png")
@@ -122,7 +96,7 @@ def test_init_takes_pictures_of_any_kind(mode: str, sample: Callable[..., Answer
 
 
 def test_pictures_that_cannot_be_begun_with_are_told(
-    sample: Callable[..., Answer], begun: Path
+    sample: Callable[..., Any], begun: Path
 ) -> None:
     Path("empty.png").touch()
     Path("text.png").write_text("no picture")
@@ -135,14 +109,14 @@ def test_pictures_that_cannot_be_begun_with_are_told(
 
 @pytest.mark.parametrize("keep", ["-0.1", "1.1", "nan", "inf", "half", ""])
 def test_shares_that_cannot_be_kept_are_told(
-    keep: str, sample: Callable[..., Answer], begun: Path
+    keep: str, sample: Callable[..., Any], begun: Path
 ) -> None:
     told(sample("vqvae", "a blue square", "--init", begun, f"--keep={keep}"), "keep", keep)
 
 
 @pytest.mark.parametrize("key", ["gan_int_cls", "retrieval"])
 def test_systems_that_cannot_go_on_say_so(
-    key: str, sample: Callable[..., Answer], begun: Path
+    key: str, sample: Callable[..., Any], begun: Path
 ) -> None:
     told(sample(key, "a blue square", "--init", begun), "cannot go on", "vqvae, dalle and vqgan")
 
@@ -152,7 +126,7 @@ def test_systems_that_cannot_go_on_say_so(
 
 @pytest.mark.parametrize("scorer", ["auto", "damsm"])
 def test_best_of_draws_what_the_scorer_prefers(
-    scorer: str, sample: Callable[..., Answer], smoke_run: Callable[[str], Any]
+    scorer: str, sample: Callable[..., Any], smoke_run: Callable[[str], Any]
 ) -> None:
     """Of the data's scorer, and of a matching model of another run."""
     name = f"damsm:{smoke_run('attngan').folder}" if scorer == "damsm" else "auto"
@@ -171,13 +145,13 @@ def test_best_of_draws_what_the_scorer_prefers(
 
 
 @pytest.mark.parametrize("key", ["ddpm", "retrieval"])
-def test_best_of_is_for_every_system(key: str, sample: Callable[..., Answer]) -> None:
+def test_best_of_is_for_every_system(key: str, sample: Callable[..., Any]) -> None:
     answer = sample(key, "a red circle", "a blue square", "--best-of", 2, "--out", "a.png")
     assert answer == (0, "a.png\n", ""), answer
     assert read("a.png").shape[2] > 256
 
 
-def test_the_best_of_one_is_what_is_drawn(sample: Callable[..., Answer]) -> None:
+def test_the_best_of_one_is_what_is_drawn(sample: Callable[..., Any]) -> None:
     """No scorer is needed for it."""
     made = []
     for flags in ([], ["--best-of", 1], ["--best-of", 1, "--scorer", "none"]):
@@ -216,13 +190,13 @@ def test_the_best_of_one_is_what_is_drawn(sample: Callable[..., Answer]) -> None
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_options_that_cannot_be_are_told(
-    flags: list[str], words: list[str], sample: Callable[..., Answer], begun: Path
+    flags: list[str], words: list[str], sample: Callable[..., Any], begun: Path
 ) -> None:
     told(sample("vqvae", "a red circle", *flags), *words)
 
 
 def test_a_scorer_without_a_matching_model_is_told(
-    sample: Callable[..., Answer], smoke_run: Callable[[str], Any]
+    sample: Callable[..., Any], smoke_run: Callable[[str], Any]
 ) -> None:
     other = smoke_run("ddpm").folder
     answer = sample("vqvae", "a blue square", "--best-of", 2, "--scorer", f"damsm:{other}")
@@ -232,7 +206,7 @@ def test_a_scorer_without_a_matching_model_is_told(
 # --- inside -----------------------------------------------------------------------------------
 
 
-def test_the_inside_of_a_prior_is_shown(sample: Callable[..., Answer]) -> None:
+def test_the_inside_of_a_prior_is_shown(sample: Callable[..., Any]) -> None:
     """Eight pictures in a row, the last of which is the whole."""
     answer = sample("vqvae", "a red circle", "--inside", "--seed", 3, "--out", "a.png")
     assert answer == (0, "a.png\n", ""), answer

@@ -305,9 +305,8 @@ class UNet(nn.Module):
         time, words = F.silu(time), text.words
         # the same words for every head and pixel
         mask = None if self.config.padding else text.mask[:, None, None]
-        x = self.enter(
-            laid_for_convolutions(F.pixel_unshuffle(noised, self.config.patch))
-        )  # (B, C, H, W)
+        folded = laid_for_convolutions(F.pixel_unshuffle(noised, self.config.patch))
+        x = self.enter(folded)  # (B, C, H, W)
         kept = [x]
         for part in self.down:
             x = part(x, time, words, mask) if isinstance(part, Level) else part(x)

@@ -8,8 +8,8 @@ from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.diffusion.dit import DiTConfig, DiTSystem, DiTSystemConfig
 from lineage.diffusion.ldm import KLConfig
 from lineage.diffusion.process import ProcessConfig
+from lineage.recipes.authors_codec import AUTHORS_OPTIM
 from lineage.recipes.latents import (
-    AUTHORS_OPTIM,
     SMALL_AUTOENCODER,
     SMOKE_AUTOENCODER,
     TINY_AUTOENCODER,

@@ -45,20 +45,6 @@ SMALL_AUTOENCODER = KLConfig(
 )
 
 
-# The authors': a rate of 4.5e-6 for each picture of a batch of 12.
-AUTHORS_OPTIM = OptimConfig(
-    "adam",
-    lr=4.5e-6 * 12,
-    beta1=0.5,
-    beta2=0.9,
-    weight_decay=0.0,
-    warmup=0,
-    decay="none",
-    clip=0.0,
-    average=0.0,
-)
-
-
 @dataclass(frozen=True)
 class LatentConfig(RunConfig):
     """A run of an autoencoder and a denoiser of its latents.

@@ -8,8 +8,8 @@ from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.diffusion.ldm import LDM, KLConfig, LDMConfig
 from lineage.diffusion.process import ProcessConfig
 from lineage.diffusion.unet import UNetConfig
+from lineage.recipes.authors_codec import AUTHORS_OPTIM
 from lineage.recipes.latents import (
-    AUTHORS_OPTIM,
     SMALL_AUTOENCODER,
     SMOKE_AUTOENCODER,
     TINY_AUTOENCODER,

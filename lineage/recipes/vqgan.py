@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig
+from lineage.recipes.authors_codec import AUTHORS_OPTIM
 from lineage.recipes.codes_prior import (
     SMALL_PRIOR,
     SMOKE_PRIOR,
@@ -98,17 +99,7 @@ PRESETS = {
         optim=OptimConfig(lr=4.5e-6 * 32, beta2=0.95, average=0.0, warmup=0, decay="none"),
         train=TrainConfig(steps=1_000_000, batch=32, checkpoint_every=5000, sample_every=10_000),
         codec_share=0.5,
-        codec_optim=OptimConfig(
-            "adam",
-            lr=4.5e-6 * 12,
-            beta1=0.5,
-            beta2=0.9,
-            weight_decay=0.0,
-            warmup=0,
-            decay="none",
-            clip=0.0,
-            average=0.0,
-        ),
+        codec_optim=AUTHORS_OPTIM,
         codec_batch=12,
         kept=200_000,
         codec=VQGANConfig(
