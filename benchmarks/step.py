@@ -4,9 +4,10 @@
 
 The fake pictures are drawn once for all turns, so a step is one pass through the generator (forward
 and backward) and, for each discriminator, real, wrong and fake pairs in its own turn and fake ones
-in the generator's; for AttnGAN also one through the frozen DAMSM. Timed alternately in one run, the
-median of each; the gradient penalty, an extra of every few steps, is left out, and so is the text
-encoder, whose answers are kept.
+in the generator's; for AttnGAN also one through the frozen DAMSM. Timed in one run, a few steps
+(which in training follow upon each other) and as many times the passes in turn; the medians, and
+the median of the turns' ratios. The gradient penalty, an extra of every few steps, is left out, and
+so is the text encoder, whose answers are kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -32,11 +34,11 @@ from lineage.recipes import find_recipe, preset
 from lineage.text.tokenizer import make_tokenizer
 from lineage.train import texts
 from lineage.train.loop import Trainer
-from lineage.train.machine import autocast
+from lineage.train.machine import keep_freed_memory
 from lineage.train.store import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
-ROUNDS = 40
+ROUNDS, IN_A_ROW = 60, 8
 Parts = tuple[Callable[[], list[Tensor]], list[tuple[Discriminator, Tensor]], Tensor]
 
 
@@ -56,7 +58,7 @@ def parts(system: System, trainer: Trainer) -> Parts:
     config = system.config
     noise = torch.randn(len(batch), config.noise)
     eps = torch.randn(len(batch), config.condition)
-    with torch.no_grad(), autocast(trainer.device, trainer.train.precision):
+    with torch.no_grad(), trainer.autocast:
         text = system.text.encode(batch.caption)
     if isinstance(system, AttnGAN):
         looks = [(look, smaller(batch.image, side)) for side, look in system.looks()]
@@ -77,16 +79,17 @@ def passes(system: System, trainer: Trainer) -> Callable[[], None]:
     """The passes of one step through its networks, and no more."""
     draw, looks, told = parts(system, trainer)
     drawing = [p for m in system.groups()["generator"] for p in m.parameters()]
+    drawn_and_judged = [*drawing, *(p for look, _ in looks for p in look.parameters())]
 
     def work() -> None:
-        with autocast(trainer.device, trainer.train.precision):
+        with trainer.autocast:
             fakes = draw()
         for (look, real), fake in zip(looks, fakes, strict=True):
-            with autocast(trainer.device, trainer.train.precision):
+            with trainer.autocast:
                 logits = pair_logits(look, real, fake.detach(), told)
                 own = torch.cat(list(logits.values())).sum()
             own.backward(inputs=list(look.parameters()))
-        with autocast(trainer.device, trainer.train.precision):
+        with trainer.autocast:
             scores = []
             for (look, _), fake in zip(looks, fakes, strict=True):
                 seen = look.features(fake)
@@ -97,7 +100,8 @@ def passes(system: System, trainer: Trainer) -> Callable[[], None]:
                 scores += [regions.local.flatten(), regions.whole.flatten()]
             other = torch.cat([score.float() for score in scores]).sum()
         other.backward(inputs=drawing)
-        system.zero_grad(set_to_none=True)
+        for parameter in drawn_and_judged:
+            parameter.grad = None
 
     return work
 
@@ -105,20 +109,26 @@ def passes(system: System, trainer: Trainer) -> Callable[[], None]:
 def measure(system: System, trainer: Trainer) -> dict[str, float]:
     """Median milliseconds of both, in turn."""
     alone = passes(system, trainer)
-    numbers = iter(range(10_000))
-    batches = [trainer.loader.at(number) for number in range(16)]
-    whole = lambda: trainer.advance(batches[next(numbers) % 16])  # noqa: E731
+    batches = cycle([trainer.loader.at(number) for number in range(16)])
     trainer.step = texts.KEPT  # from here on the captions' features are kept
-    times = [(timed(whole), timed(alone)) for _ in range(ROUNDS + 5)][5:]
-    step, sum_of_parts = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
+
+    def turn(work: Callable[[], object]) -> float:
+        return statistics.median(timed(work) for _ in range(IN_A_ROW))
+
+    def whole() -> None:
+        trainer.advance(next(batches))
+
+    turns = [(turn(whole), turn(alone)) for _ in range(ROUNDS + 1)][1:]
+    step, sum_of_parts = (statistics.median(column) * 1e3 for column in zip(*turns, strict=True))
     return {
         "step_ms": round(step, 2),
         "passes_alone_ms": round(sum_of_parts, 2),
-        "ratio": round(statistics.median(a / b for a, b in times), 3),
+        "ratio": round(statistics.median(a / b for a, b in turns), 3),
     }
 
 
 def main() -> None:
+    keep_freed_memory()  # as in training
     result = {}
     for key in ("stackgan", "attngan"):
         config = with_field(preset(key, "tiny"), "model.r1", 0.0)

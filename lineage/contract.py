@@ -43,10 +43,12 @@ class Trainable(nn.Module):
         text: the encoder through which it reads captions; trained with it if one of `groups` holds
             it.
         facts: what the last step found out beside its losses, scalars for the log.
+        watched: whether the facts of the next step will be read; costly ones are left out else.
     """
 
     text: TextEncoder
     facts: dict[str, Tensor]
+    watched: bool = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -349,7 +349,8 @@ class AttnGAN(System):
                 look, real, fake, text.sentence, mismatched, self.config.loss, r1=r1
             )
             yield f"discriminator{side}", terms
-        self.facts = gan_health(logits, mismatched, fake, real)  # of the largest pictures
+        if self.watched:
+            self.facts = gan_health(logits, mismatched, fake, real)  # of the largest pictures
         yield "generator", self.drawing_terms(drawn, batch, text)
 
     def drawing_terms(self, drawn: Drawn, batch: Batch, text: TextFeatures) -> dict[str, Tensor]:

@@ -230,8 +230,9 @@ class GanIntCls(System):
         terms = discriminator_terms(real_logits, wrong_logits, fake_logits, mismatched)
         if r1 > 0:
             terms["r1"] = r1 * gradient_penalty(real_logits, real)
-        logits = {"real": real_logits, "wrong": wrong_logits, "fake": fake_logits}
-        self.facts = gan_health(logits, mismatched, drawn=fake, shown=real)
+        if self.watched:
+            logits = {"real": real_logits, "wrong": wrong_logits, "fake": fake_logits}
+            self.facts = gan_health(logits, mismatched, drawn=fake, shown=real)
         yield "discriminator", terms
 
         terms = {"right": generator_terms(self.discriminator(fake, right))}

@@ -252,7 +252,8 @@ class StackGANStage(System):
         terms, logits = discriminator_turn(
             look, real, fake, condition, mismatched, config.loss, r1=r1, shown=shown
         )
-        self.facts = gan_health(logits, mismatched, drawn.image, real)
+        if self.watched:
+            self.facts = gan_health(logits, mismatched, drawn.image, real)
         yield "discriminator", terms
 
         terms = generator_terms(look, fake, condition, config.loss)

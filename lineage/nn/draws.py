@@ -1,9 +1,10 @@
 """Random numbers that belong to a row, not to a batch.
 
-Each row of a batch has its own stream, seeded by what the row is (a training step and position, or
-a seed and a number of the picture). So picture i of `generate` is the same whether it is made alone
-or among others, a run that is resumed draws what it would have drawn, and two processes that share
-a batch draw what one would.
+Where pictures are drawn, each row has its own stream (`Draws`), seeded by a seed and a number of
+the picture: picture i of `generate` is the same whether it is made alone or among others. A
+training step has one stream for its whole batch (`BatchDraws`), of which a process takes the
+numbers of its rows: a run that is resumed draws what it would have drawn, and two processes that
+share a batch draw what one would, at a fraction of what a stream for each row costs.
 
 The numbers are drawn on the CPU and then moved, so a GPU starts from the same noise.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,15 +48,26 @@ class Draws:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def _stack(self, rows: list[Tensor]) -> Tensor:
-        stacked = torch.stack(rows)
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape) of what `draw(size, generator=...)` gives."""
+        return torch.stack([draw(shape, generator=stream) for stream in self._streams])
+
+    def _moved(self, drawn: Tensor) -> Tensor:
         if self.device.type == "cuda":
-            return stacked.pin_memory().to(self.device, non_blocking=True)
-        return stacked.to(self.device)
+            return drawn.pin_memory().to(self.device, non_blocking=True)
+        return drawn.to(self.device)
 
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) standard normal."""
-        return self._stack([torch.randn(shape, generator=stream) for stream in self._streams])
+        return self._moved(self._drawn(torch.randn, shape))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """(B, *shape) uniform in [0, 1)."""
+        return self._moved(self._drawn(torch.rand, shape))
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """(B, *shape) int64 uniform in 0 .. high - 1."""
+        return self._moved(self._drawn(partial(torch.randint, high), shape))
 
     def turned(self, widths: Sequence[int], share: float) -> list[Tensor]:
         """(B, width) standard normal for each of `widths`, `share` of a quarter turn on the way to
@@ -66,12 +79,26 @@ class Draws:
         turn = share * math.pi / 2
         return [math.cos(turn) * part + math.sin(turn) * self.normal(part.shape[1]) for part in own]
 
-    def uniform(self, *shape: int) -> Tensor:
-        """(B, *shape) uniform in [0, 1)."""
-        return self._stack([torch.rand(shape, generator=stream) for stream in self._streams])
 
-    def integers(self, high: int, *shape: int) -> Tensor:
-        """(B, *shape) int64 uniform in 0 .. high - 1."""
-        return self._stack(
-            [torch.randint(high, shape, generator=stream) for stream in self._streams]
-        )
+class BatchDraws(Draws):
+    """The random numbers of some rows of a batch, from one stream.
+
+    Args:
+        seed: of the whole batch.
+        batch: how many rows it has in all.
+        rows: which of them are wanted; row i gets the same numbers whichever others are.
+        device: where the numbers are wanted.
+    """
+
+    def __init__(
+        self, seed: int, batch: int, rows: range, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__((seed,), device)
+        self.batch, self.rows = batch, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        drawn = draw((self.batch, *shape), generator=self._streams[0])
+        return drawn[self.rows.start : self.rows.stop : self.rows.step]

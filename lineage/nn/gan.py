@@ -127,6 +127,9 @@ def diff_augment(image: Tensor) -> Tensor:
 
 def smaller(image: Tensor, side: int) -> Tensor:
     """(B, 3, S, S) -> (B, 3, side, side), each pixel a mean; S must be a multiple of `side`."""
+    while image.shape[-1] % (2 * side) == 0:  # sums of halves: faster on a CPU than pooling
+        rows = image[..., ::2, :] + image[..., 1::2, :]
+        image = (rows[..., ::2] + rows[..., 1::2]) / 4
     return image if image.shape[-1] == side else F.avg_pool2d(image, image.shape[-1] // side)
 
 

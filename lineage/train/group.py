@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +27,16 @@ class Group:
         self.lr = config.lr * config.rates.get(name, 1.0)
         hidden = _hidden(modules) if config.name == "muon" else []
         others = [p for p in self.parameters if not any(p is matrix for matrix in hidden)]
-        matrices = [p for p in others if p.dim() > 1]
-        vectors = [p for p in others if p.dim() <= 1]
+        decayed = [p for p in others if p.dim() > 1 and config.weight_decay > 0]
+        kept = [p for p in others if p.dim() <= 1 or config.weight_decay == 0]
+        parts: list[dict[str, Any]] = [{"params": kept, "weight_decay": 0.0}]
+        if decayed:
+            parts.append({"params": decayed, "weight_decay": config.weight_decay})
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "optimizer": kind(
-                [
-                    {"params": matrices, "weight_decay": config.weight_decay},
-                    {"params": vectors, "weight_decay": 0.0},
-                ],
+                parts,
                 lr=self.lr,
                 betas=(config.beta1, config.beta2),
                 fused=fused,
@@ -52,28 +54,38 @@ class Group:
         self.tracked: list[Tensor] = [*self.parameters, *buffers.values()]
         self.average = [t.detach().clone() for t in self.tracked] if self.decay else None
 
-    def update(self, loss: Tensor, rate: float, step: int, processes: Processes) -> Tensor:
+    def update(
+        self, loss: Tensor, rate: float, step: int, processes: Processes, watched: bool = True
+    ) -> Tensor | None:
         """Minimise `loss` by one step at `rate` times the group's own.
 
-        Returns the gradient's norm.
+        Returns the gradient's norm before clipping, if the step is `watched` or the gradient is
+        clipped.
         """
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         loss.backward(inputs=self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         processes.average(gradients)
-        norm = nn.utils.get_total_norm(gradients)
-        if self.clip > 0:
+        norm = None
+        if watched or self.clip > 0:
+            norm = nn.utils.get_total_norm(gradients)
+        if norm is not None and self.clip > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         for optimizer in self.optimizers.values():
             for part in optimizer.param_groups:
                 part["lr"] = self.lr * rate
-            optimizer.step()
+            _unmarked(optimizer)()
         if self.average is not None:
             with torch.no_grad():  # a short memory at first, so that the start is forgotten
                 decay = min(self.decay, (1 + step) / (10 + step))
                 torch._foreach_lerp_(self.average, self.tracked, 1 - decay)
         return norm
+
+    def finite(self) -> bool:
+        """Whether all parameters are."""
+        with torch.no_grad():
+            return bool(nn.utils.get_total_norm(self.parameters).isfinite())
 
     def optimizer_states(self) -> dict[str, Any]:
         """The states of the optimisers, by name."""
@@ -83,6 +95,16 @@ class Group:
         """Go on from what `optimizer_states` gave. Raises `KeyError`, `ValueError` for others."""
         for name, one in self.optimizers.items():
             one.load_state_dict(saved[name])
+
+
+def _unmarked(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The optimiser's step without the mark for the profiler that PyTorch wraps around it, which
+    takes as long as the step of a small network.
+    """
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):
+        return partial(step.__wrapped__, optimizer)  # type: ignore[attr-defined]
+    return optimizer.step
 
 
 def _hidden(modules: list[nn.Module]) -> list[Tensor]:

@@ -3,7 +3,8 @@ is installed.
 
 Each line holds `stage`, `step`, `pictures`, `seconds` and `cpu_seconds` of training,
 `pictures_per_second`, `lr`, the mean of every loss term since the line before as `<group>/<term>`,
-and `gradient/<group>`, the norm before clipping.
+and, as means over some of these steps, `gradient/<group>`, the norm before clipping, and
+`health/<fact>`.
 """
 
 from __future__ import annotations

@@ -32,15 +32,24 @@ from lineage.config import OptimConfig, TrainConfig
 from lineage.contract import Trainable
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import CheckFailed, UserError
-from lineage.nn.draws import Draws, stream_seed
+from lineage.nn.draws import BatchDraws, stream_seed
 from lineage.train.group import Group
 from lineage.train.loader import Loader
 from lineage.train.log import Log
-from lineage.train.machine import Processes, autocast, channels_last, pick_device
+from lineage.train.machine import (
+    Processes,
+    autocast,
+    channels_last,
+    pick_device,
+    seed_layers,
+)
 from lineage.train.texts import Reader
 
 LOOK_AT_LEAST_EVERY = 1000
 """Steps after which losses are looked at, however rarely they are logged."""
+
+WATCHED = 5
+"""Steps between two lines of the log of which more than the losses is taken, the first always."""
 
 
 class Stopped(Exception):
@@ -81,6 +90,7 @@ class Trainer:
         self.optim, self.train, self.seed, self.stage = optim, train, seed, stage
         self.device = pick_device(train.device)
         self.processes = Processes.join(self.device)
+        self.autocast = autocast(self.device, train.precision)  # entered again and again
         self.batch = train.batch * self.processes.world  # pictures a step, all processes together
         self.system = self._prepare(system)
         on_gpu = self.device.type == "cuda"
@@ -120,6 +130,7 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
             if self.processes.world > 1:
                 system = nn.SyncBatchNorm.convert_sync_batchnorm(system)
+        system.train()
         if self.train.compile:
             for modules in system.groups().values():
                 for module in modules:
@@ -132,35 +143,37 @@ class Trainer:
     def advance(self, batch: Batch) -> dict[str, Tensor]:
         """One training step.
 
-        Returns every loss term as `<group>/<term>`, gradient norms as `gradient/<group>`, and the
-        system's facts as `health/<fact>`.
+        Returns every loss term as `<group>/<term>` and, of a step that is watched, gradient norms
+        as `gradient/<group>` and the system's facts as `health/<fact>`.
         """
-        torch.manual_seed(
-            stream_seed("step", self.seed, self.stage, self.step, self.processes.rank)
-        )
-        draws = Draws(
-            (stream_seed("row", self.seed, self.stage, self.step, row) for row in self.loader.rows),
-            self.device,
-        )
+        rank = self.processes.rank
+        seed_layers(self.device, stream_seed("step", self.seed, self.stage, self.step, rank))
+        stream = stream_seed("batch", self.seed, self.stage, self.step)
+        draws = BatchDraws(stream, self.batch, self.loader.rows, self.device)
         batch = batch.to(self.device)
         batch.image = batch.image.contiguous(memory_format=self.layout)
         rate = self._rate()
         seen: dict[str, Tensor] = {}
-        self.system.train()
-        with autocast(self.device, self.train.precision):
+        watched = self.step % max(1, self.train.log_every // WATCHED) == 0
+        self.system.watched = watched
+        if not self.system.training:  # after a look at what it draws
+            self.system.train()
+        with self.autocast:
             text = self.reader.read(batch.caption, self.step * self.batch)
             turns = self.system.losses(batch, text, draws)
         while True:
-            with autocast(self.device, self.train.precision):
+            with self.autocast:
                 turn = next(turns, None)
             if turn is None:
                 break
             name, terms = turn
             loss = torch.stack([term.float() for term in terms.values()]).sum()
-            norm = self.groups[name].update(loss, rate, self.step, self.processes)
+            norm = self.groups[name].update(loss, rate, self.step, self.processes, watched)
             seen |= {f"{name}/{term}": value.detach() for term, value in terms.items()}
-            seen[f"gradient/{name}"] = norm
-        seen |= {f"health/{name}": value for name, value in self.system.facts.items()}
+            if norm is not None:
+                seen[f"gradient/{name}"] = norm
+        if watched:
+            seen |= {f"health/{name}": value for name, value in self.system.facts.items()}
         self.step += 1
         return seen
 
@@ -259,6 +272,9 @@ class Trainer:
                     raise CheckFailed(self._not_finite(number, name, value))
                 self._seen.setdefault(name, []).append(value)
         self._waiting.clear()
+        for name, group in self.groups.items():
+            if not group.finite():  # the last gradient may not have been looked at
+                raise CheckFailed(self._not_finite(self.step, f"weights/{name}", math.nan))
 
     def _not_finite(self, step: int, name: str, value: float) -> str:
         saved = (
@@ -266,7 +282,8 @@ class Trainer:
             if self._saved
             else "there is no checkpoint yet"
         )
-        what = f"the gradient of {name[9:]}" if name.startswith("gradient/") else f"the loss {name}"
+        kind, _, group = name.partition("/")
+        what = f"the {kind} of {group}" if kind in ("gradient", "weights") else f"the loss {name}"
         return (
             f"Step {step} of {self.stage}: {what} became {value}, so training stopped; {saved}. "
             f"Lower the rate (--set optim.lr={self.optim.lr / 3:.1g}) "

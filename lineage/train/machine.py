@@ -64,6 +64,19 @@ def channels_last(device: torch.device, train: TrainConfig) -> bool:
     return train.channels_last == "on" or (train.channels_last == "auto" and device.type == "cuda")
 
 
+def seed_layers(device: torch.device, seed: int) -> None:
+    """Seed what layers such as dropout draw from on the CPU and on `device`.
+
+    `torch.manual_seed` does the same for every kind of accelerator that there might be, which takes
+    longer than a small layer.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes that train together; alone, rank 0 of 1."""

@@ -38,17 +38,18 @@ class Reader:
         """The features of `captions`; `before` captions have been read in earlier steps."""
         if not self.frozen or not self.text.width:
             return self.text.encode(captions)
-        self.text.eval()  # whatever mode the system that it is part of is in
+        if self.text.training:  # with the system that it is part of
+            self.text.eval()
         if before >= KEPT and not self._rows:
             self._rows = {caption: row for row, caption in enumerate(self._captions())}
-        if not self._rows or any(caption not in self._rows for caption in captions):
+        rows = [self._rows.get(caption, -1) for caption in captions]
+        if -1 in rows:
             return self.text.encode(captions)
         if self._kept is None:
             self._kept = self._encoded(list(self._rows))
             self._lengths = self._kept.mask.sum(1).tolist()
-        rows = [self._rows[caption] for caption in captions]
-        found = self._kept[torch.tensor(rows).to(self._kept.ids.device)]
-        return found.shortened(max(self._lengths[row] for row in rows))
+        longest = max([self._lengths[row] for row in rows])
+        return self._kept.shortened(longest)[torch.tensor(rows).to(self._kept.ids.device)]
 
     def _captions(self) -> list[str]:
         """The first `KEPT` different captions of the data set."""

@@ -1,4 +1,4 @@
-"""Noise on its way to other noise."""
+"""Noise on its way to other noise, and the noise of a batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lineage.nn.draws import Draws
+from lineage.nn.draws import BatchDraws, Draws
 
 WIDTHS = (6, 4000, 5)
 
@@ -44,3 +44,39 @@ def test_the_variance_is_kept_on_the_way(share: float) -> None:
         torch.testing.assert_close(between, math.cos(turn) * start + math.sin(turn) * end)
         if between.shape[1] > 1000:
             assert between.var().item() == pytest.approx(1, abs=0.05)
+
+
+# --- one stream for a batch ---------------------------------------------------------------------
+
+
+def some_of_each(draws: Draws) -> list[torch.Tensor]:
+    return [draws.normal(3, 2), draws.uniform(), draws.integers(7, 4), *draws.turned(WIDTHS, 0.3)]
+
+
+@pytest.mark.parametrize("parts", [[6], [3, 3], [1, 2, 3]], ids=str)
+def test_those_who_share_a_batch_draw_what_one_would(parts: list[int]) -> None:
+    """Each its rows, in every kind of draw, one after the other."""
+    whole = some_of_each(BatchDraws(5, 6, range(6)))
+    starts = [sum(parts[:i]) for i in range(len(parts))]
+    shared = [
+        some_of_each(BatchDraws(5, 6, range(start, start + part)))
+        for start, part in zip(starts, parts, strict=True)
+    ]
+    for one, *others in zip(whole, *shared, strict=True):
+        assert torch.equal(one, torch.cat(others))
+
+
+def test_rows_and_batches_draw_numbers_of_their_own() -> None:
+    one, other = (BatchDraws(seed, 4000, range(4000)).normal(2) for seed in (5, 6))
+    for a, b in ((one[:-1, 0], one[1:, 0]), (one[:, 0], one[:, 1]), (one[:, 0], other[:, 0])):
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.06
+    assert one.mean().abs() < 0.05 and one.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_batch_draws_within_its_bounds_and_knows_its_rows() -> None:
+    draws = BatchDraws(1, 600, range(100, 500))
+    assert len(draws) == 400
+    assert draws.normal(3, 2).shape == (400, 3, 2)
+    uniform, integers = draws.uniform(), draws.integers(7, 2)
+    assert uniform.shape == (400,) and uniform.min() >= 0 and 0.9 < uniform.max() < 1
+    assert integers.dtype == torch.int64 and set(integers.flatten().tolist()) == set(range(7))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.nn.gan import (
@@ -110,6 +111,13 @@ def test_smaller_takes_means_of_squares() -> None:
     assert smaller(image, 4) is image
     assert smaller(image, 2)[0, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
     assert smaller(image, 1).flatten().tolist() == [7.5, 23.5]
+
+
+@pytest.mark.parametrize(("side", "to"), [(32, 16), (64, 8), (24, 8), (24, 6), (256, 64), (9, 3)])
+def test_smaller_is_pooling(side: int, to: int) -> None:
+    """Whatever the factor: a power of two goes by halves, what is left by pooling."""
+    image = torch.rand(2, 3, side, side) * 2 - 1
+    torch.testing.assert_close(smaller(image, to), F.avg_pool2d(image, side // to))
 
 
 # --- augmentation -----------------------------------------------------------------------------

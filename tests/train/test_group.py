@@ -233,6 +233,36 @@ def test_rates_reach_every_optimiser(name: str) -> None:
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_an_unmarked_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out is PyTorch's mark for its profiler; where it sets none, nothing is."""
+    found = []
+    for marked in (True, False):
+        torch.manual_seed(0)
+        net = Net()
+        group = group_of([net], name=name, lr=0.1)
+        if not marked:
+            for one in group.optimizers.values():
+                monkeypatch.setattr(type(one).step, "hooked", False)
+        for step in range(3):
+            group.update(loss_of(net), 1.0, step, ALONE)
+        found.append([p.detach().clone() for p in net.parameters()])
+        monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_step_leaves_no_mark_for_the_profiler() -> None:
+    net = Net()
+    group = group_of([net], lr=0.1)
+    group.update(loss_of(net), 1.0, 0, ALONE)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        group.update(loss_of(net), 1.0, 1, ALONE)
+        group.optimizers["optimizer"].step()
+    names = [event.name for event in seen.events()]
+    assert sum("Optimizer.step" in name for name in names) == 1
+    assert sum("_fused_adam" in name for name in names) == 2
+
+
 def test_optimisers_that_there_are_not_are_told() -> None:
     with pytest.raises(UserError, match=r"optim\.name='muonn'.*'muon'"):
         OptimConfig(name="muonn")

@@ -1,4 +1,4 @@
-"""The memory that a process keeps."""
+"""The memory that a process keeps, and its seeds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+
+from lineage.train import machine
 
 PROGRAM = """
 import ctypes, resource, torch
@@ -35,3 +39,13 @@ def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
         return int(done.stdout)
 
     assert faults("keep_freed_memory()") * 10 < faults("")
+
+
+def test_layers_are_seeded_as_by_torch() -> None:
+    """What dropout leaves out is what it would with `torch.manual_seed`."""
+    dropout, ones = nn.Dropout(0.5), torch.ones(1000)
+    torch.manual_seed(11)
+    expected = dropout(ones)
+    assert not torch.equal(dropout(ones), expected)
+    machine.seed_layers(torch.device("cpu"), 11)
+    assert torch.equal(dropout(ones), expected)
