@@ -140,19 +140,24 @@ class Answer(NamedTuple):
 
 
 @pytest.fixture
-def sample(
-    capfd: pytest.CaptureFixture[str],
-    smoke_run: Callable[[str], Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def call(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Answer]:
-    """(key, options) -> what `lineage sample` of that smoke run answers, in a folder of its own."""
+    """Run one command in this process, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
-    def run(key: str, *arguments: object) -> Answer:
-        folder = smoke_run(key).folder
+    def run(*arguments: object) -> Answer:
         capfd.readouterr()
-        code = main(["sample", str(folder), *map(str, arguments)])
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as end:  # --help and --version
+            code = int(end.code or 0)
         return Answer(code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def sample(call: Callable[..., Answer], smoke_run: Callable[[str], Any]) -> Callable[..., Answer]:
+    """(key, options) -> what `lineage sample` of that smoke run answers, in a folder of its own."""
+    return lambda key, *options: call("sample", smoke_run(key).folder, *options)

@@ -8,45 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from conftest import Answer
 from PIL import Image
 
 from lineage.catalog import CATALOG
-from lineage.cli import main
 from lineage.train.store import load_tensors, read_json, save_tensors
 
 SMOKE = ["--preset", "smoke"]
 
 
-class Answer(NamedTuple):
-    code: int
-    out: str
-    errors: str
-
-
 Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def call(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Call:
-    """Run one command in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Answer:
-        capfd.readouterr()
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as end:  # --help and --version
-            code = int(end.code or 0)
-        out, errors = capfd.readouterr()
-        return Answer(code, out, errors)
-
-    return run
 
 
 @pytest.fixture
