@@ -124,7 +124,8 @@ class TrainConfig:
         minutes, steps, pictures: the budget; None sets no limit.
         batch: pictures a step, in each process of a `torchrun`.
         checkpoint_every, sample_every, log_every: in steps; 0 never (a finished run is always
-            saved).
+            saved). What a line of the log says beside losses and gradients is taken of some of its
+            steps.
         precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the machine has the instructions
             for it.
         channels_last: memory layout of weights and pictures: `on`, `off`, or `auto`: on for CUDA.

@@ -42,8 +42,9 @@ class Trainable(nn.Module):
     Attributes:
         text: the encoder through which it reads captions; trained with it if one of `groups` holds
             it.
-        facts: what the last step found out beside its losses, scalars for the log.
-        watched: whether the facts of the next step will be read; costly ones are left out else.
+        facts: what the last watched step found out beside its losses, scalars for the log.
+        watched: whether the facts of the next step will be read; if not, costly ones may be left
+            out.
     """
 
     text: TextEncoder
@@ -72,7 +73,7 @@ class Trainable(nn.Module):
         Args:
             batch: pictures (B, 3, H, W) in [-1, 1] and what is known of them.
             text: the batch's captions, encoded, with gradient.
-            draws: a random stream for each row; all noise of the step comes from here.
+            draws: random numbers of each row; all noise of the step comes from here.
 
         Yields:
             (group, terms): the loop minimises the sum of `terms` over the parameters of `group`,

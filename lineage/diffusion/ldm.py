@@ -244,12 +244,13 @@ class Latents(Trainable):
         if torch.distributed.is_initialized():  # one scale for all processes
             torch.distributed.all_reduce(sums)
         self.sums += sums
-        decoded = self.autoencoder.decode(z.float()).clamp(-1, 1)
-        error = (decoded - batch.image).square().mean()
-        self.facts = {
-            "psnr": psnr(error),
-            "scale": self.scale.to(error.device),
-        }
+        if self.watched:
+            decoded = self.autoencoder.decode(z.float()).clamp(-1, 1)
+            error = (decoded - batch.image).square().mean()
+            self.facts = {
+                "psnr": psnr(error),
+                "scale": self.scale.to(error.device),
+            }
         yield from ()
 
     def _found(self, image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a row, not to a batch.
+"""Random numbers that do not depend on who draws them.
 
 Where pictures are drawn, each row has its own stream (`Draws`), seeded by a seed and a number of
 the picture: picture i of `generate` is the same whether it is made alone or among others. A
@@ -27,7 +27,7 @@ def stream_seed(*parts: int | str) -> int:
 
 
 class Draws:
-    """Independent random streams, one for each of B rows.
+    """Random numbers of B rows, each from a stream of its own.
 
     Args:
         seeds: B seeds.

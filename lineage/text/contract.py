@@ -41,7 +41,7 @@ class TextFeatures:
         return self._map(Tensor.detach)
 
     def __getitem__(self, rows: Tensor | slice) -> TextFeatures:
-        """The features of some rows, in the order asked for."""
+        """The features of some rows, in the order asked for, by number (from 0) or mask."""
         if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1:
             return self._map(lambda part: part.index_select(0, rows))  # twice as fast
         return self._map(lambda part: part[rows])

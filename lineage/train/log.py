@@ -3,8 +3,7 @@ is installed.
 
 Each line holds `stage`, `step`, `pictures`, `seconds` and `cpu_seconds` of training,
 `pictures_per_second`, `lr`, the mean of every loss term since the line before as `<group>/<term>`,
-and, as means over some of these steps, `gradient/<group>`, the norm before clipping, and
-`health/<fact>`.
+and of `gradient/<group>`, the norm before clipping, and, over some of these steps, `health/<fact>`.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from types import FrameType
 from typing import Any
 
@@ -49,7 +50,7 @@ LOOK_AT_LEAST_EVERY = 1000
 """Steps after which losses are looked at, however rarely they are logged."""
 
 WATCHED = 5
-"""Steps between two lines of the log of which more than the losses is taken, the first always."""
+"""Of about so many steps between two lines of the log the facts are taken, the first always."""
 
 
 class Stopped(Exception):
@@ -90,7 +91,7 @@ class Trainer:
         self.optim, self.train, self.seed, self.stage = optim, train, seed, stage
         self.device = pick_device(train.device)
         self.processes = Processes.join(self.device)
-        self.autocast = autocast(self.device, train.precision)  # entered again and again
+        self.context = autocast(self.device, train.precision)  # never entered inside itself
         self.batch = train.batch * self.processes.world  # pictures a step, all processes together
         self.system = self._prepare(system)
         on_gpu = self.device.type == "cuda"
@@ -140,11 +141,11 @@ class Trainer:
 
     # --- one step --------------------------------------------------------------
 
-    def advance(self, batch: Batch) -> dict[str, Tensor]:
+    def advance(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
         """One training step.
 
-        Returns every loss term as `<group>/<term>` and, of a step that is watched, gradient norms
-        as `gradient/<group>` and the system's facts as `health/<fact>`.
+        Returns every loss term as `<group>/<term>`, gradient norms as `gradient/<group>`, and, if
+        the step is `watched`, the system's facts as `health/<fact>`.
         """
         rank = self.processes.rank
         seed_layers(self.device, stream_seed("step", self.seed, self.stage, self.step, rank))
@@ -154,26 +155,25 @@ class Trainer:
         batch.image = batch.image.contiguous(memory_format=self.layout)
         rate = self._rate()
         seen: dict[str, Tensor] = {}
-        watched = self.step % max(1, self.train.log_every // WATCHED) == 0
         self.system.watched = watched
-        if not self.system.training:  # after a look at what it draws
+        if not self.system.training:  # to go through all of its layers takes a while
             self.system.train()
-        with self.autocast:
+        with self.context:
             text = self.reader.read(batch.caption, self.step * self.batch)
             turns = self.system.losses(batch, text, draws)
         while True:
-            with self.autocast:
+            with self.context:
                 turn = next(turns, None)
             if turn is None:
                 break
             name, terms = turn
-            loss = torch.stack([term.float() for term in terms.values()]).sum()
-            norm = self.groups[name].update(loss, rate, self.step, self.processes, watched)
+            loss = reduce(torch.add, [term.float() for term in terms.values()])
+            norm = self.groups[name].update(loss, rate, self.step, self.processes)
             seen |= {f"{name}/{term}": value.detach() for term, value in terms.items()}
-            if norm is not None:
-                seen[f"gradient/{name}"] = norm
+            seen[f"gradient/{name}"] = norm
         if watched:
             seen |= {f"health/{name}": value for name, value in self.system.facts.items()}
+        self.system.watched = True
         self.step += 1
         return seen
 
@@ -224,11 +224,13 @@ class Trainer:
         train = self.train
         batches = self.loader.batches(self.step)
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
+        watch_every = max(1, train.log_every // WATCHED)
         with self._signals(), _frozen(), self._bar() as bar:
             clock, cpu, logged = time.perf_counter(), time.process_time(), self.step
             start = self.seconds
             while self._agreed_spent() < 1 and not self._asked_to_stop:
-                self._waiting.append((self.step + 1, self.advance(next(batches))))
+                watched = (self.step - logged) % watch_every == 0
+                self._waiting.append((self.step + 1, self.advance(next(batches), watched)))
                 now, now_cpu = time.perf_counter(), time.process_time()
                 self.seconds += now - clock
                 self.cpu_seconds += now_cpu - cpu
@@ -272,9 +274,6 @@ class Trainer:
                     raise CheckFailed(self._not_finite(number, name, value))
                 self._seen.setdefault(name, []).append(value)
         self._waiting.clear()
-        for name, group in self.groups.items():
-            if not group.finite():  # the last gradient may not have been looked at
-                raise CheckFailed(self._not_finite(self.step, f"weights/{name}", math.nan))
 
     def _not_finite(self, step: int, name: str, value: float) -> str:
         saved = (
@@ -282,8 +281,7 @@ class Trainer:
             if self._saved
             else "there is no checkpoint yet"
         )
-        kind, _, group = name.partition("/")
-        what = f"the {kind} of {group}" if kind in ("gradient", "weights") else f"the loss {name}"
+        what = f"the gradient of {name[9:]}" if name.startswith("gradient/") else f"the loss {name}"
         return (
             f"Step {step} of {self.stage}: {what} became {value}, so training stopped; {saved}. "
             f"Lower the rate (--set optim.lr={self.optim.lr / 3:.1g}) "

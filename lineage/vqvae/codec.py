@@ -135,8 +135,9 @@ class Codes(Trainable):
         ids = self._found(batch.image)
         self.memory.keep(batch.id, ids.flatten(1))
         self.uses += torch.bincount(ids.flatten(), minlength=len(self.uses))
-        error = (self.codec.decode(ids).float().clamp(-1, 1) - batch.image).square().mean()
-        self.facts = {"psnr": psnr(error), **code_usage(self.uses)}
+        if self.watched:
+            error = (self.codec.decode(ids).float().clamp(-1, 1) - batch.image).square().mean()
+            self.facts = {"psnr": psnr(error), **code_usage(self.uses)}
         yield from ()
 
     def remark(self, means: dict[str, float]) -> str:

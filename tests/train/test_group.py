@@ -251,6 +251,17 @@ def test_an_unmarked_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_a_state_of_other_shapes_is_refused() -> None:
+    """As many parameters in as many parts; PyTorch does not look, and its fused step writes beyond
+    the end of the smaller ones."""
+    one, other = (group_of([nn.Linear(*sizes)], lr=0.1) for sizes in ((3, 2), (2, 3)))
+    one.update(sum(p.sum() for p in one.parameters), 1.0, 0, ALONE)
+    with pytest.raises(ValueError, match="shapes"):
+        other.load_optimizer_states(one.optimizer_states())
+    again = group_of([nn.Linear(3, 2)], lr=0.1)
+    again.load_optimizer_states(one.optimizer_states())
+
+
 def test_a_step_leaves_no_mark_for_the_profiler() -> None:
     net = Net()
     group = group_of([net], lr=0.1)
