@@ -12,6 +12,7 @@ left out, and so is the text encoder, whose answers are kept.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -114,7 +115,8 @@ def measure(system: System, trainer: Trainer) -> dict[str, float]:
 
     def steps() -> None:
         for number in range(IN_A_ROW):
-            trainer.advance(next(batches), watched=number % (IN_A_ROW // 2) == 0)
+            system.watched = number % (IN_A_ROW // 2) == 0
+            trainer.advance(next(batches))
 
     def as_many_passes() -> None:
         for _ in range(IN_A_ROW):
@@ -132,7 +134,8 @@ def measure(system: System, trainer: Trainer) -> dict[str, float]:
 
 
 def main() -> None:
-    keep_freed_memory()  # as in training
+    keep_freed_memory()  # this and the next as in training
+    gc.freeze()
     result = {}
     for key in ("stackgan", "attngan"):
         config = with_field(preset(key, "tiny"), "model.r1", 0.0)

@@ -141,11 +141,11 @@ class Trainer:
 
     # --- one step --------------------------------------------------------------
 
-    def advance(self, batch: Batch, watched: bool = True) -> dict[str, Tensor]:
+    def advance(self, batch: Batch) -> dict[str, Tensor]:
         """One training step.
 
-        Returns every loss term as `<group>/<term>`, gradient norms as `gradient/<group>`, and, if
-        the step is `watched`, the system's facts as `health/<fact>`.
+        Returns every loss term as `<group>/<term>`, gradient norms as `gradient/<group>`, and the
+        system's facts as `health/<fact>`, unless its `watched` was set to False for this step.
         """
         rank = self.processes.rank
         seed_layers(self.device, stream_seed("step", self.seed, self.stage, self.step, rank))
@@ -155,7 +155,6 @@ class Trainer:
         batch.image = batch.image.contiguous(memory_format=self.layout)
         rate = self._rate()
         seen: dict[str, Tensor] = {}
-        self.system.watched = watched
         if not self.system.training:  # to go through all of its layers takes a while
             self.system.train()
         with self.context:
@@ -171,7 +170,7 @@ class Trainer:
             norm = self.groups[name].update(loss, rate, self.step, self.processes)
             seen |= {f"{name}/{term}": value.detach() for term, value in terms.items()}
             seen[f"gradient/{name}"] = norm
-        if watched:
+        if self.system.watched:
             seen |= {f"health/{name}": value for name, value in self.system.facts.items()}
         self.system.watched = True
         self.step += 1
@@ -229,8 +228,8 @@ class Trainer:
             clock, cpu, logged = time.perf_counter(), time.process_time(), self.step
             start = self.seconds
             while self._agreed_spent() < 1 and not self._asked_to_stop:
-                watched = (self.step - logged) % watch_every == 0
-                self._waiting.append((self.step + 1, self.advance(next(batches), watched)))
+                self.system.watched = (self.step - logged) % watch_every == 0
+                self._waiting.append((self.step + 1, self.advance(next(batches))))
                 now, now_cpu = time.perf_counter(), time.process_time()
                 self.seconds += now - clock
                 self.cpu_seconds += now_cpu - cpu

@@ -343,11 +343,11 @@ def test_a_run_that_goes_on_watches_its_first_step(
     shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
     first = trainer(shapes, Watching(), steps=21, log_every=20)
-    first.run(Log(tmp_path / "first"))
+    first.run()
     second = trainer(shapes, Watching(), steps=24, log_every=20)
     second.load_state(first.state())
-    second.run(Log(tmp_path / "second"))
-    (line,) = read_log(tmp_path / "second" / "metrics.jsonl")
+    second.run(Log(tmp_path))
+    (line,) = read_log(tmp_path / "metrics.jsonl")
     assert line["step"] == 24 and line["health/number"] == 0.0  # of its own system's first call
 
 
@@ -355,8 +355,10 @@ def test_a_step_alone_is_watched_unless_it_is_not(shapes: CaptionedDataset) -> N
     one = trainer(shapes, Watching(), log_every=20)
     for number in range(3):
         assert one.advance(one.loader.at(number))["health/number"] == number
-    seen = one.advance(one.loader.at(3), watched=False)
+    one.system.watched = False
+    seen = one.advance(one.loader.at(3))
     assert "health/number" not in seen and "gradient/point" in seen
+    assert one.advance(one.loader.at(4))["health/number"] == 4
 
 
 def test_state_of_another_network_is_told(shapes: CaptionedDataset) -> None:
