@@ -38,12 +38,10 @@ class Draws:
         self.device = torch.device(device)
         self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    @classmethod
-    def for_pictures(
-        cls, seed: int, count: int, device: torch.device | str, first: int = 0
-    ) -> Draws:
+    @staticmethod
+    def for_pictures(seed: int, count: int, device: torch.device | str, first: int = 0) -> Draws:
         """The streams of pictures `first` to `first + count - 1` under `seed`."""
-        return cls((stream_seed("picture", seed, first + i) for i in range(count)), device)
+        return Draws((stream_seed("picture", seed, first + i) for i in range(count)), device)
 
     def __len__(self) -> int:
         return len(self._streams)
