@@ -213,6 +213,25 @@ def test_each_turn_moves_its_own_parameters_and_no_others(
         assert all(name.startswith("health/") for name in seen)
 
 
+@pytest.mark.parametrize(("key", "stage"), STAGES)
+def test_to_be_watched_changes_what_is_told_and_not_what_is_learnt(
+    key: str, stage: str, make_stage: Any, shapes: CaptionedDataset
+) -> None:
+    """Facts that moved a batch statistic or drew a number would train by how often one logs; and a
+    system that has a remark on its health must have facts to go by."""
+    watched, unwatched = (make_stage(key, stage)[stage] for _ in range(2))
+    trainers = [trainer_for(system, shapes) for system in (watched, unwatched)]
+    for number in range(2):
+        unwatched.watched = False
+        told, untold = (one.advance(one.loader.at(number)) for one in trainers)
+        facts = {name: value for name, value in told.items() if name.startswith("health/")}
+        assert facts or type(watched).remark is Trainable.remark
+        assert told.keys() - facts.keys() == untold.keys()
+        assert all(torch.equal(told[name], value) for name, value in untold.items())
+    for name, value in watched.state_dict().items():
+        assert torch.equal(value, unwatched.state_dict()[name]), name
+
+
 @pytest.mark.parametrize(
     ("key", "stage"), [(key, stage) for key, stage in STAGES if stage != CATALOG[key].stages[0]]
 )
