@@ -35,11 +35,11 @@ from lineage.data import load_dataset
 from lineage.data.contract import to_bytes, to_unit
 from lineage.data.shapes import LEVELS, Shapes
 from lineage.data.shapes_draw import COLOURS, SDF
-from lineage.evaluate.intervals import of_mean
-from lineage.evaluate.judge import Judge, Thing, verdict
-from lineage.evaluate.prompts import make_prompts
-from lineage.evaluate.sections import wrong_captions
-from lineage.train.store import write_json
+from lineage.evaluation.intervals import of_mean
+from lineage.evaluation.judge import Judge, Thing, verdict
+from lineage.evaluation.prompts import make_prompts
+from lineage.evaluation.sections import wrong_captions
+from lineage.training.store import write_json
 
 Lift = tuple[float, float | None]
 NAMES = {name: shape for shape in SDF for name in (shape, shape + "s", shape + "es")}

@@ -20,13 +20,13 @@ from torch import Tensor
 import lineage
 from lineage.data.contract import to_bytes, to_unit
 from lineage.data.shapes import LEVELS
-from lineage.evaluate.cost import machine
-from lineage.evaluate.judge import Judge, verdict
-from lineage.evaluate.prompts import make_prompts
-from lineage.evaluate.scenes import draw, plan
+from lineage.evaluation.cost import machine
+from lineage.evaluation.judge import Judge, verdict
+from lineage.evaluation.prompts import make_prompts
+from lineage.evaluation.scenes import draw, plan
 from lineage.runs import save_picture
 from lineage.sheets import sheet
-from lineage.train.store import write_json
+from lineage.training.store import write_json
 
 MARGIN = 3  # pixels about the object that are painted anew too
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from lineage.data.shapes import LEVELS
-from lineage.evaluate.cost import machine
-from lineage.evaluate.exam import exam
-from lineage.evaluate.judge import Judge
-from lineage.evaluate.prompts import make_prompts
-from lineage.train.store import write_json
+from lineage.evaluation.cost import machine
+from lineage.evaluation.exam import exam
+from lineage.evaluation.judge import Judge
+from lineage.evaluation.prompts import make_prompts
+from lineage.training.store import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -23,12 +23,12 @@ import torch
 from lineage.config import with_field
 from lineage.data import load_dataset
 from lineage.data.contract import Batch
-from lineage.evaluate.cost import machine
+from lineage.evaluation.cost import machine
 from lineage.recipes import find_recipe, preset
 from lineage.runs import build
 from lineage.text.tokenizer import make_tokenizer
-from lineage.train.loop import Trainer
-from lineage.train.store import write_json
+from lineage.training.loop import Trainer
+from lineage.training.store import write_json
 
 OUT = Path(__file__).parent.parent / "results" / "loader.json"
 

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 
 from lineage.data import load_dataset
-from lineage.evaluate.cost import machine
-from lineage.nn.draws import Draws
+from lineage.evaluation.cost import machine
+from lineage.nn.noise import NoiseStreams
 from lineage.recipes import find_recipe, preset
 from lineage.runs import build
 from lineage.text.tokenizer import make_tokenizer
-from lineage.train.loop import Trainer
-from lineage.train.machine import autocast
-from lineage.train.store import write_json
-from lineage.vqvae.dalle import Choice, Prior
+from lineage.training.loop import Trainer
+from lineage.training.machine import autocast
+from lineage.training.store import write_json
+from lineage.vqvae.ar_prior import Choice, Prior
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -87,7 +87,10 @@ def sampling(size: int, batch: int, rounds: int) -> dict[str, float]:
     other = gpt2(prior, prompt + codes).eval()
     captions = list(data.all_captions(64))[:batch]
     draw = lambda cached: prior.sample(  # noqa: E731
-        prior.text.encode(captions), Draws.for_pictures(0, batch, "cpu"), Choice(), cached=cached
+        prior.text.encode(captions),
+        NoiseStreams.for_pictures(0, batch, "cpu"),
+        Choice(),
+        cached=cached,
     )
     ids = torch.randint(prior.codec.codes, (batch, prompt))
     go_on = lambda: other.generate(  # noqa: E731

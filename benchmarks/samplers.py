@@ -2,7 +2,7 @@
 
     python benchmarks/samplers.py runs/ddpm --out results/ddpm/samplers
 
-Draws the 352 prompts of seen combinations with each sampler at each number of steps, the same seed
+NoiseStreams the 352 prompts of seen combinations with each sampler at each number of steps, the same seed
 for all, and writes a JSON document, its table and the curves. Ancestral sampling with 100 steps is
 what the others are held against.
 """
@@ -21,10 +21,10 @@ from torch import Tensor
 
 import lineage
 from lineage.data.contract import to_bytes
-from lineage.evaluate.cost import machine
-from lineage.evaluate.judge import Judge, verdict
-from lineage.evaluate.prompts import Prompt, make_prompts
-from lineage.train.store import write_bytes, write_json
+from lineage.evaluation.cost import machine
+from lineage.evaluation.judge import Judge, verdict
+from lineage.evaluation.prompts import Prompt, make_prompts
+from lineage.training.store import write_bytes, write_json
 
 CURVES = {
     ("ddpm", None): (10, 25, 50, 100),

@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lineage.evaluate.judge import PARTS
-from lineage.evaluate.prompts import TASKS
-from lineage.train.store import read_json, write_bytes
+from lineage.evaluation.judge import PARTS
+from lineage.evaluation.prompts import TASKS
+from lineage.training.store import read_json, write_bytes
 
 HEAD = ["", *(task.replace("_", " ") for task in TASKS), "unseen combinations", *PARTS]
 

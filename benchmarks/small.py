@@ -24,13 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lineage.config import to_dict, with_field
 from lineage.data import load_dataset
-from lineage.evaluate.cost import machine
+from lineage.evaluation.cost import machine
 from lineage.recipes import find_recipe, preset
 from lineage.runs import build
 from lineage.text.tokenizer import make_tokenizer
-from lineage.train.loop import Trainer
-from lineage.train.machine import peak_memory
-from lineage.train.store import write_json
+from lineage.training.loop import Trainer
+from lineage.training.machine import peak_memory
+from lineage.training.store import write_json
 
 OUT = Path(__file__).parent.parent / "results" / "small.json"
 TERAFLOPS = 8.0

@@ -26,17 +26,17 @@ from torch import Tensor
 from lineage.attngan.attngan import AttnGAN
 from lineage.cgan.stackgan import StageOne, StageTwo
 from lineage.config import with_field
-from lineage.contract import System
 from lineage.data import load_dataset
-from lineage.evaluate.cost import machine
+from lineage.evaluation.cost import machine
+from lineage.nn.conditional_discriminator import Discriminator, pair_logits
 from lineage.nn.gan import smaller
-from lineage.nn.matching import Discriminator, pair_logits
 from lineage.recipes import find_recipe, preset
+from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
-from lineage.train import texts
-from lineage.train.loop import Trainer
-from lineage.train.machine import keep_freed_memory
-from lineage.train.store import write_json
+from lineage.training import texts
+from lineage.training.loop import Trainer
+from lineage.training.machine import keep_freed_memory
+from lineage.training.store import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 ROUNDS, IN_A_ROW = 60, 8

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import lineage
-from lineage.evaluate.cost import machine
-from lineage.evaluate.run import Setting, score_runs
-from lineage.train.store import read_json, write_bytes
+from lineage.evaluation.cost import machine
+from lineage.evaluation.run import Setting, score_runs
+from lineage.training.store import read_json, write_bytes
 
 RESULTS = Path(__file__).parent.parent / "results"
 HEAD = ["trial", "system", "changes", "seed", "min", "threads", "cpu s", "steps", "pictures/s"]

@@ -22,19 +22,19 @@ import torch.nn.functional as F
 from prior import medians
 from torch import Tensor
 
+from lineage.diffusion.networks.unet import UNet, UNetConfig
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import ddim
+from lineage.diffusion.samplers.k_diffusion import Estimate
 from lineage.diffusion.schedules import Path as Levels
 from lineage.diffusion.schedules import Point, leading_times
-from lineage.diffusion.solvers import Estimate
-from lineage.diffusion.unet import UNet, UNetConfig
-from lineage.evaluate.cost import machine
-from lineage.nn.draws import Draws
+from lineage.evaluation.cost import machine
+from lineage.nn.noise import NoiseStreams
 from lineage.official.stable_diffusion import original_unet
 from lineage.official.unets import gathered, unet_names
 from lineage.text.contract import TextFeatures
-from lineage.train.machine import autocast
-from lineage.train.store import write_json
+from lineage.training.machine import autocast
+from lineage.training.store import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 WIDTH, MULTIPLIERS, TEXT, WORDS, SIDE, HEADS, STEPS = 32, (1, 2, 3), 64, 16, 32, 4, 20
@@ -86,7 +86,7 @@ def sampled_ours(unet: UNet, x: Tensor, text: TextFeatures) -> Tensor:
         output = unet(noised, torch.full((len(noised),), level.time), text)
         return Estimate(process.to_x0(output, noised, level))
 
-    return ddim(denoise, x, Levels((*points, Point(1.0, 0.0, 0.0)), process.at), Draws([]))
+    return ddim(denoise, x, Levels((*points, Point(1.0, 0.0, 0.0)), process.at), NoiseStreams([]))
 
 
 @torch.no_grad()

@@ -16,8 +16,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_WHERE = {"load_dataset": "lineage.data", "load": "lineage.runs"}
-_CALLABLE_PACKAGES = ("train", "evaluate", "compare")
+_WHERE = {
+    "load_dataset": "lineage.data",
+    "load": "lineage.runs",
+    "train": "lineage.runs",
+    "evaluate": "lineage.evaluation.run",
+    "compare": "lineage.comparison.run",
+}
 
 __all__ = ["compare", "evaluate", "load", "load_dataset", "train"]
 
@@ -25,6 +30,4 @@ __all__ = ["compare", "evaluate", "load", "load_dataset", "train"]
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
-    if name in _CALLABLE_PACKAGES:
-        return importlib.import_module(f"lineage.{name}")
     raise AttributeError(f"module 'lineage' has no attribute {name!r}")

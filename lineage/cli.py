@@ -22,7 +22,7 @@ from lineage.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lineage.contract import System
+    from lineage.system import System
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,7 +184,7 @@ def _drawn(
         images = system.complete(captions, begun, keep=keep, seed=options.seed, **knobs)
         return to_bytes(images).cpu()
     if (options.best_of or 1) > 1:
-        from lineage.evaluate.best import best_of, scorer_of_run
+        from lineage.evaluation.best import best_of, scorer_of_run
 
         name = "auto" if options.scorer is None else options.scorer
         scorer = scorer_of_run(name, Path(options.run), system.device)
@@ -210,8 +210,8 @@ def _given_picture(path: Path, run: Path) -> Tensor:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from lineage.evaluate.run import evaluate
-    from lineage.evaluate.table import tables
+    from lineage.evaluation.run import evaluate
+    from lineage.evaluation.table import tables
 
     names = ("data", "pictures", "seed", "prompts", "features", "scorer", "device", "batch", "out")
     document = evaluate(options.runs, **{name: getattr(options, name) for name in names})
@@ -222,7 +222,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from lineage.compare.run import compare
+    from lineage.comparison.run import compare
 
     arguments = _run_arguments(options)
     report = compare(options.keys, out=options.out, pictures=options.pictures, **arguments)

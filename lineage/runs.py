@@ -21,17 +21,17 @@ import torch
 
 import lineage
 from lineage.config import RunConfig, from_dict, to_dict, with_field
-from lineage.contract import System, Trainable
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
 from lineage.errors import Interrupted, UserError
-from lineage.nn.draws import stream_seed
+from lineage.nn.noise import stream_seed
 from lineage.recipes import find_recipe, preset
 from lineage.sheets import sheet
+from lineage.system import System, Trainable
 from lineage.text.tokenizer import Tokenizer, make_tokenizer, tokenizer_from_json
-from lineage.train.machine import Processes, keep_freed_memory, pick_device
-from lineage.train.stage import RunStages, Stage, Stopped, load_weights
-from lineage.train.store import read_json, unwritable, write_json
+from lineage.training.machine import Processes, keep_freed_memory, pick_device
+from lineage.training.stage import RunStages, Stage, Stopped, load_weights
+from lineage.training.store import read_json, unwritable, write_json
 
 
 def configure(

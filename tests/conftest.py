@@ -15,12 +15,12 @@ import torch
 from lineage import runs
 from lineage.cli import main
 from lineage.config import RunConfig
-from lineage.contract import System
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset
 from lineage.recipes import find_recipe
+from lineage.system import System
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.stage import RunStages
+from lineage.training.stage import RunStages
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16  # side of the pictures at preset smoke

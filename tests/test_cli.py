@@ -16,7 +16,7 @@ from conftest import Answer
 from PIL import Image
 
 from lineage.catalog import CATALOG
-from lineage.train.store import load_tensors, read_json, save_tensors
+from lineage.training.store import load_tensors, read_json, save_tensors
 
 SMOKE = ["--preset", "smoke"]
 

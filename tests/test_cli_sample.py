@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lineage
 from lineage.data.contract import to_bytes, to_unit
-from lineage.evaluate.best import best_of, scorer_of_run
+from lineage.evaluation.best import best_of, scorer_of_run
 
 
 @pytest.fixture

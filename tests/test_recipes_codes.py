@@ -19,15 +19,15 @@ from lineage.data import load_dataset
 from lineage.data.contract import Batch
 from lineage.data.tools import export
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.recipes import find_recipe, preset
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import ENCODERS
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.stage import Stage, content_key
-from lineage.train.store import save_tensors, write_json
+from lineage.training.stage import Stage, content_key
+from lineage.training.store import save_tensors, write_json
+from lineage.vqvae.ar_prior import Prior
 from lineage.vqvae.codec import Codec, Codes
-from lineage.vqvae.dalle import Prior
 
 KEYS = ("vqvae", "dalle", "vqgan")
 NAMES = ("smoke", "tiny", "small", "paper")
@@ -295,7 +295,7 @@ class Many(Codec):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Any:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Any:
         yield from ()
 
     def encode(self, image: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ def test_codes_are_kept_as_they_are(codes: int) -> None:
     except UserError:
         return
     text = kept.text.encode(batch.caption)
-    list(kept.losses(batch, text, Draws.for_pictures(0, 3, "cpu")))
+    list(kept.losses(batch, text, NoiseStreams.for_pictures(0, 3, "cpu")))
     assert int(kept.memory.count) == 3
     assert torch.equal(kept.of(batch), codec.encode(image))
     again = Codes(Many(codes), 4, 3)

@@ -23,8 +23,8 @@ from lineage.errors import UserError
 from lineage.recipes import find_recipe, preset
 from lineage.text.encoders import ENCODERS
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.stage import Stage, content_key
-from lineage.train.store import read_json
+from lineage.training.stage import Stage, content_key
+from lineage.training.store import read_json
 
 KEYS = ("ldm", "dit")
 NAMES = ("smoke", "tiny", "small", "paper")

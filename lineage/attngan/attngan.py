@@ -9,7 +9,7 @@ before, DAMSM, tells the generator how well each word is to be seen (lineage/att
       eq. 2              `WordAttention` F_attn
       eq. 3              the generator's turn in `AttnGAN.losses`
       eq. 4 to 6         `pair_logits`, `discriminator_terms`, `generator_terms` of
-                         lineage/nn/matching.py: one discriminator a scale, pictures with their
+                         lineage/nn/conditional_discriminator.py: one discriminator a scale, pictures with their
                          captions and alone
     section 3.2          `matching`, the DAMSM term, weighted by lambda
 
@@ -49,11 +49,15 @@ from torch import Tensor, nn
 
 from lineage.attngan.damsm import DAMSM, matching
 from lineage.config import at_least, one_of
-from lineage.contract import Named, System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import conv3x3, doublings, halvings, up
-from lineage.nn.draws import Draws
+from lineage.nn.conditional_discriminator import (
+    Discriminator,
+    discriminator_turn,
+    generator_terms,
+    kl_term,
+)
 from lineage.nn.gan import (
     different,
     gan_health,
@@ -62,12 +66,8 @@ from lineage.nn.gan import (
     penalty_weight,
     smaller,
 )
-from lineage.nn.matching import (
-    Discriminator,
-    discriminator_turn,
-    generator_terms,
-    kl_term,
-)
+from lineage.nn.noise import NoiseStreams
+from lineage.system import Named, System, Turn
 from lineage.text.contract import TextFeatures
 
 
@@ -333,12 +333,12 @@ class AttnGAN(System):
         """The side of each scale and its discriminator."""
         return list(zip(self.sides, cast(list[Discriminator], self.discriminators), strict=True))
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """A turn for each discriminator, then the generator's; the pictures are drawn once."""
         if len(batch) < 2:
             raise UserError("attngan needs a wrong caption in the batch: --set train.batch=2.")
         text = text.detach()
-        noise, eps = draws.normal(self.config.noise), draws.normal(self.config.condition)
+        noise, eps = draws.randn(self.config.noise), draws.randn(self.config.condition)
         drawn: Drawn = self.generator(text, noise, eps)
         mismatched = different(batch.caption, batch.image.device)[1:]  # (B - 1,)
         r1 = penalty_weight(self.config.r1, self.config.r1_every, self.steps)
@@ -373,10 +373,10 @@ class AttnGAN(System):
 
     # --- pictures ---------------------------------------------------------------
 
-    def drawn(self, captions: list[str], draws: Draws, truncation: float = 1.0) -> Drawn:
+    def drawn(self, captions: list[str], draws: NoiseStreams, truncation: float = 1.0) -> Drawn:
         """Pictures of every scale, and what their places looked at."""
         text = self.text.encode(captions)
-        noise, eps = draws.normal(self.config.noise), draws.normal(self.config.condition)
+        noise, eps = draws.randn(self.config.noise), draws.randn(self.config.condition)
         return self.generator(text, truncation * noise, truncation * eps)
 
     def generate(
@@ -423,7 +423,7 @@ class AttnGAN(System):
         return rows
 
     def draw(
-        self, captions: list[str], draws: Draws, truncation: float = 1.0, scale: int = 0
+        self, captions: list[str], draws: NoiseStreams, truncation: float = 1.0, scale: int = 0
     ) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
 

@@ -35,12 +35,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lineage.config import at_least, one_of
-from lineage.contract import Trainable, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import conv3x3
-from lineage.nn.draws import Draws
 from lineage.nn.inception import SIDE, InceptionV3, load_inception
+from lineage.nn.noise import NoiseStreams
+from lineage.system import Trainable, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
@@ -285,7 +285,7 @@ class DAMSM(Trainable):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"damsm": [self.text, self.image]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """One turn. `facts` has the share of pictures whose nearest caption belongs to them."""
         regions, same = self.image(batch.image), batch.alike(self.config.same)
         with torch.no_grad():

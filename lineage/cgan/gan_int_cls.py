@@ -37,10 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.config import at_least
-from lineage.contract import System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
 from lineage.nn.gan import (
     dcgan_weights,
     different,
@@ -49,6 +47,8 @@ from lineage.nn.gan import (
     gradient_penalty,
     penalty_weight,
 )
+from lineage.nn.noise import NoiseStreams
+from lineage.system import System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
@@ -208,7 +208,7 @@ class GanIntCls(System):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"discriminator": [self.discriminator], "generator": [self.generator]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """Algorithm 1.
 
         The fake picture is computed once; the generator's turn sees the updated discriminator.
@@ -216,7 +216,7 @@ class GanIntCls(System):
         real, right = batch.image, text.sentence.detach()
         wrong = right.roll(1, 0)  # (B, D) the caption of the row before
         mismatched = different(batch.caption, real.device)  # (B,)
-        noise = draws.normal(self.config.noise)  # (B, Z)
+        noise = draws.randn(self.config.noise)  # (B, Z)
         fake = self.generator(noise, right)
 
         r1 = penalty_weight(self.config.r1, self.config.r1_every, self.steps)
@@ -247,11 +247,11 @@ class GanIntCls(System):
     def remark(self, means: dict[str, float]) -> str:
         return gan_remark(means)
 
-    def draw(self, captions: list[str], draws: Draws, truncation: float = 1.0) -> Tensor:
+    def draw(self, captions: list[str], draws: NoiseStreams, truncation: float = 1.0) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
 
         Args:
             truncation: factor on the noise; below 1 draws more typical pictures that differ less.
         """
-        noise = draws.normal(self.config.noise) * truncation
+        noise = draws.randn(self.config.noise) * truncation
         return self.generator(noise, self.text.encode(captions).sentence)

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.contract import Trainable, Turn
 from lineage.data.contract import Batch
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
+from lineage.system import Trainable, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
@@ -74,7 +74,7 @@ class JointEmbedding(Trainable):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"embedding": [self.text, self.image]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """One turn. `facts` has the share of pictures whose nearest caption belongs to them."""
         pictures, captions = self.image(batch.image), text.sentence
         same = batch.alike(self.same)

@@ -8,8 +8,7 @@ cover the space between them.
 
     section 3.2, eq. 2   `ConditioningAugmentation`, `kl_term`: c = mu + sigma eps, KL to N(0, I)
     section 3.3          `StageOneGenerator`: noise and c to a small picture
-      eq. 3, 4           `Discriminator`, `discriminator_terms`, `generator_terms`: lineage/nn/
-                         matching.py, since they outlived the system
+      eq. 3, 4           `Discriminator`, `discriminator_terms`, `generator_terms`: lineage/nn/conditional_discriminator.py, since they outlived the system
     section 3.4          `StageTwoGenerator`: picture, down to 16 x 16, joined by c, residual
       eq. 5, 6           blocks, up; the same functions
     `StageOne`, `StageTwo`   the two training steps
@@ -44,11 +43,16 @@ from einops import repeat
 from torch import Tensor, nn
 
 from lineage.config import at_least, one_of
-from lineage.contract import System, Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import ResidualBlock, conv3x3, doublings, down, halvings, up
-from lineage.nn.draws import Draws
+from lineage.nn.conditional_discriminator import (
+    Discriminator,
+    as_it_is,
+    discriminator_turn,
+    generator_terms,
+    kl_term,
+)
 from lineage.nn.gan import (
     diff_augment,
     different,
@@ -58,13 +62,8 @@ from lineage.nn.gan import (
     penalty_weight,
     smaller,
 )
-from lineage.nn.matching import (
-    Discriminator,
-    as_it_is,
-    discriminator_turn,
-    generator_terms,
-    kl_term,
-)
+from lineage.nn.noise import NoiseStreams
+from lineage.system import System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
@@ -228,14 +227,14 @@ class StackGANStage(System):
         return {"discriminator": [self.discriminator], "generator": [self.generator]}
 
     @abstractmethod
-    def fake(self, sentence: Tensor, draws: Draws) -> Drawn:
+    def fake(self, sentence: Tensor, draws: NoiseStreams) -> Drawn:
         """Pictures as the stage that is trained draws them."""
 
     @abstractmethod
     def real(self, batch: Batch) -> Tensor:
         """Real pictures at the side of the stage that is trained."""
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """The fake picture is drawn once; the generator's turn sees the updated discriminator."""
         config, look = self.config, self.discriminator
         if len(batch) < 2:
@@ -278,11 +277,11 @@ class StageOne(StackGANStage):
     def real(self, batch: Batch) -> Tensor:
         return smaller(batch.image, self.config.start)
 
-    def fake(self, sentence: Tensor, draws: Draws) -> Drawn:
-        noise, eps = draws.normal(self.config.noise), draws.normal(self.config.condition)
+    def fake(self, sentence: Tensor, draws: NoiseStreams) -> Drawn:
+        noise, eps = draws.randn(self.config.noise), draws.randn(self.config.condition)
         return self.generator(sentence, noise, eps)
 
-    def draw(self, captions: list[str], draws: Draws) -> Tensor:
+    def draw(self, captions: list[str], draws: NoiseStreams) -> Tensor:
         """Small pictures (B, 3, s, s) of captions."""
         return self.fake(self.text.encode(captions).sentence, draws).image
 
@@ -312,11 +311,11 @@ class StageTwo(StackGANStage):
     def real(self, batch: Batch) -> Tensor:
         return batch.image
 
-    def fake(self, sentence: Tensor, draws: Draws) -> Drawn:
+    def fake(self, sentence: Tensor, draws: NoiseStreams) -> Drawn:
         return self._drawn(sentence, draws)[1]
 
     def _drawn(
-        self, sentence: Tensor, draws: Draws, truncation: float = 1.0, share: float = 0.0
+        self, sentence: Tensor, draws: NoiseStreams, truncation: float = 1.0, share: float = 0.0
     ) -> tuple[Tensor, Drawn]:
         """Stage I's pictures (B, 3, s, s), and stage II's from them. Noise is drawn twice."""
         widths = (self.config.noise, self.config.condition, self.config.condition)
@@ -328,7 +327,7 @@ class StageTwo(StackGANStage):
     def draw(
         self,
         captions: list[str],
-        draws: Draws,
+        draws: NoiseStreams,
         truncation: float = 1.0,
         towards: str = "",
         share: float = 0.5,

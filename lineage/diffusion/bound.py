@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lineage.diffusion.process import Process, row
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 
 HYBRID = 0.001  # weight of the bound, a sum over all t, beside L_simple
 
@@ -134,7 +134,7 @@ def bits_per_dim(
     process: Process,
     network: Callable[[Tensor, Tensor], Tensor],
     x0: Tensor,
-    draws: Draws,
+    draws: NoiseStreams,
     clip: bool = True,
 ) -> Bound:
     """The whole bound of pictures (B, C, H, W) of bytes in [-1, 1]: T evaluations of the network.
@@ -145,7 +145,7 @@ def bits_per_dim(
     terms, x0_errors, noise_errors = [], [], []
     for t in reversed(range(process.steps)):
         at = torch.full((len(x0),), t, device=x0.device)
-        noise = draws.normal(*x0.shape[1:])
+        noise = draws.randn(*x0.shape[1:])
         noised = process.noised(x0, noise, at)
         time = torch.full((len(x0),), process.times[t], device=x0.device)
         found = backward(process, network(noised, time), noised, at, clip)

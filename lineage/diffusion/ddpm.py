@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lineage.diffusion.denoiser import Denoiser, DenoiserConfig
-from lineage.diffusion.unet import UNet, UNetConfig
+from lineage.diffusion.model import Denoiser, DenoiserConfig
+from lineage.diffusion.networks.unet import UNet, UNetConfig
 from lineage.errors import UserError
 from lineage.text.contract import TextEncoder
 

@@ -29,17 +29,17 @@ import torch
 from torch import Tensor, nn
 
 from lineage.config import at_least, one_of
-from lineage.contract import Trainable, Turn
 from lineage.data.contract import Batch
 from lineage.diffusion.ddpm import check_side
-from lineage.diffusion.denoiser import Denoiser, DenoiserConfig
-from lineage.diffusion.unet import UNet, UNetConfig
+from lineage.diffusion.model import Denoiser, DenoiserConfig
+from lineage.diffusion.networks.unet import UNet, UNetConfig
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
-from lineage.nn.draws import Draws
 from lineage.nn.gan import dcgan_weights
-from lineage.nn.looks import adaptive_weight, judged, perceptual_distance, psnr
 from lineage.nn.memory import Memory
+from lineage.nn.noise import NoiseStreams
 from lineage.nn.perceptual import LPIPS, load_lpips
+from lineage.nn.vqgan_losses import adaptive_weight, judged, perceptual_distance, psnr
+from lineage.system import Trainable, Turn
 from lineage.text.contract import NoText, TextEncoder, TextFeatures
 
 # --- section 3.1: perceptual compression ----------------------------------------------------------
@@ -154,11 +154,11 @@ class KLAutoencoder(Trainable):
         """(B, C, H, W) -> (B, 3, S, S)."""
         return self.decoder(self.post_quant_conv(latents)).float()
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """The autoencoder's turn, then the discriminator's, on the same reconstruction."""
         config, image = self.config, batch.image
         found = self.encode(image)
-        decoded = self.decode(found.sample(draws.normal(*found.mean.shape[1:])))
+        decoded = self.decode(found.sample(draws.randn(*found.mean.shape[1:])))
         error = decoded - image
         pixels = error.abs() if config.error == "absolute" else error.square()
         terms = {
@@ -235,11 +235,11 @@ class Latents(Trainable):
         return torch.tensor(max(second / count - mean**2, 1e-12) ** -0.5, dtype=torch.float32)
 
     @torch.no_grad()
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """Find and keep the batch's latents. Nothing is to be minimised, so nothing is yielded."""
         moments = self._found(batch.image)
         self.memory.keep(batch.id, moments)
-        z = Gaussian.of(moments).sample(draws.normal(*self.shape)).double()
+        z = Gaussian.of(moments).sample(draws.randn(*self.shape)).double()
         sums = torch.stack([torch.full_like(z.sum(), z.numel()), z.sum(), z.square().sum()])
         if torch.distributed.is_initialized():  # one scale for all processes
             torch.distributed.all_reduce(sums)
@@ -298,9 +298,9 @@ class LatentDenoiser(Denoiser):
         self.autoencoder.eval()
         return self
 
-    def clean(self, batch: Batch, draws: Draws) -> Tensor:
+    def clean(self, batch: Batch, draws: NoiseStreams) -> Tensor:
         found = self.known[0].of(batch)
-        return found.sample(draws.normal(*self.shape)) * self.scale
+        return found.sample(draws.randn(*self.shape)) * self.scale
 
     def from_pictures(self, images: Tensor) -> Tensor:
         return self.autoencoder.encode(images).mean * self.scale

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineage.nn.draws import stream_seed
+from lineage.nn.noise import stream_seed
 
 
 class Memory(nn.Module):

@@ -27,7 +27,7 @@ from lineage.attngan.damsm import (
 )
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.nn.matching import (
+from lineage.nn.conditional_discriminator import (
     Discriminator,
     discriminator_terms,
     generator_terms,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lineage.cgan.stackgan import Drawn, StackGANConfig, StageOneGenerator, StageTwoGenerator
 from lineage.errors import UserError
+from lineage.nn.conditional_discriminator import Discriminator, discriminator_terms, kl_term
 from lineage.nn.gan import accepted, convinced, rejected
-from lineage.nn.matching import Discriminator, discriminator_terms, kl_term
 from lineage.official import Outputs
 from lineage.official.importing import Given, Imported
 from lineage.official.verify import Reference

@@ -18,7 +18,7 @@ from lineage.nn.autoencoder import AutoencoderConfig
 from lineage.official.importing import Given, Imported
 from lineage.official.vqvae import autoencoder_state, dvae_key
 from lineage.recipes import dalle, vqgan
-from lineage.vqvae.dvae import DVAEConfig
+from lineage.vqvae.dalle import DVAEConfig
 from lineage.vqvae.quantise import QuantiserConfig
 from lineage.vqvae.vqgan import VQGANConfig
 

@@ -25,6 +25,7 @@ from lineage.diffusion.bound import (
     prior_bits,
 )
 from lineage.diffusion.process import Process, ProcessConfig, Scalings
+from lineage.diffusion.samplers.k_diffusion import Churn, Denoise, Estimate, Sampler
 from lineage.diffusion.schedules import (
     SCHEDULES,
     Path,
@@ -34,20 +35,19 @@ from lineage.diffusion.schedules import (
     respaced_times,
     vp_sigmas,
 )
-from lineage.diffusion.solvers import Churn, Denoise, Estimate, Sampler
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.official import Outputs
 from lineage.official.verify import Reference
 
 
-class Given(Draws):
+class Given(NoiseStreams):
     """Noise that a file holds, (n, B, C, H, W), in the order in which it was drawn."""
 
     def __init__(self, noise: Tensor | None = None) -> None:
         super().__init__([])
         self._left = [] if noise is None else list(noise)
 
-    def normal(self, *shape: int) -> Tensor:
+    def randn(self, *shape: int) -> Tensor:
         return self._left.pop(0)
 
 

@@ -25,7 +25,7 @@ from lineage.errors import UserError, nearest
 from lineage.recipes import find_recipe
 from lineage.runs import build
 from lineage.text.tokenizer import Tokenizer, make_tokenizer
-from lineage.train.store import save_tensors, write_json
+from lineage.training.store import save_tensors, write_json
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lineage.config import TextConfig
 from lineage.diffusion import samplers
-from lineage.diffusion.dit import DiT, DiTConfig
 from lineage.diffusion.guidance import Guidance
 from lineage.diffusion.ldm import KLAutoencoder, KLConfig
+from lineage.diffusion.networks.dit import DiT, DiTConfig
+from lineage.diffusion.networks.unet import UNet, time_embedding
 from lineage.diffusion.process import Process, ProcessConfig
+from lineage.diffusion.samplers.k_diffusion import Estimate
 from lineage.diffusion.schedules import Path, Point
-from lineage.diffusion.solvers import Estimate
-from lineage.diffusion.unet import UNet, time_embedding
 from lineage.nn.autoencoder import AutoencoderConfig
 from lineage.official import Outputs
 from lineage.official.diffusion import Given, Seen

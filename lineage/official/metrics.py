@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lineage.evaluate import metrics
+from lineage.evaluation import metrics
 from lineage.official.verify import Outcome, Reference
 
 

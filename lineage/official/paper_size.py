@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from lineage.attngan.attngan import Generator
 from lineage.attngan.damsm import InceptionRegions
 from lineage.cgan.stackgan import StackGANConfig, StageOneGenerator, StageTwoGenerator
-from lineage.diffusion.dit import SIZES
 from lineage.diffusion.ldm import KLAutoencoder
-from lineage.diffusion.unet import UNet
+from lineage.diffusion.networks.dit import SIZES
+from lineage.diffusion.networks.unet import UNet
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder
-from lineage.nn.matching import Discriminator
+from lineage.nn.conditional_discriminator import Discriminator
 from lineage.official import Outcome, Outputs
 from lineage.official.attngan import text_encoder
 from lineage.official.latent import dit_names, dit_network, dit_rest
@@ -39,7 +39,7 @@ from lineage.official.vqvae import gpt2_state
 from lineage.recipes import ldm
 from lineage.recipes.attngan import PRESETS
 from lineage.text.contract import TextFeatures
-from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder, map_pixels
+from lineage.vqvae.dalle import DVAEConfig, DVAEDecoder, DVAEEncoder, map_pixels
 from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
 from lineage.vqvae.transformer import GPT, TransformerConfig
 

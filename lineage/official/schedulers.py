@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lineage.diffusion import samplers
 from lineage.diffusion.process import Process, ProcessConfig
+from lineage.diffusion.samplers.k_diffusion import Estimate
 from lineage.diffusion.schedules import (
     CLEAN,
     SCHEDULES,
@@ -28,7 +29,6 @@ from lineage.diffusion.schedules import (
     trailing_times,
     without_snr_at_end,
 )
-from lineage.diffusion.solvers import Estimate
 from lineage.official import Outputs
 from lineage.official.diffusion import Given, Seen
 from lineage.official.verify import Reference

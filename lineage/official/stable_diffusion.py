@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lineage.config import TextConfig
 from lineage.diffusion.ldm import KLConfig
-from lineage.diffusion.unet import UNet, UNetConfig
+from lineage.diffusion.networks.unet import UNet, UNetConfig
 from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig
 from lineage.official.codecs import count

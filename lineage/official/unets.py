@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
-from lineage.diffusion.unet import Level, UNet, UNetConfig
+from lineage.diffusion.networks.unet import Level, UNet, UNetConfig
 from lineage.official import Outputs
 from lineage.official.verify import Reference
 from lineage.text.contract import TextFeatures

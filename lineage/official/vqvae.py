@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.official import Outcome, Outputs
 from lineage.official.verify import Reference
-from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder, map_pixels, unmap_pixels
+from lineage.vqvae.dalle import DVAEConfig, DVAEDecoder, DVAEEncoder, map_pixels, unmap_pixels
 from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
 from lineage.vqvae.transformer import GPT, Cache, TransformerConfig, next_token_loss
 

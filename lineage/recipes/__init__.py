@@ -14,7 +14,7 @@ from lineage.catalog import lookup
 from lineage.config import RunConfig
 from lineage.errors import UserError, nearest
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage
+from lineage.training.stage import Stage
 
 
 class Recipe(Protocol):

@@ -12,7 +12,7 @@ from lineage.errors import UserError
 from lineage.recipes.joint_text import DCGAN_OPTIM
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage, content
+from lineage.training.stage import Stage, content
 
 NAME = "damsm"
 

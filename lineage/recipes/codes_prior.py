@@ -11,10 +11,10 @@ from lineage.config import OptimConfig, RunConfig, at_least, from_dict, to_dict
 from lineage.errors import UserError
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage, content
-from lineage.train.store import fingerprint, load_tensors, read_json
+from lineage.training.stage import Stage, content
+from lineage.training.store import fingerprint, load_tensors, read_json
+from lineage.vqvae.ar_prior import Prior, PriorConfig
 from lineage.vqvae.codec import Codec, Codes
-from lineage.vqvae.dalle import Prior, PriorConfig
 from lineage.vqvae.transformer import TransformerConfig
 
 CODEC, CODES, PRIOR = "codec", "codes", "prior"

@@ -13,9 +13,9 @@ from lineage.recipes.codes_prior import (
     codec_stages,
 )
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage
-from lineage.vqvae.dalle import PriorConfig
-from lineage.vqvae.dvae import DVAE, DVAEConfig
+from lineage.training.stage import Stage
+from lineage.vqvae.ar_prior import PriorConfig
+from lineage.vqvae.dalle import DVAE, DVAEConfig
 from lineage.vqvae.transformer import TransformerConfig
 
 

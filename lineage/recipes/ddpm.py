@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig
 from lineage.diffusion.ddpm import DDPM, DDPMConfig
+from lineage.diffusion.networks.unet import UNetConfig
 from lineage.diffusion.process import ProcessConfig
-from lineage.diffusion.unet import UNetConfig
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage, content
+from lineage.training.stage import Stage, content
 
 
 @dataclass(frozen=True)

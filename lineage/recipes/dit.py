@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lineage.config import OptimConfig, TextConfig, TrainConfig
-from lineage.diffusion.dit import DiTConfig, DiTSystem, DiTSystemConfig
 from lineage.diffusion.ldm import KLConfig
+from lineage.diffusion.networks.dit import DiTConfig, DiTSystem, DiTSystemConfig
 from lineage.diffusion.process import ProcessConfig
 from lineage.recipes.authors_codec import AUTHORS_OPTIM
 from lineage.recipes.latents import (
@@ -17,7 +17,7 @@ from lineage.recipes.latents import (
     latent_stages,
 )
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage
+from lineage.training.stage import Stage
 
 
 @dataclass(frozen=True)

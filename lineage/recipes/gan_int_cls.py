@@ -9,7 +9,7 @@ from lineage.config import TextConfig, TrainConfig
 from lineage.errors import UserError
 from lineage.recipes.joint_text import DCGAN_OPTIM, NAME, JointTextConfig, text_stage, trained_text
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage, content
+from lineage.training.stage import Stage, content
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from lineage.config import OptimConfig, RunConfig, one_of, to_dict
 from lineage.text.contract import TextEncoder
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Made, Stage
+from lineage.training.stage import Made, Stage
 
 NAME = "text"
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from lineage.config import OptimConfig, RunConfig, at_least, to_dict
-from lineage.contract import Trainable
 from lineage.diffusion.ldm import KLAutoencoder, KLConfig, Latents
 from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig
+from lineage.system import Trainable
 from lineage.text.contract import TextEncoder
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage, content
+from lineage.training.stage import Stage, content
 
 AUTOENCODER, LATENTS, DENOISER = "autoencoder", "latents", "denoiser"
 

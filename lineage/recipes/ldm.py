@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.diffusion.ldm import LDM, KLConfig, LDMConfig
+from lineage.diffusion.networks.unet import UNetConfig
 from lineage.diffusion.process import ProcessConfig
-from lineage.diffusion.unet import UNetConfig
 from lineage.recipes.authors_codec import AUTHORS_OPTIM
 from lineage.recipes.latents import (
     SMALL_AUTOENCODER,
@@ -17,7 +17,7 @@ from lineage.recipes.latents import (
     latent_stages,
 )
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage
+from lineage.training.stage import Stage
 
 
 @dataclass(frozen=True)

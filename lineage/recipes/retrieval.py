@@ -8,7 +8,7 @@ from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig
 from lineage.retrieval.retrieval import Retrieval, RetrievalConfig
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage, content
+from lineage.training.stage import Stage, content
 
 
 @dataclass(frozen=True)

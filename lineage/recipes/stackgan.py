@@ -15,7 +15,7 @@ from lineage.config import TextConfig, TrainConfig, one_of
 from lineage.errors import UserError
 from lineage.recipes.joint_text import DCGAN_OPTIM, NAME, JointTextConfig, text_stage, trained_text
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage, content
+from lineage.training.stage import Stage, content
 
 RECIPES = ("paper", "modern")
 

@@ -14,8 +14,8 @@ from lineage.recipes.codes_prior import (
     codec_stages,
 )
 from lineage.text.tokenizer import Tokenizer
-from lineage.train.stage import Stage
-from lineage.vqvae.dalle import PriorConfig
+from lineage.training.stage import Stage
+from lineage.vqvae.ar_prior import PriorConfig
 from lineage.vqvae.quantise import QuantiserConfig
 from lineage.vqvae.transformer import TransformerConfig
 from lineage.vqvae.vqvae import VQVAE, VQVAEConfig

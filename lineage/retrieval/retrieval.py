@@ -44,10 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.contract import System, Turn
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
+from lineage.system import System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 SPECIAL = 3  # token ids below this (padding, unknown, null) stand for no word
@@ -363,7 +363,7 @@ class Retrieval(System):
         """(B, L) -> (B, W): padded or cut to the width of the memory."""
         return F.pad(ids, (0, max(0, self.config.words - ids.shape[1])))[:, : self.config.words]
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """Remember the batch. There is nothing to minimise, so nothing is yielded."""
         self._remember(batch, text.ids)
         yield from ()
@@ -381,13 +381,13 @@ class Retrieval(System):
             self._index = Index(self.ids[:count].cpu().long(), captions)
         return self._index
 
-    def draw(self, captions: list[str], draws: Draws, paste: bool = True) -> Tensor:
+    def draw(self, captions: list[str], draws: NoiseStreams, paste: bool = True) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
 
         Args:
             paste: cut and paste as the header says; False gives the nearest caption's picture.
         """
-        chances = draws.uniform(1 + MOST).tolist()  # lots: one for the caption, one for each part
+        chances = draws.rand(1 + MOST).tolist()  # lots: one for the caption, one for each part
         made = [self._answer(c, row, paste) for c, row in zip(captions, chances, strict=True)]
         return torch.stack(made).to(self.device)
 

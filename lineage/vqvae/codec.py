@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineage.contract import Trainable, Turn
 from lineage.data.contract import Batch
-from lineage.nn.draws import Draws
-from lineage.nn.looks import psnr
 from lineage.nn.memory import Memory
+from lineage.nn.noise import NoiseStreams
+from lineage.nn.vqgan_losses import psnr
+from lineage.system import Trainable, Turn
 from lineage.text.contract import NoText, TextFeatures
 from lineage.vqvae.quantise import code_usage, usage_remark
 
@@ -130,7 +130,7 @@ class Codes(Trainable):
         return {}
 
     @torch.no_grad()
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """Find and keep the batch's codes. There is nothing to minimise, so nothing is yielded."""
         ids = self._found(batch.image)
         self.memory.keep(batch.id, ids.flatten(1))

@@ -5,7 +5,7 @@ is new: it is judged by how its pictures look, to a perceptual distance and to a
 patches, so that fewer codes suffice for a transformer.
 
     equation 4      `VQGAN.losses`: reconstruction and the quantiser's terms
-    equations 5, 7  `lineage/nn/looks.py`: the discriminator, its weight, the perceptual distance
+    equations 5, 7  `lineage/nn/vqgan_losses.py`: the discriminator, its weight, the perceptual distance
     table 7         `lineage/nn/autoencoder.py`
 
 Where the authors' code differs from the paper, it is followed: pixels are compared by |x - y|, not
@@ -25,13 +25,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lineage.config import at_least
-from lineage.contract import Turn
 from lineage.data.contract import Batch
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
-from lineage.nn.draws import Draws
 from lineage.nn.gan import dcgan_weights
-from lineage.nn.looks import adaptive_weight, judged, perceptual_distance
+from lineage.nn.noise import NoiseStreams
 from lineage.nn.perceptual import LPIPS, load_lpips
+from lineage.nn.vqgan_losses import adaptive_weight, judged, perceptual_distance
+from lineage.system import Turn
 from lineage.text.contract import TextFeatures
 from lineage.vqvae.codec import Codec
 from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
@@ -101,7 +101,7 @@ class VQGAN(Codec):
             groups["discriminator"] = [self.discriminator]
         return groups
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """The codec's turn, then the discriminator's, on the same reconstruction."""
         config, image, look = self.config, batch.image, self.discriminator
         found = self.quantiser(self._vectors(image))

@@ -26,10 +26,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lineage.config import at_least
-from lineage.contract import Turn
 from lineage.data.contract import Batch
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
+from lineage.system import Turn
 from lineage.text.contract import TextFeatures
 from lineage.vqvae.codec import Codec
 from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
@@ -138,7 +138,7 @@ class VQVAE(Codec):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"codec": [self.encoder, self.quantiser, self.decoder]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: Draws) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
         """Equation 3."""
         z = rearrange(self.encoder(batch.image), "b d h w -> b h w d")
         found = self.quantiser(z)

@@ -29,14 +29,14 @@ from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
 from lineage.nn import matching as pairs
-from lineage.nn.draws import Draws
-from lineage.nn.matching import Discriminator, kl_term
+from lineage.nn.conditional_discriminator import Discriminator, kl_term
+from lineage.nn.noise import NoiseStreams
 from lineage.recipes import attngan as recipe
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import LSTMEncoder, make_encoder
 from lineage.text.tokenizer import SPECIAL, WordTokenizer
-from lineage.train.loop import Trainer
-from lineage.train.stage import content_key
+from lineage.training.loop import Trainer
+from lineage.training.stage import content_key
 
 B, WIDTH, SIZE, SIDES = 4, 8, 16, (8, 16)
 TINY = AttnGANConfig(
@@ -77,13 +77,13 @@ def batch_of(shapes: CaptionedDataset, captions: list[str] | None = None) -> Bat
 
 
 def steps(system: AttnGAN, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    return system.losses(batch, system.text.encode(batch.caption), Draws(range(len(batch))))
+    return system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(len(batch))))
 
 
 def drawn_by(system: AttnGAN, batch: Batch) -> Drawn:
     """What the step of `steps` draws."""
-    draws = Draws(range(len(batch)))
-    noise, eps = draws.normal(TINY.noise), draws.normal(TINY.condition)
+    draws = NoiseStreams(range(len(batch)))
+    noise, eps = draws.randn(TINY.noise), draws.randn(TINY.condition)
     return system.generator(system.text.encode(batch.caption), noise, eps)
 
 
@@ -234,7 +234,7 @@ def test_settings_that_cannot_be_are_told(change: dict[str, Any], name: str) -> 
 def test_every_side_that_can_be_works(scales: int, size: int, make: Make) -> None:
     """Pictures double; attention has the side of the picture before."""
     system = make(size=size, scales=scales)
-    drawn = system.drawn(CAPTIONS, Draws(range(4)))
+    drawn = system.drawn(CAPTIONS, NoiseStreams(range(4)))
     sides = [size // 2 ** (scales - 1 - i) for i in range(scales)]
     assert [image.shape for image in drawn.images] == [(4, 3, side, side) for side in sides]
     assert [w.shape for w in drawn.attention] == [(4, 7, side, side) for side in sides[:-1]]
@@ -546,7 +546,7 @@ def test_gradients_stay_in_their_turn(
     system, batch = make(**switches), batch_of(shapes)
     text = system.text.encode(batch.caption)
     text.words.requires_grad_(), text.sentence.requires_grad_()
-    for name, terms in system.losses(batch, text, Draws(range(B))):
+    for name, terms in system.losses(batch, text, NoiseStreams(range(B))):
         system.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         reached = {n for n, p in system.named_parameters() if p.grad is not None and p.grad.any()}
@@ -755,7 +755,7 @@ def test_knobs_beside_attention(system: AttnGAN) -> None:
 
 def test_every_scale_can_be_looked_at(system: AttnGAN) -> None:
     """The very pictures on the way, every pixel as a square; 0 and the last are the same."""
-    drawn = system.drawn(CAPTIONS, Draws.for_pictures(3, 4, "cpu"))
+    drawn = system.drawn(CAPTIONS, NoiseStreams.for_pictures(3, 4, "cpu"))
     for scale, factor in ((1, 4), (2, 2), (3, 1), (0, 1)):
         expected = drawn.images[scale - 1].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         shown = system.generate(CAPTIONS, seed=3, scale=scale)
@@ -793,7 +793,7 @@ def test_drawing_is_in_evaluation_mode_and_ends_as_it_began(
     system = make().train()
     modes = []
 
-    def fail(captions: list[str], draws: Draws) -> Any:
+    def fail(captions: list[str], draws: NoiseStreams) -> Any:
         modes.append((system.training, system.generator.training, torch.is_grad_enabled()))
         raise KeyError("in the middle")
 
@@ -806,10 +806,10 @@ def test_drawing_is_in_evaluation_mode_and_ends_as_it_began(
 def test_parts_go_on_counting(system: AttnGAN, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part has captions and streams of its own, as many as are drawn at once at most."""
     monkeypatch.setattr(system, "at_once", 3)
-    parts = list(system.in_parts(CAPTIONS, 5, lambda c, d: (c, d.normal(2))))
+    parts = list(system.in_parts(CAPTIONS, 5, lambda c, d: (c, d.randn(2))))
     assert [captions for captions, _ in parts] == [CAPTIONS[:3], CAPTIONS[3:]]
     noise = torch.cat([part for _, part in parts])
-    assert torch.equal(noise, Draws.for_pictures(5, 4, "cpu").normal(2))
+    assert torch.equal(noise, NoiseStreams.for_pictures(5, 4, "cpu").randn(2))
     assert list(system.in_parts("a ring", 0, lambda c, d: (c, len(d)))) == [(["a ring"], 1)]
 
 

@@ -27,14 +27,14 @@ from lineage.attngan.damsm import (
     word_similarity,
 )
 from lineage.config import OptimConfig, TextConfig, TrainConfig
-from lineage.contract import System
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
+from lineage.system import System
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Trainer
+from lineage.training.loop import Trainer
 
 D, N, LENGTHS = 5, 6, [3, 1, 4, 2]  # width, regions, words of the captions
 CONFIGS = [DAMSMConfig(), DAMSMConfig(gamma1=0.5, gamma2=2.0, gamma3=3.0)]
@@ -333,7 +333,7 @@ def test_matched_is_the_share_that_find_a_caption_of_theirs(
     nearest = [2, 1, 1, 3]  # of the four pictures; the third finds another's
     found = Regions(torch.randn(4, 16, 8), 5 * torch.eye(4, 8)[nearest])
     monkeypatch.setattr(system.image, "forward", lambda image: found)
-    ((name, _),) = system.losses(batch, text, Draws(range(4)))
+    ((name, _),) = system.losses(batch, text, NoiseStreams(range(4)))
     assert name == "damsm" and system.facts["matched"].item() == pytest.approx(3 / 4)
 
 
@@ -354,7 +354,7 @@ def test_a_step_knows_who_is_no_rival(
     system = make(tokenizer, DAMSMConfig(regions="conv", channels=4, grid=4, same=same))
     image, label = shapes.batch(range(3), [0] * 3, 0).image, torch.tensor([7, 8, 7])
     batch = Batch(image, ["a ring", "a star", "a circle"], label, list("abc"))
-    list(system.losses(batch, system.text.encode(batch.caption), Draws(range(3))))
+    list(system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(3))))
     assert torch.equal(seen[0], pair(3, (0, 2)) if same == "class" else pair(3))
 
 

@@ -20,7 +20,7 @@ from lineage.cgan.gan_int_cls import (
 from lineage.config import TextConfig
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
 
@@ -45,7 +45,7 @@ def batch_of(shapes: CaptionedDataset, captions: list[str] | None = None) -> Bat
 
 def turns(system: GanIntCls, batch: Batch) -> dict[str, dict[str, Tensor]]:
     text = system.text.encode(batch.caption)
-    return dict(system.losses(batch, text, Draws(range(len(batch)))))
+    return dict(system.losses(batch, text, NoiseStreams(range(len(batch)))))
 
 
 # --- losses -----------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_the_three_pairs_are_those_of_the_paper(
 
     system.discriminator.score = score  # type: ignore[method-assign]
     text = system.text.encode(batch.caption)
-    list(system.losses(batch, text, Draws(range(B))))
+    list(system.losses(batch, text, NoiseStreams(range(B))))
     right, wrong = text.sentence, text.sentence[[3, 0, 1, 2]]
     assert len(seen) == 4
     assert torch.equal(seen[0][0], seen[1][0])  # looked at once, judged twice
@@ -183,7 +183,7 @@ def test_gradients_stay_in_their_turn(shapes: CaptionedDataset, tokenizer: WordT
     trained beforehand."""
     system = make(tokenizer)
     batch = batch_of(shapes)
-    steps = system.losses(batch, system.text.encode(batch.caption), Draws(range(B)))
+    steps = system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(B)))
     name, terms = next(steps)
     assert name == "discriminator"
     sum(terms.values()).backward()
@@ -205,7 +205,7 @@ def test_the_generator_sees_the_updated_discriminator(
     batch, found = batch_of(shapes), []
     for change in (0.0, 0.5):
         system = make(tokenizer)
-        steps = system.losses(batch, system.text.encode(batch.caption), Draws(range(B)))
+        steps = system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(B)))
         next(steps)
         with torch.no_grad():
             for parameter in system.discriminator.judge.parameters():
@@ -230,7 +230,7 @@ def test_r1_is_the_squared_gradient_on_real_pictures(
         image = batch.image[i : i + 1].clone().requires_grad_()
         system.discriminator(image, text.sentence[i : i + 1]).sum().backward(inputs=[image])
         squares.append(image.grad.square().sum().item())
-    (_, terms), _ = system.losses(batch, text, Draws(range(B)))
+    (_, terms), _ = system.losses(batch, text, NoiseStreams(range(B)))
     assert terms["r1"].item() == pytest.approx(2 * 0.3 / 2 * sum(squares) / B, rel=1e-4)
     assert terms["r1"].requires_grad
     gradient = torch.autograd.grad(

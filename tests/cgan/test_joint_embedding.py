@@ -11,12 +11,12 @@ from torch import Tensor
 from lineage.cgan import joint_embedding
 from lineage.cgan.joint_embedding import JointEmbedding, embedding_terms
 from lineage.config import OptimConfig, TextConfig, TrainConfig
-from lineage.contract import System
 from lineage.data.contract import Batch, CaptionedDataset
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
+from lineage.system import System
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Trainer
+from lineage.training.loop import Trainer
 
 SIDE, WIDTH = 16, 12
 
@@ -28,7 +28,7 @@ def make(tokenizer: WordTokenizer, text: str = "bag", size: int = SIDE) -> Joint
 
 def terms_of(system: JointEmbedding, batch: Batch) -> dict[str, Tensor]:
     text = system.text.encode(batch.caption)
-    ((name, terms),) = system.losses(batch, text, Draws(range(len(batch))))
+    ((name, terms),) = system.losses(batch, text, NoiseStreams(range(len(batch))))
     assert name == "embedding"
     return terms
 
@@ -161,7 +161,7 @@ def test_matched_is_the_share_that_find_a_caption_of_theirs(
     nearest = [2, 1, 1, 3]  # of the four pictures; the third finds another's
     pictures = 5 * torch.eye(4, WIDTH)[nearest]
     monkeypatch.setattr(system.image, "forward", lambda image: pictures.requires_grad_())
-    list(system.losses(batch, text, Draws(range(4))))
+    list(system.losses(batch, text, NoiseStreams(range(4))))
     assert system.facts["matched"].item() == pytest.approx(3 / 4)
 
 

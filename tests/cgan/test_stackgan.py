@@ -26,13 +26,13 @@ from lineage.config import OptimConfig, TextConfig, TrainConfig, to_dict
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
 from lineage.nn import matching as pairs
-from lineage.nn.draws import Draws
+from lineage.nn.conditional_discriminator import discriminator_terms, discriminator_turn, kl_term
 from lineage.nn.gan import diff_augment
-from lineage.nn.matching import discriminator_terms, discriminator_turn, kl_term
+from lineage.nn.noise import NoiseStreams
 from lineage.recipes import stackgan as recipe
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Trainer
+from lineage.training.loop import Trainer
 
 B = 4
 TINY = StackGANConfig(start=8, noise=6, condition=5, generator=8, discriminator=4, residual=1)
@@ -72,7 +72,7 @@ def batch_of(shapes: CaptionedDataset, captions: list[str] | None = None) -> Bat
 
 
 def steps(system: StackGANStage, batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    return system.losses(batch, system.text.encode(batch.caption), Draws(range(len(batch))))
+    return system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(len(batch))))
 
 
 def logits(count: int, seed: int) -> Tensor:
@@ -226,7 +226,7 @@ def test_the_kl_term_has_its_weight(stage: int, make: Make, shapes: CaptionedDat
         dict(steps(make(stage, kl=kl), batch_of(shapes)))["generator"] for kl in (2.0, 0.5, 0.0)
     ]
     system, batch = make(stage), batch_of(shapes)
-    drawn = system.fake(system.text.encode(batch.caption).sentence, Draws(range(B)))
+    drawn = system.fake(system.text.encode(batch.caption).sentence, NoiseStreams(range(B)))
     torch.testing.assert_close(terms[0]["kl"], 2 * kl_term(drawn.mu, drawn.log_variance))
     torch.testing.assert_close(terms[1]["kl"], 0.5 * kl_term(drawn.mu, drawn.log_variance))
     assert "kl" not in terms[2]
@@ -325,7 +325,7 @@ def test_pairs_are_those_of_the_authors(
 
     monkeypatch.setattr(system.discriminator, "score", watched_score)
     monkeypatch.setattr(pairs, "discriminator_terms", watched_terms)
-    drawn = system.fake(system.text.encode(batch.caption).sentence, Draws(range(B)))
+    drawn = system.fake(system.text.encode(batch.caption).sentence, NoiseStreams(range(B)))
     names = [name for name, _ in steps(system, batch)]
     assert names == ["discriminator", "generator"] and masks == [[0.0, 1.0, 1.0]]
     mu = drawn.mu
@@ -357,7 +357,7 @@ def test_the_discriminator_may_be_told_the_sentence(
         assert torch.equal(condition, expected) and not condition.requires_grad
     told = {reads: make(stage, reads=reads).discriminator.joint[0] for reads in ("mu", "sentence")}
     assert told["sentence"].in_channels - told["mu"].in_channels == 8 - TINY.condition
-    drawn = system.fake(sentence, Draws(range(B)))
+    drawn = system.fake(sentence, NoiseStreams(range(B)))
     torch.testing.assert_close(terms["generator"]["kl"], 2 * kl_term(drawn.mu, drawn.log_variance))
 
 
@@ -491,7 +491,7 @@ def test_r1_is_the_squared_gradient_on_real_pictures(
     counts for all steps that have none."""
     system = make(stage, norm=norm, r1=0.3, r1_every=2).eval()
     look, batch = system.discriminator, batch_of(shapes)
-    mu = system.fake(system.text.encode(batch.caption).sentence, Draws(range(B))).mu.detach()
+    mu = system.fake(system.text.encode(batch.caption).sentence, NoiseStreams(range(B))).mu.detach()
     squares = []
     for i in range(B):
         image = system.real(batch)[i : i + 1].clone().requires_grad_()

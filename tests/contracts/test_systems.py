@@ -22,17 +22,17 @@ from lineage import runs
 from lineage.catalog import CATALOG, working
 from lineage.cli import main
 from lineage.config import OptimConfig, TrainConfig, to_dict
-from lineage.contract import System, Trainable
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import Interrupted, UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.recipes import find_recipe
+from lineage.system import System, Trainable
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import ENCODERS
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Group, Trainer
-from lineage.train.stage import content
-from lineage.train.store import load_state, load_tensors
+from lineage.training.loop import Group, Trainer
+from lineage.training.stage import content
+from lineage.training.store import load_state, load_tensors
 
 KEYS = working()
 STAGES = [(key, stage) for key in KEYS for stage in CATALOG[key].stages]
@@ -115,7 +115,7 @@ def test_ddpm_paper_is_the_network_of_ho_et_al(tokenizer: WordTokenizer) -> None
     """35.7 million parameters: section 4 of the paper; exactly, the published CIFAR10 network."""
     from dataclasses import replace
 
-    from lineage.diffusion.unet import UNet
+    from lineage.diffusion.networks.unet import UNet
 
     config = find_recipe("ddpm").PRESETS["paper"].model.unet  # type: ignore[attr-defined]
     with torch.device("meta"):
@@ -259,7 +259,7 @@ def test_losses_yield_the_groups_in_order(
     system = make_stage(key, stage)[stage]
     batch = shapes.batch(range(BATCH), [0] * BATCH, 0)
     text = system.text.encode(batch.caption)
-    turns = list(system.losses(batch, text, Draws(range(BATCH))))
+    turns = list(system.losses(batch, text, NoiseStreams(range(BATCH))))
     assert [name for name, _ in turns] == list(system.groups())
     for _, terms in turns:
         assert terms and all(t.shape == () and t.requires_grad for t in terms.values())
@@ -270,7 +270,10 @@ def test_retrieval_stores_what_it_is_shown(make_system: Any, shapes: CaptionedDa
     system, _ = make_system("retrieval")
     before = int(system.count)
     batch = shapes.batch(range(BATCH), [0] * BATCH, 0)
-    assert list(system.losses(batch, system.text.encode(batch.caption), Draws(range(BATCH)))) == []
+    assert (
+        list(system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(BATCH))))
+        == []
+    )
     assert int(system.count) == before + BATCH
     drawn = system.generate(batch.caption[0])
     assert (drawn - batch.image).abs().flatten(1).amax(1).min() < 1e-2
@@ -591,7 +594,7 @@ def test_a_stopped_run_ends_like_one_that_was_never_stopped(
 
 
 def runs_log(folder: Path) -> list[dict[str, Any]]:
-    from lineage.train.log import read_log
+    from lineage.training.log import read_log
 
     return read_log(folder / "metrics.jsonl")
 
@@ -663,7 +666,7 @@ def test_text_features_reach_the_loop_with_gradient(
             original = system.losses
 
             def losses(
-                batch: Batch, text: TextFeatures, draws: Draws, call: Any = original
+                batch: Batch, text: TextFeatures, draws: NoiseStreams, call: Any = original
             ) -> Iterator[Any]:
                 seen.append(text.sentence.requires_grad)
                 return call(batch, text, draws)

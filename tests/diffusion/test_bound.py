@@ -24,7 +24,7 @@ from lineage.diffusion.bound import (
     prior_bits,
 )
 from lineage.diffusion.process import VARIANCES, Posterior, Process, ProcessConfig
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 
 B, T = 4, 40
 Chain = tuple[str, bool]  # schedule, and whether its last step is made noise alone
@@ -386,7 +386,7 @@ def toy(x: Tensor, time: Tensor) -> Tensor:
 
 def test_the_bound_is_the_sum_of_its_terms() -> None:
     process, x0 = process_of(variance="learned_range"), pictures()
-    found = bits_per_dim(process, toy, x0, Draws(range(B)))
+    found = bits_per_dim(process, toy, x0, NoiseStreams(range(B)))
     assert found.terms.shape == found.x0_errors.shape == found.noise_errors.shape == (B, T)
     assert found.total.shape == found.prior.shape == (B,)
     torch.testing.assert_close(found.total, found.terms.sum(1) + found.prior)
@@ -397,10 +397,10 @@ def test_the_bound_is_the_sum_of_its_terms() -> None:
 @pytest.mark.parametrize("clip", [False, True])
 def test_the_bound_step_by_step(clip: bool) -> None:
     """From the last step down, in double precision, with the draws in that order."""
-    process, x0, draws = process_of(variance="learned_range"), pictures(), Draws(range(B))
-    found = bits_per_dim(process, toy, x0, Draws(range(B)), clip)
+    process, x0, draws = process_of(variance="learned_range"), pictures(), NoiseStreams(range(B))
+    found = bits_per_dim(process, toy, x0, NoiseStreams(range(B)), clip)
     for column, t in enumerate(reversed(range(T))):
-        eps = draws.normal(3, 4, 4).double()
+        eps = draws.randn(3, 4, 4).double()
         point = process.point(t)
         noised = point.signal * x0.double() + point.noise * eps
         estimate, learned = toy(noised, torch.full((B,), t)).chunk(2, dim=1)
@@ -435,14 +435,14 @@ def test_a_perfect_network_gives_a_tiny_bound() -> None:
         log = math.log(bayes(process, x0, noised, t)[1]) if t else -14.0
         return torch.cat([x0, torch.full_like(x0, log)], dim=1)
 
-    found = bits_per_dim(process, knows, x0, Draws(range(B)))
+    found = bits_per_dim(process, knows, x0, NoiseStreams(range(B)))
     assert found.total.abs().max() < 1e-4
     assert found.x0_errors.abs().max() == 0 and found.noise_errors.max() < 1e-6
 
     def worse(noised: Tensor, time: Tensor) -> Tensor:
         return knows(noised, time) * 0.9
 
-    assert (bits_per_dim(process, worse, x0, Draws(range(B))).total > 1).all()
+    assert (bits_per_dim(process, worse, x0, NoiseStreams(range(B))).total > 1).all()
 
 
 def test_the_bound_is_never_below_what_the_data_hold() -> None:
@@ -459,13 +459,15 @@ def test_the_bound_is_never_below_what_the_data_hold() -> None:
         return (torch.softmax(-0.5 * distance.square(), dim=-1) * values).sum(-1)
 
     drawn = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    found = bits_per_dim(process, best, drawn / 127.5 - 1, Draws(range(2)))
+    found = bits_per_dim(process, best, drawn / 127.5 - 1, NoiseStreams(range(2)))
     assert (found.total > 8 - 0.1).all() and (found.total < 9.5).all()
 
 
 def test_the_bound_leaves_no_gradient() -> None:
     network = torch.nn.Conv2d(3, 3, 1)
-    found = bits_per_dim(process_of(), lambda x, time: network(x), pictures(), Draws(range(B)))
+    found = bits_per_dim(
+        process_of(), lambda x, time: network(x), pictures(), NoiseStreams(range(B))
+    )
     assert not found.total.requires_grad
 
 
@@ -477,6 +479,6 @@ def test_the_bound_tells_the_network_the_steps_that_it_knows() -> None:
         told.append(time.tolist())
         return 0.3 * x
 
-    found = bits_per_dim(process, network, pictures(), Draws(range(B)))
+    found = bits_per_dim(process, network, pictures(), NoiseStreams(range(B)))
     assert told == [[t] * B for t in (T - 1, 20, 9, 0)]
     assert found.terms.shape == (B, 4)

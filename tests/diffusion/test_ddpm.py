@@ -14,18 +14,18 @@ from torch import Tensor
 from lineage.config import OptimConfig, TextConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.diffusion.ddpm import DDPM, DDPMConfig
-from lineage.diffusion.denoiser import DenoiserConfig
+from lineage.diffusion.model import DenoiserConfig
+from lineage.diffusion.networks.unet import UNetConfig
 from lineage.diffusion.process import PREDICTIONS, ProcessConfig
 from lineage.diffusion.samplers import SAMPLERS, ddim
+from lineage.diffusion.samplers.k_diffusion import Denoise, Estimate
 from lineage.diffusion.schedules import SPACINGS, Point
-from lineage.diffusion.solvers import Denoise, Estimate
-from lineage.diffusion.unet import UNetConfig
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Trainer
+from lineage.training.loop import Trainer
 
 UNET = UNetConfig(16, (1, 2), blocks=1, attention=(1,), heads=2, patch=2, dropout=0.0)
 FAST = UNetConfig(32, (1,), blocks=1, attention=(0,), heads=2, patch=4, dropout=0.0)
@@ -99,7 +99,7 @@ def eight(shapes: CaptionedDataset) -> Batch:
 
 def step_of(one: DDPM, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
     """The terms of the one turn."""
-    draws = Draws(range(seed, seed + len(batch)))
+    draws = NoiseStreams(range(seed, seed + len(batch)))
     ((name, terms),) = one.losses(batch, one.text.encode(batch.caption), draws)
     assert name == "denoiser"
     return terms
@@ -644,7 +644,7 @@ def test_inside_shows_the_way_from_noise_to_picture(one: DDPM) -> None:
     assert names[0] == f"sigma {sigmas[0]:.2g}" and names[-1] == f"sigma {sigmas[-1]:.2g}"
     for picture in noised + estimates:
         assert picture.shape == (3, 16, 16) and picture.abs().max() <= 1
-    start = Draws.for_pictures(3, 1, "cpu").normal(3, 16, 16)[0]
+    start = NoiseStreams.for_pictures(3, 1, "cpu").randn(3, 16, 16)[0]
     torch.testing.assert_close(noised[0], start.clamp(-1, 1))
     torch.testing.assert_close(estimates[-1], one.generate("a red circle", seed=3)[0])
 
@@ -662,7 +662,7 @@ def test_inside_works_with_every_sampler(sampler: str, tokenizer: WordTokenizer)
     one = system(tokenizer, LINE, moved=0.05, sampler=sampler, spacing="even")
     (names, noised), (_, estimates) = rows_of(one, seed=1)
     assert names[0] == "noise" and len(names) == 8
-    start = Draws.for_pictures(1, 1, "cpu").normal(3, 16, 16)[0]
+    start = NoiseStreams.for_pictures(1, 1, "cpu").randn(3, 16, 16)[0]
     torch.testing.assert_close(noised[0], start.clamp(-1, 1))
     if sampler != "lms":  # which goes on along earlier slopes
         drawn = one.generate("a red circle", seed=1)[0]

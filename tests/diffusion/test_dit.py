@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lineage import runs
 from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import CaptionedDataset
-from lineage.diffusion.dit import (
+from lineage.diffusion.networks.dit import (
     SIZES,
     Block,
     DiT,
@@ -27,11 +27,11 @@ from lineage.diffusion.dit import (
     places_table,
 )
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.recipes import dit as recipe
 from lineage.text.contract import TextFeatures
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Trainer
+from lineage.training.loop import Trainer
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 TINY = DiTConfig(width=24, layers=2, heads=3, patch=2, words=5)
@@ -487,7 +487,7 @@ def test_a_system_has_channels_for_its_variances(
     outputs = (1 if variance == "fixed_small" else 2) * system.shape[0]
     assert system.network.leave.out_features == 4 * outputs
     batch = shapes.batch(range(4), [0] * 4, 0)
-    ((_, terms),) = system.losses(batch, system.text.encode(batch.caption), Draws(range(4)))
+    ((_, terms),) = system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(4)))
     assert ("bound" in terms) == (variance != "fixed_small")
     pictures = system.generate(["a red circle", ""], sampler="ddpm")
     assert pictures.shape == (2, 3, 16, 16) and pictures.isfinite().all()

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from lineage.config import RunConfig, TextConfig
-from lineage.contract import System
 from lineage.data.contract import CaptionedDataset
 from lineage.diffusion.ddpm import DDPM, DDPMConfig
 from lineage.diffusion.ldm import LDM
+from lineage.diffusion.networks.unet import UNetConfig
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import SAMPLERS
+from lineage.diffusion.samplers.k_diffusion import Estimate
 from lineage.diffusion.schedules import Point
-from lineage.diffusion.solvers import Estimate
-from lineage.diffusion.unet import UNetConfig
 from lineage.errors import UserError
+from lineage.system import System
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer

@@ -22,7 +22,6 @@ from torch.distributions import Normal, kl_divergence
 import lineage
 from lineage import runs
 from lineage.config import OptimConfig, TextConfig, TrainConfig
-from lineage.contract import Turn
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.data.tools import export
@@ -34,18 +33,19 @@ from lineage.diffusion.ldm import (
     Latents,
     LDMConfig,
 )
+from lineage.diffusion.networks.unet import UNetConfig
 from lineage.diffusion.process import ProcessConfig
-from lineage.diffusion.unet import UNetConfig
 from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.nn.perceptual import VGG16, load_lpips
 from lineage.recipes import ldm as recipe
+from lineage.system import Turn
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Trainer
-from lineage.train.store import load_tensors
+from lineage.training.loop import Trainer
+from lineage.training.store import load_tensors
 
 SIZE = 16
 NET = AutoencoderConfig(4, (1, 2), 1, (), SIZE, 5)
@@ -78,7 +78,7 @@ def pictures(count: int = 4, side: int = SIZE, first: int = 0) -> Batch:
 
 def turns(system: Any, batch: Batch, first: int = 0) -> Iterator[Turn]:
     text = system.text.encode(batch.caption)
-    return system.losses(batch, text, Draws(range(first, first + len(batch))))
+    return system.losses(batch, text, NoiseStreams(range(first, first + len(batch))))
 
 
 # --- the distribution -------------------------------------------------------------------------
@@ -559,7 +559,7 @@ import torch.distributed as dist
 from lineage.data.contract import Batch
 from lineage.diffusion.ldm import KLAutoencoder, KLConfig, Latents
 from lineage.nn.autoencoder import AutoencoderConfig
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 
 meet, rank = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
@@ -571,7 +571,7 @@ for step in range(2):
     torch.manual_seed(10 * step + rank)
     image = (1 + rank) * torch.rand(2, 3, 8, 8) - 1
     batch = Batch(image, [""] * 2, None, [f"{step}/{rank}/0", f"{step}/{rank}/1"])
-    list(latents.losses(batch, latents.text.encode([""] * 2), Draws([rank, 2 + rank])))
+    list(latents.losses(batch, latents.text.encode([""] * 2), NoiseStreams([rank, 2 + rank])))
 both = [torch.zeros(()) for _ in range(2)]
 dist.all_gather(both, latents.scale)
 print(json.dumps([float(scale) for scale in both]))
@@ -725,7 +725,7 @@ def test_the_network_learns_from_noised_latents(prediction: str, known: bool) ->
     batch = pictures(4, first=0 if known else 4)  # four are kept
     asked = Asked(built.autoencoder)
     text = built.text.encode(CAPTIONS)
-    ((name, terms),) = built.losses(batch, text, Draws(range(4)))
+    ((name, terms),) = built.losses(batch, text, NoiseStreams(range(4)))
     assert name == "denoiser" and asked.times == (not known)
     ((noised, t, told),) = heard.asked
     assert t.shape == (4,) and len(t.unique()) > 1
@@ -744,7 +744,7 @@ def test_the_network_learns_from_noised_latents(prediction: str, known: bool) ->
 def test_each_visit_draws_its_latents_anew() -> None:
     """From their distribution, kept or not; so that a picture is never twice the same."""
     built = system(made(PLAIN))
-    one, other = (built.clean(pictures(2), Draws([k, 7])) for k in (1, 2))
+    one, other = (built.clean(pictures(2), NoiseStreams([k, 7])) for k in (1, 2))
     assert (one[0] - other[0]).abs().max() > 1e-3
     torch.testing.assert_close(one[1], other[1])
     found = built.autoencoder.encode(pictures(2).image)

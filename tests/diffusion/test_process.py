@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lineage.diffusion.process import PREDICTIONS, Process, ProcessConfig, Scalings
 from lineage.diffusion.samplers import SAMPLERS, ddim, ddpm
+from lineage.diffusion.samplers.k_diffusion import Estimate
 from lineage.diffusion.schedules import CLEAN, SCHEDULES, SPACINGS, Path, Point
-from lineage.diffusion.solvers import Estimate
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 
 B = 4
 T = 40
@@ -733,11 +733,11 @@ def test_a_perfect_denoiser_finds_the_picture(name: str) -> None:
     for chain in CHAINS if name != "flow_euler" else [("flow", False)]:
         for steps in (1, 2, 7):
             path = process_of(chain).path(steps)
-            found = SAMPLERS[name](denoise, noise(), path, Draws(range(B)))
+            found = SAMPLERS[name](denoise, noise(), path, NoiseStreams(range(B)))
             torch.testing.assert_close(found, x0, atol=1e-5, rtol=0)
 
 
-def algorithm_2(x: Tensor, betas: Tensor, draws: Draws) -> Tensor:
+def algorithm_2(x: Tensor, betas: Tensor, draws: NoiseStreams) -> Tensor:
     """Ho et al. 2020, equations 6 and 7, step by step in double precision."""
     alphas = 1 - betas
     abar = torch.cumprod(alphas, 0)
@@ -749,17 +749,17 @@ def algorithm_2(x: Tensor, betas: Tensor, draws: Draws) -> Tensor:
         mean = (before.sqrt() * betas[t] / (1 - abar[t])) * x0
         mean = mean + (alphas[t].sqrt() * (1 - before) / (1 - abar[t])) * x
         variance = (1 - before) / (1 - abar[t]) * betas[t]
-        x = mean + variance.sqrt() * draws.normal(*x.shape[1:]).double()
+        x = mean + variance.sqrt() * draws.randn(*x.shape[1:]).double()
     raise AssertionError
 
 
 @pytest.mark.parametrize("chain", PLAIN, ids=lambda c: c[0])
 def test_ddpm_on_all_steps_is_algorithm_2(chain: Chain) -> None:
     process = process_of(chain)
-    expected = algorithm_2(noise(), SCHEDULES[chain[0]](T), Draws(range(B)))
+    expected = algorithm_2(noise(), SCHEDULES[chain[0]](T), NoiseStreams(range(B)))
     for found in (
-        ddpm(guess, noise(), process.path(T), Draws(range(B))),
-        ddim(guess, noise(), process.path(T), Draws(range(B)), eta=1.0),
+        ddpm(guess, noise(), process.path(T), NoiseStreams(range(B))),
+        ddim(guess, noise(), process.path(T), NoiseStreams(range(B)), eta=1.0),
     ):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)  # float32 draws
 
@@ -774,7 +774,7 @@ def test_ddim_adds_no_noise(chain: Chain) -> None:
         x0 = torch.tanh(0.7 * x + 0.01 * now)
         x = a[following] * x0 + b[following] * (x - a[now] * x0) / b[now]
     expected = torch.tanh(0.7 * x)
-    found = [ddim(guess, noise(), process.path(6), Draws([seed] * B)) for seed in (0, 1)]
+    found = [ddim(guess, noise(), process.path(6), NoiseStreams([seed] * B)) for seed in (0, 1)]
     torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
     assert torch.equal(found[0], found[1])
 
@@ -783,7 +783,7 @@ def test_ddpm_draws_from_the_stream_of_each_row() -> None:
     """Rows that share a stream would be the same picture; so would two seeds."""
     process = process_of(("cosine", False))
     start = noise()[:1].expand(B, -1, -1, -1)
-    found = ddpm(guess, start, process.path(8), Draws([5, 6, 5, 7]))
+    found = ddpm(guess, start, process.path(8), NoiseStreams([5, 6, 5, 7]))
     assert torch.equal(found[0], found[2])
     assert not torch.allclose(found[0], found[1], atol=1e-2)
     assert not torch.allclose(found[1], found[3], atol=1e-2)
@@ -793,6 +793,6 @@ def test_a_path_can_be_walked_from_any_point() -> None:
     """The last steps of a path are what a shorter walk needs, and lead to the same picture."""
     path: Path = process_of(("cosine", False)).path(8)
     seen: list[Tensor] = []
-    whole = ddim(guess, noise(), path, Draws(range(B)), lambda _, x, x0: seen.append(x))
-    part = ddim(guess, seen[5], path.shortened(3), Draws(range(B)))
+    whole = ddim(guess, noise(), path, NoiseStreams(range(B)), lambda _, x, x0: seen.append(x))
+    part = ddim(guess, seen[5], path.shortened(3), NoiseStreams(range(B)))
     torch.testing.assert_close(part, whole)

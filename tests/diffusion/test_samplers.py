@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import SAMPLERS
+from lineage.diffusion.samplers.k_diffusion import Churn, Denoise, Estimate, ignore
 from lineage.diffusion.schedules import CLEAN, SPACINGS, Path, Point, karras_sigmas
-from lineage.diffusion.solvers import Churn, Denoise, Estimate, ignore
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 
 DEVIATION = 0.5  # of the normal data; their mean is 1
 NOISE, MEAN = 0, 1  # places of `Apart` that are not draws
@@ -93,7 +93,7 @@ def smooth(x: Tensor, level: Point) -> Estimate:
     return Estimate((x / (level.signal + 0.5) + middle + level.noise).tanh())
 
 
-class Apart(Draws):
+class Apart(NoiseStreams):
     """Noise that keeps to itself: each draw is 1 at a place of its own and 0 elsewhere.
 
     Where all is linear, the result then says exactly how much each draw counts, and its variance
@@ -147,8 +147,8 @@ def path_of(process: Process, sigmas: list[float], *ends: Point) -> Path:
     return Path((*(process.at(sigma) for sigma in sigmas), *ends), process.at)
 
 
-def streams(count: int) -> Draws:
-    return Draws(range(100, 100 + count))
+def streams(count: int) -> NoiseStreams:
+    return NoiseStreams(range(100, 100 + count))
 
 
 def way(
@@ -157,7 +157,12 @@ def way(
     """x at each step and at the end, (steps + 1, B, 1, 4, 4)."""
     seen: list[Tensor] = []
     end = SAMPLERS[name](
-        denoise, start_of(path), path, Draws(seeds), lambda step, x, x0: seen.append(x), **knobs
+        denoise,
+        start_of(path),
+        path,
+        NoiseStreams(seeds),
+        lambda step, x, x0: seen.append(x),
+        **knobs,
     )
     return torch.stack([*seen, end])
 
@@ -662,9 +667,9 @@ def test_a_row_knows_nothing_of_the_others(name: str) -> None:
     together = SAMPLERS[name](smooth, x, path, streams(3))
     torch.rand(5)
     for row in range(3):
-        alone = SAMPLERS[name](smooth, x[row : row + 1], path, Draws([100 + row]))
+        alone = SAMPLERS[name](smooth, x[row : row + 1], path, NoiseStreams([100 + row]))
         torch.testing.assert_close(alone[0], together[row])
-    other = SAMPLERS[name](smooth, x, path, Draws([7, 8, 9]))
+    other = SAMPLERS[name](smooth, x, path, NoiseStreams([7, 8, 9]))
     assert torch.equal(other, together) == (name in DETERMINISTIC)
 
 
@@ -673,5 +678,5 @@ def test_a_row_with_churn_knows_nothing_of_the_others(name: str) -> None:
     path, churn = straight(name, 6), Churn(5.0)
     x = start_of(path, 2)
     together = SAMPLERS[name](smooth, x, path, streams(2), churn=churn)
-    alone = SAMPLERS[name](smooth, x[1:], path, Draws([101]), churn=churn)
+    alone = SAMPLERS[name](smooth, x[1:], path, NoiseStreams([101]), churn=churn)
     torch.testing.assert_close(alone[0], together[1])

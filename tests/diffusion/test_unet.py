@@ -13,7 +13,7 @@ from torch import Tensor
 from lineage.config import TextConfig
 from lineage.data.contract import CaptionedDataset
 from lineage.diffusion.ddpm import DDPM, DDPMConfig
-from lineage.diffusion.unet import CONDITIONING, UNet, UNetConfig, time_embedding
+from lineage.diffusion.networks.unet import CONDITIONING, UNet, UNetConfig, time_embedding
 from lineage.errors import UserError
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import make_encoder

@@ -35,9 +35,9 @@ from lineage.nn.autoencoder import AutoencoderConfig
 from lineage.official.codecs import import_dalle, import_vqgan, vqgan_config
 from lineage.official.importing import Given, import_weights, read_checkpoint
 from lineage.recipes import find_recipe
-from lineage.train.store import load_tensors, read_json
-from lineage.vqvae.dalle import Prior, PriorConfig
-from lineage.vqvae.dvae import DVAE, DVAEConfig
+from lineage.training.store import load_tensors, read_json
+from lineage.vqvae.ar_prior import Prior, PriorConfig
+from lineage.vqvae.dalle import DVAE, DVAEConfig
 from lineage.vqvae.transformer import TransformerConfig
 from lineage.vqvae.vqgan import VQGAN
 

@@ -22,13 +22,13 @@ from lineage.attngan.damsm import DAMSMConfig
 from lineage.cgan.stackgan import StackGANConfig, StageOneGenerator, StageTwo, StageTwoGenerator
 from lineage.cli import main
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.official import cgan
 from lineage.official.importing import IMPORTERS, import_weights, read_checkpoint
 from lineage.recipes import find_recipe
 from lineage.text.contract import TextFeatures
 from lineage.text.tokenizer import NULL
-from lineage.train.store import read_json
+from lineage.training.store import read_json
 
 WIDTH = 24
 SIZES = StackGANConfig(noise=10, condition=6, generator=8, residual=2)
@@ -63,8 +63,8 @@ class Source:
         return {prefix + name: tensor for name, tensor in named.items()}
 
     @torch.no_grad()
-    def draw(self, sentence: Tensor, draws: Draws) -> Tensor:
-        noise, eps, own = draws.normal(10), draws.normal(6), draws.normal(6)
+    def draw(self, sentence: Tensor, draws: NoiseStreams) -> Tensor:
+        noise, eps, own = draws.randn(10), draws.randn(6), draws.randn(6)
         return self.two(self.one(sentence, noise, eps).image, sentence, own).image
 
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_becomes_a_run_that_draws_the_same(
     sentence = system.text.encode(CAPTIONS).sentence
     assert sentence.shape == (3, WIDTH)
     drawn = system.generate(CAPTIONS, seed=5)
-    expected = source.draw(sentence, Draws.for_pictures(5, 3, "cpu"))
+    expected = source.draw(sentence, NoiseStreams.for_pictures(5, 3, "cpu"))
     assert drawn.shape == (3, 3, 256, 256) and drawn.std() > 0.01
     torch.testing.assert_close(drawn, expected, atol=1e-6, rtol=0)
 
@@ -369,8 +369,8 @@ class Painter:
         return TextFeatures(words, torch.ones_like(ids, dtype=torch.bool), sentence, ids)
 
     @torch.no_grad()
-    def draw(self, captions: list[list[str]], draws: Draws) -> Tensor:
-        noise, eps = draws.normal(ATTN.noise), draws.normal(ATTN.condition)
+    def draw(self, captions: list[list[str]], draws: NoiseStreams) -> Tensor:
+        noise, eps = draws.randn(ATTN.noise), draws.randn(ATTN.condition)
         rows = range(len(captions))
         parts = [(self.read(captions[i]), noise[i : i + 1], eps[i : i + 1]) for i in rows]
         return torch.cat([self.generator(*part).images[-1] for part in parts])
@@ -409,7 +409,7 @@ def test_three_files_become_a_run_that_draws_the_same(cell: str, tmp_path: Path)
     system = lineage.load(tmp_path / "run")
     assert isinstance(system, AttnGAN) and not system.training
     drawn = system.generate([caption for caption, _ in ASKED], seed=5)
-    draws = Draws.for_pictures(5, len(ASKED), "cpu")
+    draws = NoiseStreams.for_pictures(5, len(ASKED), "cpu")
     expected = painter.draw([left for _, left in ASKED], draws)
     assert drawn.shape == (3, 3, 128, 128) and drawn.std() > 0.01
     torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lineage.attngan.attngan import AttnGANConfig, Generator
 from lineage.config import TextConfig
-from lineage.nn.matching import Discriminator
+from lineage.nn.conditional_discriminator import Discriminator
 from lineage.official.attngan import (
     attngan_config,
     discriminator_key,

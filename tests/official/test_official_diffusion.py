@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
-from lineage.diffusion.dit import DiT, DiTConfig
 from lineage.diffusion.ldm import KLAutoencoder, KLConfig
-from lineage.diffusion.unet import UNet, UNetConfig
+from lineage.diffusion.networks.dit import DiT, DiTConfig
+from lineage.diffusion.networks.unet import UNet, UNetConfig
 from lineage.nn.autoencoder import AutoencoderConfig
 from lineage.official.latent import dit_names, dit_network, dit_rest, dit_state, kl_state
 from lineage.official.unets import (

@@ -26,7 +26,7 @@ from lineage.official.vqvae import (
     gpt2_state,
     mingpt_state,
 )
-from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder
+from lineage.vqvae.dalle import DVAEConfig, DVAEDecoder, DVAEEncoder
 from lineage.vqvae.transformer import GPT, TransformerConfig
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "reference"

@@ -12,10 +12,10 @@ from torch import nn
 
 from lineage.attngan.attngan import AttnGANConfig, Generator
 from lineage.cgan.stackgan import StackGANConfig, StageTwoGenerator
-from lineage.diffusion.dit import DiT, DiTConfig
-from lineage.diffusion.unet import UNet, UNetConfig
+from lineage.diffusion.networks.dit import DiT, DiTConfig
+from lineage.diffusion.networks.unet import UNet, UNetConfig
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder
-from lineage.nn.matching import Discriminator
+from lineage.nn.conditional_discriminator import Discriminator
 from lineage.official import paper_size
 from lineage.official.attngan import discriminator_key, generator_key, text_encoder, text_key
 from lineage.official.cgan import stackgan_key
@@ -24,7 +24,7 @@ from lineage.official.paper_size import NETWORKS, Formula
 from lineage.official.unets import unet_names
 from lineage.official.verify import as_text, read_reference, verify
 from lineage.official.vqvae import autoencoder_key, dvae_key
-from lineage.vqvae.dvae import DVAEConfig, DVAEDecoder, DVAEEncoder
+from lineage.vqvae.dalle import DVAEConfig, DVAEDecoder, DVAEEncoder
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "reference" / "paper_size.safetensors"
 absent = pytest.mark.skipif(

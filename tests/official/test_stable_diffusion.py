@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import lineage
 from lineage.diffusion.ldm import KLAutoencoder, KLConfig
-from lineage.diffusion.unet import UNet, UNetConfig
+from lineage.diffusion.networks.unet import UNet, UNetConfig
 from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig
 from lineage.official.importing import import_weights
 from lineage.official.paper_size import of_autoencoder
 from lineage.official.stable_diffusion import original_autoencoder, original_unet
 from lineage.official.unets import unet_names
-from lineage.train.store import read_json
+from lineage.training.store import read_json
 
 TEXT = 24  # width of the words
 UNET = UNetConfig(

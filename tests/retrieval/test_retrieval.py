@@ -9,7 +9,7 @@ from torch import Tensor
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.data.shapes import Shapes
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.retrieval.retrieval import (
     Index,
     Part,
@@ -46,7 +46,7 @@ def make(
 
 def remember(system: Retrieval, pictures: list[Tensor], captions: list[str]) -> list[object]:
     batch = Batch(to_unit(torch.stack(pictures)), captions, None, [str(i) for i in captions])
-    draws = Draws(range(len(captions)))
+    draws = NoiseStreams(range(len(captions)))
     return list(system.losses(batch, system.text.encode(captions), draws))
 
 
@@ -136,7 +136,10 @@ def test_finds_its_own_pictures_among_many() -> None:
     data = Shapes(size=SIZE)
     system = make(list(data.all_captions(200)), memory=200)
     batch = data.batch(range(150), [0] * 150, 0)
-    assert list(system.losses(batch, system.text.encode(batch.caption), Draws(range(150)))) == []
+    assert (
+        list(system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(150))))
+        == []
+    )
     made = to_bytes(system.generate(batch.caption))
     for picture, caption in zip(made, batch.caption, strict=True):
         same = [i for i, other in enumerate(batch.caption) if parse(other) == parse(caption)]
@@ -176,7 +179,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     data = Shapes(size=SIZE)
     system = make(list(data.all_captions(100)), memory=100)
     batch = data.batch(range(100), [0] * 100, 0)
-    list(system.losses(batch, system.text.encode(batch.caption), Draws(range(100))))
+    list(system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(100))))
     asked = [
         "a red circle",
         "two blue stars and a zorp",

@@ -23,9 +23,9 @@ from lineage.errors import UserError
 from lineage.text.encoders import make_encoder
 from lineage.text.pretrained import PretrainedEncoder
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train import texts
-from lineage.train.store import load_tensors
-from lineage.train.texts import Reader
+from lineage.training import texts
+from lineage.training.caption_cache import Reader
+from lineage.training.store import load_tensors
 
 WIDTH, WORDS, PLACES = 16, 8, 10
 SHORT, LONG = "a red circle", "a small red circle left of a blue ring of a circle"

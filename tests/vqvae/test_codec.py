@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
-from lineage.nn.draws import Draws
-from lineage.train.loop import Trainer
+from lineage.nn.noise import NoiseStreams
+from lineage.training.loop import Trainer
 from lineage.vqvae.codec import Codec, Codes, interval, normal_cdf, psnr
 
 BYTES = to_unit(torch.arange(256, dtype=torch.uint8))
@@ -232,7 +232,9 @@ def batch_of(names: list[str]) -> Batch:
 def look_at(codes: Codes, *batches: Batch) -> Codes:
     for batch in batches:
         codes.train()
-        turns = codes.losses(batch, codes.text.encode(batch.caption), Draws(range(len(batch))))
+        turns = codes.losses(
+            batch, codes.text.encode(batch.caption), NoiseStreams(range(len(batch)))
+        )
         assert list(turns) == []  # there is nothing to minimise
     return codes
 

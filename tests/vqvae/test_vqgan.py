@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from lineage import runs
 from lineage.config import OptimConfig, TrainConfig, to_dict
-from lineage.contract import Turn
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
 from lineage.nn import autoencoder
 from lineage.nn.autoencoder import AutoencoderConfig
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.nn.perceptual import VGG16, load_lpips
 from lineage.recipes import vqgan as recipe
+from lineage.system import Turn
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Trainer
+from lineage.training.loop import Trainer
 from lineage.vqvae.quantise import QuantiserConfig
 from lineage.vqvae.vqgan import VQGAN, VQGANConfig, adaptive_weight
 
@@ -51,7 +51,7 @@ def pictures(count: int = 4, side: int = SIZE) -> Batch:
 
 
 def turns(codec: VQGAN, batch: Batch) -> Iterator[Turn]:
-    return codec.losses(batch, codec.text.encode(batch.caption), Draws(range(len(batch))))
+    return codec.losses(batch, codec.text.encode(batch.caption), NoiseStreams(range(len(batch))))
 
 
 def trainer_for(codec: VQGAN, data: CaptionedDataset, batch: int = 4, **optim: Any) -> Trainer:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lineage import runs
 from lineage.config import OptimConfig, TrainConfig, with_field
-from lineage.contract import Turn
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
-from lineage.nn.draws import Draws
+from lineage.nn.noise import NoiseStreams
 from lineage.recipes import vqvae as recipe
+from lineage.system import Turn
 from lineage.text.tokenizer import WordTokenizer
-from lineage.train.loop import Trainer
+from lineage.training.loop import Trainer
 from lineage.vqvae.codec import Codes
 from lineage.vqvae.quantise import QuantiserConfig
 from lineage.vqvae.vqvae import VQVAE, Residual, VQVAEConfig, VQVAEDecoder, VQVAEEncoder
@@ -39,7 +39,7 @@ def pictures(count: int = 3, side: int = 8) -> Batch:
 
 
 def turns(codec: VQVAE, batch: Batch) -> Iterator[Turn]:
-    return codec.losses(batch, codec.text.encode(batch.caption), Draws(range(len(batch))))
+    return codec.losses(batch, codec.text.encode(batch.caption), NoiseStreams(range(len(batch))))
 
 
 def terms_of(codec: VQVAE, batch: Batch) -> dict[str, Tensor]:
@@ -374,7 +374,7 @@ def test_codes_are_found_in_full_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not torch.equal(codec.encode(batch.image), exact)
         asked = codes.of(batch)
-        list(codes.losses(batch, text, Draws(range(16))))
+        list(codes.losses(batch, text, NoiseStreams(range(16))))
     assert torch.equal(asked, exact)
     known = Batch(batch.image[:8], [""] * 8, None, batch.id[:8])
     assert torch.equal(codes.of(known), exact[:8]) and int(codes.memory.count) == 8

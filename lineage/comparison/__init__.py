@@ -1,0 +1,1 @@
+"""Equal-budget comparison of systems and its report."""

@@ -1,0 +1,1 @@
+"""The training loop, stages, the run folder's files and the log."""

@@ -1,0 +1,413 @@
+"""The comparison: one page with everything in it, the facts as JSON, no work done twice."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import lineage
+from lineage.comparison import run
+from lineage.comparison.report import (
+    MISSES,
+    _thinned,
+    as_bytes,
+    as_count,
+    as_seconds,
+    bars,
+    curve,
+    embed,
+    score_lines,
+    wall_time,
+)
+from lineage.errors import CheckFailed, UserError
+from lineage.training.log import read_log
+from lineage.training.store import read_json
+
+KEYS = ["retrieval", "gan_int_cls"]
+STEPS = 2
+PICTURES = 80  # drawn for the scores: few, but more than the judge has features
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison of two systems."""
+    out = tmp_path_factory.mktemp("compare") / "report"
+    report = lineage.compare(KEYS, preset="smoke", steps=STEPS, out=out, pictures=PICTURES)
+    assert report == out / "report.html"
+    return out
+
+
+class Page(HTMLParser):
+    """Every tag and address of a page, and whether its tags are closed."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def addresses(self) -> Iterator[str]:
+        for _, attributes in self.tags:
+            for name in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
+                if attributes.get(name):
+                    yield str(attributes[name])
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_needs_nothing_but_itself(folder: Path, page: Page) -> None:
+    """It is sent by mail and opened in a train: no network, no file beside it."""
+    for address in page.addresses():
+        assert address.startswith(("data:image/png;base64,", "#")), address[:80]
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\(\s*['\"]?(?!#|data:)", text)
+    assert "@import" not in text
+    assert not any(tag in ("script", "iframe", "link", "object") for tag, _ in page.tags)
+    assert page.open == []
+
+
+def test_the_page_shows_every_picture(folder: Path, page: Page) -> None:
+    """For each caption a real one, and each system's at each seed; then those that failed. All
+    described for the blind."""
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    facts = read_json(folder / "report.json")
+    captions, seeds = facts["captions"], facts["seeds"]
+    assert len(captions) == run.CAPTIONS and len(seeds) == len(run.SEEDS) == 2
+    described = [f"a real picture: {caption}" for caption in captions]
+    described += [f"{key}: {caption}" for key in KEYS for caption in captions for _ in seeds]
+    for key, scores in zip(KEYS, facts["scores"]["runs"], strict=True):
+        assert len(scores["failed"]) > MISSES  # nobody learns to draw in two steps
+        described += [f"{key} on {miss['prompt']}" for miss in scores["failed"][:MISSES]]
+    assert sorted(str(attributes["alt"]) for attributes in images) == sorted(described)
+    for attributes in images:
+        source = str(attributes["src"]).split(",", 1)[1]
+        with Image.open(io.BytesIO(base64.b64decode(source))) as picture:
+            assert picture.format == "PNG" and picture.size == (16, 16)
+    assert len({attributes["src"] for attributes in images}) > len(captions)
+
+
+def test_the_page_names_systems_captions_and_cost(folder: Path, page: Page) -> None:
+    text = " ".join(page.words)
+    facts = read_json(folder / "report.json")
+    for caption in facts["captions"]:
+        assert caption in text
+    for key in KEYS:
+        assert facts["systems"][key]["title"] in text
+    assert f"{STEPS} steps" in text
+    assert "None" not in text and "Undefined" not in text and "{{" not in text
+    assert sum(tag == "svg" for tag, _ in page.tags) == 1  # the GAN's losses; retrieval has none
+    assert "has no curve" in text
+
+
+def test_the_page_shows_every_score(folder: Path, page: Page) -> None:
+    """The shares as bars, as many as there are tasks, splits and systems; the rest as a table."""
+    scores, text = read_json(folder / "report.json")["scores"], " ".join(page.words)
+    assert [one["system"] for one in scores["runs"]] == KEYS
+    tasks = {s: c["tasks"] for s, c in scores["runs"][0]["composition"].items()}
+    classes = [attributes.get("class") for _, attributes in page.tags]
+    assert classes.count("bar") == len(KEYS) * sum(len(of) + 1 for of in tasks.values())
+    assert tasks.keys() == {"test", "heldout"}
+    widths = [
+        float(number)
+        for _, attributes in page.tags
+        for number in re.findall(r"(?:left|width): ([-\d.]+)%", attributes.get("style") or "")
+    ]
+    assert len(widths) == 3 * classes.count("bar") and all(0 <= width <= 100 for width in widths)
+    lines = score_lines(scores)
+    assert {"FID ↓", "R-precision", "nearer to training than unseen real"} <= {
+        line["name"] for line in lines
+    }
+    for line in lines:
+        assert line["name"] in text and len(line["cells"]) == len(KEYS) + 2
+        assert all(cell in text for cell in line["cells"])
+    for one in scores["runs"]:
+        assert all(f"seen: {miss['seen']}" in text for miss in one["failed"][:MISSES])
+    assert scores["protocol"]["quality"]["generated"] == PICTURES
+    assert all(warning in text for warning in scores["warnings"])
+
+
+def test_the_facts_are_those_of_the_runs(folder: Path) -> None:
+    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert facts["order"] == KEYS == list(facts["systems"])
+    assert facts["budget"] == {"minutes": None, "steps": STEPS}
+    assert (facts["preset"], facts["data"], facts["size"]) == ("smoke", "shapes", 16)
+    for key in KEYS:
+        system = facts["systems"][key]
+        assert system["training"] == read_json(folder / key / "cost.json")
+        assert system["config"]["key"] == key and system["config"]["train"]["steps"] == STEPS
+        cost = system["sampling"]
+        assert cost["model_bytes"] == (folder / key / "model.safetensors").stat().st_size
+        loaded = lineage.load(folder / key)
+        assert cost["parameters"]["all"] == sum(p.numel() for p in loaded.parameters())
+        assert cost["sampling_seconds_per_picture_at_1"] > 0
+    gan = facts["systems"]["gan_int_cls"]
+    assert gan["training"]["gan"]["steps"] == STEPS and gan["sampling"]["flops_per_picture"] > 1000
+    assert facts["systems"]["retrieval"]["sampling"]["flops_per_picture"] == 0
+    assert {"processor", "threads", "torch", "lineage", "python"} <= facts["machine"].keys()
+    assert facts["reproduce"][0].startswith("lineage compare retrieval gan_int_cls")
+    assert len(facts["reproduce"]) == 3
+
+
+def test_the_captions_are_not_those_of_training(folder: Path) -> None:
+    """Held-out pictures: a memory of the training set must not look like skill."""
+    facts = read_json(folder / "report.json")
+    held_out = lineage.load_dataset("shapes", "validation", 16)
+    shown = [example.captions[0] for example in held_out.showcase(run.CAPTIONS)]
+    assert facts["captions"] == shown
+
+
+def test_the_sheet_is_a_picture(folder: Path) -> None:
+    """Two captions a row: twice the real picture and the two systems."""
+    with Image.open(folder / "sheet.png") as sheet:
+        assert sheet.width > 2 * 3 * 80 and sheet.height > run.CAPTIONS / 2 * 80
+    for key in KEYS:
+        for name in ("failed", "nearest"):
+            assert (folder / f"{key}_{name}.png").is_file()
+
+
+def test_a_second_comparison_does_not_train_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of training must survive a changed mind about the report."""
+    before = {
+        key: (
+            (folder / key / "model.safetensors").read_bytes(),
+            read_json(folder / key / "cost.json"),
+        )
+        for key in KEYS
+    }
+    logs = {key: read_log(folder / key / "metrics.jsonl") for key in KEYS}
+    lineage.compare(KEYS, preset="smoke", steps=STEPS, out=folder, pictures=PICTURES)
+    for key in KEYS:
+        weights, cost = before[key]
+        assert (folder / key / "model.safetensors").read_bytes() == weights
+        now = read_json(folder / key / "cost.json")
+        for stage, facts in cost.items():
+            assert now[stage]["steps"] == facts["steps"]
+            assert now[stage]["seconds"] == facts["seconds"]
+        assert read_log(folder / key / "metrics.jsonl") == logs[key]
+
+
+def test_a_second_comparison_keeps_what_was_measured(folder: Path) -> None:
+    """The peak memory of training is not that of looking at a finished run again."""
+    measured = {}
+    for key in KEYS:
+        path = folder / key / "cost.json"
+        cost = read_json(path)
+        for facts in cost.values():
+            facts["peak_memory_bytes"] = 123
+        path.write_text(json.dumps(cost))
+        measured[key] = cost
+    lineage.compare(KEYS[:1], preset="smoke", steps=STEPS, out=folder, pictures=PICTURES)
+    assert read_json(folder / KEYS[0] / "cost.json") == measured[KEYS[0]]
+
+
+def test_what_cannot_be_compared_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    for keys, options, words in (
+        (["gan_int_cls", "ddmp"], {}, "'ddpm'"),
+        (["gan_int_cls", "glide"], {}, "planned"),
+        (["gan_int_cls", "retrieval"], {"preset": "paper"}, "'paper'"),
+        (["gan_int_cls"], {"settings": {"model.gen": 3}}, "'model.gen'"),
+        (["gan_int_cls"], {"data": "nowhere"}, "nowhere"),
+    ):
+        given: dict[str, Any] = {"preset": "smoke", "steps": 1, "out": tmp_path / "out", **options}
+        with pytest.raises(UserError, match=words):
+            lineage.compare(keys, **given)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_system_that_cannot_be_trained_stops_the_comparison(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its own sentence stands on standard error; the exit code tells what kind of fault it was."""
+    with pytest.raises(UserError, match="gan_int_cls"):
+        lineage.compare(
+            ["gan_int_cls"], preset="smoke", steps=1, out=tmp_path, settings={"size": 24}
+        )
+    errors = capfd.readouterr().err
+    assert "size=24" in errors and "Traceback" not in errors
+    with pytest.raises(CheckFailed):
+        lineage.compare(
+            ["gan_int_cls"],
+            preset="smoke",
+            steps=30,
+            out=tmp_path / "b",
+            settings={"optim.lr": 1e30},
+        )
+    assert not (tmp_path / "report.html").exists()
+
+
+# --- pieces -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (1000, "1 k"),
+        (1234, "1.23 k"),
+        (35_746_307, "35.7 M"),
+        (1_234_567, "1.23 M"),
+        (5e9, "5 G"),
+        (3.2e13, "32 T"),
+        (999_999, "1 M"),
+        (999_600_000, "1 G"),
+    ],
+)
+def test_counts(value: float, text: str) -> None:
+    assert as_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123, "12.3 ms"), (0.9996, "1 s"), (1, "1 s"), (59.94, "59.9 s"), (0.0004, "0.4 ms")],
+)
+def test_seconds(value: float, text: str) -> None:
+    assert as_seconds(value) == text
+
+
+def test_long_times_are_not_powers_of_ten() -> None:
+    """An hour of training is not `3.6e+03 s`."""
+    for value in (1234.0, 3600.0, 86_400.0):
+        assert "e+" not in as_seconds(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1_234_567, "1.23 MB"),
+        (8e9, "8 GB"),
+        (2e12, "2 TB"),
+        (999_999, "1 MB"),
+    ],
+)
+def test_bytes(value: float, text: str) -> None:
+    assert as_bytes(value) == text
+
+
+def test_embedded_pictures_are_the_pictures() -> None:
+    image = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8)
+    with Image.open(io.BytesIO(base64.b64decode(embed(image).split(",")[1]))) as picture:
+        assert picture.getpixel((2, 1)) == tuple(image[:, 1, 2].tolist())
+
+
+def composition(value: float) -> dict[str, Any]:
+    """A composition of one task, whose share and mean are both `value`."""
+    share = {"value": value, "interval": [value - 0.1, value + 0.1], "n": 9}
+    return {"test": {"tasks": {"two_objects": share}, "overall": share, "parts": {}}}
+
+
+def test_bars_stand_between_floor_and_ceiling() -> None:
+    """Each bar is a system's own share, in the order of the comparison; the floor is that of
+    shuffled prompts, not of real ones."""
+    scores = {
+        "runs": [{"composition": composition(0.3)}, {"composition": composition(0.6)}],
+        "real": {"composition": composition(0.9)},
+        "shuffled": {"composition": composition(0.1)},
+    }
+    (panel,) = bars(scores, ["one", "two"])
+    assert [task["name"] for task in panel["tasks"]] == ["two objects", "overall"]
+    for task in panel["tasks"]:
+        assert [(bar["key"], bar["value"]) for bar in task["bars"]] == [("one", 0.3), ("two", 0.6)]
+        assert (task["real"], task["floor"]) == (0.9, 0.1)
+    assert bars({**scores, "real": {}}, ["one", "two"]) == []  # data without a judge
+
+
+def test_scores_that_nobody_has_make_no_line() -> None:
+    """And where one row has none, its cell says so instead of shifting the others."""
+    fid = {"value": 3.0, "interval": [2.0, 4.0], "n": 9}
+    scores = {"runs": [{"quality": {"fid": fid}}, {}], "real": {}, "shuffled": {}}
+    (line,) = score_lines(scores)
+    assert line["name"] == "FID ↓" and len(line["cells"]) == 4
+    assert "3" in line["cells"][0] and len(set(line["cells"][1:])) == 1
+
+
+def log_of(**terms: float) -> list[dict[str, Any]]:
+    return [
+        {"stage": "s", "step": i, "seconds": 60.0 * i, "gradient/g": 1.0}
+        | {name.replace("__", "/"): value / (i + 1) for name, value in terms.items()}
+        for i in range(5)
+    ]
+
+
+def test_a_curve_shows_every_loss_and_no_gradient() -> None:
+    drawn = curve(log_of(g__one=1.0, d__two=2.0))
+    assert drawn is not None and drawn.startswith("<svg")
+    assert "g/one" in drawn and "d/two" in drawn and "gradient" not in drawn
+    assert "currentColor" in drawn and "#0a0b0c" not in drawn
+    assert curve([]) is None and curve(log_of()) is None
+
+
+def test_a_curve_of_several_stages_shows_them_all() -> None:
+    """A later stage has other losses than the first; both were trained."""
+    first = [{**line, "stage": "one"} for line in log_of(a__x=1.0)]
+    drawn = curve(first + [{**line, "stage": "two"} for line in log_of(b__y=1.0)])
+    assert drawn is not None and "a/x" in drawn and "b/y" in drawn
+
+
+def test_a_curve_below_zero_is_drawn() -> None:
+    assert curve(log_of(g__one=-1.0)) is not None
+
+
+def test_thinning_keeps_the_mean() -> None:
+    points = [(float(i), float(i * i)) for i in range(600)]
+    thin = _thinned(points)
+    assert len(thin) == 120
+    assert sum(y for _, y in thin) / 120 == pytest.approx(sum(y for _, y in points) / 600)
+    assert _thinned(points[:7]) == points[:7]
+
+
+def test_the_time_of_training_is_summed_over_systems_and_stages() -> None:
+    systems = {
+        "a": {"training": {"one": {"seconds": 1.5}, "two": {"seconds": 2}}},
+        "b": {"training": {"one": {"seconds": 4}}},
+    }
+    assert wall_time({"systems": systems}) == 7.5
+
+
+def test_many_terms_are_summed_by_group() -> None:
+    """A curve for each discriminator and the generator, not for each of their terms."""
+    names = [f"d{k}/{term}" for k in range(3) for term in ("real", "wrong", "fake", "alone", "r1")]
+    log = [{"stage": "gan", "seconds": float(s), **dict.fromkeys(names, 0.5)} for s in range(1, 4)]
+    figure = curve(log)
+    assert figure is not None
+    assert all(f"d{k}" in figure for k in range(3)) and "d0/real" not in figure
+    few = curve([{k: v for k, v in line.items() if not k.endswith("1")} for line in log[:2]])
+    assert few is not None and "d0/real" in few

@@ -1,0 +1,139 @@
+"""What went wrong, or nearly: prompts, pictures and embeddings at the edge of what is asked."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lineage.data.shapes_draw import COLOURS
+from lineage.errors import UserError
+from lineage.evaluation import sections
+from lineage.evaluation.exam import exam
+from lineage.evaluation.judge import Judge, Reading, Thing, relations, verdict
+from lineage.evaluation.prompts import Prompt, Wanted, read_prompts
+from lineage.evaluation.scenes import attributes, missed, plan
+
+
+def ask(*include: Wanted, level: str = "hard") -> Prompt:
+    return Prompt("any", "a caption", include, level, "test")
+
+
+def test_collapsed_text_embeddings_are_not_perfect() -> None:
+    """All captions are equally near: that is chance, not success."""
+    captions = [str(i) for i in range(200)]
+    found = sections.text_fit(torch.randn(200, 8), torch.ones(200, 8), captions, "damsm")
+    assert found["r_precision"]["value"] == pytest.approx(1 / 100)
+
+
+def plain(colours: Sequence[Sequence[int]]) -> torch.Tensor:
+    """One picture of nothing but each colour."""
+    tensor = torch.tensor(colours, dtype=torch.uint8)
+    return tensor[:, :, None, None].expand(-1, -1, 32, 32)
+
+
+def test_plain_colours_hold_nothing() -> None:
+    """A model that has collapsed to one colour must not pass for one that draws a yellow circle."""
+    judge = Judge.load()
+    assert not any(reading.things for reading in judge.read(plain(list(COLOURS.values()))))
+    drawn = torch.randint(0, 256, (300, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    assert np.mean([bool(reading.things) for reading in judge.read(plain(drawn))]) < 0.02
+
+
+BROKEN: list[dict[str, Any]] = [
+    {"include": [{"class": "circle", "count": 5}, {"class": "square", "count": -2}]},
+    {"include": [{"class": "circle", "count": 0}, {"class": "square"}]},
+    {"include": [{"class": "circle", "count": 2.9}]},
+    {"include": [{"class": "circle", "position": ["left of", 0]}]},
+    {"include": [{"class": "circle", "count": float("inf")}]},
+    {"include": [{"class": "circle"}, {"class": "star", "position": ["above", float("inf")]}]},
+    {"include": [{"class": "circle", "colour": "red"}]},
+    {"include": [{"class": "circle", "count": 2, "size": "large"}]},
+    {"include": [{"class": "circle"}, {"class": "square", "place": "at the top"}]},
+    {"include": [{"class": "circle", "size": "large", "place": "in the top left"}]},
+    {"include": [{"class": "heart"}], "level": "easy"},
+    {"include": "circle"},
+    {"split": "training"},
+    {"prompt": None},
+    {"prompt": ""},
+    {"tag": None},
+]
+
+
+@pytest.mark.parametrize("changes", BROKEN, ids=str)
+def test_a_line_that_cannot_be_judged_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Before anything is drawn, by the line's number."""
+    line = {"tag": "t", "prompt": "p", "include": [{"class": "circle"}], **changes}
+    (tmp_path / "x").write_text(json.dumps(line))
+    with pytest.raises(UserError, match="line 1"):
+        read_prompts(tmp_path / "x")
+
+
+def test_a_bottomless_line_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="line 1"):
+        read_prompts(tmp_path / "x")
+
+
+def test_the_exam_of_a_prompt_with_every_shape_of_its_level() -> None:
+    prompt = ask(*(Wanted(s) for s in ("circle", "square", "triangle", "cross")), level="easy")
+    assert exam(Judge.load(), [prompt], 32)["near_miss_pictures"] == 2
+
+
+def test_two_of_a_shape_cannot_exchange_their_colours() -> None:
+    prompt = ask(Wanted("circle", 1, "red"), Wanted("circle", 1, "blue"))
+    assert "binding" not in attributes(prompt)
+    prompt = ask(Wanted("circle", 1, "red"), Wanted("star", 1, "blue"))
+    right = plan(prompt, np.random.default_rng(0))
+    near = missed(prompt, right, "binding", np.random.default_rng(0))
+    assert set(near.things) == {("circle", "blue"), ("star", "red")}
+
+
+def seen(*things: tuple[str, str, float, float]) -> Reading:
+    """(shape, colour, x, radius) of each thing, in the middle row."""
+    return Reading(tuple(Thing(s, c, x, 0.5, r) for s, c, x, r in things), "white")
+
+
+def test_a_relation_of_two_of_a_shape_minds_their_colours() -> None:
+    prompt = ask(Wanted("circle", 1, "red"), Wanted("circle", 1, "blue", ("left of", 0)))
+    red_first = seen(("circle", "red", 0.2, 0.15), ("circle", "blue", 0.8, 0.15))
+    assert not verdict(red_first, prompt)["strict"]
+    assert verdict(seen(*[("circle", "blue", 0.2, 0.15), ("circle", "red", 0.8, 0.15)]), prompt)[
+        "strict"
+    ]
+
+
+def test_two_large_circles_are_both_large() -> None:
+    prompt = ask(Wanted("circle", 2, size="large"))
+    one = seen(("circle", "red", 0.2, 0.28), ("circle", "red", 0.8, 0.15))
+    both = seen(("circle", "red", 0.2, 0.28), ("circle", "red", 0.8, 0.28))
+    assert not verdict(one, prompt)["strict"] and verdict(both, prompt)["strict"]
+
+
+def geneval(a: Thing, b: Thing) -> set[str]:
+    """The rule as GenEval states it, with arrays."""
+    offset = np.array([a.x - b.x, a.y - b.y])
+    revised = np.maximum(np.abs(offset) - 0.1 * 2 * (a.radius + b.radius), 0) * np.sign(offset)
+    if np.all(np.abs(revised) < 1e-3):
+        return set()
+    x, y = revised / np.linalg.norm(offset)  # of the offset before the margin
+    facts = {"left": x < -0.5, "right": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, holds in facts.items() if holds}
+
+
+def test_relations_are_genevals() -> None:
+    chance = random.Random(0)
+
+    def thing() -> Thing:
+        radius = chance.uniform(0.1, 0.2)
+        return Thing("star", "red", chance.random(), chance.random(), radius)
+
+    for _ in range(2000):
+        a, b = thing(), thing()
+        assert relations(a, b) == geneval(a, b)

@@ -1,0 +1,213 @@
+"""Intervals say how sure a number is: simulated, against formulas, and against explicit resampling.
+
+A reader calls two systems different where their intervals lie apart, so an interval that is too
+narrow would make news of chance.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lineage.evaluation import intervals
+
+
+def rows(count: int, width: int = 3, seed: int = 0, shift: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator) + shift
+
+
+def flips(count: int, share: float, seed: int) -> list[bool]:
+    return (np.random.default_rng(seed).random(count) < share).tolist()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.7])
+def test_an_interval_of_a_mean_covers_the_truth(share: float) -> None:
+    """A 95 % interval from 60 pictures holds the true share in about 95 of 100 evaluations."""
+    scores = [intervals.of_mean(flips(60, share, seed), seed) for seed in range(300)]
+    covered = [score["interval"][0] <= share <= score["interval"][1] for score in scores]
+    assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_an_interval_of_tasks_covers_the_truth() -> None:
+    """Tasks of unequal size and difficulty count alike, in the value and in the interval."""
+    tasks = ((90, 0.9), (40, 0.5), (30, 0.2))
+    truth = sum(share for _, share in tasks) / len(tasks)
+    covered = []
+    for seed in range(300):
+        drawn = [flips(n, p, 1000 * seed + i) for i, (n, p) in enumerate(tasks)]
+        low, high = intervals.of_tasks(drawn, seed)["interval"]
+        covered.append(low <= truth <= high)
+    assert 0.90 <= np.mean(covered) <= 0.99
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_intervals_are_as_wide_as_theory_says(groups: int) -> None:
+    """1.96 standard errors to both sides. Four like tasks halve it, if each is drawn by itself."""
+    columns = [torch.tensor(flips(200, 0.5, 7)) for _ in range(groups)]
+    score = intervals.of_tasks(columns)
+    low, high = score["interval"]
+    error = float(columns[0].double().std()) / math.sqrt(200 * groups)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.12)
+    assert (low + high) / 2 == pytest.approx(score["value"], abs=error / 4)
+
+
+def test_values_and_counts_by_hand() -> None:
+    score = intervals.of_tasks([[True, False], [1.0, 1.0, 1.0, 0.0]])
+    assert (score["value"], score["n"]) == (0.625, 6)
+    assert intervals.of_mean([True, False, False])["value"] == 0.3333
+    assert intervals.of_mean(torch.tensor([2.5] * 5)) == {
+        "value": 2.5,
+        "interval": [2.5, 2.5],
+        "n": 5,
+    }
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    """Two evaluations of one run must print one number, and the chance must be chance."""
+    x, y = rows(30), rows(25, seed=1, shift=0.4)
+    values = x[:, 0]
+    calls = [
+        lambda seed: intervals.of_mean(values, seed),
+        lambda seed: intervals.of_tasks([values, y[:, 0]], seed),
+        lambda seed: intervals.of_frechet_distance(x, y, seed),
+        lambda seed: intervals.of_kernel_distance(x, y, seed),
+    ]
+    for call in calls:
+        torch.manual_seed(1)
+        first = call(3)
+        torch.manual_seed(2)
+        assert call(3) == first
+        other = call(4)
+        assert other["value"] == first["value"]
+        assert other["interval"] != first["interval"]
+        low, high = first["interval"]
+        assert low < first["value"] < high
+
+
+def resampled(name: str, x: Tensor, y: Tensor, patch: pytest.MonkeyPatch) -> tuple[Any, Tensor]:
+    """The score that a distance gives, and the distances of the resampled sets behind it."""
+    seen: list[Tensor] = []
+    original = intervals._around
+
+    def spy(value: float, again: Tensor, count: int) -> dict[str, Any]:
+        seen.append(again)
+        return original(value, again, count)
+
+    patch.setattr(intervals, "_around", spy)
+    return getattr(intervals, name)(x, y, 5), seen[0].double()
+
+
+def drawn_again(x: Tensor, y: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The resampled sets themselves, row by row."""
+    pairs = zip(intervals._draws(len(x), 5), intervals._draws(len(y), 6), strict=True)
+    return [(x[i].double().numpy(), y[j].double().numpy()) for i, j in pairs]
+
+
+def check_score(score: dict[str, Any], value: float, again: Tensor, count: int) -> None:
+    error = float(again.std())
+    assert score["value"] == pytest.approx(value, rel=1e-3)
+    assert score["standard_error"] == pytest.approx(error, rel=1e-3)
+    assert score["interval"] == pytest.approx([value - 1.96 * error, value + 1.96 * error], 1e-3)
+    assert score["n"] == count
+
+
+def naive_kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """By loops over rows; a row is not compared with itself, but with its twin in another row."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    def within(points: np.ndarray) -> float:
+        pairs = [(i, j) for i in range(len(points)) for j in range(len(points)) if i != j]
+        return sum(kernel(points[i], points[j]) for i, j in pairs) / len(pairs)
+
+    return within(x) + within(y) - 2 * sum(kernel(a, b) for a in x for b in y) / (len(x) * len(y))
+
+
+def test_kernel_distances_of_resampled_sets_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of all pictures is computed once and weighed; this resamples for real."""
+    x, y = rows(9, 4), rows(7, 4, seed=1, shift=1.0)
+    score, again = resampled("of_kernel_distance", x, y, monkeypatch)
+    naive = [naive_kernel_distance(a, b) for a, b in drawn_again(x, y)]
+    expected = torch.tensor(naive, dtype=torch.float64)
+    assert len(expected) == intervals.DISTANCE_RESAMPLES
+    torch.testing.assert_close(again, expected, rtol=1e-9, atol=1e-9)
+    whole = naive_kernel_distance(x.double().numpy(), y.double().numpy())
+    check_score(score, whole, expected, 7)
+
+
+def naive_frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """The trace of the root from the eigenvalues of the product, as in the paper's formula."""
+    s, t = np.cov(x.T), np.cov(y.T)
+    shared = np.sqrt(np.clip(np.linalg.eigvals(s @ t).real, 0, None)).sum()
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * shared)
+
+
+def test_frechet_distances_of_resampled_sets_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = rows(20), rows(16, seed=1, shift=1.0)
+    score, again = resampled("of_frechet_distance", x, y, monkeypatch)
+    naive = [naive_frechet_distance(a, b) for a, b in drawn_again(x, y)]
+    expected = torch.tensor(naive, dtype=torch.float64)
+    torch.testing.assert_close(again, expected, rtol=1e-6, atol=1e-6)
+    whole = naive_frechet_distance(x.double().numpy(), y.double().numpy())
+    check_score(score, whole, expected, 16)
+
+
+def test_sets_are_drawn_with_replacement_and_apart() -> None:
+    """Both sides vary; were they drawn alike, equal numbers of pictures would move together."""
+    draws = intervals._draws(50, 0)
+    assert draws.shape == (intervals.DISTANCE_RESAMPLES, 50)
+    assert draws.unique().tolist() == list(range(50))
+    different = torch.tensor([len(draw.unique()) for draw in draws]).double().mean() / 50
+    assert float(different) == pytest.approx(1 - math.exp(-1), abs=0.03)
+    x = rows(40)
+    assert intervals.of_frechet_distance(x, x)["standard_error"] > 0
+    assert intervals.of_kernel_distance(x, x)["standard_error"] > 0
+
+
+@pytest.mark.parametrize("name", ["of_kernel_distance", "of_frechet_distance"])
+def test_the_standard_error_is_what_fresh_pictures_show(name: str) -> None:
+    """Sets that lie apart are drawn again and again; their distances vary as the bootstrap says."""
+    call, values, errors = getattr(intervals, name), [], []
+    for seed in range(40):
+        score = call(rows(80, seed=2 * seed), rows(80, seed=2 * seed + 1, shift=1.0), seed)
+        values.append(score["value"])
+        errors.append(score["standard_error"])
+    assert 0.7 < np.mean(errors) / np.std(values, ddof=1) < 1.4
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (0.0, 0.0),
+        (0.123449, 0.1234),
+        (-0.123451, -0.1235),
+        (123456.0, 123500.0),
+        (0.000012344999, 0.00001234),
+        (0.99996, 1.0),
+        (1 / 3, 0.3333),
+    ],
+)
+def test_four_significant_digits_are_told(value: float, told: float) -> None:
+    assert intervals.rounded(value) == told
+    assert intervals.score(value, value, value, 3) == {
+        "value": told,
+        "interval": [told, told],
+        "n": 3,
+    }
+
+
+def test_the_last_bits_do_not_show() -> None:
+    """Features of a batch of another size may differ in the last bit; the document must not."""
+    x, y = rows(40), rows(40, seed=1, shift=0.5)
+    again = y * (1 + 1e-7)
+    assert not torch.equal(y, again)
+    for name in ("of_kernel_distance", "of_frechet_distance"):
+        call = getattr(intervals, name)
+        assert call(x, y) == call(x, again)

@@ -1,0 +1,394 @@
+"""The loop on a system small enough to work out by hand: budget, rate, average, log, faults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import NoText
+
+from lineage.config import OptimConfig, TrainConfig
+from lineage.data.contract import Batch, CaptionedDataset
+from lineage.errors import CheckFailed, UserError
+from lineage.nn.noise import NoiseStreams
+from lineage.system import System, Turn
+from lineage.text.contract import TextFeatures
+from lineage.training.log import Log, read_log
+from lineage.training.loop import Trainer
+from lineage.training.store import load_state, save_state
+
+
+class Hill(System):
+    """Minimises 10 w^2 / 2 over its weights, with one term for the weight and one for the bias."""
+
+    def __init__(self, poison: int | None = None) -> None:
+        super().__init__()
+        self.text = NoText()
+        self.point = nn.Linear(3, 1)
+        self.poison, self.calls = poison, 0
+        self.noise: list[float] = []
+        self.dropout: list[float] = []
+        with torch.no_grad():
+            self.point.weight.copy_(torch.tensor([[3.0, -4.0, 0.5]]))
+            self.point.bias.fill_(1.0)
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        return {"point": [self.point]}
+
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+        self.calls += 1
+        self.noise += draws.rand().tolist()
+        self.dropout.append(torch.rand(()).item())
+        scale = math.nan if self.calls == self.poison else 10.0
+        yield (
+            "point",
+            {
+                "weight": scale * self.point.weight.square().sum() / 2,
+                "bias": 10.0 * self.point.bias.square().sum() / 2,
+            },
+        )
+
+    def draw(self, captions: list[str], draws: NoiseStreams) -> Tensor:
+        return torch.zeros(len(captions), 3, 4, 4)
+
+
+PLAIN: dict[str, Any] = {
+    "warmup": 0,
+    "decay": "none",
+    "average": 0.0,
+    "weight_decay": 0.0,
+    "clip": 0.0,
+}
+
+
+def trainer(
+    data: CaptionedDataset, system: System | None = None, optim: Any = None, **train: Any
+) -> Trainer:
+    given = {"batch": 4, "precision": "fp32", "log_every": 0, "checkpoint_every": 0} | train
+    config = OptimConfig(**(PLAIN | {"lr": 0.1} | (optim or {})))
+    return Trainer(system or Hill(), data, config, TrainConfig(sample_every=0, **given))
+
+
+# --- budget -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"pictures": 20}, 5),
+        ({"pictures": 21}, 6),  # what a batch cannot split is rounded up, not lost
+        ({"steps": 3, "pictures": 400}, 3),
+        ({"steps": 300, "pictures": 8}, 2),
+    ],
+)
+def test_a_budget_in_steps_or_pictures_is_kept(
+    budget: dict[str, int], steps: int, shapes: CaptionedDataset
+) -> None:
+    one = trainer(shapes, **budget)
+    one.run()
+    assert one.step == steps
+    one.run()  # a run that is done does nothing more
+    assert one.step == steps
+
+
+def test_a_budget_in_minutes_is_kept(shapes: CaptionedDataset) -> None:
+    one = trainer(shapes, minutes=0.3 / 60)
+    one.run()
+    assert 0.3 <= one.seconds < 1.5
+    assert one.step > 3
+    assert one.cpu_seconds > 0
+
+
+def test_sheets_and_checkpoints_cost_no_training_time(shapes: CaptionedDataset) -> None:
+    """Otherwise a system that samples slowly would be trained less in a comparison."""
+    import time
+
+    one = trainer(shapes, steps=4, checkpoint_every=1)
+    one.run(checkpoint=lambda: time.sleep(0.1))
+    assert one.seconds < 0.3
+
+
+def test_checkpoints_and_sheets_come_when_they_are_due(shapes: CaptionedDataset) -> None:
+    saved: list[int] = []
+    drawn: list[int] = []
+    one = trainer(shapes, steps=7, checkpoint_every=3)
+    one.train = TrainConfig(batch=4, steps=7, checkpoint_every=3, sample_every=2, precision="fp32")
+    one.run(checkpoint=lambda: saved.append(one.step), sample=lambda: drawn.append(one.step))
+    assert saved == [3, 6, 7]
+    assert drawn == [2, 4, 6]
+
+
+# --- rate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("none", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5 * 7 / 8, 0.75 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        (
+            "cosine",
+            [min(1, (k + 1) / 4) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)],
+        ),
+    ],
+)
+def test_the_rate_warms_up_and_decays(
+    decay: str, expected: list[float], shapes: CaptionedDataset
+) -> None:
+    one = trainer(shapes, optim={"warmup": 4, "decay": decay, "lr": 0.1}, steps=8)
+    used: list[float] = []
+    for number in range(8):
+        one.advance(one.loader.at(number))
+        used.append(one.groups["point"].optimizers["optimizer"].param_groups[0]["lr"])
+    assert used == pytest.approx([0.1 * share for share in expected])
+    assert one._rate() == pytest.approx(1.0 if decay == "none" else 0.0)
+
+
+def test_a_group_may_have_a_rate_of_its_own(shapes: CaptionedDataset) -> None:
+    one = trainer(shapes, optim={"rates": {"point": 0.5}, "lr": 0.1})
+    one.advance(one.loader.at(0))
+    assert one.groups["point"].optimizers["optimizer"].param_groups[0]["lr"] == pytest.approx(0.05)
+    with pytest.raises(UserError, match=r"optim\.rates\.generator.*point"):
+        trainer(shapes, optim={"rates": {"generator": 2.0}})
+
+
+def test_weight_decay_is_for_matrices_alone(shapes: CaptionedDataset) -> None:
+    """Decayed biases and norm scales are a well-known way to lose accuracy."""
+    one = trainer(shapes, optim={"weight_decay": 0.3})
+    decayed = {
+        id(p): part["weight_decay"]
+        for part in one.groups["point"].optimizers["optimizer"].param_groups
+        for p in part["params"]
+    }
+    point = one.system.get_submodule("point")
+    assert decayed == {id(point.weight): 0.3, id(point.bias): 0.0}
+
+
+# --- one step ---------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_sum_of_its_terms(shapes: CaptionedDataset) -> None:
+    """The gradient of 10 w^2 / 2 is 10 w: (30, -40, 5) and, for the bias, 10."""
+    one = trainer(shapes)
+    seen = one.advance(one.loader.at(0))
+    assert seen["point/weight"] == pytest.approx(5 * (9 + 16 + 0.25))
+    assert seen["point/bias"] == pytest.approx(5)
+    norm = math.sqrt(30**2 + 40**2 + 5**2 + 10**2)
+    assert seen["gradient/point"] == pytest.approx(norm)
+
+
+@pytest.mark.parametrize("clip", [0.0, 2.0, 1000.0])
+def test_gradients_are_clipped_to_the_norm_that_is_set(
+    clip: float, shapes: CaptionedDataset
+) -> None:
+    """What is logged is the norm before clipping, since that is what tells of trouble."""
+    one = trainer(shapes, optim={"clip": clip})
+    norm = one.advance(one.loader.at(0))["gradient/point"].item()
+    parameters = one.groups["point"].parameters
+    left = math.sqrt(sum(p.grad.square().sum().item() for p in parameters if p.grad is not None))
+    assert norm == pytest.approx(math.sqrt(30**2 + 40**2 + 5**2 + 10**2))
+    assert left == pytest.approx(2.0 if clip == 2.0 else norm, rel=1e-4)
+
+
+def test_the_moving_average_is_the_naive_one(shapes: CaptionedDataset) -> None:
+    """average <- d average + (1 - d) weights, where d grows to its value from a short memory."""
+    one = trainer(shapes, optim={"average": 0.3, "lr": 0.3})
+    system = one.system
+    naive = [p.detach().clone() for p in system.parameters()]
+    for k in range(12):
+        one.advance(one.loader.at(k))
+        weights = [p.detach().clone() for p in system.parameters()]
+        d = min(0.3, (1 + k) / (10 + k))
+        naive = [d * a + (1 - d) * w for a, w in zip(naive, weights, strict=True)]
+        with one.averaged() as averaged:
+            for parameter, expected in zip(averaged.parameters(), naive, strict=True):
+                torch.testing.assert_close(parameter.detach(), expected)
+        for parameter, expected in zip(system.parameters(), weights, strict=True):
+            assert torch.equal(parameter, expected)
+    assert not torch.allclose(naive[0], weights[0], atol=1e-4)
+
+
+def test_without_an_average_the_weights_are_sampled_from(shapes: CaptionedDataset) -> None:
+    one = trainer(shapes)
+    one.advance(one.loader.at(0))
+    before = [p.detach().clone() for p in one.system.parameters()]
+    with one.averaged() as averaged:
+        for p, b in zip(averaged.parameters(), before, strict=True):
+            assert torch.equal(p, b)
+
+
+def test_noise_is_a_function_of_seed_and_step(shapes: CaptionedDataset) -> None:
+    """Rows of a step, and steps, have noise of their own; a resumed run has the same again."""
+    systems = [Hill(), Hill(), Hill()]
+    first, second, other = (trainer(shapes, system) for system in systems)
+    other.seed = 1
+    for k in range(3):
+        first.advance(first.loader.at(k))
+        other.advance(first.loader.at(k))
+    second.step = 2
+    second.advance(second.loader.at(2))
+    assert systems[1].noise == systems[0].noise[8:12]
+    assert systems[1].dropout == systems[0].dropout[2:]
+    assert len(set(systems[0].noise + systems[2].noise)) == 24
+    assert len(set(systems[0].dropout)) == 3
+
+
+# --- log and faults ---------------------------------------------------------------------------
+
+
+def test_a_line_holds_the_means_since_the_line_before(
+    shapes: CaptionedDataset, tmp_path: Path
+) -> None:
+    one = trainer(shapes, steps=7, log_every=3)
+    losses: list[float] = []
+    original = one.advance
+
+    def advance(batch: Batch) -> dict[str, Tensor]:
+        seen = original(batch)
+        losses.append(seen["point/weight"].item())
+        return seen
+
+    one.advance = advance  # type: ignore[method-assign]
+    log = Log(tmp_path)
+    one.run(log)
+    lines = read_log(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert [line["pictures"] for line in lines] == [12, 24, 28]
+    for line, part in zip(lines, (losses[:3], losses[3:6], losses[6:]), strict=True):
+        assert line["point/weight"] == pytest.approx(sum(part) / len(part), rel=1e-5)
+        assert line["stage"] == "model"
+        named = {"seconds", "cpu_seconds", "pictures_per_second", "lr", "gradient/point"}
+        assert named <= line.keys()
+    assert lines == sorted(lines, key=lambda line: line["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("poison", "last", "phrase"),
+    [(8, 6, "the last good checkpoint is from step 6"), (2, None, "there is no checkpoint yet")],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    poison: int, last: int | None, phrase: str, shapes: CaptionedDataset, tmp_path: Path
+) -> None:
+    """The state on the disk must be from before: resuming from NaN is resuming from nothing."""
+    path = tmp_path / "state.pt"
+    one = trainer(shapes, Hill(poison), steps=20, log_every=20, checkpoint_every=3)
+    with pytest.raises(CheckFailed) as caught:
+        one.run(checkpoint=lambda: save_state(path, one.state()))
+    message = str(caught.value)
+    assert f"Step {poison} of model" in message
+    assert "point/weight" in message and "nan" in message and phrase in message
+    assert caught.value.exit_code == 1
+    if last is None:
+        assert not path.exists()
+    else:
+        state = load_state(path)
+        assert state["step"] == last
+        assert all(torch.isfinite(w).all() for w in state["weights"].values())
+
+
+def test_a_gradient_that_is_not_finite_is_named(shapes: CaptionedDataset) -> None:
+    """The loss itself may still be finite when the gradient overflows."""
+
+    class Cliff(Hill):
+        def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+            yield (
+                "point",
+                {"root": (self.point.weight - self.point.weight.detach()).abs().sum().sqrt()},
+            )
+
+    with pytest.raises(CheckFailed, match="the gradient of point became"):
+        trainer(shapes, Cliff(), steps=2).run()
+
+
+class Watching(Hill):
+    """Has a fact of each step that is watched: its number."""
+
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+        if self.watched:
+            self.facts = {"number": torch.tensor(float(self.calls))}
+        yield from super().losses(batch, text, draws)
+
+
+@pytest.mark.parametrize(
+    ("log_every", "watched"),
+    [
+        (1, [[0], [1], [2]]),  # numbers of the watched steps, by line
+        (4, [[0, 1, 2, 3], [4, 5]]),
+        (10, [[0, 2, 4, 6, 8], [10, 12, 14, 16, 18], [20]]),
+        (13, [[0, 2, 4, 6, 8, 10, 12], [13]]),
+        (11, [[0, 2, 4, 6, 8, 10], [11, 13]]),
+        (20, [[0, 4, 8, 12, 16], [20]]),
+    ],
+)
+def test_facts_are_of_the_steps_that_are_watched(
+    log_every: int, watched: list[list[int]], shapes: CaptionedDataset, tmp_path: Path
+) -> None:
+    """Every line has some, the last too, and no fact is counted twice."""
+    one = trainer(shapes, Watching(), steps=watched[-1][-1] + 1, log_every=log_every)
+    one.run(Log(tmp_path))
+    assert one.system.watched  # whoever asks for a step's losses now gets its facts too
+    lines = read_log(tmp_path / "metrics.jsonl")
+    assert len(lines) == len(watched)
+    for line, numbers in zip(lines, watched, strict=True):
+        assert line["health/number"] == pytest.approx(sum(numbers) / len(numbers))
+
+
+def test_a_run_that_goes_on_watches_its_first_step(
+    shapes: CaptionedDataset, tmp_path: Path
+) -> None:
+    first = trainer(shapes, Watching(), steps=21, log_every=20)
+    first.run()
+    second = trainer(shapes, Watching(), steps=24, log_every=20)
+    second.load_state(first.state())
+    second.run(Log(tmp_path))
+    (line,) = read_log(tmp_path / "metrics.jsonl")
+    assert line["step"] == 24 and line["health/number"] == 0.0  # of its own system's first call
+
+
+def test_a_step_alone_is_watched_unless_it_is_not(shapes: CaptionedDataset) -> None:
+    one = trainer(shapes, Watching(), log_every=20)
+    for number in range(3):
+        assert one.advance(one.loader.at(number))["health/number"] == number
+    one.system.watched = False
+    seen = one.advance(one.loader.at(3))
+    assert "health/number" not in seen and "gradient/point" in seen
+    assert one.advance(one.loader.at(4))["health/number"] == 4
+
+
+def test_state_of_another_network_is_told(shapes: CaptionedDataset) -> None:
+    state = trainer(shapes).state()
+    for change in (
+        {"weights": {}},
+        {"groups": {}},
+        {"step": "many"},
+        {"groups": {"point": {"optimizer": {}, "average": None}}},
+    ):
+        with pytest.raises(UserError, match="does not fit this configuration") as caught:
+            trainer(shapes).load_state({**state, **change})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="does not fit"):  # a run that kept no average
+        trainer(shapes, optim={"average": 0.9}).load_state(state)
+
+
+class Sometimes(Hill):
+    """A term that appears in every third step only, with the value 6."""
+
+    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+        for name, terms in super().losses(batch, text, draws):
+            if self.calls % 3 == 1:
+                terms["penalty"] = 6.0 + 0.0 * self.point.bias.sum()
+            yield name, terms
+
+
+def test_a_rare_term_is_averaged_over_the_steps_that_have_it(
+    shapes: CaptionedDataset, tmp_path: Path
+) -> None:
+    """A lazy penalty divided by all steps would look as many times smaller as it is rare."""
+    trainer(shapes, Sometimes(), steps=6, log_every=6).run(Log(tmp_path))
+    assert read_log(tmp_path / "metrics.jsonl")[-1]["point/penalty"] == pytest.approx(6.0)
