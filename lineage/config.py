@@ -1,208 +1,282 @@
-"""Configurations: frozen dataclasses, reachable by dotted names, saved as JSON.
+"""Configurations: frozen dataclasses with bounds, reachable by dotted names, saved as JSON.
 
-`RunConfig` is what every run has; a recipe extends it with `model`, the configuration of its
-system. Whatever a field's type is, `--set a.b=value` reaches it by name, and a run folder's
-`config.json` builds it again.
+    configuration   the decorator: keywords only, every value checked by pydantic, a wrong one told
+                    in one sentence
+    RunConfig       what every run has; a recipe extends it with `model`, its system's configuration
+    with_field      a copy with one field changed by its dotted name, as `--set a.b=value` does
+    to_dict, from_dict   plain JSON values and back, as a run folder's `config.json` holds them
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
-import types
 import typing
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import dataclass_transform
 
 from lineage.errors import UserError, nearest
 
 C = TypeVar("C")
 R = TypeVar("R", bound="RunConfig")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+# --- types with bounds ----------------------------------------------------------------------------
+
+
+def _number(value: Any) -> Any:
+    """`1e3` and 1000.0 are whole numbers too; true and false are no numbers."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+(\.\d*)?[eE][+-]?\d+\s*", value):
+        return float(value)
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """`1,2,3` or `(1, 2, 3)` on the command line."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+"""From 0 to below 1, such as a dropout rate or the decay of an average."""
+Share = Annotated[Float, Field(gt=0, lt=1)]
+"""Between 0 and 1, such as a stage's share of the budget."""
+Ints = Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)]
+IntsFromZero = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_listed)]
+Floats = Annotated[tuple[Float, ...], BeforeValidator(_listed)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    field_specifiers=(dataclasses.field, dataclasses.Field),
+)
+def configuration(cls: type[C]) -> type[C]:
+    """Make `cls` a frozen dataclass that is built with keywords only and checks every value.
+
+    Bounds are part of the annotations (`PositiveInt`, `Literal["log", "hinge"]`); what concerns
+    several fields is checked in `__post_init__`, which raises `UserError`.
+
+    Raises (when built):
+        UserError: a value is of the wrong type or out of bounds, or a name is unknown; one sentence
+            names it.
+    """
+    checks = ConfigDict(extra="forbid", allow_inf_nan=False)
+    built = pydantic_dataclass(frozen=True, kw_only=True, config=checks)(cls)
+    checked_init = built.__init__
+
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            checked_init(self, **values)
+        except ValidationError as error:
+            raise UserError(sentence(error, built)) from None
+
+    __init__.__wrapped__ = checked_init  # type: ignore[attr-defined]
+    built.__init__ = __init__  # type: ignore[method-assign]
+    return built
+
+
+def sentence(error: ValidationError, hint: Any, at: str = "") -> str:
+    """The first fault of a validation in one sentence, under its dotted name below `at`."""
+    fault = error.errors(include_url=False)[0]
+    places = [str(place) for place in fault["loc"] if "[" not in str(place)]
+    name = ".".join([*filter(None, [at]), *places])
+    value, kind, bounds = fault["input"], fault["type"], fault.get("ctx", {})
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"The configuration has no field {name!r}: {nearest(name, _names(hint, at))}"
+    if kind in ("missing", "missing_keyword_only_argument"):
+        return f"The configuration lacks the field {name!r}."
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", str(bounds["expected"]))
+        return f"{name}={value!r} is not possible: {nearest(str(value), known)}"
+    for key, words in _BOUNDS.items():
+        if key in bounds:
+            return f"{name}={value} must be {words} {bounds[key]:g}."
+    for part, words in _KINDS.items():
+        if kind.startswith(part):
+            return f"{name}={value!r} should be {words}."
+    return f"{name}={value!r}: {fault['msg'].removeprefix('Value error, ')}."
+
+
+_BOUNDS = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a number",
+    "value_error": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list, as in 1,2,3",
+    "dict": "a group of settings, as in NAME.KEY=VALUE",
+    "dataclass": "a group of settings",
+}
+
+
+def _names(hint: Any, at: str) -> list[str]:
+    """Every field's dotted name, as far as types tell."""
+    if not dataclasses.is_dataclass(hint):
+        return []
+    hints = typing.get_type_hints(hint)
+    names = []
+    for one in dataclasses.fields(hint):
+        name = f"{at}.{one.name}" if at else one.name
+        names += [name, *_names(hints[one.name], name)]
+    return names
+
+
+# --- what every run has ---------------------------------------------------------------------------
+
+
+@configuration
 class TextConfig:
     """Sizes of a text encoder.
 
     Attributes:
         tokenizer: `word` or `bpe`.
-        vocabulary: the most tokens that the tokeniser may have.
-        words: captions are cut after this many tokens.
-        width: D of words and sentence.
-        layers: of the LSTM or the transformer.
-        heads: of the transformer.
-        letters: that `char_cnn_rnn` reads of a caption.
-        channels: of its first convolution.
-        inputs: width of the word vectors that the `lstm` reads; 0 is D.
-        cell: of the `lstm`: `lstm` or `gru`.
-        dropout: share of the word vectors' entries that the `lstm` does not see while it learns.
+        vocab_size: Largest number of tokens of the tokeniser.
+        max_words: Number of tokens after which a caption is cut.
+        width: Width of the vectors of words and sentence.
+        num_layers: Number of layers of the LSTM or the transformer.
+        num_heads: Number of attention heads of the transformer.
+        max_chars: Number of characters after which `char_cnn_rnn` cuts a caption.
+        conv_channels: Number of channels of its first convolution.
+        embed_dim: Width of the word vectors that the `lstm` reads; 0 is `width`.
+        cell: Kind of recurrent cell of the `lstm` encoder: `lstm` or `gru`.
+        dropout: Share of the word vectors' entries that are dropped in training (`lstm`).
+        join: How `joined:` puts the words of its encoders together: `channels`, as SDXL, or
+            `sequence`, as SD3.
     """
 
-    tokenizer: str = "word"
-    vocabulary: int = 4096
-    words: int = 32
-    width: int = 128
-    layers: int = 1
-    heads: int = 4
-    letters: int = 201
-    channels: int = 384
-    inputs: int = 0
-    cell: str = "lstm"
-    dropout: float = 0.0
+    tokenizer: Literal["word", "bpe"] = "word"
+    vocab_size: PositiveInt = 4096
+    max_words: PositiveInt = 32
+    width: PositiveInt = 128
+    num_layers: PositiveInt = 1
+    num_heads: PositiveInt = 4
+    max_chars: PositiveInt = 201
+    conv_channels: PositiveInt = 384
+    embed_dim: NonNegativeInt = 0
+    cell: Literal["lstm", "gru"] = "lstm"
+    dropout: Fraction = 0.0
+    join: Literal["channels", "sequence"] = "channels"
 
     def __post_init__(self) -> None:
-        one_of("encoder.tokenizer", self.tokenizer, ("word", "bpe"))
-        one_of("encoder.cell", self.cell, ("lstm", "gru"))
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"encoder.dropout={self.dropout} must be from 0 to below 1.")
-        least = {
-            "inputs": 0,
-            "words": 1,
-            "width": 1,
-            "layers": 1,
-            "heads": 1,
-            "letters": 1,
-            "channels": 1,
-        }
-        least["vocabulary"] = (
-            4 if self.tokenizer == "word" else 260
-        )  # special tokens, bytes, one more
-        for name, value in least.items():
-            at_least("encoder." + name, getattr(self, name), value)
+        smallest = 4 if self.tokenizer == "word" else 260  # special tokens, bytes, one more
+        if self.vocab_size < smallest:
+            raise UserError(f"encoder.vocab_size={self.vocab_size} must be at least {smallest}.")
 
 
-@dataclass(frozen=True)
+@configuration
 class OptimConfig:
     """How each loss is minimised.
 
     Attributes:
         name: `adamw`, `adam`, or `muon` (Jordan 2024) for the matrices of hidden linear layers and
             `adamw` for all else.
-        lr: rate of every group, before warm-up and decay.
-        rates: factor on `lr` for single groups, by name, e.g. {"discriminator": 2.0}.
-        beta1, beta2: decay of the first and second moments.
-        weight_decay: for matrices and kernels; biases and scales have none.
-        warmup: steps over which the rate rises from zero.
-        decay: `cosine` or `linear` to zero over the budget, or `none`.
-        clip: largest norm of a group's gradient; 0 clips nothing.
-        average: decay of the moving average of the weights that is sampled from; 0 keeps none.
+        lr: Learning rate of every group, before warm-up and decay.
+        lr_multipliers: Factor on `lr` of single groups, by name, e.g. {"discriminator": 2.0}.
+        beta1, beta2: Decay of the first and second moments.
+        weight_decay: Weight decay of matrices and kernels; biases and scales have none.
+        warmup: Number of steps over which the rate rises from zero.
+        decay: Shape of the rate over the budget: `cosine` or `linear` to zero, or `none`.
+        grad_clip: Largest norm of a group's gradient; 0 clips nothing.
+        ema_decay: Decay of the moving average of the weights, which is sampled from; 0 keeps none.
     """
 
-    name: str = "adamw"
-    lr: float = 1e-3
-    rates: dict[str, float] = field(default_factory=dict)
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.01
-    warmup: int = 100
-    decay: str = "cosine"
-    clip: float = 1.0
-    average: float = 0.995
-
-    def __post_init__(self) -> None:
-        one_of("optim.name", self.name, ("adamw", "adam", "muon"))
-        one_of("optim.decay", self.decay, ("cosine", "linear", "none"))
-        if not self.lr > 0:
-            raise UserError(f"optim.lr={self.lr} must be above 0.")
-        for name in ("beta1", "beta2", "average"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"optim.{name}={getattr(self, name)} must be at least 0 and below 1."
-                )
-        for name in ("weight_decay", "warmup", "clip"):
-            at_least("optim." + name, getattr(self, name), 0)
+    name: Literal["adamw", "adam", "muon"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    lr_multipliers: dict[str, PositiveFloat] = field(default_factory=dict)
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: NonNegativeInt = 100
+    decay: Literal["cosine", "linear", "none"] = "cosine"
+    grad_clip: NonNegativeFloat = 1.0
+    ema_decay: Fraction = 0.995
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainConfig:
-    """The budget of a run, and how the loop goes about it. Where two budgets are given, the first
-    to be spent ends it.
+    """The budget of a run, and how the loop spends it. Where several budgets are given, the first
+    to be spent ends the run.
 
     Attributes:
-        minutes, steps, pictures: the budget; None sets no limit.
-        batch: pictures a step, in each process of a `torchrun`.
-        checkpoint_every, sample_every, log_every: in steps; 0 never (a finished run is always
-            saved). What a line of the log says beside losses and gradients is taken of some of its
-            steps.
+        minutes, max_steps, max_pictures: The budget; None sets no limit.
+        batch_size: Number of pictures of a step, in each process of a `torchrun`.
+        checkpoint_every, sample_every, log_every: Number of steps between two checkpoints, sheets
+            and lines of the log; 0 for never (a finished run is always saved). Metrics are
+            collected on some of the steps of a line.
         precision: `fp32`, `bf16` (autocast), or `auto`: bf16 where the machine has the instructions
             for it.
-        channels_last: memory layout of weights and pictures: `on`, `off`, or `auto`: on for CUDA.
-        compile: hand the networks to torch.compile (a minute of warm-up).
-        prefetch: batches prepared ahead in a thread; 0 prepares each when it is asked for; None is
-            2 for a GPU and 0 for a CPU, where a thread beside the arithmetic slows both.
+        channels_last: Memory layout of weights and pictures: `on`, `off`, or `auto`: on for CUDA.
+        compile: If true, networks go through torch.compile (a minute of warm-up).
+        prefetch: Number of batches prepared ahead in a thread; 0 prepares each when it is asked
+            for; None is 2 for a GPU and 0 for a CPU, where a thread beside the arithmetic slows
+            both.
         device: `cpu`, `cuda`, `mps`, or `auto`: the best there is.
     """
 
-    minutes: float | None = None
-    steps: int | None = None
-    pictures: int | None = None
-    batch: int = 32
-    checkpoint_every: int = 500
-    sample_every: int = 1000
-    log_every: int = 20
-    precision: str = "auto"
-    channels_last: str = "auto"
+    minutes: PositiveFloat | None = None
+    max_steps: PositiveInt | None = None
+    max_pictures: PositiveInt | None = None
+    batch_size: PositiveInt = 32
+    checkpoint_every: NonNegativeInt = 500
+    sample_every: NonNegativeInt = 1000
+    log_every: NonNegativeInt = 20
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: Literal["auto", "on", "off"] = "auto"
     compile: bool = False
-    prefetch: int | None = None
+    prefetch: NonNegativeInt | None = None
     device: str = "auto"
 
-    def __post_init__(self) -> None:
-        one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
-        one_of("train.channels_last", self.channels_last, ("auto", "on", "off"))
-        for name in ("minutes", "steps", "pictures"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"train.{name}={value} must be above 0.")
-        at_least("train.batch", self.batch, 1)
-        for name in ("checkpoint_every", "sample_every", "log_every", "prefetch"):
-            at_least("train." + name, getattr(self, name) or 0, 0)
 
-
-@dataclass(frozen=True)
+@configuration
 class RunConfig:
     """What every run has. Recipes add `model`.
 
     Attributes:
-        key: the system.
-        preset: `smoke`, `tiny`, `small` or `paper`.
-        data: spec of the data set.
-        size: side of the pictures.
-        seed: of the weights, the order of the data and the noise.
-        text: name of the text encoder.
-        encoder: its sizes.
+        key: Key of the system, filled in by its recipe's place.
+        preset: `smoke`, `tiny`, `small` or `paper`, filled in likewise.
+        data: Spec of the data set.
+        size: Side of the pictures in pixels.
+        seed: Seed of the weights, the order of the data and the noise.
+        text: Name of the text encoder.
+        encoder: Sizes of the text encoder.
     """
 
-    key: str
-    preset: str
+    key: str = ""
+    preset: str = ""
     data: str = "shapes"
-    size: int = 32
-    seed: int = 0
+    size: Annotated[Int, Field(ge=4)] = 32
+    seed: NonNegativeInt = 0
     text: str = "bag"
     encoder: TextConfig = field(default_factory=TextConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def __post_init__(self) -> None:
-        at_least("size", self.size, 4)
-        at_least("seed", self.seed, 0)
-
     def without_files(self: R) -> R:
-        """The same run without files to start from, which lie in its weights once it is trained."""
+        """The same run without files to start from: a trained run's weights hold what they gave."""
         return self
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    """Raises `UserError` if the setting `name` is below `least`, or not a number."""
-    if not value >= least:
-        raise UserError(f"{name}={value} must be at least {least}.")
-
-
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises `UserError` if the setting `name` is none of the known values."""
-    if value not in known:
-        raise UserError(f"{name}={value!r} is not possible: {nearest(value, known)}")
+# --- JSON, and dotted names -----------------------------------------------------------------------
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -211,20 +285,28 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(cls: type[C], saved: dict[str, Any], at: str = "") -> C:
-    """Build `cls` from what `to_dict` gave.
+def from_dict(cls: type[C], saved: Mapping[str, Any]) -> C:
+    """The configuration that `to_dict` wrote.
 
-    Raises `UserError` for an unknown name or a value of the wrong type.
+    Raises:
+        UserError: for an unknown name or a wrong value, under its dotted name.
     """
-    hints = typing.get_type_hints(cls)
-    for name in saved:
-        if name not in hints:
-            raise UserError(f"The configuration has no field {at + name!r}: {nearest(name, hints)}")
-    for field_ in dataclasses.fields(cls):  # type: ignore[arg-type]
-        required = field_.default is field_.default_factory is dataclasses.MISSING
-        if required and field_.name not in saved:
-            raise UserError(f"The configuration lacks the field {at + field_.name!r}.")
-    return cls(**{name: typed(hints[name], value, at + name) for name, value in saved.items()})
+    return typed(cls, dict(saved))
+
+
+def typed(hint: type[T] | Any, value: Any, at: str = "") -> T:
+    """`value`, which may be text from the command line, as the type `hint`.
+
+    Raises:
+        UserError: it cannot be read as one; the sentence calls it `at`.
+    """
+    if value == "none" and type(None) in typing.get_args(hint):
+        return typing.cast(T, None)
+    try:
+        adapter: TypeAdapter[T] = TypeAdapter(hint)
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise UserError(sentence(error, hint, at)) from None
 
 
 def with_field(config: C, path: str, value: Any) -> C:
@@ -238,95 +320,38 @@ def with_field(config: C, path: str, value: Any) -> C:
     if together is not None:
         several: C = together(str(value))
         return several
-    changed = to_dict(config)
-    known = set(field_names(config))
+    changed, known = to_dict(config), set(field_names(config))
     *parents, leaf = path.split(".")
-    place, hint = changed, type(config)
-    for depth, name in enumerate(parents):
-        place = place[name] if isinstance(place, dict) and name in place else None  # type: ignore[assignment]
-        if not isinstance(place, dict):
-            raise UserError(f"There is no setting {path!r}: {nearest(path, known)}")
-        hint = _inner(hint, parents[depth])
-    if dataclasses.is_dataclass(hint) and leaf not in place:
+    group: Any = changed
+    for name in parents:
+        group = group.get(name) if isinstance(group, dict) else None
+    mapping = isinstance(group, dict) and _origin(type(config), parents) is dict
+    if not isinstance(group, dict) or (leaf not in group and not mapping):
         raise UserError(f"There is no setting {path!r}: {nearest(path, known)}")
-    if isinstance(place.get(leaf), dict) and not isinstance(value, dict):
-        inside = sorted(name for name in known if name.startswith(path + "."))
-        hint_text = ", ".join(inside) or f"{path}.NAME=VALUE"
-        raise UserError(f"{path!r} is a group of settings; set one of them: {hint_text}")
-    place[leaf] = value
+    if isinstance(group.get(leaf), dict) and not isinstance(value, dict):
+        inner = sorted(name for name in known if name.startswith(path + "."))
+        names = ", ".join(inner) or f"{path}.NAME=VALUE"
+        raise UserError(f"{path!r} is a group of settings; set one of them: {names}")
+    optional = not mapping and type(None) in typing.get_args(_hint_at(type(config), path.split(".")))
+    group[leaf] = None if optional and value == "none" else value
     return from_dict(type(config), changed)
+
+
+def _hint_at(cls: Any, path: list[str]) -> Any:
+    """The annotation of the field at `path`."""
+    for name in path:
+        cls = typing.get_type_hints(cls)[name]
+    return cls
+
+
+def _origin(cls: Any, path: list[str]) -> Any:
+    return typing.get_origin(_hint_at(cls, path))
 
 
 def field_names(config: Any, at: str = "") -> list[str]:
     """Every dotted name that `with_field` reaches."""
     names: list[str] = []
     for name, value in (config if isinstance(config, dict) else to_dict(config)).items():
-        names += (
-            field_names(value, f"{at}{name}.") if isinstance(value, dict) and value else [at + name]
-        )
+        nested = isinstance(value, dict) and value
+        names += field_names(value, f"{at}{name}.") if nested else [at + name]
     return names
-
-
-def _inner(hint: Any, name: str) -> Any:
-    """The type of the field `name` of a dataclass, or of the values of a dict."""
-    if dataclasses.is_dataclass(hint):
-        return typing.get_type_hints(hint)[name]
-    return typing.get_args(hint)[1]
-
-
-def typed(hint: Any, value: Any, at: str) -> Any:
-    """`value`, which may be text from the command line, as the type that `hint` asks for.
-
-    Raises:
-        UserError: if it cannot be read as one; the sentence calls it `at`.
-    """
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{at}={value!r} should be a group of settings.")
-        return from_dict(hint, value, at + ".")  # type: ignore[arg-type]
-    if origin in (types.UnionType, typing.Union):
-        if value is None or (value == "none" and type(None) in inner):
-            return None
-        return typed(next(h for h in inner if h is not type(None)), value, at)
-    if origin is tuple:
-        parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple):
-            raise UserError(f"{at}={value!r} should be a list, as in {at}=1,2,3.")
-        return tuple(typed(inner[0], part, at) for part in parts if part != "")
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{at}={value!r} should be a group of settings, as in {at}.NAME=VALUE.")
-        return {name: typed(inner[1], part, f"{at}.{name}") for name, part in value.items()}
-    return _plain(hint, value, at)
-
-
-def _plain(hint: Any, value: Any, at: str) -> Any:
-    wrong = UserError(f"{at}={value!r} should be {_KINDS.get(hint, hint.__name__)}.")
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        text = str(value).lower()
-        if text in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-            return text in ("true", "yes", "on", "1")
-        raise wrong
-    if hint is str:
-        if not isinstance(value, str):
-            raise wrong
-        return value
-    if hint is int and re.fullmatch(r"[+-]?\d+", str(value)):
-        return int(value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise wrong from None
-    if not math.isfinite(number) or isinstance(value, bool):
-        raise wrong
-    if hint is int:
-        if number != int(number):
-            raise wrong
-        return int(number)
-    return number
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -1,22 +1,27 @@
-"""The contract of a system: what every family gives to the loop, to `lineage.load` and to a
-comparison.
+"""The contract of a system: what every family gives to the training loop, to `lineage.load` and to
+a comparison.
 
-    losses    one training step as a coroutine, which yields each loss in the order in which it is
-              optimised;
-    groups    the parameters that each of those losses moves;
-    generate  captions -> pictures.
+    losses     one training step as a coroutine, which yields each loss in the order in which it is
+               optimised (`Turn`);
+    groups     the modules that each of those losses trains;
+    sample     captions and noise -> pictures; its keywords are the system's options;
+    generate   captions and a seed -> pictures, in batches.
 
-What only helps others to draw (a text encoder, a matching model) has the first two: `Trainable`.
+A model that only helps others to draw (a codec, a matching model) has the first two: `Trainable`.
+What only some systems offer (`visualise`, `reconstruct`, ...) is a Protocol of its own.
 
-Axes: B pictures, 3 H W.
+Axes: B pictures, 3 channels, S side.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,33 +32,50 @@ from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
 from lineage.text.contract import TextEncoder, TextFeatures
 
-Turn = tuple[str, dict[str, Tensor]]
-"""(name of the parameter group to update, named loss terms whose sum is minimised)."""
+PICTURE_OPTIONS = ("image", "mask", "control", "reference")
+"""Options that hold one picture for each caption, under the names of diffusers' pipelines."""
 
-Named = tuple[str, Tensor]
-"""A picture (3, S, S) under the name that stands below it."""
 
-T = TypeVar("T")
+@dataclass(frozen=True)
+class Turn:
+    """One loss of a training step.
+
+    Attributes:
+        group: Name of the parameter group that is updated.
+        terms: Loss terms by name, scalars; their sum is minimised.
+        metrics: Function that returns further scalars by name, called by the loop when it logs.
+    """
+
+    group: str
+    terms: Mapping[str, Tensor]
+    metrics: Callable[[], Mapping[str, Tensor]] = dict
+
+
+class LabelledImage(NamedTuple):
+    """A picture (3, S, S) in [-1, 1] and the label that is written below it."""
+
+    label: str
+    image: Tensor
+
+
+class Option(NamedTuple):
+    """One keyword of a system's `sample`: its name, type, default and a sentence about it."""
+
+    name: str
+    type: Any
+    default: Any
+    sentence: str
 
 
 class Trainable(nn.Module):
-    """What a stage trains: a step as a coroutine, and the parameters that its turns move.
+    """A model that a stage trains: its step as a coroutine, and the modules that its turns train.
 
     Attributes:
-        text: the encoder through which it reads captions; trained with it if one of `groups` holds
-            it.
-        facts: what the last watched step found out beside its losses, scalars for the log.
-        watched: whether the facts of the next step will be read; if not, costly ones may be left
-            out.
+        text: Encoder of the captions, trained with the model if one of `groups` holds it; None for
+            a model that reads no captions.
     """
 
-    text: TextEncoder
-    facts: dict[str, Tensor]
-    watched: bool = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.facts = {}
+    text: TextEncoder | None
 
     @property
     def device(self) -> torch.device:
@@ -61,28 +83,25 @@ class Trainable(nn.Module):
 
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Module]]:
-        """The modules that each turn of `losses` trains, by the turn's name.
-
-        Empty if nothing is trained.
-        """
+        """Modules that each turn of `losses` trains, by the turn's group; empty if none is."""
 
     @abstractmethod
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         """One training step.
 
         Args:
-            batch: pictures (B, 3, H, W) in [-1, 1] and what is known of them.
-            text: the batch's captions, encoded, with gradient.
-            draws: random numbers of each row; all noise of the step comes from here.
+            batch: Pictures (B, 3, S, S) in [-1, 1], their captions, and what data wrappers added.
+            text: Features of the batch's captions, with gradient; None if `self.text` is None.
+            noise: Random numbers of each row; all noise of the step comes from here.
 
         Yields:
-            (group, terms): the loop minimises the sum of `terms` over the parameters of `group`,
-            then resumes.
+            Turns: the loop minimises the sum of a turn's terms over its group's parameters, then
+            resumes the coroutine, which sees the updated parameters.
         """
 
-    def remark(self, means: dict[str, float]) -> str:
-        """What the means of `facts` over some steps say of the training's health, in a few words;
-        empty if all is well.
+    def diagnose(self, means: Mapping[str, float]) -> str:
+        """A few words on the training's health, from the mean of each metric over some steps; empty
+        if all is well.
         """
         return ""
 
@@ -91,161 +110,172 @@ class System(Trainable):
     """One text-to-image system.
 
     Attributes:
-        at_once: how many pictures `generate` makes in one go.
-        begun: what is done with a picture that is given: `complete` it or `edit` it.
+        size: S, side of the pictures in pixels.
+        sample_batch_size: Number of pictures that `generate` draws at once.
     """
 
-    at_once: int = 64
-    begun: str = "complete"
+    text: TextEncoder
+    size: int
+    sample_batch_size: int = 64
 
     @abstractmethod
-    def draw(self, captions: list[str], draws: NoiseStreams) -> Tensor:
-        """Pictures of `captions`, (B, 3, H, W).
+    def sample(self, captions: list[str], noise: NoiseStreams) -> Tensor:
+        """Pictures of `captions`, (B, 3, S, S).
 
-        Row i uses stream i of `draws`. Further keywords are the knobs.
+        Row i uses stream i of `noise`. Further keywords are the system's options, each typed, with
+        a default, and documented under Args; picture options come as (B, ...) tensors.
         """
 
-    def generate(self, captions: str | Sequence[str], *, seed: int = 0, **knobs: Any) -> Tensor:
+    def generate(
+        self,
+        captions: str | Sequence[str],
+        *,
+        seed: int = 0,
+        progress: Callable[[int], object] | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Draw one picture for each caption.
 
         Picture i depends on (seed, i, caption i) alone, never on the batch it was made in.
 
         Args:
             captions: B captions; one string is one caption.
-            seed: chooses the noise.
-            **knobs: what the system's `draw` takes, such as `steps` or `guidance`.
+            seed: Seed of the noise.
+            progress: Function that is called with the number of pictures of each finished batch.
+            **options: Keywords of the system's `sample`, such as `guidance`; see `options()`. A
+                picture option holds B pictures, or one that serves all captions.
 
         Returns:
-            (B, 3, H, W) float32 in [-1, 1].
+            (B, 3, S, S) float32 in [-1, 1].
 
         Raises:
-            UserError: for no captions, or for a knob that the system does not have.
+            UserError: for no captions, an unknown option, or a value that does not fit it.
         """
-        return torch.cat(list(self.generate_in_parts(captions, seed=seed, **knobs)))
+        pictures = []
+        for part, streams, own in self.sample_batches(captions, seed, options):
+            with self.inference():
+                pictures.append(self.sample(part, streams, **own).float().clamp(-1, 1))
+            if progress is not None:
+                progress(len(part))
+        return torch.cat(pictures)
 
-    def generate_in_parts(
-        self, captions: str | Sequence[str], *, seed: int = 0, **knobs: Any
-    ) -> Iterator[Tensor]:
-        """What `generate` returns, `at_once` pictures at a time, as soon as they are drawn."""
-        knobs = self.typed_knobs(knobs)
-
-        def part(chunk: list[str], draws: NoiseStreams) -> Tensor:
-            return self.draw(chunk, draws, **knobs).float().clamp(-1, 1)
-
-        yield from self.in_parts(captions, seed, part)
-
-    def in_parts(
-        self, captions: str | Sequence[str], seed: int, make: Callable[[list[str], NoiseStreams], T]
-    ) -> Iterator[T]:
-        """What `make` gives for `at_once` captions at a time and the streams of their pictures, in
-        evaluation mode and without gradients.
-        """
-        wanted = [captions] if isinstance(captions, str) else list(captions)
-        if not wanted:
+    def sample_batches(
+        self, captions: str | Sequence[str], seed: int, options: Mapping[str, Any]
+    ) -> Iterator[tuple[list[str], NoiseStreams, dict[str, Any]]]:
+        """Captions, noise streams and options of each batch that `generate` draws."""
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        if not captions:
             raise UserError("There is nothing to draw: give at least one caption.")
-        for first in range(0, len(wanted), self.at_once):
-            chunk = wanted[first : first + self.at_once]
-            draws = NoiseStreams.for_pictures(seed, len(chunk), self.device, first)
-            training = self.training
-            self.eval()
-            try:
-                with torch.no_grad():
-                    made = make(chunk, draws)
-            finally:
-                self.train(training)
-            yield made
+        options = self.typed_options(options, len(captions))
+        for first in range(0, len(captions), self.sample_batch_size):
+            part = captions[first : first + self.sample_batch_size]
+            rows = slice(first, first + len(part))
+            own = {n: v[rows] if n in PICTURE_OPTIONS else v for n, v in options.items()}
+            yield part, NoiseStreams.for_pictures(seed, len(part), self.device, first), own
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients; training mode is restored afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
 
     def variants(self) -> dict[str, dict[str, Any]]:
-        """What a sample sheet shows of each caption: knobs, by a name that stands below."""
+        """Options with which a sample sheet draws each caption, by the label below the picture."""
         return {"": {}}
 
-    def picture_vectors(self, images: Tensor) -> Tensor | None:
-        """Pictures (B, 3, S, S) as vectors (B, D) to be held against `text.sentence` by cosine, if
-        the system was trained with a model that matches the two; else None.
-        """
-        return None
+    # --- options ------------------------------------------------------------------------------
 
-    def complete(
-        self,
-        captions: str | Sequence[str],
-        images: Tensor,
-        *,
-        keep: float = 0.5,
-        seed: int = 0,
-        **knobs: Any,
-    ) -> Tensor:
-        """Pictures (B, 3, S, S) in [-1, 1] whose upper part is that of `images`.
+    def options(self) -> dict[str, Option]:
+        """Options that `generate` takes, by name: the keywords of `sample`."""
+        hints, sentences = get_type_hints(self.sample), _argument_sentences(self.sample)
+        parameters = list(inspect.signature(self.sample).parameters.values())[2:]
+        return {
+            p.name: Option(p.name, hints[p.name], p.default, sentences.get(p.name, ""))
+            for p in parameters
+        }
 
-        Args:
-            images: (B, 3, S, S) in [-1, 1].
-            keep: share of the picture, from above, that is given.
-            **knobs: those of `generate`.
+    def typed_options(self, options: Mapping[str, Any], count: int = 1) -> dict[str, Any]:
+        """`options`, whose values may be text, as the types that `sample` declares; picture options
+        as (`count`, ...) tensors on the system's device. An option that is None is left out.
 
         Raises:
-            UserError: for a system that cannot go on with a picture that is begun.
+            UserError: for an unknown option, or a value that does not fit it.
         """
-        raise UserError(
-            f"{type(self).__name__} cannot go on with a picture that is begun; vqvae, dalle and "
-            "vqgan can."
-        )
+        known, checked = self.options(), {}
+        for name, value in options.items():
+            if name not in known:
+                hint = nearest(name, known) if known else "it has none."
+                raise UserError(f"{type(self).__name__} has no option {name!r}: {hint}")
+            if value is None:
+                continue
+            if name in PICTURE_OPTIONS:
+                checked[name] = self._checked_pictures(name, value, count)
+            else:
+                checked[name] = typed(known[name].type, value, name)
+        return checked
 
-    def edit(
-        self,
-        captions: str | Sequence[str],
-        images: Tensor,
-        *,
-        mask: Tensor | None = None,
-        strength: float | None = None,
-        seed: int = 0,
-        **knobs: Any,
-    ) -> Tensor:
-        """Pictures (B, 3, S, S) in [-1, 1] made from `images` by the captions.
+    def _checked_pictures(self, name: str, value: Any, count: int) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name} must be a tensor of pictures, not {value!r}.")
+        wanted = (count, 1 if name == "mask" else 3, self.size, self.size)
+        if len(value) == 1:
+            value = value.expand(count, *value.shape[1:])
+        if value.shape != wanted:
+            raise UserError(f"{name} must be {wanted}, not {tuple(value.shape)}.")
+        if name == "mask" and value.dtype != torch.bool:
+            raise UserError(f"mask must be of bool, not of {value.dtype}.")
+        return value.to(self.device)
 
-        Args:
-            images: (B, 3, S, S) in [-1, 1].
-            mask: (B, 1, S, S) bool, True where to paint anew; None for all of the picture.
-            strength: how far to go from the picture, above 0 up to 1.
-            **knobs: those of `generate`.
 
-        Raises:
-            UserError: for a system that cannot change a given picture.
-        """
-        raise UserError(
-            f"{type(self).__name__} cannot change a given picture; ddpm, ldm and dit can."
-        )
+def _argument_sentences(function: Callable[..., Any]) -> dict[str, str]:
+    """The sentence about each parameter, from the Args section of a docstring."""
+    sentences: dict[str, str] = {}
+    names: list[str] = []
+    section = (inspect.getdoc(function) or "").partition("Args:\n")[2]
+    for line in section.split("\n\n")[0].splitlines():
+        if found := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            names = found[1].split(", ")
+            sentences |= dict.fromkeys(names, found[2])
+        else:
+            sentences |= {name: f"{sentences[name]} {line.strip()}" for name in names}
+    return sentences
 
-    def reconstruct(self, images: Tensor) -> Tensor | None:
-        """Pictures (B, 3, S, S) in [-1, 1] as the first of two stages, a codec, gives them back;
-        None if there is no such stage.
-        """
-        return None
+
+# --- what some systems offer beside pictures ------------------------------------------------------
+
+
+@runtime_checkable
+class Visualises(Protocol):
+    """A system that shows how a picture came about (attention, a film of the denoising)."""
+
+    def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
+        """Rows of labelled pictures (3, S, S) in [-1, 1]."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A system whose first stage encodes and decodes pictures."""
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1], encoded and decoded."""
+
+
+@runtime_checkable
+class EmbedsImages(Protocol):
+    """A system that was trained with a model that matches pictures and captions."""
+
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) -> (B, Ds), compared with `text.sentence` by cosine."""
+
+
+@runtime_checkable
+class ScoresStages(Protocol):
+    """A system whose stages can be measured apart."""
 
     def stage_scores(self, batch: Batch) -> dict[str, Tensor]:
-        """What each stage does on a batch of pictures, (B,) numbers by name, so that a failure can
-        be laid at one stage's door. Empty if there is one stage only, or nothing to measure.
-        """
-        return {}
-
-    def inside(self, caption: str, *, seed: int = 0) -> list[list[Named]]:
-        """What happened on the way to the picture of `caption`: rows of pictures (3, S, S) in [-1,
-        1] with their names. Empty if there is nothing to show.
-        """
-        return []
-
-    def knobs(self) -> dict[str, Any]:
-        """The keywords that `generate` takes beside `seed`, with their defaults."""
-        parameters = list(inspect.signature(self.draw).parameters.values())[2:]
-        return {p.name: p.default for p in parameters}
-
-    def typed_knobs(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Knobs as the types that `draw` asks for, from values or from text.
-
-        Raises:
-            UserError: for a knob that there is not, or a value of the wrong type.
-        """
-        hints = get_type_hints(self.draw)
-        for name in given:
-            if name not in self.knobs():
-                hint = nearest(name, self.knobs()) if self.knobs() else "it has none."
-                raise UserError(f"{type(self).__name__} has no knob {name!r}: {hint}")
-        return {name: typed(hints[name], value, name) for name, value in given.items()}
+        """Per-image metrics of each stage, `{name: (B,)}`; they show which stage fails."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,49 +47,52 @@ class Batch:
         caption: B captions, one drawn per visit of each picture.
         label: (B,) int64, or None where the data has no classes.
         id: B example ids.
+        extra: What a wrapper of the data set adds, (B, ...) by name: `codes`, `latents`, ...
     """
 
     image: Tensor
     caption: list[str]
     label: Tensor | None
     id: list[str]
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.caption)
 
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        label = None if self.label is None else change(self.label)
+        extra = {name: change(value) for name, value in self.extra.items()}
+        return Batch(change(self.image), self.caption, label, self.id, extra)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        image = self.image.to(device, non_blocking=True)
-        label = None if self.label is None else self.label.to(device, non_blocking=True)
-        return Batch(image, self.caption, label, self.id)
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def alike(self, same: str) -> Tensor:
+    def pin(self) -> Batch:
+        """The same batch in page-locked memory, from which a copy to a GPU does not block."""
+        return self.map_tensors(Tensor.pin_memory)
+
+    def split(self, rows: int) -> list[Batch]:
+        """The same pictures in batches of `rows`, in order."""
+        parts = []
+        for first in range(0, len(self), rows):
+            some = slice(first, first + rows)
+            part = self.map_tensors(lambda tensor, some=some: tensor[some])  # type: ignore[misc]
+            part.caption, part.id = self.caption[some], self.id[some]
+            parts.append(part)
+        return parts
+
+    def same_pairs(self, same: str) -> Tensor:
         """(B, B) True where two rows have the same caption, word by word, or, if `same` is `class`
         and not `caption`, the same label.
         """
         names = {caption: number for number, caption in enumerate(dict.fromkeys(self.caption))}
         number = torch.tensor([names[caption] for caption in self.caption]).to(self.image.device)
-        alike = number[:, None] == number[None, :]
+        pairs = number[:, None] == number[None, :]
         if same == "class" and self.label is not None:
-            alike |= self.label[:, None] == self.label[None, :]
-        return alike
-
-    def split(self, rows: int) -> list[Batch]:
-        """The same pictures in batches of `rows`, in order."""
-        return [
-            Batch(
-                self.image[i : i + rows],
-                self.caption[i : i + rows],
-                None if self.label is None else self.label[i : i + rows],
-                self.id[i : i + rows],
-            )
-            for i in range(0, len(self), rows)
-        ]
-
-    def pin(self) -> Batch:
-        """The same batch in page-locked memory, from which a copy to a GPU does not block."""
-        label = None if self.label is None else self.label.pin_memory()
-        return Batch(self.image.pin_memory(), self.caption, label, self.id)
+            pairs |= self.label[:, None] == self.label[None, :]
+        return pairs
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The text contract: what a text encoder gives to every family.
 
-Axes: B captions, L words (or subword tokens) of the longest caption in the batch, D width.
+Axes: B captions, L words (or subword tokens) of the longest caption in the batch, Dw width of a
+word's vector, Ds width of a sentence's.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +20,9 @@ class TextFeatures:
     """B encoded captions.
 
     Attributes:
-        words: (B, L, D) one vector a word.
+        words: (B, L, Dw) one vector a word.
         mask: (B, L) bool, True where there is a word, False on padding.
-        sentence: (B, D) one vector a caption.
+        sentence: (B, Ds) one vector a caption.
         ids: (B, L) int64 token numbers, 0 on padding.
     """
 
@@ -32,16 +34,15 @@ class TextFeatures:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _map(self, change: object) -> TextFeatures:
-        parts = (self.words, self.mask, self.sentence, self.ids)
-        return TextFeatures(*(change(part) for part in parts))  # type: ignore[operator]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TextFeatures:
+        return TextFeatures(*map(change, (self.words, self.mask, self.sentence, self.ids)))
 
     def detach(self) -> TextFeatures:
         """The same features, through which no gradient flows."""
         return self._map(Tensor.detach)
 
     def __getitem__(self, rows: Tensor | slice) -> TextFeatures:
-        """The features of some rows, in the order asked for, by number (from 0) or mask."""
+        """Features of some rows, by number (from 0), slice or mask, in the order asked for."""
         if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1:
             return self._map(lambda part: part.index_select(0, rows))  # twice as fast
         return self._map(lambda part: part[rows])
@@ -56,14 +57,14 @@ class TextFeatures:
             F.pad(self.ids, (0, more)),
         )
 
-    def shortened(self, length: int) -> TextFeatures:
+    def truncated(self, length: int) -> TextFeatures:
         """The same features with the first `length` words of each caption."""
         return TextFeatures(
             self.words[:, :length], self.mask[:, :length], self.sentence, self.ids[:, :length]
         )
 
     def where(self, keep: Tensor, other: TextFeatures) -> TextFeatures:
-        """Row b of these features where `keep[b]` (B,) is True, of `other` where it is not."""
+        """Row b of these features where `keep[b]` (B,) is True, else row b of `other`."""
         length = max(self.ids.shape[1], other.ids.shape[1])
         mine, others = self.padded(length), other.padded(length)
         column, plane = keep[:, None], keep[:, None, None]
@@ -76,7 +77,7 @@ class TextFeatures:
 
     @staticmethod
     def cat(parts: list[TextFeatures]) -> TextFeatures:
-        """The rows of several batches, one after the other."""
+        """Rows of several batches, one after the other."""
         length = max(part.ids.shape[1] for part in parts)
         same = [part.padded(length) for part in parts]
         return TextFeatures(
@@ -91,52 +92,36 @@ class TextEncoder(nn.Module):
     """The contract of every text encoder.
 
     Attributes:
-        width: D, the width of words and sentence alike.
-        tokens: how many different tokens `ids` may hold, if the vector of a place tells nothing of
-            the places after it, so that a model may learn to write captions too; else 0.
-        padded: whether every caption has the same number of places, padding among them, as models
+        word_dim: Dw, width of a word's vector.
+        sentence_dim: Ds, width of a sentence's vector.
+        vocab_size: Number of different token ids; 0 if `ids` are no tokens to predict.
+        causal: If true, a word's vector depends on no later word, so that a model may learn to
+            predict the caption from it.
+        padded: If true, every caption has the same number of words, padding among them, as models
             that attend to the padding were trained with.
     """
 
-    width: int
-    tokens: int = 0
+    word_dim: int
+    sentence_dim: int
+    vocab_size: int = 0
+    causal: bool = False
     padded: bool = False
 
     @abstractmethod
     def encode(self, captions: list[str]) -> TextFeatures:
-        """B captions of any length and any words, the empty one among them -> their features."""
+        """Features of B captions of any length and any words, the empty caption among them."""
 
     @abstractmethod
     def null(self, count: int) -> TextFeatures:
-        """The features of "no caption", `count` times: what guidance and caption dropout use."""
+        """Features of "no caption", `count` times, for guidance and caption dropout."""
 
     @abstractmethod
-    def pieces(self, caption: str) -> list[str]:
-        """What each of the L places of `words` stands for, to be written under a picture."""
+    def tokens(self, caption: str) -> list[str]:
+        """The text of each of the L words of `caption`, as a label under a picture."""
 
     def check(self) -> None:
-        """Raises `UserError` if what the encoder takes from elsewhere is not there."""
+        """Raise `UserError` if files that the encoder needs are missing."""
 
     def unknown(self, captions: list[str]) -> list[str]:
-        """The words of `captions` that the encoder has never seen, in order, each once."""
-        return []
-
-
-class NoText(TextEncoder):
-    """What a stage that reads no captions has for an encoder: vectors of no width, no words."""
-
-    width = 0
-
-    def encode(self, captions: list[str]) -> TextFeatures:
-        return self.null(len(captions))
-
-    def null(self, count: int) -> TextFeatures:
-        return TextFeatures(
-            torch.zeros(count, 0, 0),
-            torch.zeros(count, 0, dtype=torch.bool),
-            torch.zeros(count, 0),
-            torch.zeros(count, 0, dtype=torch.int64),
-        )
-
-    def pieces(self, caption: str) -> list[str]:
+        """Words of `captions` that the encoder has no token for, in order, each once."""
         return []
