@@ -216,7 +216,7 @@ def verifiers() -> Mapping[str, type[Verifier]]:
     """All verifiers by name, found in the modules of `lineage.official`."""
     for module in pkgutil.iter_modules(lineage.official.__path__):
         importlib.import_module(f"lineage.official.{module.name}")
-    return {one.name: one for one in Verifier.__subclasses__()}
+    return {one.name: one for one in Verifier.__subclasses__() if hasattr(one, "name")}
 
 
 def identify(metadata: Mapping[str, str]) -> str | None:
@@ -238,20 +238,33 @@ def identify(metadata: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How large the error of an output may be; `kind` is relative, absolute or exact."""
+    """Largest error of an output; `kind` is relative, absolute or exact.
+
+    Attributes:
+        floor: Absolute error that a relative tolerance always allows.
+    """
 
     limit: float
     kind: str = "relative"
+    floor: float = 0.0
 
     def __str__(self) -> str:
-        return "exact" if self.kind == "exact" else f"{self.limit:.0e} {self.kind[:3]}"
+        if self.kind == "exact":
+            return "exact"
+        return f"{self.limit:.0e} {self.kind[:3]}" + (f", {self.floor:.0e} abs" * (self.floor > 0))
+
+    def allows(self, absolute: float, relative: float) -> bool:
+        """Whether errors are within the tolerance."""
+        if self.kind == "absolute":
+            return absolute <= self.limit
+        return relative <= self.limit or absolute <= self.floor
 
 
 FORWARD = 2e-5  # one forward pass, eval mode
 TRAIN = 2e-4  # one forward pass with batch statistics
 CHAINED = 1e-4  # sampler trajectories, chained passes, losses, small*, networks of full size
 DOUBLE = 1e-9  # tables in float64
-NEAR_ZERO = 1e-6  # absolute, for VLB and prior terms no larger than this
+NEAR_ZERO = 1e-6  # absolute, for VLB and prior terms near zero
 ROUNDING = 1e-12  # a reference this small is a zero: there is nothing to be relative to
 
 _BOUND_WORDS = {"vb", "vlb", "prior", "bpd"}
@@ -269,12 +282,13 @@ def tolerance(reference: Reference, name: str, tensor: Tensor) -> Tolerance:
 
     1. integers and booleans                                       exact
     2. a tolerance stated in the file's sentence about the tensor  that, relative
-    3. zero up to rounding; VLB and prior terms of 1e-6 or less    1e-6, absolute
-    4. float64                                                     1e-9
-    5. networks at full size (`paper_size`)                        1e-4
-    6. a name that says `train`, a sentence that says train mode   2e-4
-    7. trajectories, losses, chained passes, names in `small…`     1e-4
-    8. anything else, which is one forward pass in eval mode       2e-5
+    3. zero up to rounding                                         1e-6, absolute
+    4. VLB and prior terms, differences of nearly equal numbers    1e-4, or 1e-6 absolute
+    5. float64                                                     1e-9
+    6. networks at full size (`paper_size`)                        1e-4
+    7. a name that says `train`, a sentence that says train mode   2e-4
+    8. trajectories, losses, chained passes, names in `small…`     1e-4
+    9. anything else, which is one forward pass in eval mode       2e-5
     """
     if not tensor.is_floating_point():
         return Tolerance(0.0, "exact")
@@ -283,8 +297,10 @@ def tolerance(reference: Reference, name: str, tensor: Tensor) -> Tolerance:
     largest = _largest(tensor)
     if stated := _SENTENCE_TOLERANCE.search(sentence):
         return Tolerance(float(stated[1]))
-    if largest <= ROUNDING or (largest <= NEAR_ZERO and words & _BOUND_WORDS):
+    if largest <= ROUNDING:
         return Tolerance(NEAR_ZERO, "absolute")
+    if words & _BOUND_WORDS:
+        return Tolerance(CHAINED, floor=NEAR_ZERO)
     if tensor.dtype == torch.float64:
         return Tolerance(DOUBLE)
     if reference.system == "paper_size":
@@ -380,7 +396,7 @@ def _measure(name: str, ours: Tensor, theirs: Tensor, allowed: Tolerance) -> Out
         wrong = int((ours != theirs).sum())
         reason = "" if passed else f"{wrong} of {theirs.numel()} entries differ"
     else:
-        passed = (absolute if allowed.kind == "absolute" else relative) <= allowed.limit
+        passed = allowed.allows(absolute, relative)
         reason = "" if passed else "error above the tolerance"
     return OutputCheck(name, tuple(theirs.shape), allowed, passed, absolute, relative, reason)
 
