@@ -1,10 +1,12 @@
 """Ways that are here for speed only. Each computes a plain line, which its docstring states;
 `tests/nn/test_fast.py` holds it to that line.
 
-Axes: B pictures, C channels, H W.
+Axes: B batch, C channels, H W; of attention N queries, M keys, H heads, d width of a head.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -57,3 +59,46 @@ def _merged(kernel: Tensor, dim: int) -> list[Tensor]:
     """
     before, at, after = kernel.unbind(dim)
     return [torch.stack([before + at, after], dim), torch.stack([before, at + after], dim)]
+
+
+MANY_QUERIES = 64  # from this number on the fused kernel is the faster one on a CPU
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Attention (B, H, N, d), (B, H, M, d), (B, H, M, d) -> (B, H, N, d), the faster of two ways.
+
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    On a CPU two matrix products are faster than the fused kernel for few queries, and in bfloat16.
+    A query that may attend to no key gets zeros either way.
+    """
+    in_float32 = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if query.is_cuda or (in_float32 and query.shape[-2] >= MANY_QUERIES):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
+    if mask is not None:
+        blocked = torch.zeros_like(mask, dtype=scores.dtype)
+        scores = scores + blocked.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
+    if scores.dtype == torch.float32:
+        attended = scores.softmax(-1).to(value.dtype) @ value
+    else:  # the softmax of bfloat16 sums in float32 anyway: autocast need not convert it
+        with torch.autocast(query.device.type, enabled=False):
+            attended = scores.softmax(-1).to(value.dtype) @ value
+    if mask is None:
+        return attended
+    has_key = mask.any(-1, keepdim=True)
+    return attended if bool(has_key.all()) else attended * has_key
+
+
+def linear_chunks(x: Tensor, linear: nn.Linear, chunks: int) -> list[Tensor]:
+    """Equal parts of a linear layer's output, each as a product of its own.
+
+        linear(x).chunk(chunks, dim=-1)
+
+    On a CPU, smaller results that need no copy are faster to compute and to multiply.
+    """
+    weights = linear.weight.chunk(chunks)
+    biases = [None] * chunks if linear.bias is None else linear.bias.chunk(chunks)
+    return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
