@@ -32,13 +32,14 @@ class Interrupted(UserError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """End of an error sentence that suggests a name: `did you mean 'ddpm'?`, or all known names.
 
-    Names of the same last part are close too: for `lr` it suggests `optim.lr`.
+    If no name is close, it compares the parts after the last dot: `lr` suggests `optim.lr`.
     """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if not close:
-        leaf = name.rsplit(".", 1)[-1]
-        close = [other for other in names if other.rsplit(".", 1)[-1] == leaf][:3]
+        leaves = [other.rpartition(".")[2] for other in names]
+        similar = difflib.get_close_matches(name.rpartition(".")[2], set(leaves), n=3, cutoff=0.6)
+        close = [names[i] for leaf in similar for i, own in enumerate(leaves) if own == leaf][:3]
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "there is: " + ", ".join(names)
