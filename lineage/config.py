@@ -79,7 +79,7 @@ def configuration(cls: type[C]) -> type[C]:
             names it.
     """
     checks = ConfigDict(extra="forbid", allow_inf_nan=False)
-    built = pydantic_dataclass(frozen=True, kw_only=True, config=checks)(cls)
+    built: Any = pydantic_dataclass(frozen=True, kw_only=True, config=checks)(cls)
     checked_init = built.__init__
 
     def __init__(self: Any, **values: Any) -> None:  # noqa: N807
@@ -89,8 +89,8 @@ def configuration(cls: type[C]) -> type[C]:
             raise UserError(sentence(error, built)) from None
 
     __init__.__wrapped__ = checked_init  # type: ignore[attr-defined]
-    built.__init__ = __init__  # type: ignore[method-assign]
-    return built
+    built.__init__ = __init__
+    return typing.cast(type[C], built)
 
 
 def sentence(error: ValidationError, hint: Any, at: str = "") -> str:

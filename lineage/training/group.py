@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Group:
                     raise ValueError("the optimiser's state is of parameters of other shapes")
 
 
-def _adam(parameters: list[Tensor], config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+def _adam(parameters: Sequence[Tensor], config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """Adam or AdamW, with weight decay for matrices and kernels alone."""
     decayed = [p for p in parameters if p.dim() > 1 and config.weight_decay > 0]
     others = [p for p in parameters if p.dim() <= 1 or config.weight_decay == 0]

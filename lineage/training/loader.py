@@ -56,10 +56,10 @@ class Loader:
         """Batches `first` to `first + count - 1`, read together, which costs less for each."""
         numbers = range(first, first + count)
         visits = [number * self.batch_size + row for number in numbers for row in self.rows]
-        if self.dataset.endless:
-            epochs, indices = [0] * len(visits), visits
-        else:
-            epochs, positions = zip(*(divmod(v, len(self.dataset)) for v in visits), strict=True)
+        epochs, indices = [0] * len(visits), visits
+        if not self.dataset.endless:
+            epochs = [visit // len(self.dataset) for visit in visits]
+            positions = [visit % len(self.dataset) for visit in visits]
             indices = [int(self._order_of(e)[i]) for e, i in zip(epochs, positions, strict=True)]
         whole = self.dataset.batch(indices, epochs, self.seed)
         parts = whole.split(len(self.rows))
