@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lineage.official.verify import exit_code, read_reference, tolerance, verify
+from lineage.official.reference import read_reference
+from lineage.official.verify import exit_code, tolerance, verify
 
 HERE = Path(__file__).parent
 NAMES = (
