@@ -1,10 +1,10 @@
 """Configurations: frozen dataclasses with bounds, reachable by dotted names, saved as JSON.
 
-    configuration   the decorator: keywords only, every value checked by pydantic, a wrong one told
-                    in one sentence
-    RunConfig       what every run has; a recipe extends it with `model`, its system's configuration
-    with_field      a copy with one field changed by its dotted name, as `--set a.b=value` does
-    to_dict, from_dict   plain JSON values and back, as a run folder's `config.json` holds them
+configuration   the decorator: keywords only, every value checked by pydantic, a wrong one told
+                in one sentence
+RunConfig       what every run has; a recipe extends it with `model`, its system's configuration
+with_field      a copy with one field changed by its dotted name, as `--set a.b=value` does
+to_dict, from_dict   plain JSON values and back, as a run folder's `config.json` holds them
 """
 
 from __future__ import annotations
@@ -79,18 +79,18 @@ def configuration(cls: type[C]) -> type[C]:
             names it.
     """
     checks = ConfigDict(extra="forbid", allow_inf_nan=False)
-    built = pydantic_dataclass(frozen=True, kw_only=True, config=checks)(cls)
+    built: Any = pydantic_dataclass(frozen=True, kw_only=True, config=checks)(cls)
     checked_init = built.__init__
 
-    def __init__(self: Any, **values: Any) -> None:
+    def __init__(self: Any, **values: Any) -> None:  # noqa: N807
         try:
             checked_init(self, **values)
         except ValidationError as error:
             raise UserError(sentence(error, built)) from None
 
     __init__.__wrapped__ = checked_init  # type: ignore[attr-defined]
-    built.__init__ = __init__  # type: ignore[method-assign]
-    return built
+    built.__init__ = __init__
+    return typing.cast(type[C], built)
 
 
 def sentence(error: ValidationError, hint: Any, at: str = "") -> str:
@@ -332,8 +332,8 @@ def with_field(config: C, path: str, value: Any) -> C:
         inner = sorted(name for name in known if name.startswith(path + "."))
         names = ", ".join(inner) or f"{path}.NAME=VALUE"
         raise UserError(f"{path!r} is a group of settings; set one of them: {names}")
-    optional = not mapping and type(None) in typing.get_args(_hint_at(type(config), path.split(".")))
-    group[leaf] = None if optional and value == "none" else value
+    hints = () if mapping else typing.get_args(_hint_at(type(config), path.split(".")))
+    group[leaf] = None if value == "none" and type(None) in hints else value
     return from_dict(type(config), changed)
 
 

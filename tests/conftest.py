@@ -1,4 +1,4 @@
-"""What several test folders share: a private cache, a small tokeniser, smoke systems and runs."""
+"""Fixtures of several test folders: a private cache, a small tokeniser, smoke systems and runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = 16  # side of the pictures at preset smoke
 
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Stages that earlier runs kept must not stand in for what a test trains."""
+    """A cache of the session's own, so that no stage of an earlier run replaces training."""
     folder = tmp_path_factory.mktemp("cache")
     before = os.environ.get("LINEAGE_CACHE")
     os.environ["LINEAGE_CACHE"] = str(folder)
@@ -41,7 +41,7 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """No test may pass or fail by the draw of the day."""
+    """One random state for every test."""
     torch.manual_seed(0)
 
 
@@ -65,8 +65,8 @@ def make_system(tokenizer: WordTokenizer) -> MakeSystem:
     """(key, settings) -> an untrained system at preset smoke, and its configuration."""
 
     def make(key: str, **settings: Any) -> tuple[System, RunConfig]:
-        given = {name.replace("__", "."): value for name, value in settings.items()}
-        config = runs.configure(key, preset_name="smoke", settings=given)
+        dotted = {name.replace("__", "."): value for name, value in settings.items()}
+        config = runs.configure(key, preset_name="smoke", settings=dotted)
         torch.manual_seed(1)
         return runs.build(find_recipe(key).stages(config, tokenizer)), config
 
@@ -82,19 +82,19 @@ class Trained(NamedTuple):
 
 def train_here(folder: Path, key: str, settings: Mapping[str, Any], **options: Any) -> Trained:
     """`lineage.train` in this process, which also hands out the system it trained."""
-    kept: list[System] = []
+    systems: list[System] = []
     original = RunStages.run
 
     def run(self: RunStages) -> System:
-        kept.append(original(self))
-        return kept[-1]
+        systems.append(original(self))
+        return systems[-1]
 
     RunStages.run = run  # type: ignore[method-assign]
     try:
         runs.train(key, preset="smoke", out=folder, settings=settings, **options)
     finally:
         RunStages.run = original  # type: ignore[method-assign]
-    return Trained(folder, kept[-1])
+    return Trained(folder, systems[-1])
 
 
 @pytest.fixture(scope="session")

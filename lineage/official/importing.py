@@ -1,16 +1,17 @@
 """`lineage import-weights`: a published checkpoint becomes a run folder.
 
-A checkpoint is read with `weights_only=True`, or as safetensors; nothing in it is executed. An
-importer, a function in a module of key maps, finds our configuration from the tensors and gives
-them our names; what the checkpoint lacks (a discriminator, say) is left as it starts.
+A checkpoint is read with `weights_only=True`, or as safetensors; nothing in it is executed. The
+function `import_weights` in `lineage/official/<key>.py` reads our configuration off the tensors and
+gives them our names; what the checkpoint lacks (a discriminator, say) keeps its initial weights.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lineage
+from lineage.catalog import working
 from lineage.config import RunConfig, to_dict
 from lineage.data import load_dataset
 from lineage.errors import UserError, nearest
-from lineage.recipes import find_recipe
-from lineage.runs import build
+from lineage.runs import build, plan
 from lineage.text.tokenizer import Tokenizer, make_tokenizer
+from lineage.training.stage import finished_weights
 from lineage.training.store import save_tensors, write_json
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What an importer finds.
+    """A published checkpoint in our terms.
 
     Attributes:
-        config: the run's configuration.
-        weights: by our names; none may be left over.
-        absent: beginnings of names that such checkpoints never hold.
-        note: what the user must know.
-        tokenizer: that the text encoder was trained with; None if it comes without one.
+        config: Configuration of the run.
+        weights: Tensors by our names; none may be left over.
+        absent: Beginnings of names that such checkpoints never hold.
+        note: A sentence that the user must know.
+        tokenizer: Tokeniser of the text encoder; None if the checkpoint has none.
     """
 
     config: RunConfig
@@ -48,8 +50,8 @@ class Imported:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the user gave: a checkpoint's `tensors`, the `lines` of a `.txt`, or a folder."""
+class CheckpointFile:
+    """A file of the user: a checkpoint's `tensors`, the `lines` of a `.txt`, or a folder."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -57,13 +59,13 @@ class Given:
 
 
 class Shell:
-    """Stands for an object of a class that is not ours; holds what was saved of it."""
+    """Placeholder for an object of a foreign class; holds the attributes that were saved."""
 
-    def __init__(self, *given: Any) -> None:
-        """Takes anything and does nothing."""
+    def __init__(self, *arguments: Any) -> None:
+        """Accept anything and do nothing."""
 
     def __setstate__(self, state: Any) -> None:
-        """Keeps attributes; any other state is of no use here."""
+        """Keep attributes; any other state is ignored."""
         if isinstance(state, dict):
             vars(self).update(state)
 
@@ -74,32 +76,32 @@ class Shell:
     def tensors(self, before: str = "", around: tuple[Shell, ...] = ()) -> dict[str, Tensor]:
         """Parameters and buffers by name, if it was a module."""
         own = self._group("_parameters") | self._group("_buffers")
-        passing = vars(self).get("_non_persistent_buffers_set") or ()
-        found: dict[str, Tensor] = {
+        not_saved = vars(self).get("_non_persistent_buffers_set") or ()
+        tensors: dict[str, Tensor] = {
             f"{before}{name}": value
             for name, value in own.items()
-            if value is not None and name not in passing
+            if value is not None and name not in not_saved
         }
         for name, inner in self._group("_modules").items():
             if isinstance(inner, Shell) and inner is not self and inner not in around:
-                found |= inner.tensors(f"{before}{name}.", (*around, self))
-        return found
+                tensors |= inner.tensors(f"{before}{name}.", (*around, self))
+        return tensors
 
 
-Importer = Callable[[Sequence[Given]], Imported]
+def importer_of(key: str) -> Any:
+    """The module of a system whose published checkpoints can be read.
 
-IMPORTERS: dict[str, str] = {
-    "stackgan": "lineage.official.cgan:import_stackgan",
-    "attngan": "lineage.official.attngan:import_attngan",
-    "vqgan": "lineage.official.codecs:import_vqgan",
-    "dalle": "lineage.official.codecs:import_dalle",
-    "ldm": "lineage.official.stable_diffusion:import_ldm",
-}
-"""The systems whose published checkpoints can be read, by "module:function"."""
-
-
-IN_FOLDERS = ("ldm",)
-"""Those whose checkpoints come as folders too."""
+    Raises `UserError` if there is none.
+    """
+    modules = {}
+    for one in working():
+        if importlib.util.find_spec(f"lineage.official.{one}") is not None:
+            module = importlib.import_module(f"lineage.official.{one}")
+            if hasattr(module, "import_weights"):
+                modules[one] = module
+    if key not in modules:
+        raise UserError(f"No published weights of {key!r} can be read: {nearest(key, modules)}")
+    return modules[key]
 
 
 def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str | Path) -> str:
@@ -108,60 +110,60 @@ def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str 
     Raises:
         UserError: no importer, files that are no checkpoint of that system, or a folder in use.
     """
-    if key not in IMPORTERS:
-        raise UserError(f"No published weights of {key!r} can be read: {nearest(key, IMPORTERS)}")
+    module = importer_of(key)
     folder = Path(out)
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
-    given = ", ".join(map(str, paths))
+    names = ", ".join(map(str, paths))
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run already; choose another --out.")
-    where, name = IMPORTERS[key].split(":")
-    importer: Importer = getattr(importlib.import_module(where), name)
+    folders = getattr(module, "ACCEPTS_FOLDERS", False)
     try:
-        found = importer([read_given(path, key in IN_FOLDERS) for path in paths])
+        imported: Imported = module.import_weights([read_file(path, folders) for path in paths])
     except KeyError as error:
-        raise UserError(f"{given} does not fit {key}: it lacks {error}.") from error
+        raise UserError(f"{names} does not fit {key}: it lacks {error}.") from error
     except (IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{given} does not fit {key}: its tensors have other shapes.") from error
-    config = found.config
-    tokenizer = found.tokenizer
+        raise UserError(f"{names} does not fit {key}: its tensors have other shapes.") from error
+    config = replace(imported.config, key=key, preset="paper")
+    tokenizer = imported.tokenizer
     if tokenizer is None:
-        words = load_dataset("shapes", "train", 32).all_captions(1000)
-        tokenizer = make_tokenizer(config.encoder.tokenizer, words, config.encoder.vocabulary)
+        captions = load_dataset("shapes", "train", 32).all_captions(1000)
+        encoder = config.encoder
+        tokenizer = make_tokenizer(encoder.tokenizer, captions, encoder.vocab_size)
     torch.manual_seed(config.seed)
-    system = build(find_recipe(key).stages(config, tokenizer))
+    stages = plan(config, tokenizer)
+    system = build(stages)
     try:
-        missing, unknown = system.load_state_dict(found.weights, strict=False)
+        missing, unknown = system.load_state_dict(imported.weights, strict=False)
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
-        raise UserError(f"{given} does not fit {key}: {line[:200]}") from error
-    missing = [name for name in missing if not name.startswith(found.absent)]
+        raise UserError(f"{names} does not fit {key}: {line[:200]}") from error
+    missing = [name for name in missing if not name.startswith(imported.absent)]
     if missing:
-        raise UserError(f"{given} does not fit {key}: it has no tensor for {missing[0]}.")
+        raise UserError(f"{names} does not fit {key}: it has no tensor for {missing[0]}.")
     if unknown:
-        raise UserError(f"{given} does not fit {key}: it has tensors more, such as {unknown[0]}.")
-    names = ", ".join(path.name for path in paths)
+        raise UserError(f"{names} does not fit {key}: it has tensors more, such as {unknown[0]}.")
+    for stage in stages[:-1]:  # which other runs can take with --from
+        if stage.system is not None:
+            save_tensors(finished_weights(folder, stage.name), stage.system.state_dict())
     save_tensors(folder / "model.safetensors", system.state_dict())
     write_json(folder / "tokenizer.json", tokenizer.to_json())
     write_json(folder / "cost.json", {})
-    write_json(
-        folder / "config.json",
-        {**to_dict(config), "made_with": {"lineage": lineage.__version__, "imported": names}},
-    )
-    return found.note
+    made_with = {"lineage": lineage.__version__, "imported": ", ".join(p.name for p in paths)}
+    write_json(folder / "config.json", {**to_dict(config), "made_with": made_with})
+    return imported.note
 
 
-def read_given(path: Path, folders: bool) -> Given:
-    """A checkpoint, a list of words (`.txt`), or, for some, a folder in which they look themselves.
+def read_file(path: Path, folders: bool) -> CheckpointFile:
+    """A checkpoint, a list of words (`.txt`), or, if `folders` is true, a folder.
 
     Raises `UserError` if it cannot be read.
     """
     if folders and path.is_dir():
-        return Given(path, {})
+        return CheckpointFile(path, {})
     if path.suffix != ".txt":
-        return Given(path, read_checkpoint(path))
+        return CheckpointFile(path, read_checkpoint(path))
     try:
-        return Given(path, {}, path.read_text(encoding="utf-8").splitlines())
+        return CheckpointFile(path, {}, path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error}).") from error
 
@@ -169,8 +171,8 @@ def read_given(path: Path, folders: bool) -> Given:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth`, `.pt`, `.ckpt`, `.pkl` or `.safetensors` file, by name.
 
-    Nothing is executed: what is no tensor, such as the classes of a module that was saved whole,
-    is read as an empty `Shell`.
+    Nothing is executed: objects that are no tensors, such as the classes of a module that was
+    saved whole, are read as an empty `Shell`.
 
     Raises:
         UserError: there is no such file, or it is not a dictionary of tensors.

@@ -1,19 +1,19 @@
-"""`lineage verify`: hold our classes against numbers that the official code computed.
+"""`lineage verify`: compare our classes with numbers that the official code computed.
 
 A reference file is a safetensors file of
 
-    state/<key> or state/<network>/<key>    the weights of the official network, under its own names
-    input/<name>                            what it was given, every random draw included
-    output/<name>                           what it returned
+    state/<key> or state/<network>/<key>    weights of the official network, under its own names
+    input/<name>                            its inputs, every random draw included
+    output/<name>                           its outputs
     check/<name>                            excerpts by which a recomputed input can be checked
 
 with, as metadata, `source` (the official code), `config` (JSON) and optionally `system`, `paper`,
-`note`, `seed` and `tensors` (JSON: a sentence about each tensor). The verifier of a system (see
-`lineage/official/__init__.py`) builds our class from the config, loads the state strictly and
-computes the outputs; this file reads, compares and prints.
+`note`, `seed` and `tensors` (JSON: a sentence about each tensor). A `Verifier` builds our class
+from the config, loads the state strictly and computes the outputs that the file holds, each alone,
+so that one that cannot run fails alone; this file reads, compares and prints.
 
-The error of an output is max|ours - reference| / max|reference| over the whole tensor. `tolerance`
-says how large it may be and holds all the rules.
+The error of an output is max|ours - reference| / max|reference| over the whole tensor; `tolerance`
+holds the rules for how large it may be.
 """
 
 from __future__ import annotations
@@ -21,131 +21,117 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lineage.errors import UserError
-from lineage.official import SOURCES, VERIFIERS, Outcome, Outputs, Verifier
+from lineage.official.reference import Reference, first_line, read_reference
 
-# ------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------- verifiers
+
+M = TypeVar("M", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class Reference:
-    """One reference file, read.
+class NotComputed(Exception):
+    """Raised by a verifier for an output that it cannot compute; the text says why."""
+
+
+class _Rule(NamedTuple):
+    pattern: re.Pattern[str]
+    method: str
+    grad: bool
+
+
+def output(*patterns: str, grad: bool = False) -> Callable[[M], M]:
+    """Mark a method of a `Verifier` as the one that computes some outputs.
+
+    Args:
+        patterns: Regular expressions of the outputs' names (full match); their groups are passed to
+            the method as strings.
+        grad: If true, the method runs with gradients.
+    """
+
+    def mark(method: M) -> M:
+        method.outputs = (patterns, grad)  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+class Verifier:
+    """Computes the outputs of one official system with our classes.
+
+    A subclass names the system, states words that all stand in the `source` of its files, and has a
+    method marked with `@output` for each kind of output. Shared pieces are cached properties, so
+    that only what the file asks for is built.
 
     Attributes:
-        path: where it lies.
-        metadata: the file's strings, as they are.
-        config: the official configuration.
-        state: weights by network, then by official key; the network of a file with only one is "".
-        inputs, outputs, checks: tensors by name, without the prefix.
-        sentences: what the file says about a tensor, by its full name (`output/img64`).
+        name: Name of the system.
+        source: Words that identify the official code.
+        config, inputs, outputs, state: Parts of the reference file.
     """
 
-    path: Path
-    metadata: dict[str, str]
-    config: dict[str, Any]
-    state: dict[str, dict[str, Tensor]] = field(repr=False)
-    inputs: dict[str, Tensor] = field(repr=False)
-    outputs: dict[str, Tensor] = field(repr=False)
-    checks: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    sentences: dict[str, str] = field(default_factory=dict, repr=False)
+    name: ClassVar[str]
+    source: ClassVar[tuple[str, ...]]
+    _rules: ClassVar[list[_Rule]]
 
-    @property
-    def source(self) -> str:
-        return self.metadata["source"]
+    def __init_subclass__(cls) -> None:
+        cls._rules = [
+            _Rule(re.compile(pattern), name, marked[1])
+            for name in dir(cls)
+            if (marked := getattr(getattr(cls, name, None), "outputs", None)) is not None
+            and isinstance(marked, tuple)
+            for pattern in marked[0]
+        ]
 
-    @property
-    def system(self) -> str | None:
-        """The system's key in `SOURCES`, whatever the file is called; None if not known."""
-        return identify(self.metadata)
+    def __init__(self, reference: Reference) -> None:
+        self.reference, self.config = reference, reference.config
+        self.inputs, self.outputs, self.state = reference.inputs, reference.outputs, reference.state
+
+    def compute(self, name: str) -> Tensor | float:
+        """Output `name`, as our classes compute it.
+
+        Raises:
+            NotComputed: no method computes it.
+        """
+        for rule in self._rules:
+            if match := rule.pattern.fullmatch(name):
+                with torch.set_grad_enabled(rule.grad):
+                    value: Tensor | float = getattr(self, rule.method)(*match.groups())
+                return value
+        raise NotComputed("no class here computes it")
 
 
-def identify(metadata: dict[str, str]) -> str | None:
-    """The system a file belongs to: by its `system`, or else by the official code in `source`."""
-    named = metadata.get("system", "")
-    if named in SOURCES or named in VERIFIERS:
-        return named
+@cache
+def verifiers() -> Mapping[str, type[Verifier]]:
+    """All verifiers by name, found in the modules of `lineage.official`."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"lineage.official.{module.name}")
+    return {one.name: one for one in Verifier.__subclasses__() if hasattr(one, "name")}
+
+
+def identify(metadata: Mapping[str, str]) -> str | None:
+    """Name of the verifier for a file: its `system`, or else the longest fit of its `source`."""
+    known = verifiers()
+    if metadata.get("system") in known:
+        return metadata["system"]
     source = metadata["source"].casefold()
     fits = {
-        system: sum(map(len, words))
-        for system, words in SOURCES.items()
-        if all(word.casefold() in source for word in words)
+        name: sum(map(len, one.source))
+        for name, one in known.items()
+        if all(word.casefold() in source for word in one.source)
     }
-    return max(fits, key=lambda system: fits[system]) if fits else None
-
-
-def read_reference(path: str | Path) -> Reference:
-    """Read a reference file.
-
-    Raises:
-        UserError: if there is no such file, or it is not a safetensors file of the form above.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; name a reference file to verify.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {_line(error)}") from error
-    if "source" not in metadata or "config" not in metadata:
-        missing = " and ".join(repr(n) for n in ("source", "config") if n not in metadata)
-        raise UserError(f"{path} is not a reference file: its metadata lacks {missing}.")
-
-    groups: dict[str, dict[str, Tensor]] = {"state": {}, "input": {}, "output": {}, "check": {}}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition("/")
-        if group not in groups or not rest:
-            raise UserError(
-                f"{path} is not a reference file: its tensor {name!r} is none of "
-                "state/…, input/…, output/…, check/…"
-            )
-        groups[group][rest] = tensor
-    if not groups["output"]:
-        raise UserError(f"{path} holds no output/… tensor, so there is nothing to verify.")
-
-    state: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in groups["state"].items():
-        network, _, key = name.rpartition("/")
-        state.setdefault(network, {})[key] = tensor
-    return Reference(
-        path=path,
-        metadata=metadata,
-        config=_json_object(path, metadata, "config"),
-        state=state,
-        inputs=groups["input"],
-        outputs=groups["output"],
-        checks=groups["check"],
-        sentences=_json_object(path, {"tensors": "{}", **metadata}, "tensors"),
-    )
-
-
-def _json_object(path: Path, metadata: dict[str, str], name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(metadata[name])
-    except ValueError as error:
-        raise UserError(f"{path}: the metadata {name!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: the metadata {name!r} is not a JSON object.")
-    return value
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return max(fits, key=lambda name: fits[name]) if fits else None
 
 
 # ---------------------------------------------------------------------------------- tolerance
@@ -153,20 +139,33 @@ def _line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How large the error of an output may be; `kind` is relative, absolute or exact."""
+    """Largest error of an output; `kind` is relative, absolute or exact.
+
+    Attributes:
+        floor: Absolute error that a relative tolerance always allows.
+    """
 
     limit: float
     kind: str = "relative"
+    floor: float = 0.0
 
     def __str__(self) -> str:
-        return "exact" if self.kind == "exact" else f"{self.limit:.0e} {self.kind[:3]}"
+        if self.kind == "exact":
+            return "exact"
+        return f"{self.limit:.0e} {self.kind[:3]}" + (f", {self.floor:.0e} abs" * (self.floor > 0))
+
+    def allows(self, absolute: float, relative: float) -> bool:
+        """Whether errors are within the tolerance."""
+        if self.kind == "absolute":
+            return absolute <= self.limit
+        return relative <= self.limit or absolute <= self.floor
 
 
 FORWARD = 2e-5  # one forward pass, eval mode
 TRAIN = 2e-4  # one forward pass with batch statistics
 CHAINED = 1e-4  # sampler trajectories, chained passes, losses, small*, networks of full size
 DOUBLE = 1e-9  # tables in float64
-NEAR_ZERO = 1e-6  # absolute, for VLB and prior terms no larger than this
+NEAR_ZERO = 1e-6  # absolute, for VLB and prior terms near zero
 ROUNDING = 1e-12  # a reference this small is a zero: there is nothing to be relative to
 
 _BOUND_WORDS = {"vb", "vlb", "prior", "bpd"}
@@ -180,16 +179,17 @@ _SENTENCE_TRAIN = re.compile(r"\btrain[- ]mode\b")
 
 
 def tolerance(reference: Reference, name: str, tensor: Tensor) -> Tolerance:
-    """What output `name` with the value `tensor` allows. The first rule that fits holds.
+    """Tolerance of output `name` with the value `tensor`; the first rule that fits holds.
 
     1. integers and booleans                                       exact
     2. a tolerance stated in the file's sentence about the tensor  that, relative
-    3. zero up to rounding; VLB and prior terms of 1e-6 or less    1e-6, absolute
-    4. float64                                                     1e-9
-    5. networks at full size (`paper_size`)                        1e-4
-    6. a name that says `train`, a sentence that says train mode   2e-4
-    7. trajectories, losses, chained passes, names in `small…`     1e-4
-    8. anything else, which is one forward pass in eval mode       2e-5
+    3. zero up to rounding                                         1e-6, absolute
+    4. VLB and prior terms, differences of nearly equal numbers    1e-4, or 1e-6 absolute
+    5. float64                                                     1e-9
+    6. networks at full size (`paper_size`)                        1e-4
+    7. a name that says `train`, a sentence that says train mode   2e-4
+    8. trajectories, losses, chained passes, names in `small…`     1e-4
+    9. anything else, which is one forward pass in eval mode       2e-5
     """
     if not tensor.is_floating_point():
         return Tolerance(0.0, "exact")
@@ -198,11 +198,13 @@ def tolerance(reference: Reference, name: str, tensor: Tensor) -> Tolerance:
     largest = _largest(tensor)
     if stated := _SENTENCE_TOLERANCE.search(sentence):
         return Tolerance(float(stated[1]))
-    if largest <= ROUNDING or (largest <= NEAR_ZERO and words & _BOUND_WORDS):
+    if largest <= ROUNDING:
         return Tolerance(NEAR_ZERO, "absolute")
+    if words & _BOUND_WORDS:
+        return Tolerance(CHAINED, floor=NEAR_ZERO)
     if tensor.dtype == torch.float64:
         return Tolerance(DOUBLE)
-    if reference.system == "paper_size":
+    if identify(reference.metadata) == "paper_size":
         return Tolerance(CHAINED)
     if "train" in words or _SENTENCE_TRAIN.search(sentence):
         return Tolerance(TRAIN)
@@ -238,11 +240,11 @@ class FileCheck:
     """One reference file, compared.
 
     Attributes:
-        path: the file.
-        system: what it was recognised as, if it was.
-        covered: whether our classes can answer it.
-        outputs: every output of the file by name; empty if it is not covered.
-        note: one sentence about the file as a whole, where there is something to say.
+        path: Path of the file.
+        system: Name of its verifier, if there is one.
+        covered: Whether there is a verifier.
+        outputs: Every output of the file by name; empty if it is not covered.
+        note: A sentence about the file as a whole, or nothing.
     """
 
     path: str
@@ -256,27 +258,18 @@ class FileCheck:
         return self.covered and bool(self.outputs) and all(c.passed for c in self.outputs)
 
 
-def compare(name: str, outcome: Outcome | None, theirs: Tensor, allowed: Tolerance) -> OutputCheck:
-    """Hold our outcome against the reference value. Nothing that is wrong with ours raises."""
+def compare(name: str, ours: Any, theirs: Tensor, allowed: Tolerance) -> OutputCheck:
+    """Compare our value with the reference; nothing that is wrong with ours raises."""
 
     def failed(reason: str) -> OutputCheck:
         return OutputCheck(name, tuple(theirs.shape), allowed, passed=False, reason=reason)
 
-    if outcome is None:
-        return failed("not computed")
-    if callable(outcome) and not isinstance(outcome, Tensor):
+    if not isinstance(ours, Tensor):
         try:
-            outcome = outcome()
-        except Exception as error:  # a defect in one output is that output's failure
-            return failed(_fault(error))
-    if isinstance(outcome, str):
-        return failed(f"not computed: {outcome}")
-    if not isinstance(outcome, Tensor):
-        try:
-            outcome = torch.as_tensor(outcome, dtype=torch.float64)
+            ours = torch.as_tensor(ours, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
-            return failed(f"is a {type(outcome).__name__}, not a tensor")
-    ours = outcome.detach().cpu()
+            return failed(f"is a {type(ours).__name__}, not a tensor")
+    ours = ours.detach().cpu()
     if ours.shape != theirs.shape:
         return failed(f"wrong shape: ours is {_shape(ours.shape)}")
     if ours.is_complex():
@@ -285,7 +278,7 @@ def compare(name: str, outcome: Outcome | None, theirs: Tensor, allowed: Toleran
 
 
 def _measure(name: str, ours: Tensor, theirs: Tensor, allowed: Tolerance) -> OutputCheck:
-    """The errors of two tensors of one shape."""
+    """Compare two tensors of one shape."""
     a, b = ours.double(), theirs.double()
     finite = b.isfinite()
     reason = ""
@@ -304,7 +297,7 @@ def _measure(name: str, ours: Tensor, theirs: Tensor, allowed: Tolerance) -> Out
         wrong = int((ours != theirs).sum())
         reason = "" if passed else f"{wrong} of {theirs.numel()} entries differ"
     else:
-        passed = (absolute if allowed.kind == "absolute" else relative) <= allowed.limit
+        passed = allowed.allows(absolute, relative)
         reason = "" if passed else "error above the tolerance"
     return OutputCheck(name, tuple(theirs.shape), allowed, passed, absolute, relative, reason)
 
@@ -313,47 +306,41 @@ def _fault(error: Exception) -> str:
     """An exception in a few words, with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {_line(error)}{place}"
-
-
-def find_verifier(system: str | None) -> Verifier | None:
-    """The verifier of a system, imported now; None if the system is not covered."""
-    entry = VERIFIERS.get(system) if system is not None else None
-    if not isinstance(entry, str):
-        return entry
-    module, _, function = entry.partition(":")
-    return cast("Verifier", getattr(importlib.import_module(module), function))
+    return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
 def check_reference(reference: Reference) -> FileCheck:
-    """Run the verifier of a file's system and compare every output of the file."""
-    path, system = str(reference.path), reference.system
-    verifier = find_verifier(system)
+    """Compute and compare every output of a reference file."""
+    path, system = str(reference.path), identify(reference.metadata)
     if system is None:
-        note = f"Not covered yet: no system here is known by the source {reference.source!r}."
+        note = f"Not covered yet: no class here is known by the source {reference.source!r}."
         return FileCheck(path, None, covered=False, note=note)
-    if verifier is None:
-        note = f"Not covered yet: there is no class to verify for {system} ({reference.source})."
-        return FileCheck(path, system, covered=False, note=note)
-
-    note = ""
-    outcomes: Outputs = {}
-    try:
-        outcomes = verifier(reference)
-    except Exception as error:  # a class that cannot be built or loaded does not agree
-        note = f"The class could not be built and run: {_fault(error)}"
+    verifier = verifiers()[system](reference)
     checks = tuple(
-        compare(name, outcomes.get(name), theirs, tolerance(reference, name, theirs))
-        for name, theirs in sorted(reference.outputs.items())
+        _check_output(verifier, name, theirs) for name, theirs in sorted(reference.outputs.items())
     )
-    return FileCheck(path, system, covered=True, outputs=checks, note=note)
+    return FileCheck(path, system, covered=True, outputs=checks)
+
+
+def _check_output(verifier: Verifier, name: str, theirs: Tensor) -> OutputCheck:
+    """Compute and compare one output; a defect in it is that output's failure alone."""
+    allowed = tolerance(verifier.reference, name, theirs)
+    try:
+        ours = verifier.compute(name)
+    except NotComputed as error:
+        reason = f"not computed: {error}"
+    except Exception as error:
+        reason = _fault(error)
+    else:
+        return compare(name, ours, theirs, allowed)
+    return OutputCheck(name, tuple(theirs.shape), allowed, passed=False, reason=reason)
 
 
 def verify(paths: Iterable[str | Path]) -> list[FileCheck]:
     """Verify reference files.
 
     Raises:
-        UserError: for no file, or one that cannot be read; told before anything is computed.
+        UserError: for no file, or one that cannot be read, before anything is computed.
     """
     return [check_reference(reference) for reference in _read_all(paths)]
 
@@ -432,7 +419,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def run(paths: Iterable[str | Path], json_output: bool = False, out: TextIO | None = None) -> int:
-    """What the command does: verify, print file by file (or one JSON document), give the exit code.
+    """Verify, print file by file (or one JSON document), and return the exit code.
 
     Raises:
         UserError: as `verify`.

@@ -1,4 +1,4 @@
-"""Recipes: data set + text encoder + stages of one system, at each preset. The only place where
+"""Recipes: data set, text encoder and stages of one system, at each preset. The only place where
 families meet.
 
 `lineage/recipes/<key>.py` holds `Config` (a `RunConfig` with the system's `model`), `PRESETS` and
@@ -8,6 +8,7 @@ families meet.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Protocol
 
 from lineage.catalog import lookup
@@ -18,13 +19,13 @@ from lineage.training.stage import Stage
 
 
 class Recipe(Protocol):
-    """What a recipe's module holds."""
+    """Contents of a recipe's module."""
 
     Config: type[RunConfig]
     PRESETS: dict[str, RunConfig]
 
     def stages(self, config: RunConfig, tokenizer: Tokenizer) -> list[Stage]:
-        """The stages of a run, in order; the last one's system is the run's result."""
+        """Stages of a run, in order; the last one's system is the run's result."""
 
 
 def find_recipe(key: str) -> Recipe:
@@ -38,8 +39,11 @@ def find_recipe(key: str) -> Recipe:
 
 
 def preset(key: str, name: str) -> RunConfig:
-    """The configuration of `key` at preset `name`. Raises `UserError` for one there is not."""
+    """The configuration of `key` at preset `name`, both filled in.
+
+    Raises `UserError` for a preset that the recipe lacks.
+    """
     presets = find_recipe(key).PRESETS
     if name not in presets:
         raise UserError(f"{key} has no preset {name!r}: {nearest(name, presets)}")
-    return presets[name]
+    return replace(presets[name], key=key, preset=name)

@@ -1,9 +1,9 @@
-"""Captions that are encoded once: the answers of a text encoder that is not trained.
+"""Features of captions that are encoded once, for a text encoder that is not trained.
 
-A GAN's step reads its captions with a finished encoder. Once `KEPT` captions have been read, the
-first `KEPT` different ones of the data set are encoded in one go, and a batch of such is looked up
-from then on. What is looked up when is a function of data set and step alone, so that a run that is
-resumed computes exactly what one does that was never stopped.
+A GAN's step encodes its captions with a finished encoder. After `CACHE_SIZE` captions, the first
+`CACHE_SIZE` different ones of the data set are encoded together, and later batches are looked up.
+Which step looks up which caption is a function of data set and step alone, so that a resumed run
+computes exactly what an unstopped one does.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from lineage.data.contract import CaptionedDataset
 from lineage.text.contract import TextEncoder, TextFeatures
 
-KEPT = 20_000  # captions
-AT_ONCE = 256
+CACHE_SIZE = 20_000  # captions
+CHUNK = 256  # captions encoded at once
 
 
-class Reader:
+class CaptionCache:
     """`text.encode` for the captions of a data set, faster when `text` is not trained.
 
     Args:
-        text: the encoder; it is not trained if none of its parameters asks for a gradient. What a
-            padded one says is not kept: its features are large, and may not be cut to their words.
-        dataset: whose captions to keep.
+        text: Text encoder; it is trained if one of its parameters requires a gradient. Features of
+            a padded encoder are not cached: they are large, and may not be cut to their words.
+        dataset: Data set whose captions are cached.
     """
 
     def __init__(self, text: TextEncoder, dataset: CaptionedDataset) -> None:
@@ -31,36 +31,41 @@ class Reader:
         trained = any(p.requires_grad for p in text.parameters())
         self.frozen = not trained and not text.padded
         self._rows: dict[str, int] = {}
-        self._kept: TextFeatures | None = None
+        self._features: TextFeatures | None = None
         self._lengths: list[int] = []
 
-    def read(self, captions: list[str], before: int) -> TextFeatures:
-        """The features of `captions`; `before` captions have been read in earlier steps."""
-        if not self.frozen or not self.text.width:
+    def encode(self, captions: list[str], num_before: int) -> TextFeatures:
+        """Features of `captions`.
+
+        Args:
+            num_before: Number of captions that earlier steps have encoded.
+        """
+        if not self.frozen:
             return self.text.encode(captions)
         if self.text.training:  # with the system that it is part of
             self.text.eval()
-        if before >= KEPT and not self._rows:
-            self._rows = {caption: row for row, caption in enumerate(self._captions())}
+        if num_before >= CACHE_SIZE and not self._rows:
+            self._rows = {caption: row for row, caption in enumerate(self._first_captions())}
         rows = [self._rows.get(caption, -1) for caption in captions]
         if -1 in rows:
             return self.text.encode(captions)
-        if self._kept is None:
-            self._kept = self._encoded(list(self._rows))
-            self._lengths = self._kept.mask.sum(1).tolist()
+        if self._features is None:
+            self._features = self._encode_all(list(self._rows))
+            self._lengths = self._features.mask.sum(1).tolist()
         longest = max([self._lengths[row] for row in rows])
-        return self._kept.shortened(longest)[torch.tensor(rows).to(self._kept.ids.device)]
+        index = torch.tensor(rows).to(self._features.ids.device)
+        return self._features.truncated(longest)[index]
 
-    def _captions(self) -> list[str]:
-        """The first `KEPT` different captions of the data set."""
+    def _first_captions(self) -> list[str]:
+        """The first `CACHE_SIZE` different captions of the data set."""
         different: dict[str, None] = {}
-        for caption in self.dataset.all_captions(KEPT):
+        for caption in self.dataset.all_captions(CACHE_SIZE):
             different[caption] = None
-            if len(different) == KEPT:
+            if len(different) == CACHE_SIZE:
                 break
         return list(different)
 
     @torch.no_grad()
-    def _encoded(self, captions: list[str]) -> TextFeatures:
-        parts = range(0, len(captions), AT_ONCE)
-        return TextFeatures.cat([self.text.encode(captions[i : i + AT_ONCE]) for i in parts])
+    def _encode_all(self, captions: list[str]) -> TextFeatures:
+        parts = range(0, len(captions), CHUNK)
+        return TextFeatures.cat([self.text.encode(captions[i : i + CHUNK]) for i in parts])

@@ -1,9 +1,10 @@
-"""The log of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard beside it where that
-is installed.
+"""The log of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard files where that is
+installed.
 
 Each line holds `stage`, `step`, `pictures`, `seconds` and `cpu_seconds` of training,
-`pictures_per_second`, `lr`, the mean of every loss term since the line before as `<group>/<term>`,
-and of `gradient/<group>`, the norm before clipping, and, over some of these steps, `health/<fact>`.
+`pictures_per_second`, `lr`; the mean since the line before of every loss term as `<group>/<term>`
+and of every gradient's norm before clipping as `gradient/<group>`; the mean over some of these
+steps of every metric as `metric/<name>`; and `diagnosis`, where a metric looks unhealthy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lineage.training.store import unwritable, write_bytes
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that was cut short is left out."""
+    """Lines of a `metrics.jsonl`, without a last line that was cut short."""
     lines = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -30,18 +31,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Appends lines to `metrics.jsonl` in `folder`."""
+    """Writer of `metrics.jsonl` in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
         self._board = _tensorboard(folder)
 
-    def forget_after(self, stage: str, step: int) -> None:
-        """Drop what was logged beyond the checkpoint from which a run goes on."""
-        kept = [
+    def truncate(self, stage: str, step: int) -> None:
+        """Drop the lines of a stage after the checkpoint from which a run continues."""
+        lines = [
             line for line in read_log(self.path) if line["stage"] != stage or line["step"] <= step
         ]
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""

@@ -1,15 +1,15 @@
 """The training loop, once, for all systems. It knows no model.
 
-A system states its step as a coroutine that yields (group, loss terms) in the order in which they
-are optimised (see `lineage/contract.py`). For each turn the loop takes the gradient of the terms'
-sum for that group's parameters alone, clips it, takes the optimiser's step, and moves the average
-of the weights; then it resumes the coroutine, which now sees the updated parameters. One turn or
-many, the loop is the same.
+A system states its step as a coroutine that yields turns (group, loss terms, metrics) in the order
+in which they are optimised (see lineage/system.py). For each turn the loop takes the gradient of
+the terms' sum with respect to that group's parameters alone, clips it, takes the optimiser's step,
+and updates the average of the weights; then it resumes the coroutine, which sees the updated
+parameters.
 
 Exact resume: batch, noise and dropout of step n are functions of (seed, n); a checkpoint holds
 weights, averages, optimiser states, the step and the seconds spent. On the CPU, a run that was
-killed and resumed therefore gives bit for bit the weights of one that was not, if its budget is in
-steps or pictures (minutes are not the same twice).
+killed and resumed therefore ends with the same bits as an unstopped one, if its budget is in steps
+or pictures (minutes are not the same twice).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,49 +34,40 @@ from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import CheckFailed, UserError
 from lineage.nn.noise import BatchNoise, stream_seed
 from lineage.system import Trainable
-from lineage.training.caption_cache import Reader
+from lineage.text.contract import TextFeatures
+from lineage.training.caption_cache import CaptionCache
 from lineage.training.group import Group
 from lineage.training.loader import Loader
 from lineage.training.log import Log
 from lineage.training.machine import (
-    Processes,
+    Distributed,
     autocast,
     channels_last,
     pick_device,
     seed_layers,
 )
 
-LOOK_AT_LEAST_EVERY = 1000
-"""Steps after which losses are looked at, however rarely they are logged."""
+CHECK_EVERY = 1000
+"""Number of steps after which losses are checked, however rarely they are logged."""
 
-WATCHED = 5
-"""Of about so many steps between two lines of the log the facts are taken, the first always."""
+METRIC_STEPS = 5
+"""Number of steps per log line on which metrics are collected, its first step among them."""
 
 
 class Stopped(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
 
-@contextmanager
-def _frozen() -> Iterator[None]:
-    """Spares the garbage collector all that exists already; it would look at it again and again."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 class Trainer:
     """Trains one system on one data set until its budget is spent.
 
     Args:
-        system: what to train; moved to the device.
-        dataset: what to train on.
-        optim: how each group is minimised.
-        train: budget, batch, precision and so on.
-        seed: of data order, captions and noise.
-        stage: name for the log and the progress bar.
+        system: System to train; it is moved to the device.
+        dataset: Data set to train on.
+        optim: Optimiser of each group.
+        train: Budget, batch size, precision and so on.
+        seed: Seed of data order, captions and noise.
+        stage: Name for the log and the progress bar.
     """
 
     def __init__(
@@ -90,35 +81,37 @@ class Trainer:
     ) -> None:
         self.optim, self.train, self.seed, self.stage = optim, train, seed, stage
         self.device = pick_device(train.device)
-        self.processes = Processes.join(self.device)
-        self.context = autocast(self.device, train.precision)  # never entered inside itself
-        self.batch = train.batch * self.processes.world  # pictures a step, all processes together
+        self.processes = Distributed.join(self.device)
+        self.autocast = autocast(self.device, train.precision)  # never entered inside itself
+        self.batch_size = train.batch_size * self.processes.world_size  # all processes together
         self.system = self._prepare(system)
         on_gpu = self.device.type == "cuda"
         self.loader = Loader(
             dataset,
-            self.batch,
+            self.batch_size,
             seed,
             self.processes.rank,
-            self.processes.world,
+            self.processes.world_size,
             prefetch=(2 if on_gpu else 0) if train.prefetch is None else train.prefetch,
             pin=on_gpu,
         )
-        self.reader = Reader(self.system.text, dataset)
-        named = self.system.groups()
-        for name in optim.rates:
-            if name not in named:
+        text = self.system.text
+        self.captions = None if text is None else CaptionCache(text, dataset)
+        modules = self.system.groups()
+        for name in optim.lr_multipliers:
+            if name not in modules:
                 raise UserError(
-                    f"optim.rates.{name}: the groups of this stage are {', '.join(named)}."
+                    f"optim.lr_multipliers.{name}: the groups of this stage are "
+                    f"{', '.join(modules)}."
                 )
-        self.groups = {name: Group(name, modules, optim) for name, modules in named.items()}
+        self.groups = {name: Group(name, parts, optim) for name, parts in modules.items()}
         self.step = 0
         self.seconds = 0.0
         self.cpu_seconds = 0.0
-        self._waiting: list[tuple[int, dict[str, Tensor]]] = []  # terms of steps not yet looked at
-        self._seen: dict[str, list[float]] = {}  # values since the last line of the log
-        self._saved = 0  # step of the last checkpoint
-        self._asked_to_stop = False
+        self._unchecked: list[tuple[int, dict[str, Tensor]]] = []  # values of steps, on the device
+        self._values: dict[str, list[float]] = {}  # values since the last line of the log
+        self._saved_step = 0
+        self._stop_requested = False
 
     def _prepare(self, system: Trainable) -> Trainable:
         system = system.to(self.device)
@@ -129,7 +122,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.benchmark = True
-            if self.processes.world > 1:
+            if self.processes.world_size > 1:
                 system = nn.SyncBatchNorm.convert_sync_batchnorm(system)
         system.train()
         if self.train.compile:
@@ -139,47 +132,51 @@ class Trainer:
                         module.compile()
         return system
 
-    # --- one step --------------------------------------------------------------
+    # --- one step ---------------------------------------------------------------------------------
 
-    def advance(self, batch: Batch) -> dict[str, Tensor]:
-        """One training step.
+    def advance(self, batch: Batch, collect_metrics: bool = True) -> dict[str, Tensor]:
+        """Take one training step.
 
-        Returns every loss term as `<group>/<term>`, gradient norms as `gradient/<group>`, and the
-        system's facts as `health/<fact>`, unless its `watched` was set to False for this step.
+        Returns:
+            Loss terms as `<group>/<term>`, gradient norms as `gradient/<group>`, and, if
+            `collect_metrics`, the turns' metrics as `metric/<name>`.
         """
         rank = self.processes.rank
         seed_layers(self.device, stream_seed("step", self.seed, self.stage, self.step, rank))
         stream = stream_seed("batch", self.seed, self.stage, self.step)
-        draws = BatchNoise(stream, self.batch, self.loader.rows, self.device)
+        noise = BatchNoise(stream, self.batch_size, self.loader.rows, self.device)
         batch = batch.to(self.device)
         batch.image = batch.image.contiguous(memory_format=self.layout)
-        rate = self._rate()
-        seen: dict[str, Tensor] = {}
-        if not self.system.training:  # to go through all of its layers takes a while
+        lr_factor = self._lr_factor()
+        values: dict[str, Tensor] = {}
+        if not self.system.training:  # to set the mode of all layers takes a while
             self.system.train()
-        with self.context:
-            text = self.reader.read(batch.caption, self.step * self.batch)
-            turns = self.system.losses(batch, text, draws)
+        with self.autocast:
+            turns = self.system.losses(batch, self._encode(batch.caption), noise)
         while True:
-            with self.context:
+            with self.autocast:
                 turn = next(turns, None)
-            if turn is None:
-                break
-            name, terms = turn
-            loss = reduce(torch.add, [term.float() for term in terms.values()])
-            norm = self.groups[name].update(loss, rate, self.step, self.processes)
-            seen |= {f"{name}/{term}": value.detach() for term, value in terms.items()}
-            seen[f"gradient/{name}"] = norm
-        if self.system.watched:
-            seen |= {f"health/{name}": value for name, value in self.system.facts.items()}
-        self.system.watched = True
+                if turn is None:
+                    break
+                if collect_metrics:
+                    with torch.no_grad():
+                        values |= {f"metric/{name}": v for name, v in turn.metrics().items()}
+            loss = reduce(torch.add, [term.float() for term in turn.terms.values()])
+            norm = self.groups[turn.group].update(loss, lr_factor, self.step, self.processes)
+            values |= {f"{turn.group}/{term}": value.detach() for term, value in turn.terms.items()}
+            values[f"gradient/{turn.group}"] = norm
         self.step += 1
-        return seen
+        return values
 
-    def _rate(self) -> float:
-        """Factor on every learning rate.
+    def _encode(self, captions: list[str]) -> TextFeatures:
+        """Features of the captions; None for a system that reads none."""
+        if self.captions is None:
+            return cast(TextFeatures, None)
+        return self.captions.encode(captions, self.step * self.batch_size)
 
-        Warm-up by steps, decay by the share of the budget that is spent.
+    def _lr_factor(self) -> float:
+        """Factor on every learning rate: warm-up by steps, decay by the share of the budget that is
+        spent.
         """
         warm = min(1.0, (self.step + 1) / self.optim.warmup) if self.optim.warmup else 1.0
         spent = min(1.0, self.spent())
@@ -193,13 +190,13 @@ class Trainer:
         shares = [0.0]
         if train.minutes is not None:
             shares.append(self.seconds / (60 * train.minutes))
-        if train.steps is not None:
-            shares.append(self.step / train.steps)
-        if train.pictures is not None:
-            shares.append(self.step * self.batch / train.pictures)
+        if train.max_steps is not None:
+            shares.append(self.step / train.max_steps)
+        if train.max_pictures is not None:
+            shares.append(self.step * self.batch_size / train.max_pictures)
         return max(shares)
 
-    # --- the run ---------------------------------------------------------------
+    # --- the run ----------------------------------------------------------------------------------
 
     def run(
         self,
@@ -210,74 +207,74 @@ class Trainer:
         """Train until the budget is spent.
 
         Args:
-            log: where lines go, from the first process.
-            checkpoint: saves the state; called every `checkpoint_every` steps, when stopped, and at
-                the end.
-            sample: draws a sheet, every `sample_every` steps; its time is not part of the budget.
+            log: Log of the main process.
+            checkpoint: Function that saves the state; called every `checkpoint_every` steps, when
+                stopped, and at the end.
+            sample: Function that draws a sheet, every `sample_every` steps, outside of the budget.
 
         Raises:
-            CheckFailed: when a loss is not finite; names step and term. The last checkpoint is from
-                before.
-            Stopped: when asked to by Ctrl-C or SIGTERM, after saving.
+            CheckFailed: A loss is not finite; the sentence names step and term. The last checkpoint
+                is from before.
+            Stopped: After Ctrl-C or SIGTERM, once the state is saved.
         """
         train = self.train
         batches = self.loader.batches(self.step)
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
-        watch_every = max(1, train.log_every // WATCHED)
-        with self._signals(), _frozen(), self._bar() as bar:
-            clock, cpu, logged = time.perf_counter(), time.process_time(), self.step
-            start = self.seconds
-            while self._agreed_spent() < 1 and not self._asked_to_stop:
-                self.system.watched = (self.step - logged) % watch_every == 0
-                self._waiting.append((self.step + 1, self.advance(next(batches))))
+        metrics_every = max(1, train.log_every // METRIC_STEPS)
+        with self._signals(), _frozen_heap(), self._bar() as bar:
+            clock, cpu, logged_step = time.perf_counter(), time.process_time(), self.step
+            logged_seconds = self.seconds
+            while self._agreed_spent() < 1 and not self._stop_requested:
+                collect = (self.step - logged_step) % metrics_every == 0
+                self._unchecked.append((self.step + 1, self.advance(next(batches), collect)))
                 now, now_cpu = time.perf_counter(), time.process_time()
                 self.seconds += now - clock
                 self.cpu_seconds += now_cpu - cpu
                 clock, cpu = now, now_cpu
                 if due(train.log_every):
-                    self._report(log, bar, start, logged)
-                    start, logged = self.seconds, self.step
-                if due(train.checkpoint_every) or len(self._waiting) >= LOOK_AT_LEAST_EVERY:
-                    self._look_at_waiting()
+                    self._report(log, bar, logged_seconds, logged_step)
+                    logged_seconds, logged_step = self.seconds, self.step
+                if due(train.checkpoint_every) or len(self._unchecked) >= CHECK_EVERY:
+                    self._check_values()
                 if due(train.checkpoint_every):
                     checkpoint()
-                    self._saved = self.step
+                    self._saved_step = self.step
                 if due(train.sample_every):
                     sample()
                 if due(train.checkpoint_every) or due(train.sample_every):
                     clock, cpu = time.perf_counter(), time.process_time()
             batches.close()  # type: ignore[attr-defined]
-            if self._waiting or self._seen:
-                self._report(log, bar, start, logged)
+            if self._unchecked or self._values:
+                self._report(log, bar, logged_seconds, logged_step)
             checkpoint()
-        if self._asked_to_stop:
+        if self._stop_requested:
             raise Stopped
 
     def _agreed_spent(self) -> float:
         """`spent`, the same in all processes, which also agree whether to stop."""
-        if self.processes.world == 1:
+        if self.processes.world_size == 1:
             return self.spent()
-        spent, stop, self.seconds = self.processes.highest(
-            [self.spent(), float(self._asked_to_stop), self.seconds]
+        spent, stop, self.seconds = self.processes.all_reduce_max(
+            [self.spent(), float(self._stop_requested), self.seconds]
         )
-        self._asked_to_stop = stop > 0
+        self._stop_requested = stop > 0
         return max(spent, self.spent())
 
-    def _look_at_waiting(self) -> None:
-        """Read the terms since the last look, means over processes; stop at one not finite."""
-        for number, terms in self._waiting:
+    def _check_values(self) -> None:
+        """Read the values since the last check, means over processes; stop at one not finite."""
+        for step, terms in self._unchecked:
             values = torch.stack([v.float() for v in terms.values()]) if terms else torch.zeros(0)
-            self.processes.average([values])
+            self.processes.all_reduce_mean([values])
             for name, value in zip(terms, values.tolist(), strict=True):
                 if not math.isfinite(value):
-                    raise CheckFailed(self._not_finite(number, name, value))
-                self._seen.setdefault(name, []).append(value)
-        self._waiting.clear()
+                    raise CheckFailed(self._not_finite(step, name, value))
+                self._values.setdefault(name, []).append(value)
+        self._unchecked.clear()
 
     def _not_finite(self, step: int, name: str, value: float) -> str:
         saved = (
-            f"the last good checkpoint is from step {self._saved}"
-            if self._saved
+            f"the last good checkpoint is from step {self._saved_step}"
+            if self._saved_step
             else "there is no checkpoint yet"
         )
         what = f"the gradient of {name[9:]}" if name.startswith("gradient/") else f"the loss {name}"
@@ -287,77 +284,78 @@ class Trainer:
             "or use --set train.precision=fp32."
         )
 
-    def _report(self, log: Log | None, bar: tqdm, start: float, logged: int) -> None:
-        """One line in the log, one look for the bar."""
-        self._look_at_waiting()
-        means = {name: sum(values) / len(values) for name, values in self._seen.items()}
-        self._seen.clear()
-        speed = (self.step - logged) * self.batch / max(1e-9, self.seconds - start)
-        health = {n[7:]: value for n, value in means.items() if n.startswith("health/")}
-        remark = self.system.remark(health)
-        if log is not None and self.processes.first:
+    def _report(self, log: Log | None, bar: tqdm, logged_seconds: float, logged_step: int) -> None:
+        """Write a line of the log and the text of the bar."""
+        self._check_values()
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        self._values.clear()
+        elapsed = max(1e-9, self.seconds - logged_seconds)
+        speed = (self.step - logged_step) * self.batch_size / elapsed
+        metrics = {n[7:]: value for n, value in means.items() if n.startswith("metric/")}
+        diagnosis = self.system.diagnose(metrics)
+        if log is not None and self.processes.is_main:
             log.write(
                 {
                     "stage": self.stage,
                     "step": self.step,
-                    "pictures": self.step * self.batch,
+                    "pictures": self.step * self.batch_size,
                     "seconds": round(self.seconds, 3),
                     "cpu_seconds": round(self.cpu_seconds, 3),
                     "pictures_per_second": round(speed, 2),
-                    "lr": self.optim.lr * self._rate(),
+                    "lr": self.optim.lr * self._lr_factor(),
                     **means,
-                    **({"remark": remark} if remark else {}),
+                    **({"diagnosis": diagnosis} if diagnosis else {}),
                 }
             )
-        shown = {n: value for n, value in means.items() if n.split("/")[0] in self.groups}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in (shown | health).items())
+        losses = {n: value for n, value in means.items() if n.split("/")[0] in self.groups}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in (losses | metrics).items())
         head = f"step {self.step}, {speed:,.0f} pictures/s  "
-        bar.set_postfix_str(head + text + (f"  ({remark})" if remark else ""), refresh=False)
+        bar.set_postfix_str(head + text + (f"  ({diagnosis})" if diagnosis else ""), refresh=False)
         bar.n = min(bar.total, round(self.spent() * bar.total, 1))
         bar.refresh()
 
     def _bar(self) -> tqdm:
-        """One bar a stage, in the unit of its budget."""
+        """A progress bar in the unit of the budget."""
         train = self.train
         if train.minutes is not None:
             total, unit = 60 * train.minutes, "s"
-        elif train.steps is not None:
-            total, unit = float(train.steps), " steps"
+        elif train.max_steps is not None:
+            total, unit = float(train.max_steps), " steps"
         else:
-            total, unit = float(train.pictures or 1), " pictures"
+            total, unit = float(train.max_pictures or 1), " pictures"
         layout = (
             "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{unit} "
             "{elapsed}<{remaining} {postfix}"
         )
-        hidden = None if self.processes.first else True
-        return tqdm(desc=self.stage, total=total, unit=unit, bar_format=layout, disable=hidden)
+        disable = None if self.processes.is_main else True
+        return tqdm(desc=self.stage, total=total, unit=unit, bar_format=layout, disable=disable)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM ask the loop to stop after this step.
-
-        A second Ctrl-C does not wait.
+        """Let Ctrl-C and SIGTERM stop the loop after the current step; a second Ctrl-C stops it at
+        once.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._asked_to_stop:
+        def request_stop(number: int, frame: FrameType | None) -> None:
+            if self._stop_requested:
                 raise KeyboardInterrupt
-            self._asked_to_stop = True
+            self._stop_requested = True
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, request_stop) for number in numbers}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    # --- state -----------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on exactly here."""
+        """Everything that is needed to continue exactly here."""
         return {
             "stage": self.stage,
             "step": self.step,
@@ -371,7 +369,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Raises `UserError` if it belongs to other networks."""
+        """Continue from `state`. Raises `UserError` if it belongs to other networks."""
         try:
             self.system.load_state_dict(state["weights"])
             for name, group in self.groups.items():
@@ -382,7 +380,7 @@ class Trainer:
                         average.copy_(value)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.cpu_seconds = float(state["cpu_seconds"])
-            self._saved = self.step
+            self._saved_step = self.step
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             first = (str(error).splitlines() or ["incomplete"])[0]
             raise UserError(
@@ -398,7 +396,7 @@ class Trainer:
         """
         groups = [group for group in self.groups.values() if group.average is not None]
         pairs = [(t, a) for g in groups for t, a in zip(g.tracked, g.average or [], strict=True)]
-        kept = [parameter.detach().clone() for parameter, _ in pairs]
+        weights = [parameter.detach().clone() for parameter, _ in pairs]
         with torch.no_grad():
             for parameter, average in pairs:
                 parameter.copy_(average)
@@ -406,5 +404,15 @@ class Trainer:
             yield self.system
         finally:
             with torch.no_grad():
-                for (parameter, _), value in zip(pairs, kept, strict=True):
+                for (parameter, _), value in zip(pairs, weights, strict=True):
                     parameter.copy_(value)
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Exempt all existing objects from garbage collection, which would scan them repeatedly."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,7 +1,4 @@
-"""What the machine offers:
-
-device, precision, memory layout, and the other processes of a `torchrun`.
-"""
+"""Device, precision, memory layout, and the other processes of a `torchrun`."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from lineage.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` as a device.
+    """The device called `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
 
-    Raises `UserError` if this machine has no such thing.
+    Raises `UserError` if this machine lacks it.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -56,19 +53,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def channels_last(device: torch.device, train: TrainConfig) -> bool:
-    """Whether weights and pictures should lie with channels last: faster on tensor cores.
+    """Whether weights and pictures are stored with channels last, which is faster on tensor cores.
 
-    On a CPU, networks whose activations are faster so see to it themselves
-    (`laid_for_convolutions`).
+    On a CPU, networks that gain from it convert their own activations (lineage/nn/fast.py).
     """
     return train.channels_last == "on" or (train.channels_last == "auto" and device.type == "cuda")
 
 
 def seed_layers(device: torch.device, seed: int) -> None:
-    """Seed what layers such as dropout draw from on the CPU and on `device`.
+    """Seed the generators of layers such as dropout, on the CPU and on `device`.
 
-    `torch.manual_seed` does the same for every kind of accelerator that there might be, which takes
-    longer than a small layer.
+    `torch.manual_seed` seeds every kind of accelerator, which takes longer than a small layer.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -78,14 +73,14 @@ def seed_layers(device: torch.device, seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Processes:
-    """The processes that train together; alone, rank 0 of 1."""
+class Distributed:
+    """The processes that train together; a process alone is rank 0 of 1."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @classmethod
-    def join(cls, device: torch.device) -> Processes:
+    def join(cls, device: torch.device) -> Distributed:
         """Join the group that `torchrun` started, if it did."""
         if "WORLD_SIZE" not in os.environ or not dist.is_available():
             return cls()
@@ -94,23 +89,23 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
-    def average(self, tensors: list[torch.Tensor]) -> None:
+    def all_reduce_mean(self, tensors: list[torch.Tensor]) -> None:
         """Replace each tensor by its mean over all processes, in one message; in place."""
-        if self.world == 1 or not tensors:
+        if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
-        flat /= self.world
+        flat /= self.world_size
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def highest(self, values: list[float]) -> list[float]:
+    def all_reduce_max(self, values: list[float]) -> list[float]:
         """The largest of each value over all processes, so that all decide alike."""
-        if self.world == 1:
+        if self.world_size == 1:
             return values
         flat = torch.tensor(values, dtype=torch.float64)
         if dist.get_backend() == "nccl":
@@ -118,18 +113,18 @@ class Processes:
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)
         return flat.tolist()
 
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        if self.world > 1:
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
             dist.barrier()
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, for its next tensors.
+    """Let this process keep the memory that it frees, for its next tensors.
 
-    glibc gives large blocks back to the system at once and takes them anew, page by page, for every
-    tensor of this size: a quarter of the time in which `ddpm` draws 64 pictures. Elsewhere it does
-    nothing.
+    glibc returns large blocks to the system at once and requests them again, page by page, for
+    every tensor of this size: a quarter of the time in which `ddpm` draws 64 pictures. On other
+    systems nothing is done.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -142,10 +137,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory used so far, in bytes.
-
-    The allocator's on a GPU, the process's resident memory on a CPU.
-    """
+    """Largest memory use so far, in bytes: the allocator's on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

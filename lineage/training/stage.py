@@ -1,33 +1,34 @@
-"""Stages: a recipe is a list of them, and a finished one is found again by its content.
+"""Stages: a recipe is a list of them, and a finished one is found again by what it was built from.
 
-A stage trains one system. It may need what earlier stages made (`stage1 -> stage2`, `damsm -> gan`,
-`codec -> prior`). When a stage that others need is finished, its weights are kept under a key that
-is a hash of its configuration and of
-everything it was built from: data, text, seed, program version, and the keys of the stages it
-needed. A later run with the same key takes them from there, whatever folder it trains in.
+A stage builds one system from its arguments, which may be earlier stages (`stage1 -> stage2`,
+`damsm -> gan`, `codec -> prior`), and trains it. Its cache key is a hash of the name of `build`, of
+all arguments (an earlier stage counts by its own key), of optimiser and budget, and of the data. A
+later run whose stage has the same key loads the weights, whatever folder it trains in.
 
-The last stage's system is what a run is for: it holds all that generation needs, and is saved in
-the run folder.
+The last stage's system is the result of a run: it holds everything that generation needs, and is
+saved in the run folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lineage.config import OptimConfig, RunConfig, TrainConfig, to_dict
+from lineage.config import OptimConfig, TrainConfig, to_dict
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError
 from lineage.system import System, Trainable
 from lineage.training.log import Log
 from lineage.training.loop import Stopped, Trainer
-from lineage.training.machine import Processes, peak_memory
+from lineage.training.machine import Distributed, peak_memory, pick_device
 from lineage.training.store import (
     cache_folder,
+    fingerprint,
     load_state,
     load_tensors,
     read_json,
@@ -36,75 +37,118 @@ from lineage.training.store import (
     write_json,
 )
 
-Made = dict[str, Trainable]
-"""The systems of the stages done so far, by stage name."""
+NOT_IN_KEY = ("checkpoint_every", "sample_every", "log_every", "prefetch", "compile", "device")
+"""Settings of training on which a stage's result does not depend."""
+
+Prepare = Callable[[CaptionedDataset, Any], CaptionedDataset]
+"""(data set, system) -> the data set that the system trains on, such as one with cached codes."""
 
 
-@dataclass(frozen=True)
 class Stage:
-    """One training step and what it needs.
+    """One system of a recipe: how it is built and how it is trained.
+
+    Args:
+        name: Name, unique in its recipe.
+        build: Function that returns the untrained system.
+        arguments: Keywords of `build`: configurations, numbers, text, encoder specs, and earlier
+            stages, in whose place `build` receives their systems.
+        optim: How each group is optimised.
+        train: How the stage is trained; its budget is the whole run's.
+        share: Share of the run's budget; the shares of a recipe sum to 1.
+        prepare: Function that wraps the data set for this stage.
 
     Attributes:
-        name: unique in its recipe.
-        build: makes the stage's system, untrained, from the systems made before it.
-        optim, train: how it is trained; the budget in `train` is the whole run's, of which it gets
-            `share`.
-        settings: everything else that its result depends on, as JSON values.
-        needs: names of the stages whose systems it is built from.
-        share: of the run's budget; the shares of a recipe sum to 1. 0 for a stage whose `train` has
-            a budget of its own.
+        system: The built system; None before `construct`.
+        weights: File of finished weights, for a stage of another run; None if it is trained here.
     """
 
-    name: str
-    build: Callable[[Made], Trainable]
-    optim: OptimConfig
-    train: TrainConfig
-    settings: dict[str, Any]
-    needs: tuple[str, ...] = ()
-    share: float = 1.0
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., Trainable],
+        arguments: Mapping[str, Any],
+        *,
+        optim: OptimConfig,
+        train: TrainConfig,
+        share: float = 1.0,
+        prepare: Prepare | None = None,
+    ) -> None:
+        self.name, self.build, self.arguments = name, build, dict(arguments)
+        self.optim, self.train, self.share, self.prepare = optim, train, share, prepare
+        self.system: Trainable | None = None
+        self.weights: Path | None = None
+
+    def earlier(self) -> list[Stage]:
+        """Stages whose systems this one is built from."""
+        return [value for value in self.arguments.values() if isinstance(value, Stage)]
+
+    def construct(self) -> Trainable:
+        """Build the untrained system, and those of earlier stages if they are not built yet."""
+        arguments = {
+            name: (value.system or value.construct()) if isinstance(value, Stage) else value
+            for name, value in self.arguments.items()
+        }
+        self.system = self.build(**arguments)
+        return self.system
 
     def budgeted(self) -> TrainConfig:
         """`train` with this stage's share of the budget."""
-        train = self.train
-        if not self.share:
-            return train
-        return replace(
-            train,
-            minutes=None if train.minutes is None else train.minutes * self.share,
-            steps=None if train.steps is None else max(1, round(train.steps * self.share)),
-            pictures=None if train.pictures is None else max(1, round(train.pictures * self.share)),
-        )
+        budget: dict[str, Any] = {}
+        for name in ("minutes", "max_steps", "max_pictures"):
+            if (whole := getattr(self.train, name)) is not None:
+                part = whole * self.share
+                budget[name] = part if name == "minutes" else max(1, round(part))
+        return replace(self.train, **budget)
+
+    def key(self, data: Mapping[str, Any]) -> str:
+        """Cache key of the stage's result.
+
+        Args:
+            data: Data set, size, seed and program version of the run.
+        """
+        if self.weights is not None:
+            return f"{self.name}-{fingerprint(self.weights.read_bytes())}"
+        train = {k: v for k, v in vars(self.budgeted()).items() if k not in NOT_IN_KEY}
+        content = {
+            "build": f"{self.build.__module__}.{self.build.__qualname__}",
+            "arguments": {n: _plain(v, data) for n, v in self.arguments.items()},
+            "optim": to_dict(self.optim),
+            "train": train,
+            "data": dict(data),
+        }
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        return f"{self.name}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
 
 
-def content(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run that its stages' results depend on, beside optimiser, budget, data and
-    seed.
+def _plain(value: Any, data: Mapping[str, Any]) -> Any:
+    """An argument of a stage as JSON values."""
+    if isinstance(value, Stage):
+        return value.key(data)
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def replace_stage(stages: list[Stage], name: str, other: Stage) -> list[Stage]:
+    """The stages of a recipe with `other` in place of the one called `name`; those that only the
+    replaced one was built from are dropped, and the budget is shared by those that are trained.
     """
-    settings = to_dict(config)
-    return {name: settings[name] for name in ("key", "text", "encoder", "model")}
-
-
-_NOT_CONTENT = ("checkpoint_every", "sample_every", "log_every", "prefetch", "compile", "device")
-
-
-def content_key(stage: Stage, origin: dict[str, Any], keys: dict[str, str]) -> str:
-    """The name under which a stage's result is kept: a hash of all that it depends on.
-
-    Args:
-        origin: what the whole run depends on: data, size, seed, tokeniser, program version.
-        keys: content keys of the stages before it.
-    """
-    train = {k: v for k, v in vars(stage.budgeted()).items() if k not in _NOT_CONTENT}
-    content = {
-        "stage": stage.name,
-        "settings": stage.settings,
-        "optim": vars(stage.optim),
-        "train": train,
-        "origin": origin,
-        "needs": {name: keys[name] for name in stage.needs},
-    }
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return f"{stage.name}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+    old = next(stage for stage in stages if stage.name == name)
+    for stage in stages:
+        stage.arguments = {n: other if v is old else v for n, v in stage.arguments.items()}
+    replaced = [other if stage is old else stage for stage in stages]
+    needed, queue = {id(replaced[-1])}, [replaced[-1]]
+    while queue:
+        stage = queue.pop()
+        earlier = [] if stage.weights is not None else stage.earlier()
+        queue += [one for one in earlier if id(one) not in needed]
+        needed |= {id(one) for one in earlier}
+    remaining = [stage for stage in replaced if id(stage) in needed]
+    trained = [stage for stage in remaining if stage.weights is None]
+    total = sum(stage.share for stage in trained)
+    for stage in trained:
+        stage.share /= total
+    return remaining
 
 
 @dataclass
@@ -112,56 +156,60 @@ class RunStages:
     """Trains the stages of one run in its folder.
 
     Attributes:
-        folder: the run folder.
-        stages: in order; the last one's system is the run's result.
-        dataset: what to train on.
-        origin: see `content_key`.
-        seed: of data order and noise.
-        seeded: puts torch's random state where every build starts from.
-        sheet: draws a sample sheet of a system, given its stage and step.
+        folder: Run folder.
+        stages: Stages in order; the last one's system is the run's result.
+        dataset: Data set to train on.
+        data: Data set, size, seed and program version, for the cache keys.
+        seed: Seed of data order and noise.
+        seed_weights: Function that sets the random state from which every system is built.
+        sheet: Function that draws a sample sheet of a system, given stage and step.
     """
 
     folder: Path
     stages: list[Stage]
     dataset: CaptionedDataset
-    origin: dict[str, Any]
+    data: dict[str, Any]
     seed: int
-    seeded: Callable[[], None]
+    seed_weights: Callable[[], None]
     sheet: Callable[[System, str, int], None]
     keys: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Trainable:
-        """Train what is not yet trained and return the last system, with averaged weights.
+        """Train the stages that are not finished; returns the last system, with averaged weights.
 
         Raises:
-            Stopped: when asked to stop, after saving.
-            UserError: for a checkpoint that does not fit, a full disk, a loss that is not finite.
+            Stopped: After a request to stop, once the state is saved.
+            UserError: A checkpoint does not fit, the disk is full, or a loss is not finite.
         """
-        made: Made = {}
-        settled = self._settled()
+        fixed_keys = self._fixed_keys()
         for stage in self.stages:
-            self.seeded()
-            system = stage.build(made)
-            key = settled.get(stage.name) or content_key(stage, self.origin, self.keys)
+            self.seed_weights()
+            system = stage.construct()
+            key = fixed_keys.get(stage.name) or stage.key(self.data)
             self.keys[stage.name] = key
-            kept = cache_folder("stages") / key / "model.safetensors"
             last = stage is self.stages[-1]
-            if not last and kept.exists():
-                load_weights(system, kept)
+            cached = cache_folder("stages") / key / "model.safetensors"
+            if stage.weights is not None:
+                load_weights(system, stage.weights)
+            elif not last and cached.exists():
+                load_weights(system, cached)
             else:
-                system = self._train(stage, system, last, stage.name in settled)
-                if not last and Processes.join(next(system.parameters()).device).first:
-                    save_tensors(kept, system.state_dict())
-            made[stage.name] = system.eval()
-        return made[self.stages[-1].name]
+                system = self._train(stage, system, last, stage.name in fixed_keys)
+            if not last and Distributed.join(next(system.parameters()).device).is_main:
+                for path in (cached, finished_weights(self.folder, stage.name)):
+                    if not path.exists():
+                        save_tensors(path, system.state_dict())
+            stage.system = system.eval()
+        assert self.stages[-1].system is not None
+        return self.stages[-1].system
 
     def _state_path(self, stage: Stage) -> Path:
         last = stage is self.stages[-1]
         return (self.folder if last else self.folder / "stages" / stage.name) / "state.pt"
 
-    def _settled(self) -> dict[str, str]:
-        """Keys of the stages that a later one was begun on: that one's weights hold theirs, so they
-        stay as they are whatever budget or file is given now.
+    def _fixed_keys(self) -> dict[str, str]:
+        """Keys of the stages that a later stage was built from: its weights hold theirs, so they
+        stay as they are, whatever budget or file is named now.
         """
         for stage in reversed(self.stages):
             path = self._state_path(stage)
@@ -170,15 +218,16 @@ class RunStages:
                 return {name: key for name, key in keys.items() if name != stage.name}
         return {}
 
-    def _train(self, stage: Stage, system: Trainable, last: bool, settled: bool) -> Trainable:
-        """Train one stage, from its checkpoint if the folder holds one.
-
-        Returns it with averaged weights.
+    def _train(self, stage: Stage, system: Trainable, last: bool, fixed: bool) -> Trainable:
+        """Train one stage, from its checkpoint if the folder holds one; returns it with averaged
+        weights.
         """
-        trainer = Trainer(
-            system, self.dataset, stage.optim, stage.budgeted(), seed=self.seed, stage=stage.name
-        )
-        first = trainer.processes.first
+        train = stage.budgeted()
+        dataset = self.dataset
+        if stage.prepare is not None:
+            dataset = stage.prepare(dataset, system.to(pick_device(train.device)))
+        trainer = Trainer(system, dataset, stage.optim, train, seed=self.seed, stage=stage.name)
+        is_main = trainer.processes.is_main
         state_path = self._state_path(stage)
         if state_path.exists():
             state = load_state(state_path)
@@ -188,47 +237,47 @@ class RunStages:
                     f"{stage.name!r}; choose another --out."
                 )
             trainer.load_state(state)
-        log = Log(self.folder) if first else None
+        log = Log(self.folder) if is_main else None
         if log is not None:
-            log.forget_after(stage.name, trainer.step)
+            log.truncate(stage.name, trainer.step)
 
         def checkpoint() -> None:
-            if first:
+            if is_main:
                 save_state(state_path, {**trainer.state(), "keys": dict(self.keys)})
                 if last:
                     with trainer.averaged() as averaged:
                         save_tensors(self.folder / "model.safetensors", averaged.state_dict())
-            trainer.processes.wait()
+            trainer.processes.barrier()
 
         def sample() -> None:
-            if first:
+            if is_main:
                 with trainer.averaged() as averaged:
                     if isinstance(averaged, System):
                         self.sheet(averaged, stage.name, trainer.step)
-            trainer.processes.wait()
+            trainer.processes.barrier()
 
         try:
-            if not (settled and state_path.exists()):
+            if not (fixed and state_path.exists()):
                 trainer.run(log, checkpoint, sample)
                 sample()
         finally:
             if log is not None:
                 log.close()
-        self._note_cost(trainer)
+        self._write_cost(trainer)
         with trainer.averaged() as averaged:
             final = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
         trainer.system.load_state_dict(final)
         return trainer.system
 
-    def _note_cost(self, trainer: Trainer) -> None:
-        """Add what the stage cost to `cost.json`."""
-        if not trainer.processes.first:
+    def _write_cost(self, trainer: Trainer) -> None:
+        """Add the cost of the stage to `cost.json`."""
+        if not trainer.processes.is_main:
             return
         path = self.folder / "cost.json"
         cost = read_json(path) if path.exists() else {}
         if cost.get(trainer.stage, {}).get("steps") == trainer.step:
-            return  # it was finished before; this process only looked
-        pictures = trainer.step * trainer.batch
+            return  # the stage was finished before
+        pictures = trainer.step * trainer.batch_size
         cost[trainer.stage] = {
             "steps": trainer.step,
             "pictures": pictures,
@@ -239,6 +288,11 @@ class RunStages:
             "device": trainer.device.type,
         }
         write_json(path, cost)
+
+
+def finished_weights(folder: Path, name: str) -> Path:
+    """File in a run folder of the weights of a finished stage other than the last."""
+    return folder / "stages" / name / "model.safetensors"
 
 
 def load_weights(system: Trainable, path: Path) -> None:
@@ -258,7 +312,7 @@ __all__ = [
     "RunStages",
     "Stage",
     "Stopped",
-    "content",
-    "content_key",
+    "finished_weights",
     "load_weights",
+    "replace_stage",
 ]

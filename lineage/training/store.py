@@ -1,9 +1,8 @@
-"""Files that are whole or absent: what a run folder is written with.
+"""Reading and writing the files of a run folder; a file is whole or absent.
 
-Every file is written to a temporary name in the same folder and then renamed, so a run that is
-killed, or a disk that fills up, leaves the last good file in place. Tensors are saved as
-safetensors, training state as a torch file that is read with `weights_only=True`: no pickle is ever
-executed.
+Every file is written to a temporary name in the same folder and then renamed, so that a killed run
+or a full disk leaves the last good file in place. Tensors are saved as safetensors, training state
+as a torch file that is read with `weights_only=True`: no pickle is ever executed.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """The sentence for a file that could not be written."""
+    """The error for a file that could not be written."""
     reason = error.strerror or str(error)
     return UserError(
         f"Could not write {path}: {reason}. Free some space there or choose another folder; "
@@ -69,14 +68,12 @@ def read_json(path: Path) -> Any:
 
 
 def fingerprint(data: bytes) -> str:
-    """A short name for some bytes, by which the same ones are known again."""
+    """A short hash of some bytes."""
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 def cache_folder(kind: str) -> Path:
-    """Where what can be made again is kept: `$LINEAGE_CACHE`, or `~/.cache/lineage`, and `kind` in
-    it.
-    """
+    """The folder of cached results of a kind, in `$LINEAGE_CACHE` or `~/.cache/lineage`."""
     return Path(os.environ.get("LINEAGE_CACHE", Path.home() / ".cache" / "lineage")) / kind
 
 
@@ -99,9 +96,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state (tensors, numbers, text, lists and dicts of them), all of it or
-    nothing.
-    """
+    """Write a training state (tensors, numbers, text, lists and dicts), all of it or nothing."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_bytes(path, buffer.getvalue())

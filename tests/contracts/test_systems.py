@@ -1,4 +1,4 @@
-"""The contract of a system, held against every system that the catalogue calls working.
+"""The contract of a system, tested on every system that the catalogue calls working.
 
 A new system needs no test of its own for any of this: once its row says `works`, it is tested here.
 """
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,24 @@ import lineage
 from lineage import runs
 from lineage.catalog import CATALOG, working
 from lineage.cli import main
-from lineage.config import OptimConfig, TrainConfig, to_dict
+from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import Interrupted, UserError
 from lineage.nn.noise import NoiseStreams
-from lineage.recipes import find_recipe
-from lineage.system import System, Trainable
+from lineage.recipes import find_recipe, preset
+from lineage.system import (
+    EmbedsImages,
+    Reconstructs,
+    ScoresStages,
+    System,
+    Trainable,
+    Visualises,
+)
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import ENCODERS
 from lineage.text.tokenizer import WordTokenizer
 from lineage.training.loop import Group, Trainer
-from lineage.training.stage import content
+from lineage.training.stage import Stage
 from lineage.training.store import load_state, load_tensors
 
 KEYS = working()
@@ -47,15 +55,22 @@ BATCH = 8
 
 
 def trainer_for(system: Trainable, data: CaptionedDataset, **optim: Any) -> Trainer:
-    """A trainer in full precision, without warm-up, so that a single step moves what it should."""
+    """A trainer in full precision, without warm-up, so that a single step moves every parameter."""
     config = OptimConfig(**{"warmup": 0, "decay": "none", "lr": 1e-3, **optim})
-    return Trainer(system, data, config, TrainConfig(batch=BATCH, precision="fp32", prefetch=0))
+    train = TrainConfig(batch_size=BATCH, precision="fp32", prefetch=0)
+    return Trainer(system, data, config, train)
+
+
+def text_of(system: Trainable, captions: list[str]) -> Any:
+    """Features of the captions; None for a model that reads none."""
+    return None if system.text is None else system.text.encode(captions)
 
 
 def fill(system: Trainable, data: CaptionedDataset) -> Trainable:
-    """A few large steps, so that retrieval has something to show and no layer is still at zero.
+    """Take a few large steps, so that retrieval has pictures and no layer is still at zero.
 
-    Learnt weights are larger than those at the start, at which a caption hardly moves a GAN.
+    Trained weights are larger than initial ones, with which a caption hardly changes a GAN's
+    picture.
     """
     trainer = trainer_for(system, data, lr=3e-3)
     with torch.no_grad():
@@ -66,26 +81,43 @@ def fill(system: Trainable, data: CaptionedDataset) -> Trainable:
     return system.eval()
 
 
-# --- what a recipe declares -------------------------------------------------------------------
+# --- recipes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_recipe_agrees_with_the_catalogue(key: str, tokenizer: WordTokenizer) -> None:
-    """A preset or stage that the list promises and the recipe lacks fails at the user's desk."""
+    """A preset or stage that the list promises and the recipe lacks would fail for the user."""
     recipe, row = find_recipe(key), CATALOG[key]
     assert set(recipe.PRESETS) == set(row.presets)
-    for name, config in recipe.PRESETS.items():
+    for name in recipe.PRESETS:
+        config = preset(key, name)
         assert isinstance(config, recipe.Config)
         assert (config.key, config.preset) == (key, name)
         stages = recipe.stages(config, tokenizer)
         assert tuple(stage.name for stage in stages) == row.stages
         assert sum(stage.share for stage in stages) == pytest.approx(1)
         for number, stage in enumerate(stages):
-            assert set(stage.needs) <= {s.name for s in stages[:number]}
-            # An earlier stage may depend on less, and is then shared by more runs.
-            wanted = content(config) if stage is stages[-1] else {}
-            assert all(stage.settings[field] == value for field, value in wanted.items())
-            assert set(stage.settings) <= set(to_dict(config))
+            assert all(earlier in stages[:number] for earlier in stage.earlier())
+            assert all(stage in later.earlier() for later in stages[number + 1 : number + 2])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_key_of_the_last_stage_depends_on_text_and_model(
+    key: str, tokenizer: WordTokenizer
+) -> None:
+    """A setting that a stage's arguments lack would give one run the weights of another."""
+    data = {"data": "shapes", "size": 16, "seed": 0, "lineage": "0"}
+
+    def last(**settings: Any) -> str:
+        config = runs.configure(key, preset_name="smoke", settings=settings)
+        return find_recipe(key).stages(config, tokenizer)[-1].key(data)
+
+    assert last() == last()
+    assert last(**{"encoder.width": 8}) != last()
+    assert last(text="lstm") != last(text="transformer")
+    model = runs.to_dict(preset(key, "smoke"))["model"]
+    name, value = next((n, v) for n, v in model.items() if type(v) is int)
+    assert last(**{f"model.{name}": value + 1}) != last()
 
 
 @pytest.mark.parametrize(
@@ -93,13 +125,12 @@ def test_recipe_agrees_with_the_catalogue(key: str, tokenizer: WordTokenizer) ->
 )
 def test_every_preset_builds(key: str, name: str, tokenizer: WordTokenizer) -> None:
     """On the meta device, where the largest network costs no memory."""
-    recipe = find_recipe(key)
     with torch.device("meta"):
-        system = runs.build(recipe.stages(recipe.PRESETS[name], tokenizer))
+        system = runs.build(find_recipe(key).stages(preset(key, name), tokenizer))
     groups = system.groups()
     assert isinstance(system, System)
     trained = {id(p) for modules in groups.values() for m in modules for p in m.parameters()}
-    if groups:  # nothing that the system holds may be left out of training by oversight
+    if groups:  # no parameter may be left out of training by oversight
         assert trained == {id(p) for p in system.parameters() if p.requires_grad}
 
 
@@ -108,19 +139,7 @@ def test_every_system_has_a_budget_at_every_preset() -> None:
     for key in KEYS:
         for config in find_recipe(key).PRESETS.values():
             train = config.train
-            assert train.minutes or train.steps or train.pictures, (key, config.preset)
-
-
-def test_ddpm_paper_is_the_network_of_ho_et_al(tokenizer: WordTokenizer) -> None:
-    """35.7 million parameters: section 4 of the paper; exactly, the published CIFAR10 network."""
-    from dataclasses import replace
-
-    from lineage.diffusion.networks.unet import UNet
-
-    config = find_recipe("ddpm").PRESETS["paper"].model.unet  # type: ignore[attr-defined]
-    with torch.device("meta"):
-        unet = UNet(replace(config, conditioning="none"), text_width=256)
-    assert sum(p.numel() for p in unet.parameters()) == 35_746_307
+            assert train.minutes or train.max_steps or train.max_pictures, (key, config)
 
 
 # --- one training step ------------------------------------------------------------------------
@@ -128,31 +147,30 @@ def test_ddpm_paper_is_the_network_of_ho_et_al(tokenizer: WordTokenizer) -> None
 
 @pytest.fixture(scope="module")
 def make_stage(tokenizer: WordTokenizer) -> Callable[[str, str], dict[str, Trainable]]:
-    """(key, stage) -> what that stage trains at preset smoke, behind the stages before it, none of
-    them trained."""
+    """(key, stage) -> untrained systems of that stage and the ones before it, at preset smoke."""
 
     def make(key: str, name: str) -> dict[str, Trainable]:
         config = runs.configure(key, preset_name="smoke")
         torch.manual_seed(1)
-        made: dict[str, Trainable] = {}
+        systems: dict[str, Trainable] = {}
         for stage in find_recipe(key).stages(config, tokenizer):
-            made[stage.name] = stage.build(made)
+            systems[stage.name] = stage.construct()
             if stage.name == name:
-                return made
+                return systems
         raise AssertionError(name)
 
     return make
 
 
 class Turns:
-    """Watches `Group.update`: what moved, by whom, and which gradients there were."""
+    """Records of `Group.update`: parameters that moved, by group, and those with a gradient."""
 
     def __init__(
         self, system: Trainable, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.order: list[str] = []
         self.moved: dict[str, set[str]] = {}
-        self.felt: dict[str, set[str]] = {}
+        self.gradients: dict[str, set[str]] = {}
         names = {id(p): name for name, p in system.named_parameters()}
         by_group = {id(group): name for name, group in trainer.groups.items()}
         original = Group.update
@@ -169,7 +187,7 @@ class Turns:
             self.moved.setdefault(turn, set()).update(
                 name for name, value in before.items() if not torch.equal(value, after[name])
             )
-            self.felt.setdefault(turn, set()).update(
+            self.gradients.setdefault(turn, set()).update(
                 names[id(p)] for p in group.parameters if p.grad is not None and p.grad.any()
             )
             self.outside = {name: p.detach().clone() for name, p in after.items()}
@@ -189,16 +207,16 @@ def test_each_turn_moves_its_own_parameters_and_no_others(
 ) -> None:
     """A generator that moves in the discriminator's turn, or a part that never learns, is a bug.
 
-    Networks that start some layers at zero pass gradients on only after these have moved, so a few
-    steps are taken; without weight decay, since decay moves what no gradient reaches.
+    Networks with zero initial layers pass gradients on only after these have moved, so a few steps
+    are taken; without weight decay, since decay moves parameters that no gradient reaches.
     """
     system = make_stage(key, stage)[stage]
     trainer = trainer_for(system, shapes, weight_decay=0.0)
     turns = Turns(system, trainer, monkeypatch)
-    seen: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for number in range(5):
-        seen = trainer.advance(trainer.loader.at(number))
-        assert all(torch.isfinite(value).all() for value in seen.values()), (number, seen)
+        values = trainer.advance(trainer.loader.at(number))
+        assert all(torch.isfinite(value).all() for value in values.values()), (number, values)
     groups = system.groups()
     assert set(turns.order) == set(groups)
     assert turns.order == turns.order[: len(turns.order) // 5] * 5
@@ -206,30 +224,31 @@ def test_each_turn_moves_its_own_parameters_and_no_others(
         own = {id(p) for module in modules for p in module.parameters()}
         expected = {n for n, p in system.named_parameters() if id(p) in own}
         assert turns.moved[name] == expected
-        assert turns.felt[name] == expected
-        assert f"gradient/{name}" in seen
-        assert any(term.startswith(f"{name}/") for term in seen)
-    if not groups:  # then there is nothing to tell but facts
-        assert all(name.startswith("health/") for name in seen)
+        assert turns.gradients[name] == expected
+        assert f"gradient/{name}" in values
+        assert any(term.startswith(f"{name}/") for term in values)
+    if not groups:
+        assert not values
 
 
 @pytest.mark.parametrize(("key", "stage"), STAGES)
-def test_to_be_watched_changes_what_is_told_and_not_what_is_learnt(
+def test_metrics_do_not_change_training(
     key: str, stage: str, make_stage: Any, shapes: CaptionedDataset
 ) -> None:
-    """Facts that moved a batch statistic or drew a number would train by how often one logs; and a
-    system that has a remark on its health must have facts to go by."""
-    watched, unwatched = (make_stage(key, stage)[stage] for _ in range(2))
-    trainers = [trainer_for(system, shapes) for system in (watched, unwatched)]
+    """Metrics that updated a batch statistic or drew a random number would make training depend on
+    how often it is logged; and a system with a diagnosis must have metrics."""
+    measured, plain = (make_stage(key, stage)[stage] for _ in range(2))
+    with_metrics, without = (trainer_for(system, shapes) for system in (measured, plain))
     for number in range(2):
-        unwatched.watched = False
-        told, untold = (one.advance(one.loader.at(number)) for one in trainers)
-        facts = {name: value for name, value in told.items() if name.startswith("health/")}
-        assert facts or type(watched).remark is Trainable.remark
-        assert told.keys() - facts.keys() == untold.keys()
-        assert all(torch.equal(told[name], value) for name, value in untold.items())
-    for name, value in watched.state_dict().items():
-        assert torch.equal(value, unwatched.state_dict()[name]), name
+        values = with_metrics.advance(with_metrics.loader.at(number))
+        losses = without.advance(without.loader.at(number), collect_metrics=False)
+        metrics = {name for name in values if name.startswith("metric/")}
+        assert metrics or type(measured).diagnose is Trainable.diagnose
+        assert all(values[name].shape == () for name in metrics)
+        assert values.keys() - metrics == losses.keys()
+        assert all(torch.equal(values[name], value) for name, value in losses.items())
+    for name, value in measured.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
@@ -238,12 +257,12 @@ def test_to_be_watched_changes_what_is_told_and_not_what_is_learnt(
 def test_a_stage_leaves_the_earlier_ones_as_they_are(
     key: str, stage: str, make_stage: Any, shapes: CaptionedDataset
 ) -> None:
-    """Bit for bit, batch statistics too: else what is drawn is not what the earlier stage learnt,
-    and a stage taken from the cache gives another result than one trained here."""
-    made = make_stage(key, stage)
-    earlier = {name: system for name, system in made.items() if name != stage}
+    """Bit for bit, batch statistics too: otherwise a stage from the cache would give another result
+    than one trained here."""
+    systems = make_stage(key, stage)
+    earlier = {name: system for name, system in systems.items() if name != stage}
     before = {n: {k: v.clone() for k, v in s.state_dict().items()} for n, s in earlier.items()}
-    trainer = trainer_for(made[stage], shapes, lr=1e-2)
+    trainer = trainer_for(systems[stage], shapes, lr=1e-2)
     for number in range(3):
         trainer.advance(trainer.loader.at(number))
     for name, system in earlier.items():
@@ -258,57 +277,61 @@ def test_losses_yield_the_groups_in_order(
     """A turn that names no group, or a term that is no scalar, stops training at its first step."""
     system = make_stage(key, stage)[stage]
     batch = shapes.batch(range(BATCH), [0] * BATCH, 0)
-    text = system.text.encode(batch.caption)
+    text = text_of(system, batch.caption)
     turns = list(system.losses(batch, text, NoiseStreams(range(BATCH))))
-    assert [name for name, _ in turns] == list(system.groups())
-    for _, terms in turns:
-        assert terms and all(t.shape == () and t.requires_grad for t in terms.values())
+    assert [turn.group for turn in turns] == list(system.groups())
+    for turn in turns:
+        assert turn.terms
+        assert all(t.shape == () and t.requires_grad for t in turn.terms.values())
 
 
-def test_retrieval_stores_what_it_is_shown(make_system: Any, shapes: CaptionedDataset) -> None:
+def test_retrieval_stores_its_batch(make_system: Any, shapes: CaptionedDataset) -> None:
     """It has nothing to train, so a step that stores nothing would look like success."""
     system, _ = make_system("retrieval")
     before = int(system.count)
     batch = shapes.batch(range(BATCH), [0] * BATCH, 0)
-    assert (
-        list(system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(BATCH))))
-        == []
-    )
+    text, noise = system.text.encode(batch.caption), NoiseStreams(range(BATCH))
+    assert list(system.losses(batch, text, noise)) == []
     assert int(system.count) == before + BATCH
-    drawn = system.generate(batch.caption[0])
-    assert (drawn - batch.image).abs().flatten(1).amax(1).min() < 1e-2
+    picture = system.generate(batch.caption[0])
+    assert (picture - batch.image).abs().flatten(1).amax(1).min() < 1e-2
 
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("text", list(ENCODERS))
 def test_any_encoder_works(key: str, text: str, make_system: Any, shapes: CaptionedDataset) -> None:
     """A comparison holds the encoder fixed, so each system must take each."""
-    system, _ = make_system(key, text=text, encoder__heads=2)
+    system, _ = make_system(key, text=text, encoder__num_heads=2)
     trainer = trainer_for(system, shapes)
-    seen = trainer.advance(trainer.loader.at(0))
-    assert all(torch.isfinite(value).all() for value in seen.values())
+    values = trainer.advance(trainer.loader.at(0))
+    assert all(torch.isfinite(value).all() for value in values.values())
     pictures = system.generate(CAPTIONS, seed=3)
     assert pictures.shape == (len(CAPTIONS), 3, 16, 16)
     assert torch.isfinite(pictures).all()
 
 
 @pytest.mark.parametrize(("key", "stage"), STAGES)
-def test_a_batch_of_one_trains_or_is_told(
+def test_a_batch_of_one_trains_or_is_refused(
     key: str, stage: str, make_stage: Any, shapes: CaptionedDataset
 ) -> None:
-    """The last resort on a small machine is --set train.batch=1.
+    """The last resort on a small machine is --set train.batch_size=1.
 
-    Statistics of a batch of one do not exist, nor does a wrong caption from the same batch, so a
-    system may refuse; but in a sentence.
+    A batch of one has no statistics and no mismatched caption, so a system may refuse it; but in a
+    sentence.
     """
     system = make_stage(key, stage)[stage]
-    trainer = Trainer(system, shapes, OptimConfig(), TrainConfig(batch=1, precision="fp32"))
+    trainer = Trainer(system, shapes, OptimConfig(), TrainConfig(batch_size=1, precision="fp32"))
     with contextlib.suppress(UserError):
-        seen = trainer.advance(trainer.loader.at(0))
-        assert all(torch.isfinite(value).all() for value in seen.values()), seen
+        values = trainer.advance(trainer.loader.at(0))
+        assert all(torch.isfinite(value).all() for value in values.values()), values
 
 
 # --- generation -------------------------------------------------------------------------------
+
+
+def prepared(stage: Stage, data: CaptionedDataset) -> CaptionedDataset:
+    """The data set that a stage trains on."""
+    return data if stage.prepare is None else stage.prepare(data, stage.system)
 
 
 @pytest.fixture(scope="module")
@@ -320,10 +343,8 @@ def trained(tokenizer: WordTokenizer, shapes: CaptionedDataset) -> Callable[[str
         if key not in done:
             config = runs.configure(key, preset_name="smoke")
             torch.manual_seed(1)
-            made: dict[str, Trainable] = {}
             for stage in find_recipe(key).stages(config, tokenizer):
-                made[stage.name] = fill(stage.build(made), shapes)
-            system = made[stage.name]
+                system = fill(stage.construct(), prepared(stage, shapes))
             assert isinstance(system, System)
             done[key] = system
         return done[key]
@@ -340,13 +361,13 @@ def test_pictures_have_the_shape_and_range_of_the_contract(
     assert pictures.shape == (len(CAPTIONS), 3, 16, 16)
     assert pictures.dtype == torch.float32
     assert pictures.min() >= -1 and pictures.max() <= 1
-    assert pictures.flatten(1).std(1).max() > 0.01  # something is drawn
+    assert pictures.flatten(1).std(1).max() > 0.01  # not a blank picture
     assert not pictures.requires_grad
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_seed_is_a_picture(key: str, trained: Callable[[str], System]) -> None:
-    """The same seed gives the same pictures, whatever was drawn before; another gives others."""
+    """The same seed gives the same pictures, whatever came before; another seed, others."""
     system = trained(key)
     first = system.generate(CAPTIONS, seed=1)
     torch.manual_seed(99)
@@ -390,10 +411,10 @@ def test_a_picture_does_not_depend_on_its_batch(key: str, trained: Callable[[str
 def test_a_picture_does_not_depend_on_how_many_are_made_at_once(
     key: str, trained: Callable[[str], System], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A long list is drawn in parts; part two must go on counting where part one stopped."""
+    """A long list is drawn in batches; the second must count on where the first stopped."""
     system = trained(key)
     together = system.generate(CAPTIONS, seed=5)
-    monkeypatch.setattr(system, "at_once", 2)
+    monkeypatch.setattr(system, "sample_batch_size", 2)
     torch.testing.assert_close(system.generate(CAPTIONS, seed=5), together, atol=1e-4, rtol=0)
 
 
@@ -401,7 +422,7 @@ def test_a_picture_does_not_depend_on_how_many_are_made_at_once(
 def test_the_caption_matters(key: str, trained: Callable[[str], System]) -> None:
     """The easiest way to pass every other test is to ignore the text.
 
-    Of several pictures, since those that are drawn code by code change by leaps, if at all.
+    Several pictures are compared, since pictures that are drawn code by code change by leaps.
     """
     system = trained(key)
     pair = ("a red circle", CAPTIONS[4])
@@ -420,7 +441,7 @@ def test_one_string_is_one_caption(key: str, trained: Callable[[str], System]) -
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_wrong_requests_are_told_in_a_sentence(key: str, trained: Callable[[str], System]) -> None:
+def test_wrong_requests_are_refused(key: str, trained: Callable[[str], System]) -> None:
     system = trained(key)
     with pytest.raises(UserError, match="at least one caption"):
         system.generate([])
@@ -441,23 +462,79 @@ def test_generating_leaves_the_system_as_it_was(key: str, trained: Callable[[str
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_knobs_are_listed_with_their_defaults(key: str, trained: Callable[[str], System]) -> None:
-    """Giving each knob its default changes nothing."""
+def test_options_are_listed_with_type_default_and_sentence(
+    key: str, trained: Callable[[str], System]
+) -> None:
+    """Each option set to its default changes nothing."""
     system = trained(key)
+    options = system.options()
+    for name, option in options.items():
+        assert option.name == name and option.sentence.endswith("."), option
     plain = system.generate(CAPTIONS[:2], seed=1)
-    assert torch.equal(plain, system.generate(CAPTIONS[:2], seed=1, **system.knobs()))
+    defaults = {name: option.default for name, option in options.items()}
+    assert torch.equal(plain, system.generate(CAPTIONS[:2], seed=1, **defaults))
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_variants_of_a_sheet_are_knobs(key: str, trained: Callable[[str], System]) -> None:
-    """Sheets are drawn in the middle of training, where a knob that there is not stops the run."""
+def test_variants_of_a_sheet_are_options(key: str, trained: Callable[[str], System]) -> None:
+    """Sheets are drawn in the middle of training, where an unknown option would stop the run."""
     system = trained(key)
     variants = system.variants()
-    drawn = [system.generate(CAPTIONS[:2], seed=1, **knobs) for knobs in variants.values()]
+    pictures = [system.generate(CAPTIONS[:2], seed=1, **options) for options in variants.values()]
     plain = system.generate(CAPTIONS[:2], seed=1)
-    assert all(picture.shape == plain.shape for picture in drawn)
-    assert any(torch.equal(picture, plain) for picture in drawn)  # what the run is for is shown
-    assert len({tuple(picture.flatten().tolist()) for picture in drawn}) == len(variants)
+    assert all(picture.shape == plain.shape for picture in pictures)
+    assert any(torch.equal(picture, plain) for picture in pictures)
+    assert len({tuple(picture.flatten().tolist()) for picture in pictures}) == len(variants)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_picture_options_are_checked(key: str, trained: Callable[[str], System]) -> None:
+    """A picture of another size, or a mask of numbers, is refused in a sentence."""
+    system = trained(key)
+    size = system.size
+    for name in system.options().keys() & {"image", "mask"}:
+        with pytest.raises(UserError, match=rf"{name} must be"):
+            system.generate(CAPTIONS[:2], **{name: torch.zeros(2, 3, size, size + 1)})
+        with pytest.raises(UserError, match=rf"{name} must be a tensor"):
+            system.generate(CAPTIONS[:2], **{name: "picture.png"})
+    if "mask" in system.options():
+        numbers = torch.zeros(2, 1, size, size)
+        with pytest.raises(UserError, match="bool"):
+            system.generate(CAPTIONS[:2], image=torch.zeros(2, 3, size, size), mask=numbers)
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key in ("ddpm", "vqvae", "ldm")])
+def test_one_picture_serves_all_captions(key: str, trained: Callable[[str], System]) -> None:
+    """And each caption may have a picture of its own, whatever the batch size."""
+    system = trained(key)
+    image = torch.linspace(-1, 1, 3 * system.size**2).view(1, 3, system.size, system.size)
+    one = system.generate(CAPTIONS[:3], seed=1, image=image)
+    each = system.generate(CAPTIONS[:3], seed=1, image=image.expand(3, -1, -1, -1))
+    assert torch.equal(one, each)
+    assert not torch.equal(one, system.generate(CAPTIONS[:3], seed=1))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_optional_methods_return_pictures(key: str, trained: Callable[[str], System]) -> None:
+    """What a Protocol promises is there, and of the right shape."""
+    system = trained(key)
+    image = torch.zeros(2, 3, system.size, system.size)
+    if isinstance(system, Visualises):
+        rows = system.visualise(CAPTIONS[4], seed=1)
+        again = system.visualise(CAPTIONS[4], seed=1)
+        assert rows and all(rows)
+        for one, other in zip(chain(*rows), chain(*again), strict=True):
+            assert one.label == other.label and torch.equal(one.image, other.image)
+            assert one.image.shape[0] == 3 and one.image.abs().max() <= 1
+    with torch.no_grad():
+        if isinstance(system, Reconstructs):
+            assert system.reconstruct(image).shape == image.shape
+        if isinstance(system, EmbedsImages):
+            assert system.image_embedding(image).shape == (2, system.text.sentence_dim)
+        if isinstance(system, ScoresStages):
+            batch = Batch(image, CAPTIONS[:2], None, ["0", "1"])
+            scores = system.stage_scores(batch)
+            assert scores and all(value.shape == (2,) for value in scores.values())
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -481,33 +558,33 @@ def test_a_run_folder_holds_what_the_design_says(key: str, smoke_run: Callable[[
     assert (folder / "metrics.jsonl").read_text().strip()
     assert list((folder / "samples").glob("*.png"))
     assert not list(folder.glob("**/*.partial"))
-    assert runs.read_config(folder) == find_recipe(key).PRESETS["smoke"]
+    assert runs.read_config(folder) == preset(key, "smoke")
 
 
 class StopAfter:
-    """Asks a run to stop after so many steps of one stage, as Ctrl-C does."""
+    """Stops a run after a number of steps of one stage, as Ctrl-C does."""
 
     def __init__(self, stage: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         original = Trainer.advance
 
-        def advance(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
-            seen = original(trainer, batch)
+        def advance(trainer: Trainer, *arguments: Any) -> dict[str, Tensor]:
+            values = original(trainer, *arguments)
             if (trainer.stage, trainer.step) == (stage, steps):
                 signal.raise_signal(signal.SIGINT)
-            return seen
+            return values
 
         monkeypatch.setattr(Trainer, "advance", advance)
 
 
 def steps_of(key: str, steps: int) -> dict[str, int]:
-    """What each stage gets of a budget of so many steps."""
+    """Number of steps of each stage, of a budget of `steps`."""
     config = runs.configure(key, preset_name="smoke", steps=steps)
     stages = find_recipe(key).stages(config, WordTokenizer(["a"]))
-    return {stage.name: stage.budgeted().steps or 0 for stage in stages}
+    return {stage.name: stage.budgeted().max_steps or 0 for stage in stages}
 
 
 def budget_for(key: str, last: int) -> int:
-    """The budget of which the last stage gets `last` steps."""
+    """Budget of which the last stage gets `last` steps."""
     return next(n for n in range(last, 99) if list(steps_of(key, n).values())[-1] == last)
 
 
@@ -535,7 +612,7 @@ def _leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
         yield at, value
 
 
-RESUME = {"train.batch": 8, "train.checkpoint_every": 3, "train.log_every": 2}
+RESUME = {"train.batch_size": 8, "train.checkpoint_every": 3, "train.log_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -574,8 +651,8 @@ def test_a_stopped_run_ends_like_one_that_was_never_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped in an earlier stage, at a checkpoint of the last one and between two; anything that
-    is not saved shows as another bit."""
+    """Stopped in an earlier stage, at a checkpoint of the last one and between two; a value that is
+    not saved would change a bit."""
     expected = whole(key)
     monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / "cache"))
     parts, steps = tmp_path / "parts", budget_for(key, 7)
@@ -659,22 +736,22 @@ def test_text_features_reach_the_loop_with_gradient(
     make_stage: Any, shapes: CaptionedDataset
 ) -> None:
     """Encoders that are trained along must get their gradient through `losses`."""
-    seen: list[bool] = []
+    with_gradient: list[bool] = []
     for key, stage in STAGES:
         system = make_stage(key, stage)[stage]
         if any(system.text in modules for modules in system.groups().values()):
             original = system.losses
 
             def losses(
-                batch: Batch, text: TextFeatures, draws: NoiseStreams, call: Any = original
+                batch: Batch, text: TextFeatures, noise: NoiseStreams, call: Any = original
             ) -> Iterator[Any]:
-                seen.append(text.sentence.requires_grad)
-                return call(batch, text, draws)
+                with_gradient.append(text.sentence.requires_grad)
+                return call(batch, text, noise)
 
             system.losses = losses  # type: ignore[method-assign]
             trainer = trainer_for(system, shapes)
             trainer.advance(trainer.loader.at(0))
-    assert seen and all(seen)
+    assert with_gradient and all(with_gradient)
 
 
 def test_groups_share_no_parameters(make_stage: Any) -> None:

@@ -35,7 +35,7 @@ def test_two_processes_train_what_one_does(train_run: Callable[..., Any], tmp_pa
             *arguments,
             *FLAGS,
             "--set",
-            "train.batch=4",  # in each process
+            "train.batch_size=4",  # in each process
         ],
         capture_output=True,
         text=True,

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from lineage.config import OptimConfig
 from lineage.errors import UserError
 from lineage.training.group import Group
-from lineage.training.machine import Processes
+from lineage.training.machine import Distributed
 
-ALONE = Processes()
+ALONE = Distributed()
 PLAIN: dict[str, Any] = {
     "lr": 0.1,
     "beta1": 0.8,
     "beta2": 0.9,
     "weight_decay": 0.0,
-    "clip": 0.0,
-    "average": 0.0,
+    "grad_clip": 0.0,
+    "ema_decay": 0.0,
 }
 
 
@@ -73,10 +73,12 @@ def test_every_parameter_has_one_optimiser(name: str) -> None:
     net = Net()
     net.body[0].bias.requires_grad_(False)
     group = group_of(net.modules_apart(), name=name)
-    held = [p for one in group.optimizers.values() for g in one.param_groups for p in g["params"]]
-    wanted = {id(p) for p in net.parameters() if p.requires_grad}
-    assert len(held) == len(wanted) and {id(p) for p in held} == wanted
-    assert {id(p) for p in group.parameters} == wanted
+    parameters = [
+        p for one in group.optimizers.values() for g in one.param_groups for p in g["params"]
+    ]
+    expected = {id(p) for p in net.parameters() if p.requires_grad}
+    assert len(parameters) == len(expected) and {id(p) for p in parameters} == expected
+    assert {id(p) for p in group.parameters} == expected
 
 
 def test_muon_moves_the_matrices_of_hidden_linear_layers() -> None:
@@ -130,13 +132,13 @@ def test_muon_alone_or_with_nothing_to_do() -> None:
 @pytest.mark.parametrize("text", ["bag", "transformer", "lstm"])
 def test_of_a_prior_muon_moves_the_blocks(text: str, make_system: Callable[..., Any]) -> None:
     """Four matrices of each block of the prior, and those of a text encoder that has such."""
-    system, _ = make_system("vqvae", text=text, encoder__heads=2)
+    system, _ = make_system("vqvae", text=text, encoder__num_heads=2)
     ((name, modules),) = system.groups().items()
     moved = names_moved(system, group_of(modules, name, name="muon"))
     block = ("attn.qkv.weight", "attn.proj.weight", "mlp.0.weight", "mlp.2.weight")
     expected = {f"transformer.blocks.{n}.{part}" for n in range(2) for part in block}
     if text == "transformer":
-        linear = ("attention.query", "attention.key_value", "attention.out", "mlp.0", "mlp.2")
+        linear = (*(f"attention.to_{x}" for x in ("q", "k", "v", "out")), "mlp.0", "mlp.2")
         expected |= {f"text.blocks.0.{part}.weight" for part in linear}
     assert moved["muon"] == expected
 
@@ -188,7 +190,7 @@ def test_a_first_step_of_muon_by_hand(shape: tuple[int, int]) -> None:
     as a step of Adam, whose entries are of size `lr`: 0.2 lr in the mean square."""
     rows, columns = shape
     body = nn.Sequential(nn.Linear(columns, rows, bias=False))
-    group = group_of([body], name="muon", weight_decay=0.5, lr=0.01, rates={"net": 2.0})
+    group = group_of([body], name="muon", weight_decay=0.5, lr=0.01, lr_multipliers={"net": 2.0})
     weight = body[0].weight
     before = weight.detach().clone()
     slope = torch.randn(rows, columns)
@@ -224,7 +226,7 @@ def test_muon_has_a_memory() -> None:
 @pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
 def test_rates_reach_every_optimiser(name: str) -> None:
     net = Net()
-    group = group_of([net], name=name, lr=0.1, rates={"net": 0.5, "other": 9.0})
+    group = group_of([net], name=name, lr=0.1, lr_multipliers={"net": 0.5, "other": 9.0})
     group.update(loss_of(net), 0.25, 0, ALONE)
     rates = {part["lr"] for one in group.optimizers.values() for part in one.param_groups}
     assert rates == {0.1 * 0.5 * 0.25}
@@ -234,9 +236,11 @@ def test_rates_reach_every_optimiser(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
-def test_an_unmarked_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left out is PyTorch's mark for its profiler; where it sets none, nothing is."""
-    found = []
+def test_the_step_without_the_mark_is_the_same_step(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's mark for its profiler is left out; where PyTorch sets none, nothing changes."""
+    results = []
     for marked in (True, False):
         torch.manual_seed(0)
         net = Net()
@@ -246,14 +250,14 @@ def test_an_unmarked_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch
                 monkeypatch.setattr(type(one).step, "hooked", False)
         for step in range(3):
             group.update(loss_of(net), 1.0, step, ALONE)
-        found.append([p.detach().clone() for p in net.parameters()])
+        results.append([p.detach().clone() for p in net.parameters()])
         monkeypatch.undo()
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_state_of_other_shapes_is_refused() -> None:
-    """As many parameters in as many parts; PyTorch does not look, and its fused step writes beyond
-    the end of the smaller ones."""
+    """The number of parameters is the same; PyTorch does not compare shapes, and its fused step
+    writes beyond the end of the smaller ones."""
     one, other = (group_of([nn.Linear(*sizes)], lr=0.1) for sizes in ((3, 2), (2, 3)))
     one.update(sum(p.sum() for p in one.parameters), 1.0, 0, ALONE)
     with pytest.raises(ValueError, match="shapes"):
@@ -266,16 +270,16 @@ def test_a_step_leaves_no_mark_for_the_profiler() -> None:
     net = Net()
     group = group_of([net], lr=0.1)
     group.update(loss_of(net), 1.0, 0, ALONE)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         group.update(loss_of(net), 1.0, 1, ALONE)
         group.optimizers["optimizer"].step()
-    names = [event.name for event in seen.events()]
+    names = [event.name for event in profile.events()]
     assert sum("Optimizer.step" in name for name in names) == 1
     assert sum("_fused_adam" in name for name in names) == 2
 
 
-def test_optimisers_that_there_are_not_are_told() -> None:
-    with pytest.raises(UserError, match=r"optim\.name='muonn'.*'muon'"):
+def test_an_unknown_optimiser_is_refused() -> None:
+    with pytest.raises(UserError, match=r"name='muonn'.*'muon'"):
         OptimConfig(name="muonn")
 
 
@@ -299,7 +303,7 @@ def test_a_turn_touches_its_own_parameters_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_part_that_took_no_part_stays(name: str) -> None:
+def test_a_part_without_gradient_stays(name: str) -> None:
     """Without a gradient there is no step, no decay and no error."""
     used, unused = (nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
     group = group_of([used, unused], name=name, weight_decay=0.5)
@@ -310,13 +314,13 @@ def test_a_part_that_took_no_part_stays(name: str) -> None:
 
 @pytest.mark.parametrize("clip", [0.0, 0.01, 1e6])
 def test_the_norm_is_of_all_and_from_before_clipping(clip: float) -> None:
-    """Of the matrices that Muon moves, and of the others, together."""
+    """Over the matrices that Muon moves and all others together."""
     net = Net()
-    group = group_of(net.modules_apart(), name="muon", clip=clip)
+    group = group_of(net.modules_apart(), name="muon", grad_clip=clip)
     gradients = torch.autograd.grad(loss_of(net), group.parameters)
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
-    told = group.update(loss_of(net), 0.0, 0, ALONE)
-    assert told.item() == pytest.approx(norm, rel=1e-4)
+    returned = group.update(loss_of(net), 0.0, 0, ALONE)
+    assert returned.item() == pytest.approx(norm, rel=1e-4)
     factor = min(1.0, clip / norm) if clip else 1.0
     assert factor < 1 or clip != 0.01
     for parameter, gradient in zip(group.parameters, gradients, strict=True):
@@ -332,7 +336,7 @@ def test_the_average_is_of_parameters_and_statistics(name: str) -> None:
     what is not trained only where it is a statistic."""
     net = Net()
     net.body[0].bias.requires_grad_(False)
-    group = group_of(net.modules_apart(), name=name, average=0.4, lr=0.05)
+    group = group_of(net.modules_apart(), name=name, ema_decay=0.4, lr=0.05)
     tracked = [p for p in net.parameters() if p.requires_grad]
     tracked += [net.norm.running_mean, net.norm.running_var]
     assert [id(t) for t in group.tracked] == [id(t) for t in tracked]
@@ -353,7 +357,7 @@ def test_the_average_is_of_parameters_and_statistics(name: str) -> None:
 
 
 def written(value: Any) -> Any:
-    """What a file gives back of it, with nothing but tensors and plain values in it."""
+    """`value` after a round trip through a file of tensors and plain values."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
@@ -363,7 +367,7 @@ def written(value: Any) -> Any:
 @pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
 def test_a_group_goes_on_exactly(name: str) -> None:
     """From what a file holds of weights and optimisers, bit for bit."""
-    settings: dict[str, Any] = {"name": name, "weight_decay": 0.1, "clip": 1.0, "lr": 0.01}
+    settings: dict[str, Any] = {"name": name, "weight_decay": 0.1, "grad_clip": 1.0, "lr": 0.01}
     whole = Net()
     group = group_of(whole.modules_apart(), **settings)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""The loader: every picture once an epoch, and batch n the same whoever asks for it, and how."""
+"""The loader: every picture once an epoch, and batch n the same however it is read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Numbers(CaptionedDataset):
         return Example(str(index), torch.full((3, 2, 2), index, dtype=torch.uint8), captions)
 
 
-def seen(batches: list[Batch]) -> list[int]:
+def ids_of(batches: list[Batch]) -> list[int]:
     return [int(i) for batch in batches for i in batch.id]
 
 
@@ -43,10 +43,10 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
-def test_each_epoch_shows_every_picture_once() -> None:
+def test_each_epoch_has_every_picture_once() -> None:
     """10 pictures in batches of 4: every third batch reaches from one epoch into the next."""
     loader = Loader(Numbers(10), 4, seed=0)
-    order = seen([loader.at(n) for n in range(15)])
+    order = ids_of([loader.at(n) for n in range(15)])
     epochs = [order[i : i + 10] for i in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
@@ -68,12 +68,12 @@ def test_image_caption_and_id_stay_together() -> None:
 
 
 def test_a_batch_is_a_function_of_seed_and_number() -> None:
-    """Asked for in any order, by any loader: this is what a resumed run rests on."""
+    """In any order, by any loader: a resumed run depends on it."""
     first, second = Loader(Numbers(10), 4, seed=0), Loader(Numbers(10), 4, seed=0)
     ahead = [first.at(n) for n in (7, 2, 5)]
     assert all(same(a, second.at(n)) for a, n in zip(ahead, (7, 2, 5), strict=True))
     other = Loader(Numbers(10), 4, seed=1)
-    assert seen([other.at(n) for n in range(5)]) != seen([first.at(n) for n in range(5)])
+    assert ids_of([other.at(n) for n in range(5)]) != ids_of([first.at(n) for n in range(5)])
 
 
 def test_captions_change_from_epoch_to_epoch() -> None:
@@ -100,7 +100,7 @@ def test_processes_share_out_the_whole_batch(endless: bool, batch: int, world: i
 
 def test_an_endless_world_is_read_from_the_start_without_repeats() -> None:
     loader = Loader(Numbers(5, endless=True), 4, seed=0)
-    assert seen([loader.at(n) for n in range(6)]) == list(range(24))
+    assert ids_of([loader.at(n) for n in range(6)]) == list(range(24))
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -128,10 +128,10 @@ def test_prefetching_ends_when_training_does() -> None:
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_an_error_of_the_data_comes_in_its_turn(prefetch: int) -> None:
-    """Batches before it are still given; then it is raised, not swallowed by the thread."""
+def test_an_error_of_the_data_comes_with_its_batch(prefetch: int) -> None:
+    """Batches before it still come; then it is raised, not swallowed by the thread."""
     loader = Loader(Numbers(40, endless=True, broken=9), 4, 0, prefetch=prefetch)
     batches = loader.batches()
-    assert seen([next(batches), next(batches)]) == list(range(8))
+    assert ids_of([next(batches), next(batches)]) == list(range(8))
     with pytest.raises(UserError, match="picture 9 cannot be read"):
         next(batches)

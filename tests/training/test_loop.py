@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import NoText
+from toys import ZeroEncoder
 
 from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
@@ -28,7 +29,7 @@ class Hill(System):
 
     def __init__(self, poison: int | None = None) -> None:
         super().__init__()
-        self.text = NoText()
+        self.text, self.size = ZeroEncoder(), 4
         self.point = nn.Linear(3, 1)
         self.poison, self.calls = poison, 0
         self.noise: list[float] = []
@@ -40,38 +41,36 @@ class Hill(System):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"point": [self.point]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         self.calls += 1
-        self.noise += draws.rand().tolist()
+        self.noise += noise.rand().tolist()
         self.dropout.append(torch.rand(()).item())
         scale = math.nan if self.calls == self.poison else 10.0
-        yield (
-            "point",
-            {
-                "weight": scale * self.point.weight.square().sum() / 2,
-                "bias": 10.0 * self.point.bias.square().sum() / 2,
-            },
-        )
+        terms = {
+            "weight": scale * self.point.weight.square().sum() / 2,
+            "bias": 10.0 * self.point.bias.square().sum() / 2,
+        }
+        yield Turn("point", terms)
 
-    def draw(self, captions: list[str], draws: NoiseStreams) -> Tensor:
+    def sample(self, captions: list[str], noise: NoiseStreams) -> Tensor:
         return torch.zeros(len(captions), 3, 4, 4)
 
 
 PLAIN: dict[str, Any] = {
     "warmup": 0,
     "decay": "none",
-    "average": 0.0,
+    "ema_decay": 0.0,
     "weight_decay": 0.0,
-    "clip": 0.0,
+    "grad_clip": 0.0,
 }
 
 
 def trainer(
     data: CaptionedDataset, system: System | None = None, optim: Any = None, **train: Any
 ) -> Trainer:
-    given = {"batch": 4, "precision": "fp32", "log_every": 0, "checkpoint_every": 0} | train
+    settings = {"batch_size": 4, "precision": "fp32", "log_every": 0, "checkpoint_every": 0} | train
     config = OptimConfig(**(PLAIN | {"lr": 0.1} | (optim or {})))
-    return Trainer(system or Hill(), data, config, TrainConfig(sample_every=0, **given))
+    return Trainer(system or Hill(), data, config, TrainConfig(sample_every=0, **settings))
 
 
 # --- budget -----------------------------------------------------------------------------------
@@ -80,14 +79,14 @@ def trainer(
 @pytest.mark.parametrize(
     ("budget", "steps"),
     [
-        ({"steps": 7}, 7),
-        ({"pictures": 20}, 5),
-        ({"pictures": 21}, 6),  # what a batch cannot split is rounded up, not lost
-        ({"steps": 3, "pictures": 400}, 3),
-        ({"steps": 300, "pictures": 8}, 2),
+        ({"max_steps": 7}, 7),
+        ({"max_pictures": 20}, 5),
+        ({"max_pictures": 21}, 6),  # rounded up to whole batches
+        ({"max_steps": 3, "max_pictures": 400}, 3),
+        ({"max_steps": 300, "max_pictures": 8}, 2),
     ],
 )
-def test_a_budget_in_steps_or_pictures_is_kept(
+def test_a_budget_in_steps_or_pictures_is_spent_exactly(
     budget: dict[str, int], steps: int, shapes: CaptionedDataset
 ) -> None:
     one = trainer(shapes, **budget)
@@ -97,7 +96,7 @@ def test_a_budget_in_steps_or_pictures_is_kept(
     assert one.step == steps
 
 
-def test_a_budget_in_minutes_is_kept(shapes: CaptionedDataset) -> None:
+def test_a_budget_in_minutes_is_spent(shapes: CaptionedDataset) -> None:
     one = trainer(shapes, minutes=0.3 / 60)
     one.run()
     assert 0.3 <= one.seconds < 1.5
@@ -109,19 +108,21 @@ def test_sheets_and_checkpoints_cost_no_training_time(shapes: CaptionedDataset) 
     """Otherwise a system that samples slowly would be trained less in a comparison."""
     import time
 
-    one = trainer(shapes, steps=4, checkpoint_every=1)
+    one = trainer(shapes, max_steps=4, checkpoint_every=1)
     one.run(checkpoint=lambda: time.sleep(0.1))
     assert one.seconds < 0.3
 
 
 def test_checkpoints_and_sheets_come_when_they_are_due(shapes: CaptionedDataset) -> None:
     saved: list[int] = []
-    drawn: list[int] = []
-    one = trainer(shapes, steps=7, checkpoint_every=3)
-    one.train = TrainConfig(batch=4, steps=7, checkpoint_every=3, sample_every=2, precision="fp32")
-    one.run(checkpoint=lambda: saved.append(one.step), sample=lambda: drawn.append(one.step))
+    sampled: list[int] = []
+    one = trainer(shapes, max_steps=7, checkpoint_every=3)
+    one.train = TrainConfig(
+        batch_size=4, max_steps=7, checkpoint_every=3, sample_every=2, precision="fp32"
+    )
+    one.run(checkpoint=lambda: saved.append(one.step), sample=lambda: sampled.append(one.step))
     assert saved == [3, 6, 7]
-    assert drawn == [2, 4, 6]
+    assert sampled == [2, 4, 6]
 
 
 # --- rate -------------------------------------------------------------------------------------
@@ -141,21 +142,21 @@ def test_checkpoints_and_sheets_come_when_they_are_due(shapes: CaptionedDataset)
 def test_the_rate_warms_up_and_decays(
     decay: str, expected: list[float], shapes: CaptionedDataset
 ) -> None:
-    one = trainer(shapes, optim={"warmup": 4, "decay": decay, "lr": 0.1}, steps=8)
+    one = trainer(shapes, optim={"warmup": 4, "decay": decay, "lr": 0.1}, max_steps=8)
     used: list[float] = []
     for number in range(8):
         one.advance(one.loader.at(number))
         used.append(one.groups["point"].optimizers["optimizer"].param_groups[0]["lr"])
     assert used == pytest.approx([0.1 * share for share in expected])
-    assert one._rate() == pytest.approx(1.0 if decay == "none" else 0.0)
+    assert one._lr_factor() == pytest.approx(1.0 if decay == "none" else 0.0)
 
 
 def test_a_group_may_have_a_rate_of_its_own(shapes: CaptionedDataset) -> None:
-    one = trainer(shapes, optim={"rates": {"point": 0.5}, "lr": 0.1})
+    one = trainer(shapes, optim={"lr_multipliers": {"point": 0.5}, "lr": 0.1})
     one.advance(one.loader.at(0))
     assert one.groups["point"].optimizers["optimizer"].param_groups[0]["lr"] == pytest.approx(0.05)
-    with pytest.raises(UserError, match=r"optim\.rates\.generator.*point"):
-        trainer(shapes, optim={"rates": {"generator": 2.0}})
+    with pytest.raises(UserError, match=r"optim\.lr_multipliers\.generator.*point"):
+        trainer(shapes, optim={"lr_multipliers": {"generator": 2.0}})
 
 
 def test_weight_decay_is_for_matrices_alone(shapes: CaptionedDataset) -> None:
@@ -176,19 +177,19 @@ def test_weight_decay_is_for_matrices_alone(shapes: CaptionedDataset) -> None:
 def test_the_loss_is_the_sum_of_its_terms(shapes: CaptionedDataset) -> None:
     """The gradient of 10 w^2 / 2 is 10 w: (30, -40, 5) and, for the bias, 10."""
     one = trainer(shapes)
-    seen = one.advance(one.loader.at(0))
-    assert seen["point/weight"] == pytest.approx(5 * (9 + 16 + 0.25))
-    assert seen["point/bias"] == pytest.approx(5)
+    values = one.advance(one.loader.at(0))
+    assert values["point/weight"] == pytest.approx(5 * (9 + 16 + 0.25))
+    assert values["point/bias"] == pytest.approx(5)
     norm = math.sqrt(30**2 + 40**2 + 5**2 + 10**2)
-    assert seen["gradient/point"] == pytest.approx(norm)
+    assert values["gradient/point"] == pytest.approx(norm)
 
 
 @pytest.mark.parametrize("clip", [0.0, 2.0, 1000.0])
 def test_gradients_are_clipped_to_the_norm_that_is_set(
     clip: float, shapes: CaptionedDataset
 ) -> None:
-    """What is logged is the norm before clipping, since that is what tells of trouble."""
-    one = trainer(shapes, optim={"clip": clip})
+    """The norm before clipping is logged, since it shows a diverging run."""
+    one = trainer(shapes, optim={"grad_clip": clip})
     norm = one.advance(one.loader.at(0))["gradient/point"].item()
     parameters = one.groups["point"].parameters
     left = math.sqrt(sum(p.grad.square().sum().item() for p in parameters if p.grad is not None))
@@ -198,7 +199,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(
 
 def test_the_moving_average_is_the_naive_one(shapes: CaptionedDataset) -> None:
     """average <- d average + (1 - d) weights, where d grows to its value from a short memory."""
-    one = trainer(shapes, optim={"average": 0.3, "lr": 0.3})
+    one = trainer(shapes, optim={"ema_decay": 0.3, "lr": 0.3})
     system = one.system
     naive = [p.detach().clone() for p in system.parameters()]
     for k in range(12):
@@ -245,14 +246,14 @@ def test_noise_is_a_function_of_seed_and_step(shapes: CaptionedDataset) -> None:
 def test_a_line_holds_the_means_since_the_line_before(
     shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
-    one = trainer(shapes, steps=7, log_every=3)
+    one = trainer(shapes, max_steps=7, log_every=3)
     losses: list[float] = []
     original = one.advance
 
-    def advance(batch: Batch) -> dict[str, Tensor]:
-        seen = original(batch)
-        losses.append(seen["point/weight"].item())
-        return seen
+    def advance(batch: Batch, collect_metrics: bool) -> dict[str, Tensor]:
+        values = original(batch, collect_metrics)
+        losses.append(values["point/weight"].item())
+        return values
 
     one.advance = advance  # type: ignore[method-assign]
     log = Log(tmp_path)
@@ -277,7 +278,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
 ) -> None:
     """The state on the disk must be from before: resuming from NaN is resuming from nothing."""
     path = tmp_path / "state.pt"
-    one = trainer(shapes, Hill(poison), steps=20, log_every=20, checkpoint_every=3)
+    one = trainer(shapes, Hill(poison), max_steps=20, log_every=20, checkpoint_every=3)
     with pytest.raises(CheckFailed) as caught:
         one.run(checkpoint=lambda: save_state(path, one.state()))
     message = str(caught.value)
@@ -296,29 +297,27 @@ def test_a_gradient_that_is_not_finite_is_named(shapes: CaptionedDataset) -> Non
     """The loss itself may still be finite when the gradient overflows."""
 
     class Cliff(Hill):
-        def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-            yield (
-                "point",
-                {"root": (self.point.weight - self.point.weight.detach()).abs().sum().sqrt()},
-            )
+        def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+            root = (self.point.weight - self.point.weight.detach()).abs().sum().sqrt()
+            yield Turn("point", {"root": root})
 
     with pytest.raises(CheckFailed, match="the gradient of point became"):
-        trainer(shapes, Cliff(), steps=2).run()
+        trainer(shapes, Cliff(), max_steps=2).run()
 
 
-class Watching(Hill):
-    """Has a fact of each step that is watched: its number."""
+class Measured(Hill):
+    """A system with one metric: the number of the step."""
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-        if self.watched:
-            self.facts = {"number": torch.tensor(float(self.calls))}
-        yield from super().losses(batch, text, draws)
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+        number = torch.tensor(float(self.calls))
+        for turn in super().losses(batch, text, noise):
+            yield replace(turn, metrics=lambda: {"number": number})
 
 
 @pytest.mark.parametrize(
-    ("log_every", "watched"),
+    ("log_every", "measured"),
     [
-        (1, [[0], [1], [2]]),  # numbers of the watched steps, by line
+        (1, [[0], [1], [2]]),  # numbers of the steps with metrics, by line
         (4, [[0, 1, 2, 3], [4, 5]]),
         (10, [[0, 2, 4, 6, 8], [10, 12, 14, 16, 18], [20]]),
         (13, [[0, 2, 4, 6, 8, 10, 12], [13]]),
@@ -326,69 +325,66 @@ class Watching(Hill):
         (20, [[0, 4, 8, 12, 16], [20]]),
     ],
 )
-def test_facts_are_of_the_steps_that_are_watched(
-    log_every: int, watched: list[list[int]], shapes: CaptionedDataset, tmp_path: Path
+def test_metrics_are_collected_on_some_steps_of_each_line(
+    log_every: int, measured: list[list[int]], shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
-    """Every line has some, the last too, and no fact is counted twice."""
-    one = trainer(shapes, Watching(), steps=watched[-1][-1] + 1, log_every=log_every)
+    """Every line has some, the last too, and no value is counted twice."""
+    one = trainer(shapes, Measured(), max_steps=measured[-1][-1] + 1, log_every=log_every)
     one.run(Log(tmp_path))
-    assert one.system.watched  # whoever asks for a step's losses now gets its facts too
     lines = read_log(tmp_path / "metrics.jsonl")
-    assert len(lines) == len(watched)
-    for line, numbers in zip(lines, watched, strict=True):
-        assert line["health/number"] == pytest.approx(sum(numbers) / len(numbers))
+    assert len(lines) == len(measured)
+    for line, numbers in zip(lines, measured, strict=True):
+        assert line["metric/number"] == pytest.approx(sum(numbers) / len(numbers))
 
 
-def test_a_run_that_goes_on_watches_its_first_step(
+def test_a_resumed_run_collects_metrics_on_its_first_step(
     shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
-    first = trainer(shapes, Watching(), steps=21, log_every=20)
+    first = trainer(shapes, Measured(), max_steps=21, log_every=20)
     first.run()
-    second = trainer(shapes, Watching(), steps=24, log_every=20)
+    second = trainer(shapes, Measured(), max_steps=24, log_every=20)
     second.load_state(first.state())
     second.run(Log(tmp_path))
     (line,) = read_log(tmp_path / "metrics.jsonl")
-    assert line["step"] == 24 and line["health/number"] == 0.0  # of its own system's first call
+    assert line["step"] == 24 and line["metric/number"] == 0.0  # the first call of its own system
 
 
-def test_a_step_alone_is_watched_unless_it_is_not(shapes: CaptionedDataset) -> None:
-    one = trainer(shapes, Watching(), log_every=20)
+def test_a_single_step_has_metrics_unless_they_are_declined(shapes: CaptionedDataset) -> None:
+    one = trainer(shapes, Measured(), log_every=20)
     for number in range(3):
-        assert one.advance(one.loader.at(number))["health/number"] == number
-    one.system.watched = False
-    seen = one.advance(one.loader.at(3))
-    assert "health/number" not in seen and "gradient/point" in seen
-    assert one.advance(one.loader.at(4))["health/number"] == 4
+        assert one.advance(one.loader.at(number))["metric/number"] == number
+    values = one.advance(one.loader.at(3), collect_metrics=False)
+    assert "metric/number" not in values and "gradient/point" in values
+    assert one.advance(one.loader.at(4))["metric/number"] == 4
 
 
-def test_state_of_another_network_is_told(shapes: CaptionedDataset) -> None:
+def test_state_of_another_network_is_refused(shapes: CaptionedDataset) -> None:
     state = trainer(shapes).state()
     for change in (
         {"weights": {}},
         {"groups": {}},
         {"step": "many"},
-        {"groups": {"point": {"optimizer": {}, "average": None}}},
+        {"groups": {"point": {"optimizer": {}, "ema_decay": None}}},
     ):
         with pytest.raises(UserError, match="does not fit this configuration") as caught:
             trainer(shapes).load_state({**state, **change})
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="does not fit"):  # a run that kept no average
-        trainer(shapes, optim={"average": 0.9}).load_state(state)
+    with pytest.raises(UserError, match="does not fit"):  # a run without an average
+        trainer(shapes, optim={"ema_decay": 0.9}).load_state(state)
 
 
 class Sometimes(Hill):
     """A term that appears in every third step only, with the value 6."""
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-        for name, terms in super().losses(batch, text, draws):
-            if self.calls % 3 == 1:
-                terms["penalty"] = 6.0 + 0.0 * self.point.bias.sum()
-            yield name, terms
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+        for turn in super().losses(batch, text, noise):
+            rare = {"penalty": 6.0 + 0.0 * self.point.bias.sum()} if self.calls % 3 == 1 else {}
+            yield Turn(turn.group, {**turn.terms, **rare})
 
 
 def test_a_rare_term_is_averaged_over_the_steps_that_have_it(
     shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
     """A lazy penalty divided by all steps would look as many times smaller as it is rare."""
-    trainer(shapes, Sometimes(), steps=6, log_every=6).run(Log(tmp_path))
+    trainer(shapes, Sometimes(), max_steps=6, log_every=6).run(Log(tmp_path))
     assert read_log(tmp_path / "metrics.jsonl")[-1]["point/penalty"] == pytest.approx(6.0)

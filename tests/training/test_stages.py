@@ -1,16 +1,16 @@
-"""Stages: one builds on another, and a finished one is found again by what it is made of."""
+"""Stages: one builds on another, and a finished one is found again by what it was built from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import NoText
+from toys import ZeroEncoder
 
 from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
@@ -20,7 +20,7 @@ from lineage.system import System, Turn
 from lineage.text.contract import TextFeatures
 from lineage.training.log import read_log
 from lineage.training.loop import Stopped, Trainer
-from lineage.training.stage import Made, RunStages, Stage, content_key
+from lineage.training.stage import RunStages, Stage, finished_weights, replace_stage
 from lineage.training.store import cache_folder, load_tensors, read_json, save_state
 
 
@@ -29,69 +29,76 @@ class Mean(System):
 
     def __init__(self) -> None:
         super().__init__()
-        self.text = NoText()
+        self.text, self.size = ZeroEncoder(), 4
         self.colour = nn.Linear(1, 3, bias=False)
 
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"colour": [self.colour]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         difference = batch.image - self.colour.weight[None, :, :, None]
-        yield "colour", {"square": difference.square().mean()}
+        yield Turn("colour", {"square": difference.square().mean()})
 
-    def draw(self, captions: list[str], draws: NoiseStreams) -> Tensor:
+    def sample(self, captions: list[str], noise: NoiseStreams) -> Tensor:
         return self.colour.weight[None, :, :, None].expand(len(captions), 3, 4, 4)
 
 
 class Spread(Mean):
-    """Learns a factor for what a finished `Mean` left over."""
+    """Learns the mean squared rest of a finished `Mean`."""
 
     def __init__(self, mean: Mean) -> None:
         super().__init__()
         self.mean = mean.requires_grad_(False)
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         rest = (batch.image - self.mean.colour.weight[None, :, :, None]).square()
         difference = rest - self.colour.weight[None, :, :, None]
-        yield "colour", {"square": difference.square().mean()}
+        yield Turn("colour", {"square": difference.square().mean()})
 
 
-OPTIM = OptimConfig(lr=0.05, warmup=0, average=0.5)
-TRAIN = TrainConfig(steps=20, batch=4, checkpoint_every=4, sample_every=0, log_every=2)
-ORIGIN = {"data": "shapes", "size": 16, "seed": 0, "tokenizer": {"kind": "word", "words": []}}
+OPTIM = OptimConfig(lr=0.05, warmup=0, ema_decay=0.5)
+TRAIN = TrainConfig(max_steps=20, batch_size=4, checkpoint_every=4, sample_every=0, log_every=2)
+DATA = {"data": "shapes", "size": 16, "seed": 0}
+
+
+@dataclass(frozen=True)
+class Words:
+    """An argument that describes itself, as an encoder's spec does."""
+
+    words: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"words": self.words}
+
+
+def mean_of(words: Words, model: int) -> Mean:
+    return Mean()
+
+
+def spread_of(mean: Mean, model: int) -> Spread:
+    return Spread(mean)
 
 
 def recipe(optim: OptimConfig = OPTIM, train: TrainConfig = TRAIN) -> list[Stage]:
-    return [
-        Stage("mean", lambda made: Mean(), optim, train, {"model": 1}, share=0.4),
-        Stage(
-            "spread",
-            lambda made: Spread(_mean(made)),
-            optim,
-            train,
-            {"model": 2},
-            needs=("mean",),
-            share=0.6,
-        ),
-    ]
-
-
-def _mean(made: Made) -> Mean:
-    mean = made["mean"]
-    assert isinstance(mean, Mean)
-    return mean
+    first = Stage(
+        "mean", mean_of, {"words": Words(), "model": 1}, optim=optim, train=train, share=0.4
+    )
+    second = Stage(
+        "spread", spread_of, {"mean": first, "model": 2}, optim=optim, train=train, share=0.6
+    )
+    return [first, second]
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The stage of every step that is taken, with a cache of the test's own."""
+    """The stage of every training step, with a cache of the test's own."""
     monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / "cache"))
     steps: list[str] = []
     original = Trainer.advance
 
-    def advance(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
+    def advance(trainer: Trainer, *arguments: Any) -> dict[str, Tensor]:
         steps.append(trainer.stage)
-        return original(trainer, batch)
+        return original(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "advance", advance)
     return steps
@@ -103,9 +110,9 @@ def run_in(folder: Path, data: CaptionedDataset, stages: list[Stage] | None = No
         folder=folder,
         stages=stages or recipe(),
         dataset=data,
-        origin=ORIGIN,
+        data=DATA,
         seed=0,
-        seeded=lambda: torch.manual_seed(0) and None,
+        seed_weights=lambda: torch.manual_seed(0) and None,
         sheet=lambda system, stage, step: None,
     )
 
@@ -117,11 +124,13 @@ def test_the_budget_is_shared_out_and_the_second_builds_on_the_first(
     system = run.run()
     assert trained == ["mean"] * 8 + ["spread"] * 12
     assert isinstance(system, Spread)
-    kept = load_tensors(cache_folder("stages") / run.keys["mean"] / "model.safetensors")
-    assert torch.equal(system.mean.colour.weight, kept["colour.weight"])
+    cached = load_tensors(cache_folder("stages") / run.keys["mean"] / "model.safetensors")
+    assert torch.equal(system.mean.colour.weight, cached["colour.weight"])
     saved = load_tensors(tmp_path / "run" / "model.safetensors")
-    assert torch.equal(saved["mean.colour.weight"], kept["colour.weight"])
+    assert torch.equal(saved["mean.colour.weight"], cached["colour.weight"])
     assert torch.equal(saved["colour.weight"], system.colour.weight)  # averaged, both
+    own = load_tensors(finished_weights(tmp_path / "run", "mean"))
+    assert torch.equal(own["colour.weight"], cached["colour.weight"])  # for runs that take it
     cost = read_json(tmp_path / "run" / "cost.json")
     assert {name: c["steps"] for name, c in cost.items()} == {"mean": 8, "spread": 12}
 
@@ -129,7 +138,7 @@ def test_the_budget_is_shared_out_and_the_second_builds_on_the_first(
 def test_a_finished_stage_is_found_in_another_folder(
     trained: list[str], shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
-    """And gives the same result as training it there would have."""
+    """And gives the same result as training it there."""
     first = run_in(tmp_path / "one", shapes).run()
     trained.clear()
     second = run_in(tmp_path / "two", shapes).run()
@@ -138,7 +147,7 @@ def test_a_finished_stage_is_found_in_another_folder(
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
-def test_a_stage_made_otherwise_is_trained_again(
+def test_a_stage_with_other_settings_is_trained_again(
     trained: list[str], shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
     run_in(tmp_path / "one", shapes).run()
@@ -151,12 +160,12 @@ def stop_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask to stop after `number` steps, all stages together."""
     original, count = Trainer.advance, [0]
 
-    def advance(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
-        seen = original(trainer, batch)
+    def advance(trainer: Trainer, *arguments: Any) -> dict[str, Tensor]:
+        values = original(trainer, *arguments)
         count[0] += 1
         if count[0] == number:
-            trainer._asked_to_stop = True
-        return seen
+            trainer._stop_requested = True
+        return values
 
     monkeypatch.setattr(Trainer, "advance", advance)
 
@@ -184,10 +193,10 @@ def test_a_run_goes_on_in_the_stage_in_which_it_stopped(
     assert len(steps) == len(set(steps))
 
 
-def test_a_stop_at_the_very_end_of_a_stage_is_heard(
+def test_a_stop_at_the_very_end_of_a_stage_stops_the_run(
     trained: list[str], shapes: CaptionedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who presses Ctrl-C does not want the next stage to begin."""
+    """After Ctrl-C the next stage must not begin."""
     stop_at(8, monkeypatch)
     with pytest.raises(Stopped):
         run_in(tmp_path / "run", shapes).run()
@@ -197,35 +206,32 @@ def test_a_stop_at_the_very_end_of_a_stage_is_heard(
 def key_of(
     optim: OptimConfig = OPTIM,
     train: TrainConfig = TRAIN,
-    settings: dict[str, Any] | None = None,
-    needs: dict[str, str] | None = None,
-    **origin: Any,
+    build: Callable[..., Mean] = mean_of,
+    words: tuple[str, ...] = (),
+    model: int = 1,
+    share: float = 1.0,
+    **data: Any,
 ) -> str:
-    stage = Stage(
-        "mean",
-        lambda made: Mean(),
-        optim,
-        train,
-        settings or {"model": 1},
-        needs=tuple(needs or {}),
-    )
-    return content_key(stage, {**ORIGIN, **origin}, needs or {})
+    arguments = {"words": Words(words), "model": model}
+    stage = Stage("mean", build, arguments, optim=optim, train=train, share=share)
+    return stage.key({**DATA, **data})
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"optim": replace(OPTIM, lr=0.04)},
-        {"optim": replace(OPTIM, rates={"colour": 2.0})},
-        {"train": replace(TRAIN, steps=21)},
-        {"train": replace(TRAIN, batch=8)},
+        {"optim": replace(OPTIM, lr_multipliers={"colour": 2.0})},
+        {"train": replace(TRAIN, max_steps=21)},
+        {"train": replace(TRAIN, batch_size=8)},
         {"train": replace(TRAIN, precision="bf16")},
-        {"settings": {"model": 3}},
-        {"needs": {"codec": "codec-1"}},
+        {"build": spread_of},
+        {"model": 3},
+        {"words": ("red",)},
+        {"share": 0.5},
         {"data": "shapes:hard"},
         {"seed": 1},
         {"size": 32},
-        {"tokenizer": {"kind": "word", "words": ["red"]}},
     ],
     ids=str,
 )
@@ -250,10 +256,40 @@ def test_the_key_does_not_change_with_what_it_does_not_depend_on(change: dict[st
 
 
 def test_the_key_of_a_stage_changes_with_those_before_it() -> None:
-    assert key_of(needs={"codec": "codec-1"}) != key_of(needs={"codec": "codec-2"})
+    keys = {recipe(replace(OPTIM, lr=lr))[1].key(DATA) for lr in (0.1, 0.2)}
+    first, second = recipe()
+    first.optim = replace(OPTIM, lr=0.3)  # of the first stage alone
+    assert len(keys | {second.key(DATA), recipe()[1].key(DATA)}) == 4
 
 
-def test_a_checkpoint_of_a_stage_that_there_is_not_is_told(
+def test_a_stage_of_another_run_replaces_the_own_one(
+    trained: list[str], shapes: CaptionedDataset, tmp_path: Path
+) -> None:
+    """It is not trained, its weights are those of the file, and the rest gets the whole budget."""
+    run_in(tmp_path / "one", shapes).run()
+    trained.clear()
+    other = recipe(replace(OPTIM, lr=0.2))[0]
+    other.weights = finished_weights(tmp_path / "one", "mean")
+    stages = replace_stage(recipe(), "mean", other)
+    assert [stage.name for stage in stages] == ["mean", "spread"]
+    assert stages[1].share == pytest.approx(1) and stages[1].earlier() == [other]
+    system = run_in(tmp_path / "two", shapes, stages).run()
+    assert trained == ["spread"] * 20
+    assert isinstance(system, Spread)
+    weight = load_tensors(other.weights)["colour.weight"]
+    assert torch.equal(system.mean.colour.weight, weight)
+    assert finished_weights(tmp_path / "two", "mean").exists()  # to be taken in turn
+
+
+def test_stages_that_only_a_replaced_one_needs_are_dropped() -> None:
+    first, second = recipe()
+    third = Stage("third", spread_of, {"mean": second, "model": 3}, optim=OPTIM, train=TRAIN)
+    other = recipe()[1]
+    other.weights = Path("weights")
+    assert replace_stage([first, second, third], "spread", other) == [other, third]
+
+
+def test_a_checkpoint_of_an_unknown_stage_is_refused(
     trained: list[str], shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
     run = run_in(tmp_path / "run", shapes)
@@ -262,12 +298,12 @@ def test_a_checkpoint_of_a_stage_that_there_is_not_is_told(
         run.run()
 
 
-def test_a_kept_stage_that_is_damaged_is_told(
+def test_a_damaged_cached_stage_is_refused(
     trained: list[str], shapes: CaptionedDataset, tmp_path: Path
 ) -> None:
     run = run_in(tmp_path / "one", shapes)
     run.run()
-    kept = cache_folder("stages") / run.keys["mean"] / "model.safetensors"
-    kept.write_bytes(kept.read_bytes()[:20])
+    cached = cache_folder("stages") / run.keys["mean"] / "model.safetensors"
+    cached.write_bytes(cached.read_bytes()[:20])
     with pytest.raises(UserError, match=r"model\.safetensors"):
         run_in(tmp_path / "two", shapes).run()

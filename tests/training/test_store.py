@@ -27,7 +27,7 @@ from lineage.training.store import (
 STATE: dict[str, Any] = {
     "step": 3,
     "weights": {"a": torch.arange(4.0)},
-    "groups": {"g": {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "average": None}},
+    "groups": {"g": {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "ema_decay": None}},
 }
 
 
@@ -85,25 +85,23 @@ def test_nothing_is_left_where_nothing_was(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-def test_the_file_is_never_seen_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the rename, the name holds the old content; the new one is complete by then."""
-    path, seen = tmp_path / "file", []
+    path, states = tmp_path / "file", []
     write_bytes(path, b"old")
     original = os.replace
 
     def replace(source: Any, target: Any) -> None:
-        seen.append((path.read_bytes(), Path(source).read_bytes(), Path(target)))
+        states.append((path.read_bytes(), Path(source).read_bytes(), Path(target)))
         original(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
     write_bytes(path, b"new")
-    assert seen == [(b"old", b"new", path)]
+    assert states == [(b"old", b"new", path)]
     assert path.read_bytes() == b"new"
 
 
-def test_a_file_in_the_way_of_a_folder_is_told(tmp_path: Path) -> None:
+def test_a_file_in_the_way_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match="Could not write"):
         write_json(tmp_path / "run" / "config.json", {})
@@ -134,12 +132,12 @@ def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def damaged(path: Path) -> list[bytes]:
-    """Ways in which a file of tensors is found broken."""
+    """Ways in which a file of tensors is broken."""
     whole = path.read_bytes()
     return [b"", whole[:7], whole[: len(whole) // 2], whole[:-1], b"\xff" * 64, b"<html></html>"]
 
 
-def test_damaged_tensors_are_told(tmp_path: Path) -> None:
+def test_damaged_tensors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_tensors(path, {"a": torch.randn(50)})
     for content in damaged(path):
@@ -151,7 +149,7 @@ def test_damaged_tensors_are_told(tmp_path: Path) -> None:
         load_tensors(path)
 
 
-def test_damaged_state_is_told(tmp_path: Path) -> None:
+def test_damaged_state_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     save_state(path, STATE)
     for content in damaged(path):
@@ -162,7 +160,7 @@ def test_damaged_state_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("foreign", [[1, 2], {"epoch": 3}, torch.zeros(2), "text", {"step": 1}])
-def test_a_foreign_state_is_told(foreign: Any, tmp_path: Path) -> None:
+def test_a_foreign_state_is_refused(foreign: Any, tmp_path: Path) -> None:
     torch.save(foreign, tmp_path / "state.pt")
     with pytest.raises(UserError, match="not a checkpoint of this program"):
         load_state(tmp_path / "state.pt")
@@ -194,7 +192,7 @@ def test_no_pickle_is_executed(kind: str, tmp_path: Path) -> None:
     assert trace.exists()  # the bomb is a real one
 
 
-def test_json_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_json_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match=r"There is no .*config\.json"):
         read_json(path)
@@ -210,12 +208,12 @@ def line(stage: str, step: int) -> dict[str, Any]:
     return {"stage": stage, "step": step, "seconds": 0.5}
 
 
-def test_the_log_forgets_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+def test_the_log_drops_lines_after_the_checkpoint(tmp_path: Path) -> None:
     """A resumed run would otherwise have the same steps twice, and a comparison two curves."""
     log = Log(tmp_path)
     for stage, step in (("one", 5), ("one", 10), ("two", 5), ("two", 10), ("two", 15)):
         log.write(line(stage, step))
-    log.forget_after("two", 10)
+    log.truncate("two", 10)
     log.write(line("two", 12))
     log.close()
     steps = [(entry["stage"], entry["step"]) for entry in read_log(tmp_path / "metrics.jsonl")]
@@ -227,7 +225,7 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     path.write_text(json.dumps(line("one", 5)) + "\n" + '{"stage": "one", "st')
     assert read_log(path) == [line("one", 5)]
     log = Log(tmp_path)
-    log.forget_after("one", 5)
+    log.truncate("one", 5)
     log.write(line("one", 6))
     assert [entry["step"] for entry in read_log(path)] == [5, 6]
     assert read_log(tmp_path / "absent.jsonl") == []

@@ -1,4 +1,4 @@
-"""What the tests of the loop and of the stages train: systems that read no captions."""
+"""A text encoder for the systems that the tests of the loop and of the stages train."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
-class NoText(TextEncoder):
+class ZeroEncoder(TextEncoder):
     """Every caption is one word of zeros."""
 
-    width = 2
+    word_dim = sentence_dim = 2
 
     def encode(self, captions: list[str]) -> TextFeatures:
         count = len(captions)

@@ -1,0 +1,180 @@
+"""The stages of a run, some of them taken from other runs (`--from STAGE=RUN`).
+
+A taken stage is built again from the other run's own configuration and tokeniser, which this run's
+config.json holds, so that a trained run never needs the other folder; its weights are loaded from
+the other run's file. Recipes know nothing of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from lineage.config import RunConfig, from_dict, to_dict, with_field
+from lineage.errors import UserError, nearest
+from lineage.recipes import find_recipe, preset
+from lineage.system import System
+from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
+from lineage.training.stage import NOT_IN_KEY, Stage, finished_weights, replace_stage
+from lineage.training.store import load_tensors, read_json
+
+NOT_SETTINGS = ("made_with", "data_fingerprint", "stages_from")
+"""Entries of config.json that are no settings of a run."""
+
+
+def plan(
+    config: RunConfig, tokenizer: Tokenizer, stages_from: Mapping[str, Any] | None = None
+) -> list[Stage]:
+    """Stages of a run, those of other runs in place of its own.
+
+    Args:
+        stages_from: Name of a stage -> what `source_of` returned for the run it comes from.
+
+    Raises:
+        UserError: the recipe has no such stage, or the other run's does not fit it.
+    """
+    stages = find_recipe(config.key).stages(config, tokenizer)
+    for name, source in (stages_from or {}).items():
+        names = [stage.name for stage in stages]
+        if name not in names:
+            raise UserError(f"{config.key} has no stage {name!r}: {nearest(name, names)}")
+        other = _stage_of(source, name)
+        _check_kind(stages, name, other, source["run"])
+        stages = replace_stage(stages, name, other)
+    return stages
+
+
+def source_of(run: str | Path, name: str) -> dict[str, Any]:
+    """Everything that is needed to build stage `name` of another run again, as JSON values.
+
+    Raises:
+        UserError: the folder holds no run with that stage finished; the sentence says why.
+    """
+    folder = Path(run)
+    config, tokenizer = read_config(folder), read_tokenizer(folder)
+    saved = read_json(folder / "config.json")
+    source = {
+        "run": str(folder),
+        "config": to_dict(config.without_files()),
+        "tokenizer": tokenizer.to_json(),
+        "stages_from": saved.get("stages_from", {}),
+    }
+    _stage_of(source, name)
+    last = _stages_of(source)[-1].name == name
+    path = folder / "model.safetensors" if last else finished_weights(folder, name)
+    interrupted = last and (folder / "state.pt").exists() and name not in _cost(folder)
+    if interrupted or not path.exists():
+        raise UserError(
+            f"Stage {name} of {folder} is not finished, so there is no {path} to take: go on with "
+            "that run first (--resume)."
+        )
+    return {**source, "weights": str(path)}
+
+
+def _cost(folder: Path) -> dict[str, Any]:
+    path = folder / "cost.json"
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def _stages_of(source: Mapping[str, Any]) -> list[Stage]:
+    config = _config_from(source["config"], Path(source["run"]) / "config.json")
+    return plan(config, tokenizer_from_json(source["tokenizer"]), source["stages_from"])
+
+
+def _stage_of(source: Mapping[str, Any], name: str) -> Stage:
+    """Stage `name` of another run, with the file of its weights."""
+    stages = {stage.name: stage for stage in _stages_of(source)}
+    if name not in stages:
+        raise UserError(f"{source['run']} has no stage {name!r}: {nearest(name, stages)}")
+    stage = stages[name]
+    stage.weights = Path(source["weights"]) if "weights" in source else None
+    return stage
+
+
+def _check_kind(stages: list[Stage], name: str, other: Stage, run: str) -> None:
+    """Raise `UserError` if a later stage cannot be built from `other`'s system."""
+    with torch.device("meta"):
+        system = other.construct()
+    other.system = None
+    for later in stages:
+        for argument, value in later.arguments.items():
+            if not isinstance(value, Stage) or value.name != name:
+                continue
+            wanted = get_type_hints(later.build)[argument]
+            if not isinstance(system, wanted):
+                raise UserError(
+                    f"Stage {later.name} needs a {wanted.__name__} as its stage {name}, and {run} "
+                    f"has a {type(system).__name__}."
+                )
+
+
+def check_weights(stages: list[Stage]) -> None:
+    """Raise `UserError` if a file of finished weights does not fit the stage's system."""
+    for stage in stages:
+        if stage.weights is None or stage.system is None:
+            continue
+        saved = {name: tensor.shape for name, tensor in load_tensors(stage.weights).items()}
+        sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
+        if saved != sizes:
+            raise UserError(f"{stage.weights} does not hold the weights of a stage {stage.name}.")
+
+
+def check_effects(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    settings: Mapping[str, Any],
+    stages_from: Mapping[str, Any],
+) -> None:
+    """Raise `UserError` for a setting that only concerns a stage which another run has trained."""
+
+    def keys(one: RunConfig) -> list[str]:
+        data = {"data": one.data, "size": one.size, "seed": one.seed}
+        return [stage.key(data) for stage in plan(one, tokenizer, stages_from)]
+
+    default = preset(config.key, config.preset)
+    for name in settings:
+        if name.rpartition(".")[2] in NOT_IN_KEY or hasattr(config, f"with_{name}"):
+            continue
+        value: Any = to_dict(default)
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        other = with_field(config, name, value) if value is not None else config
+        if other != config and keys(other) == keys(config):
+            taken = ", ".join(f"{stage} of {s['run']}" for stage, s in stages_from.items())
+            raise UserError(f"{name} has no effect: the run takes stage {taken} as it is.")
+
+
+def build(stages: list[Stage]) -> System:
+    """The untrained system of the last stage, built through the ones before it."""
+    for stage in stages:
+        stage.construct()
+    system = stages[-1].system
+    assert isinstance(system, System)
+    return system
+
+
+# --- reading run folders ------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of a run folder.
+
+    Raises `UserError` if it is missing, broken or of an unknown system.
+    """
+    return _config_from(read_json(folder / "config.json"), folder / "config.json")
+
+
+def _config_from(saved: Any, path: Path) -> RunConfig:
+    if not isinstance(saved, dict) or not isinstance(saved.get("key"), str):
+        key = saved.get("key") if isinstance(saved, dict) else saved
+        raise UserError(f"{path} is not the configuration of a run: {key!r} is no system.")
+    fields = {name: value for name, value in saved.items() if name not in NOT_SETTINGS}
+    return from_dict(find_recipe(saved["key"]).Config, fields)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokeniser of a run folder."""
+    return tokenizer_from_json(read_json(folder / "tokenizer.json"))
