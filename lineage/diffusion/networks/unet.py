@@ -122,10 +122,14 @@ class UNetConfig:
         """E, width of the time vector."""
         return 4 * self.channels
 
-    @property
-    def factor(self) -> int:
-        """Number by which the side of a picture must be divisible."""
-        return int(self.patch_size * 2 ** (len(self.channel_mult) - 1))
+    def check_side(self, side: int, name: str) -> None:
+        """Raise `UserError` if a `side`, called `name`, cannot be halved at each level."""
+        factor = self.patch_size * 2 ** (len(self.channel_mult) - 1)
+        if side % factor:
+            raise UserError(
+                f"A UNet of {len(self.channel_mult)} levels at patch_size={self.patch_size} needs "
+                f"a side that is a multiple of {factor}, not {name}={side}."
+            )
 
     def heads_of(self, channels: int) -> int:
         """Number of heads of a level's attention."""
