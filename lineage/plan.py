@@ -18,8 +18,14 @@ from lineage.errors import UserError, nearest
 from lineage.recipes import find_recipe, preset
 from lineage.system import System
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
-from lineage.training.stage import NOT_IN_KEY, Stage, finished_weights, replace_stage
-from lineage.training.store import load_tensors, read_json
+from lineage.training.stage import (
+    NOT_IN_KEY,
+    Stage,
+    finished_weights,
+    replace_stage,
+    state_path,
+)
+from lineage.training.store import load_state, load_tensors, read_json
 
 NOT_SETTINGS = ("made_with", "data_fingerprint", "stages_from")
 """Entries of config.json that are no settings of a run."""
@@ -120,6 +126,23 @@ def check_weights(stages: list[Stage]) -> None:
         sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
         if saved != sizes:
             raise UserError(f"{stage.weights} does not hold the weights of a stage {stage.name}.")
+
+
+def check_checkpoints(folder: Path, stages: list[Stage]) -> None:
+    """Raise `UserError` if a checkpoint in a run folder does not fit its stage's system."""
+    for stage in stages:
+        path = state_path(folder, stage, stages)
+        if stage.system is None or not path.exists():
+            continue
+        weights = load_state(path)["weights"]
+        saved = {name: tensor.shape for name, tensor in weights.items()}
+        sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
+        if saved != sizes:
+            name = min(n for n, _ in saved.items() ^ sizes.items())
+            raise UserError(
+                f"The checkpoint of stage {stage.name} does not fit this configuration ({name}); "
+                "resume with the settings it was made with, or choose another --out."
+            )
 
 
 def check_effects(
