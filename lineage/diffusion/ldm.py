@@ -36,6 +36,7 @@ from lineage.data.contract import Batch, CaptionedDataset
 from lineage.diffusion.model import DiffusionConfig, DiffusionModel, Space
 from lineage.diffusion.networks.unet import UNetConfig, make_unet
 from lineage.diffusion.process import Process
+from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.nn.gan import dcgan_weights
 from lineage.nn.noise import NoiseStreams, stream_seed
@@ -62,7 +63,7 @@ class KLConfig:
         kl_weight: Weight of the KL term beside a sum over pixels [kl_weight].
         pixel_loss: Loss of a pixel: `l1` or `l2`.
         disc_channels: Number of channels of the discriminator's first layer [disc_ndf].
-        disc_num_layers: Number of its strided layers after the first [disc_num_layers].
+        disc_layers: Number of its convolutions of stride 2 [disc_num_layers].
         disc_weight: Factor of the adaptive weight; 0 leaves the adversarial loss out [disc_weight].
         disc_start: Number of steps before the adversarial loss starts [disc_start].
         perceptual_weight: Weight of the perceptual distance [perceptual_weight].
@@ -78,7 +79,7 @@ class KLConfig:
     kl_weight: NonNegativeFloat = 1e-6
     pixel_loss: Literal["l1", "l2"] = "l1"
     disc_channels: PositiveInt = 64
-    disc_num_layers: PositiveInt = 3
+    disc_layers: PositiveInt = 3
     disc_weight: NonNegativeFloat = 0.5
     disc_start: NonNegativeInt = 50_001
     perceptual_weight: NonNegativeFloat = 1.0
@@ -128,7 +129,7 @@ class KLAutoencoder(Trainable):
         self.post_quant_conv = nn.Conv2d(channels, net.z_channels, 1)
         self.discriminator: PatchDiscriminator | None = None
         if config.disc_weight > 0 or config.perceptual_weight > 0:
-            self.discriminator = PatchDiscriminator(config.disc_channels, config.disc_num_layers)
+            self.discriminator = PatchDiscriminator(config.disc_channels, config.disc_layers)
             self.discriminator.apply(dcgan_weights).requires_grad_(config.disc_weight > 0)
         self.lpips: LPIPS | None = load_lpips(config.lpips) if config.lpips else None
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -163,20 +164,20 @@ class KLAutoencoder(Trainable):
         if disc is not None and config.perceptual_weight > 0:
             distance = perceptual_distance(disc, self.lpips, image, decoded)
             terms["perceptual"] = config.perceptual_weight * distance
+        adversarial = config.disc_weight > 0 and int(self.step) >= config.disc_start
         self.step += 1
-        adversarial = config.disc_weight > 0 and int(self.step) > config.disc_start
-        weight = image.new_zeros(())
+        weights: dict[str, Tensor] = {}
         if disc is not None and adversarial:
             generator_loss = -disc(decoded).float().mean()
             nll_loss = terms["pixels"] + terms.get("perceptual", 0)
             last_layer = self.decoder.conv_out.weight
             weight = adaptive_disc_weight(nll_loss, generator_loss, last_layer)
             terms["generator"] = config.disc_weight * weight * generator_loss
+            weights["adaptive_disc_weight"] = weight
 
         def metrics() -> dict[str, Tensor]:
             mse = F.mse_loss(decoded.detach().clamp(-1, 1), image)
-            health = {"psnr": psnr(mse), "latent_std": posterior.mean.detach().std()}
-            return health | ({"disc_weight": weight} if adversarial else {})
+            return {"psnr": psnr(mse), "latent_std": posterior.mean.detach().std(), **weights}
 
         yield Turn("autoencoder", terms, metrics)
 
@@ -202,6 +203,11 @@ class LatentSpace(Space):
 
     def __init__(self, autoencoder: KLAutoencoder, size: int) -> None:
         super().__init__()
+        if size % autoencoder.factor:
+            raise UserError(
+                f"size={size} must be a multiple of {autoencoder.factor}, the side of a latent in "
+                "pixels."
+            )
         self.autoencoder = autoencoder.requires_grad_(False)
         side = size // autoencoder.factor
         self.size, self.shape = size, (autoencoder.config.latent_channels, side, side)
@@ -222,7 +228,7 @@ class LatentSpace(Space):
         return torch.cat([posterior.mean, posterior.log_variance], dim=1)
 
     def posterior(self, batch: Batch) -> DiagonalGaussian:
-        """q(z | x) of a batch, from its cached moments (`batch.extra["latents"]`) if it has them."""
+        """q(z | x) of a batch, from its cached moments `batch.extra["latents"]` if it has them."""
         moments = batch.extra.get("latents")
         moments = self.moments(batch.image) if moments is None else moments.to(self.scale.device)
         return DiagonalGaussian.from_moments(moments)

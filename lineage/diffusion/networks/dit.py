@@ -174,7 +174,7 @@ class DiT(nn.Module):
                     zero_module(module)
         zero_module(self.proj_out)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
-        zero_module(self.patch_embed.bias)
+        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]
         for layer in (self.time_embed[0], self.time_embed[2], self.sentence_proj):
             nn.init.normal_(layer.weight, std=0.02)
         if self.word_pos_emb is not None:
