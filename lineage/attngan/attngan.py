@@ -5,11 +5,10 @@ pictures are drawn at several scales, and from the second on each place of the p
 the words and is refined with them; and a similarity model of words and regions, DAMSM, which is
 trained before (lineage/attngan/damsm.py), adds a loss that tests each word.
 
-    section 3.1, eq. 1   `Generator`, of `FirstStage` F_0 and `NextStage` F_i
-      eq. 2              `WordAttention` F^attn
-      eq. 3, 4           `AttnGAN.generator_terms`
-      eq. 5              the discriminators' turns in `AttnGAN.losses`
-    section 3.2          `damsm_terms`
+    eq. 1      `Generator`, of `FirstStage` F_0 and `NextStage` F_i
+    eq. 2      `WordAttention` F^attn
+    eq. 3, 4   `AttnGAN.generator_terms`; L_DAMSM is `damsm_terms`
+    eq. 5      the discriminators' turns in `AttnGAN.losses`
 
 With noise z, sentence e-bar, words e, hidden states h_i of places j, and pictures x^_i = G_i(h_i):
 
@@ -35,9 +34,8 @@ Departures: a next row with the same caption does not count as mismatched; atten
 padding in training too. `AttnGANConfig` has changes of later work as switches, off in the paper:
 `loss` hinge, `r1_weight`, `norm` spectral, as in `stackgan`.
 
-Extension points. DM-GAN: a `NextStage` with a memory in place of `WordAttention`, passed to
-`Generator` as `next_stage`, and `norm` spectral. MirrorGAN: a `NextStage` that also attends to the
-sentence, and a captioner's term, added by overriding `AttnGAN.generator_terms`.
+Extension points: `Generator` takes another `next_stage` (DM-GAN's has a memory, MirrorGAN's also
+attends to the sentence); `AttnGAN.generator_terms` can be overridden (MirrorGAN's captioner).
 
 Axes: B pictures, L words, D width of words and of sentence, C of the condition, Z of the noise, G
 channels of the hidden states, H W places, S side.
@@ -126,11 +124,6 @@ class AttnGANConfig:
 # --- section 3.1: blocks --------------------------------------------------------------------------
 
 
-def glu_upsample_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Twice the side: nearest neighbours, convolution, batch norm, gated linear unit."""
-    return upsample_block(in_channels, 2 * out_channels, nn.GLU(dim=1))
-
-
 class GatedResidualBlock(nn.Module):
     """x + norm(conv(glu(norm(conv(x))))), with no activation after the sum."""
 
@@ -139,7 +132,7 @@ class GatedResidualBlock(nn.Module):
         self.block = nn.Sequential(
             conv3x3(channels, 2 * channels),
             nn.BatchNorm2d(2 * channels),
-            nn.GLU(dim=1),
+            nn.GLU(1),
             conv3x3(channels, channels),
             nn.BatchNorm2d(channels),
         )
@@ -149,9 +142,7 @@ class GatedResidualBlock(nn.Module):
 
 
 class ConditioningAugmentation(nn.Module):
-    """F^ca: samples the condition from a Gaussian around the sentence. Unlike StackGAN's, mu and
-    log sigma^2 may be negative.
-    """
+    """F^ca: samples the condition from a Gaussian around the sentence, with mu of any sign."""
 
     def __init__(self, sentence_dim: int, cond_dim: int) -> None:
         super().__init__()
@@ -167,9 +158,7 @@ class WordAttention(nn.Module):
     """F^attn, equation 2: each place of the picture attends to the words.
 
     Args:
-        word_dim: Width D of the words.
-        channels: Number of channels G of the hidden state.
-        official_mask: If true, word masks are mixed up as in the public code; see the header.
+        official_mask: If true, word masks are mixed up as in the public code.
     """
 
     def __init__(self, word_dim: int, channels: int, official_mask: bool = False) -> None:
@@ -206,10 +195,10 @@ class FirstStage(nn.Module):
         self.fc = nn.Sequential(
             nn.Linear(config.cond_dim + config.z_dim, 2 * channels * 16, bias=False),
             nn.BatchNorm1d(2 * channels * 16),
-            nn.GLU(dim=1),
+            nn.GLU(1),
         )
-        widths = halved_channels(channels, times)
-        self.upsample = nn.Sequential(*(glu_upsample_block(a, b) for a, b in pairwise(widths)))
+        widths = pairwise(halved_channels(channels, times))
+        self.upsample = nn.Sequential(*(upsample_block(a, 2 * b, nn.GLU(1)) for a, b in widths))
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         """z (B, Z), c (B, C) -> (B, G, s, s)."""
@@ -231,10 +220,10 @@ class NextStage(nn.Module):
         self.attention = WordAttention(word_dim, channels, config.official_mask)
         res_blocks = (GatedResidualBlock(2 * channels) for _ in range(config.num_res_blocks))
         self.residual = nn.Sequential(*res_blocks)
-        self.upsample = glu_upsample_block(2 * channels, channels)
+        self.upsample = upsample_block(2 * channels, 2 * channels, nn.GLU(1))
 
     def forward(self, hidden: Tensor, text: TextFeatures, c: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, G, s, s), c (B, C), not used here -> (B, G, 2s, 2s), attention (B, L, s, s)."""
+        """hidden (B, G, s, s), c (B, C), unused here -> (B, G, 2s, 2s), attention (B, L, s, s)."""
         context, attention = self.attention(hidden, text.words, text.mask)
         return self.upsample(self.residual(torch.cat([hidden, context], dim=1))), attention
 
@@ -276,12 +265,10 @@ class Generator(nn.Module):
         sides = config.sides(size)
         self.ca_net = ConditioningAugmentation(sentence_dim, config.cond_dim)
         self.first_stage = FirstStage(config, sides[0])
-        self.next_stages = nn.ModuleList(
-            next_stage(config, word_dim, sentence_dim) for _ in sides[1:]
-        )
-        self.image_heads = nn.ModuleList(  # G_i
-            nn.Sequential(conv3x3(config.gen_channels, 3), nn.Tanh()) for _ in sides
-        )
+        stages = (next_stage(config, word_dim, sentence_dim) for _ in sides[1:])
+        self.next_stages = nn.ModuleList(stages)
+        heads = (nn.Sequential(conv3x3(config.gen_channels, 3), nn.Tanh()) for _ in sides)
+        self.image_heads = nn.ModuleList(heads)  # G_i
 
     def forward(self, text: TextFeatures, z: Tensor, eps: Tensor) -> GeneratorOutput:
         """B captions, z (B, Z), eps (B, C) -> pictures of every scale."""
@@ -314,9 +301,7 @@ class AttnGAN(System):
         dims = self.text.word_dim, self.text.sentence_dim
         self.generator: Generator = Generator(config, *dims, size)
         self.discriminators = nn.ModuleList(
-            ConditionalDiscriminator(
-                config.disc_channels, self.text.sentence_dim, side, True, config.norm
-            )
+            ConditionalDiscriminator(config.disc_channels, dims[1], side, True, config.norm)
             for side in self.sides
         )
         for network in (self.generator, self.discriminators):
@@ -340,7 +325,7 @@ class AttnGAN(System):
         return cast(list[ConditionalDiscriminator], list(self.discriminators))
 
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
-        """A turn for each discriminator, then the generator's; all take the same pictures."""
+        """A turn for each discriminator, then the generator's, with the same pictures."""
         if len(batch) < 2:
             raise UserError("attngan needs a mismatched caption: --set train.batch_size=2.")
         config, loss = self.config, ADVERSARIAL_LOSSES[self.config.loss]
@@ -368,10 +353,12 @@ class AttnGAN(System):
             if penalise:
                 terms["r1"] = config.r1_every * config.r1_weight / 2 * r1_penalty(real_logits, real)
             yield Turn(f"discriminator{side}", terms)
-        metrics = lambda: gan_metrics(  # noqa: E731; of the largest pictures
-            real_logits, wrong_logits, fake_logits, mismatched, real=real, fake=fake
+        logits = real_logits, wrong_logits, fake_logits  # of the largest pictures
+        yield Turn(
+            "generator",
+            self.generator_terms(output, batch, text),
+            metrics=lambda: gan_metrics(*logits, mismatched, real=real, fake=fake),
         )
-        yield Turn("generator", self.generator_terms(output, batch, text), metrics)
 
     def generator_terms(
         self, output: GeneratorOutput, batch: Batch, text: TextFeatures
@@ -426,11 +413,8 @@ class AttnGAN(System):
     def attention(
         self, captions: str | Sequence[str], *, seed: int = 0, truncation: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
-        """The pictures of `generate`, and the attention of their places to the words.
-
-        Returns:
-            (B, 3, S, S) in [-1, 1]; and for each scale but the first (B, L, s, s), which sums to 1
-            over the L words of `text.tokens`.
+        """The pictures of `generate`, and for each scale but the first the attention (B, L, s, s)
+        of its places to the words, which sums to 1 over the L words of `text.tokens`.
         """
         outputs: list[GeneratorOutput] = []
         for part, noise, own in self.sample_batches(captions, seed, {"truncation": truncation}):
@@ -462,5 +446,5 @@ class AttnGAN(System):
         return rows
 
     def image_embedding(self, images: Tensor) -> Tensor:
-        """Global vectors (B, D) of pictures (B, 3, S, S), compared with `text.sentence` by cosine."""
+        """Pictures (B, 3, S, S) -> global vectors (B, D), compared with sentences by cosine."""
         return self.image_encoder(images).global_vector

@@ -1,13 +1,13 @@
-"""The deep attentional multimodal similarity model, DAMSM (Xu et al. 2018, arXiv:1711.10485, section
-3.2).
+"""DAMSM, the deep attentional multimodal similarity model (Xu et al. 2018, arXiv:1711.10485,
+section 3.2).
 
 It measures how well a picture fits a caption, word by word: each word attends to its regions, and
-the similarities of words and regions are summed up. It is trained before AttnGAN, on real pairs. Its
-loss then trains the generator, and R-precision uses it to test whether a picture retrieves its own
-caption among others.
+the similarities of words and regions are summed up. It is trained before AttnGAN, on real pairs.
+Its loss then trains the generator, and R-precision uses it to test whether a picture retrieves its
+own caption among others.
 
     text encoder    any of `lineage/text`; the paper's is `lstm`
-    image encoder   `RegionEncoder`, small and trained along; `InceptionRegions`, the paper's (eq. 6)
+    image encoder   `RegionEncoder`, small and trained along, or the paper's `InceptionRegions`
     eq. 7 to 9      `region_attention`, `region_contexts`
     eq. 10          `word_similarity`
     eq. 11 to 13    `matching_losses`, `damsm_terms`
