@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.schedules import SCHEDULES
 from lineage.nn.noise import NoiseStreams
 from lineage.official.ddpm import calc_bpd_loop, prior_bpd, respaced, space_timesteps
-from lineage.official.verify import FileCheck, as_text, verify
+from lineage.official.verify import FileCheck, as_text
 
 Check = Callable[..., FileCheck]
 B, T = 4, 40
@@ -29,11 +28,6 @@ def failing(check: FileCheck) -> set[str]:
 
 
 # --- the official numbers -------------------------------------------------------------------------
-
-
-def test_the_official_numbers_are_ours(reference_file: Callable[[str], Path]) -> None:
-    (check,) = verify([reference_file("guided_diffusion.safetensors")])
-    assert check.passed and len(check.outputs) == 110, as_text(check)
 
 
 def test_every_wrong_output_fails(changed: Check) -> None:
@@ -47,16 +41,6 @@ def test_every_wrong_output_fails(changed: Check) -> None:
 
     check = changed("guided_diffusion", off)
     assert not any(output.passed for output in check.outputs), as_text(check)
-
-
-@pytest.mark.parametrize("output", ["spaced/traj", "coef/posterior_variance", "bpd/vb"])
-def test_one_wrong_output_fails_alone(output: str, changed: Check) -> None:
-    def change(key: str, tensor: Tensor) -> Tensor:
-        if key == f"output/{output}":
-            tensor.view(-1)[tensor.numel() // 2] += 1e-3 * tensor.abs().max()
-        return tensor
-
-    assert failing(changed("guided_diffusion", change)) == {output}
 
 
 @pytest.mark.parametrize(
@@ -80,11 +64,6 @@ def test_the_noise_of_the_file_is_used_in_its_order(changed: Check) -> None:
         return tensor.flip(0) if key == "input/spaced/noise" else tensor
 
     assert failing(changed("guided_diffusion", flip)) == {"spaced/traj"}
-
-
-def test_an_output_whose_input_is_missing_fails_alone(changed: Check) -> None:
-    check = changed("guided_diffusion", lambda key, t: None if key == "input/kl_args" else t)
-    assert failing(check) == {"normal_kl"}
 
 
 # --- respacing ------------------------------------------------------------------------------------
@@ -231,7 +210,7 @@ def test_the_bound_is_the_sum_of_its_terms(clip: bool) -> None:
 
 
 def test_a_perfect_network_has_a_tiny_bound() -> None:
-    """It knows the picture, and is certain of it at the last step."""
+    """It returns the picture, with a tiny variance at the last step."""
     process, x0 = make_process(("cosine", True), variance="learned"), pictures()
 
     def perfect(x: Tensor, timestep: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from lineage.official.diffusers_schedulers import (
     Scheduler,
 )
 from lineage.official.sampling import FileNoise
-from lineage.official.verify import FileCheck, NotComputed, as_text, verify
+from lineage.official.verify import FileCheck, NotComputed, as_text
 
 Check = Callable[..., FileCheck]
 MODEL = (0.3, 0.1)
@@ -35,11 +34,6 @@ def failing(check: FileCheck) -> set[str]:
 # --- the official numbers -------------------------------------------------------------------------
 
 
-def test_the_official_numbers_are_ours(reference_file: Callable[[str], Path]) -> None:
-    (check,) = verify([reference_file("diffusers_schedulers.safetensors")])
-    assert check.passed and len(check.outputs) == 107, as_text(check)
-
-
 def test_every_wrong_output_fails(changed: Check) -> None:
     def off(key: str, tensor: Tensor) -> Tensor:
         if not key.startswith("output/"):
@@ -48,16 +42,6 @@ def test_every_wrong_output_fails(changed: Check) -> None:
 
     check = changed("diffusers_schedulers", off)
     assert not any(output.passed for output in check.outputs), as_text(check)
-
-
-@pytest.mark.parametrize("output", ["add_noise/velocity", "heun_sd_eps/traj", "betas/linear"])
-def test_one_wrong_output_fails_alone(output: str, changed: Check) -> None:
-    def change(key: str, tensor: Tensor) -> Tensor:
-        if key == f"output/{output}":
-            tensor.view(-1)[tensor.numel() // 2] += 1e-3 * tensor.abs().max()
-        return tensor
-
-    assert failing(changed("diffusers_schedulers", change)) == {output}
 
 
 @pytest.mark.parametrize(

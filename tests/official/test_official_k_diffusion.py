@@ -42,11 +42,6 @@ def failing(check: FileCheck) -> set[str]:
 # --- the official numbers -------------------------------------------------------------------------
 
 
-def test_the_official_numbers_are_ours(reference_file: Callable[[str], Path]) -> None:
-    (check,) = verify([reference_file("k_diffusion.safetensors")])
-    assert check.passed and len(check.outputs) == 35, as_text(check)
-
-
 def test_every_wrong_output_fails(changed: Check) -> None:
     def off(key: str, tensor: Tensor) -> Tensor:
         if not key.startswith("output/"):
@@ -55,16 +50,6 @@ def test_every_wrong_output_fails(changed: Check) -> None:
 
     check = changed("k_diffusion", off)
     assert not any(output.passed for output in check.outputs), as_text(check)
-
-
-@pytest.mark.parametrize("output", ["dpmpp_3m_sde/traj", "discrete/sigmas_n8", "wrap/v_loss"])
-def test_one_wrong_output_fails_alone(output: str, changed: Check) -> None:
-    def change(key: str, tensor: Tensor) -> Tensor:
-        if key == f"output/{output}":
-            tensor.view(-1)[tensor.numel() // 2] += 1e-3 * tensor.abs().max()
-        return tensor
-
-    assert failing(changed("k_diffusion", change)) == {output}
 
 
 @pytest.mark.parametrize(
@@ -90,32 +75,26 @@ def test_the_noise_of_the_file_is_used_in_its_order(changed: Check) -> None:
     assert failing(changed("k_diffusion", flip)) == {"euler_churn/traj", "heun_churn/traj"}
 
 
-def renamed(
-    path: Path, out: Path, names: dict[str, tuple[str, Callable[[Tensor], Tensor]]]
-) -> FileCheck:
-    """Verify a copy of a file whose outputs are those of `names`, from others of the file."""
+def renamed(path: Path, out: Path, names: dict[str, str]) -> FileCheck:
+    """Verify a copy of a file that holds its outputs `names.values()` under other names."""
     with safe_open(path, framework="pt") as file:
-        inputs = {key: file.get_tensor(key) for key in file.keys() if key.startswith("input/")}  # noqa: SIM118
-        outputs = {
-            f"output/{new}": change(file.get_tensor(f"output/{old}"))
-            for new, (old, change) in names.items()
-        }
-        save_file(inputs | outputs, out, file.metadata())
+        keys = {key: key for key in file.keys() if key.startswith("input/")}  # noqa: SIM118
+        keys |= {f"output/{new}": f"output/{old}" for new, old in names.items()}
+        save_file({new: file.get_tensor(old) for new, old in keys.items()}, out, file.metadata())
     (check,) = verify([out])
     return check
 
 
 def test_numbers_in_names_are_read(reference_file: Callable[[str], Path], tmp_path: Path) -> None:
-    """polyexponential with rho 1 is exponential; a grid of 2 has the ends; lms is lms4."""
+    """polyexponential with rho 1 is exponential, lms is lms4, and eta 1 is not eta 0."""
     check = renamed(
         reference_file("k_diffusion.safetensors"),
         tmp_path / "renamed.safetensors",
         {
-            "sigmas_polyexponential_rho1": ("sigmas_exponential", Tensor.clone),
-            "discrete/sigmas_n2": ("discrete/sigmas_n8", lambda sigmas: sigmas[[0, -2, -1]]),
-            "lms/traj": ("lms4/traj", Tensor.clone),
-            "euler_ancestral_eta1.0/traj": ("euler/traj", Tensor.clone),  # of other noise
-            "flavour": ("sigmas_vp", Tensor.clone),
+            "sigmas_polyexponential_rho1": "sigmas_exponential",
+            "lms/traj": "lms4/traj",
+            "euler_ancestral_eta1.0/traj": "euler/traj",  # of other noise
+            "flavour": "sigmas_vp",
         },
     )
     assert failing(check) == {"euler_ancestral_eta1.0/traj", "flavour"}, as_text(check)
