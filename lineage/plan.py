@@ -47,6 +47,11 @@ def plan(
         names = [stage.name for stage in stages]
         if name not in names:
             raise UserError(f"{config.key} has no stage {name!r}: {nearest(name, names)}")
+        if name == names[-1]:
+            raise UserError(
+                f"{name} is the last stage of {config.key}: with --from {name}=RUN nothing would "
+                "be left to train."
+            )
         other = _stage_of(source, name)
         _check_kind(stages, name, other, source["run"])
         stages = replace_stage(stages, name, other)
@@ -104,7 +109,7 @@ def _check_kind(stages: list[Stage], name: str, other: Stage, run: str) -> None:
     """Raise `UserError` if a later stage cannot be built from `other`'s system."""
     with torch.device("meta"):
         system = other.construct()
-    other.system = None
+    other.clear()
     for later in stages:
         for argument, value in later.arguments.items():
             if not isinstance(value, Stage) or value.name != name:

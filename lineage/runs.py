@@ -201,8 +201,7 @@ def _prepare(
     check_weights(stages)
     if started:
         check_checkpoints(folder, stages)
-    for stage in stages:
-        stage.system = None
+    stages[-1].clear()
     system.text.check()
     if writes:
         made_with = {

@@ -91,6 +91,12 @@ class Stage:
         self.system = self.build(**arguments)
         return self.system
 
+    def clear(self) -> None:
+        """Forget the built system, and those of earlier stages."""
+        self.system = None
+        for stage in self.earlier():
+            stage.clear()
+
     def budgeted(self) -> TrainConfig:
         """`train` with this stage's share of the budget."""
         budget: dict[str, Any] = {}
