@@ -190,6 +190,15 @@ def test_vocabulary_and_causality(name: str, vocabulary: bool, causal: bool, joi
     assert not encoder.padded
 
 
+def test_encoders_of_two_vocabularies_have_none_together(join: Any) -> None:
+    """An id would be of either."""
+    config = TextConfig(width=WIDTH, join=join)
+    tokenizers = [make_tokenizer("word", [caption], 300) for caption in (SHORT, LONG)]
+    encoders = [make_encoder("bag", config, tokenizer) for tokenizer in tokenizers]
+    assert len({encoder.vocab_size for encoder in encoders}) == 2
+    assert JoinedEncoder(encoders, config).vocab_size == 0
+
+
 def test_tokens_by_hand() -> None:
     """One label for each word: of all encoders in turn, or the different ones of one place."""
     both = "joined:bag+lstm+char_cnn_rnn"
@@ -215,6 +224,7 @@ def test_every_word_has_a_token(name: str, join: str, caption: str) -> None:
 def test_a_word_is_unknown_if_no_encoder_has_a_token_for_it(join: str) -> None:
     assert make("joined:bag+lstm", join).unknown(["a zorp", "quux zorp"]) == ["zorp", "quux"]
     assert make("joined:bag+char_cnn_rnn", join).unknown(["a zorp"]) == []
+    assert make("joined:bag+lstm+char_cnn_rnn", join).unknown(["a zorp"]) == []
     assert make("joined:char_cnn_rnn+bag", join).unknown(["a zorp"]) == []
 
 
