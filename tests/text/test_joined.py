@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lineage
 from lineage.config import TextConfig
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError
@@ -386,3 +389,28 @@ def test_check_reaches_every_encoder(models: dict[str, tuple[Any, Any]]) -> None
         encoder: TextEncoder = make(name, "channels")
         with pytest.raises(UserError, match=error):
             encoder.check()
+
+
+# --- in systems -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "join"),
+    [
+        ("ddpm", "joined:bag+lstm@8", "channels"),
+        ("dit", "joined:transformer+bag@8", "sequence"),
+        ("dalle", "joined:bag+transformer@8", "channels"),
+    ],
+)
+def test_families_run_with_it(
+    key: str, name: str, join: str, train_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Train, save, load, and generate the same pictures."""
+    run = train_run(tmp_path / "run", key, {"text": name, "encoder.join": join}, steps=3)
+    system = lineage.load(run.folder, device="cpu")
+    assert isinstance(system.text, JoinedEncoder)
+    assert (system.text.word_dim == system.text.sentence_dim) is (join == "channels")
+    captions = [SHORT, "", "a small blue ring"]
+    pictures = system.generate(captions, seed=3)
+    assert pictures.shape == (3, 3, 16, 16) and pictures.isfinite().all()
+    assert torch.equal(pictures, run.system.generate(captions, seed=3))
