@@ -1,15 +1,14 @@
-"""The map: one row for every system of the history, in historical order. `lineage list` prints it.
+"""The catalogue: one row for each system, in historical order. `lineage list` prints it.
 
     CATALOG     key -> `Row`, oldest first
-    lookup      a row that can be trained now, or a sentence that says why not
-    as_table, as_tree, as_json    the three ways to print it
+    lookup      the row of a system that works, or an error that says why it does not
+    as_table, as_tree, as_json    the three forms in which it is printed
 
-Only plain Python is imported here, so that the list appears at once.
+This module imports plain Python only, so that the list appears at once.
 
-A row's year is the year in which the idea was first public for pictures; where that is not the year
-of the paper, the row says so. Left out: samplers (DDIM and its kin belong to the diffusion family,
-they are no systems of their own) and early systems that no family here can hold, such as alignDRAW
-(arXiv:1511.02793).
+A row's year is the one in which the idea was first public for pictures. Where the paper is of
+another year, the row says so. Samplers such as DDIM are not systems and have no row. Neither have
+early systems that fit no family here, such as alignDRAW (arXiv:1511.02793).
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ FAMILIES = ("retrieval", "cgan", "attngan", "clip", "vqvae", "diffusion")
 PRESETS = ("smoke", "tiny", "small", "paper")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One system.
 
     Attributes:
-        key: its name everywhere: module, recipe, test, notebook, command line.
-        title: what people call it.
-        year: when it was first public.
-        paper: authors, title and where it is to be found.
-        idea: what was new, in one sentence.
-        family: the subpackage that holds it.
-        builds_on: keys of the systems it takes something from, the nearest relative first.
-        stages: what is trained, in order.
-        presets: the presets at which it works now.
+        key: Name of the system everywhere: module, recipe, test, notebook, command line.
+        title: Common name of the system.
+        year: Year in which it was first public.
+        paper: Authors, title and place of publication.
+        idea: The new idea in one sentence.
+        family: Name of the subpackage that contains it.
+        builds_on: Keys of the systems that it takes something from, the closest first.
+        stages: Names of its training stages, in order.
+        presets: Names of the presets at which it works.
         status: `works` or `planned`.
     """
 
@@ -75,7 +74,7 @@ _ROWS = (
         title="GAN-INT-CLS",
         year=2016,
         paper="Reed et al., Generative Adversarial Text to Image Synthesis, arXiv:1605.05396",
-        idea="A GAN whose generator reads the caption and whose discriminator also rejects real "
+        idea="A GAN whose generator takes the caption and whose discriminator also rejects real "
         "pictures with the wrong caption.",
         family="cgan",
         stages=("text", "gan"),
@@ -101,7 +100,7 @@ _ROWS = (
         year=2017,
         paper="Dash et al., TAC-GAN - Text Conditioned Auxiliary Classifier Generative "
         "Adversarial Network, arXiv:1703.06412",
-        idea="The discriminator also names the class of the picture, which steadies the training.",
+        idea="The discriminator also predicts the class of the picture, which stabilises training.",
         family="cgan",
         builds_on=("gan_int_cls",),
         stages=("gan",),
@@ -112,10 +111,10 @@ _ROWS = (
         year=2017,
         paper="van den Oord, Vinyals and Kavukcuoglu, Neural Discrete Representation Learning, "
         "arXiv:1711.00937",
-        idea="Turn a picture into a grid of codes from a learnt codebook, then model the codes as "
+        idea="Encode a picture as a grid of codes from a learnt codebook, then model the codes as "
         "a sequence.",
         family="vqvae",
-        stages=("codec", "codes", "prior"),
+        stages=("codec", "prior"),
         presets=PRESETS,
         status="works",
     ),
@@ -126,7 +125,7 @@ _ROWS = (
         paper="Xu et al., AttnGAN: Fine-Grained Text to Image Generation with Attentional "
         "Generative Adversarial Networks, arXiv:1711.10485",
         idea="Every region of the picture attends to the words it needs, and a matching model "
-        "(DAMSM) scores words against regions.",
+        "(DAMSM) compares words with regions.",
         family="attngan",
         builds_on=("stackgan",),
         stages=("damsm", "gan"),
@@ -139,7 +138,7 @@ _ROWS = (
         year=2019,
         paper="Qiao et al., MirrorGAN: Learning Text-to-image Generation by Redescription, "
         "arXiv:1903.05854",
-        idea="Describe the generated picture again in words and ask that the caption comes back.",
+        idea="Describe the generated picture in words again and train so that the caption returns.",
         family="attngan",
         builds_on=("attngan",),
         stages=("damsm", "captioner", "gan"),
@@ -150,7 +149,7 @@ _ROWS = (
         year=2019,
         paper="Zhu et al., DM-GAN: Dynamic Memory Generative Adversarial Networks for "
         "Text-to-Image Synthesis, arXiv:1904.01310",
-        idea="A memory, written with the words that matter to the first sketch, guides each "
+        idea="A memory, written with the words that matter for the first sketch, guides each "
         "refinement.",
         family="attngan",
         builds_on=("attngan",),
@@ -161,7 +160,7 @@ _ROWS = (
         title="DDPM",
         year=2020,
         paper="Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, arXiv:2006.11239",
-        idea="Learn to undo noise by least squares, then walk from pure noise to a picture in "
+        idea="Learn to remove noise by least squares, then go from pure noise to a picture in "
         "many small steps.",
         family="diffusion",
         stages=("denoiser",),
@@ -178,7 +177,7 @@ _ROWS = (
         "suffice for a transformer.",
         family="vqvae",
         builds_on=("vqvae",),
-        stages=("codec", "codes", "prior"),
+        stages=("codec", "prior"),
         presets=PRESETS,
         status="works",
     ),
@@ -188,7 +187,7 @@ _ROWS = (
         year=2021,
         paper="Radford et al., Learning Transferable Visual Models From Natural Language "
         "Supervision, arXiv:2103.00020",
-        idea="Train an image and a text encoder together, so that each picture finds its own "
+        idea="Train an image and a text encoder together, so that each picture matches its own "
         "caption in the batch.",
         family="clip",
         stages=("clip",),
@@ -198,11 +197,11 @@ _ROWS = (
         title="DALL-E",
         year=2021,
         paper="Ramesh et al., Zero-Shot Text-to-Image Generation, arXiv:2102.12092",
-        idea="One transformer reads the caption's tokens and goes on with the picture's; CLIP "
-        "picks the best of many.",
+        idea="One transformer takes the tokens of the caption and continues with those of the "
+        "picture; CLIP selects the best of many.",
         family="vqvae",
         builds_on=("vqvae", "clip"),
-        stages=("codec", "codes", "prior"),
+        stages=("codec", "prior"),
         presets=PRESETS,
         status="works",
     ),
@@ -212,7 +211,7 @@ _ROWS = (
         year=2021,
         paper="Crowson et al., VQGAN-CLIP: Open Domain Image Generation and Editing with Natural "
         "Language Guidance, arXiv:2204.08583 (in use since 2021)",
-        idea="Train nothing: push the codes of a VQGAN uphill on the CLIP score of the caption.",
+        idea="Train nothing: optimise the codes of a VQGAN for the CLIP score of the caption.",
         family="clip",
         builds_on=("clip", "vqgan"),
         stages=("clip", "codec"),
@@ -223,8 +222,8 @@ _ROWS = (
         year=2021,
         paper="Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, "
         "arXiv:2105.05233",
-        idea="A better UNet and the gradient of a classifier of noisy pictures bring diffusion "
-        "past the best GANs.",
+        idea="With a better UNet and the gradient of a classifier of noisy pictures, diffusion "
+        "surpasses the best GANs.",
         family="diffusion",
         builds_on=("ddpm",),
         stages=("denoiser",),
@@ -235,8 +234,8 @@ _ROWS = (
         year=2021,
         paper="Ding et al., CogView: Mastering Text-to-Image Generation via Transformers, "
         "arXiv:2105.13290",
-        idea="Keep a large transformer stable in half precision, and let it caption its own "
-        "pictures to rank them.",
+        idea="Keep a large transformer stable in half precision, and rank its pictures by how "
+        "well it captions them.",
         family="vqvae",
         builds_on=("dalle",),
         stages=("codec", "prior"),
@@ -247,8 +246,8 @@ _ROWS = (
         year=2021,
         paper="Frans, Soros and Witkowski, CLIPDraw: Exploring Text-to-Drawing Synthesis through "
         "Language-Image Encoders, arXiv:2106.14843",
-        idea="Move the strokes of a vector drawing, instead of pixels, until CLIP finds the "
-        "caption in it.",
+        idea="Optimise the strokes of a vector drawing, instead of pixels, for the CLIP score of "
+        "the caption.",
         family="clip",
         builds_on=("clip",),
         stages=("clip",),
@@ -259,7 +258,7 @@ _ROWS = (
         year=2021,
         paper="Nichol et al., GLIDE: Towards Photorealistic Image Generation and Editing with "
         "Text-Guided Diffusion Models, arXiv:2112.10741",
-        idea="Diffusion guided by the caption without a classifier beats diffusion guided by CLIP.",
+        idea="Classifier-free guidance by the caption is better than guidance by CLIP.",
         family="diffusion",
         builds_on=("adm", "clip"),
         stages=("denoiser", "upsampler"),
@@ -274,7 +273,7 @@ _ROWS = (
         "text.",
         family="diffusion",
         builds_on=("adm", "vqgan"),
-        stages=("autoencoder", "latents", "denoiser"),
+        stages=("autoencoder", "denoiser"),
         presets=PRESETS,
         status="works",
     ),
@@ -284,8 +283,8 @@ _ROWS = (
         year=2022,
         paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents, "
         "arXiv:2204.06125",
-        idea="A prior turns the caption into a CLIP image embedding, and a diffusion decoder "
-        "draws that.",
+        idea="A prior predicts a CLIP image embedding from the caption, and a diffusion decoder "
+        "makes a picture of it.",
         family="diffusion",
         builds_on=("glide", "clip"),
         stages=("prior", "denoiser", "upsampler"),
@@ -308,8 +307,8 @@ _ROWS = (
         year=2022,
         paper="Yu et al., Scaling Autoregressive Models for Content-Rich Text-to-Image "
         "Generation, arXiv:2206.10789",
-        idea="Text to picture as translation: an encoder and a decoder over image tokens, scaled "
-        "to 20 billion parameters.",
+        idea="Text to picture as translation: a text encoder and a decoder of image tokens, "
+        "scaled to 20 billion parameters.",
         family="vqvae",
         builds_on=("dalle", "vqgan"),
         stages=("codec", "prior"),
@@ -320,7 +319,7 @@ _ROWS = (
         year=2022,
         paper="Gal et al., An Image is Worth One Word: Personalizing Text-to-Image Generation "
         "using Textual Inversion, arXiv:2208.01618",
-        idea="Teach a frozen model a new thing by learning one new word vector from a few "
+        idea="Add a new concept to a frozen model by learning one new word vector from a few "
         "pictures.",
         family="diffusion",
         builds_on=("ldm",),
@@ -344,8 +343,8 @@ _ROWS = (
         year=2022,
         paper="Ruiz et al., DreamBooth: Fine Tuning Text-to-Image Diffusion Models for "
         "Subject-Driven Generation, arXiv:2208.12242",
-        idea="Fine-tune the whole model on a few pictures of one subject while its own samples "
-        "keep the class from drifting.",
+        idea="Fine-tune the whole model on a few pictures of one subject, while its own samples "
+        "prevent a drift of the class.",
         family="diffusion",
         builds_on=("imagen",),
         stages=("denoiser",),
@@ -379,11 +378,11 @@ _ROWS = (
         title="DiT",
         year=2022,
         paper="Peebles and Xie, Scalable Diffusion Models with Transformers, arXiv:2212.09748",
-        idea="A plain transformer over latent patches, steered by adaptive layer norm, in place "
-        "of the UNet.",
+        idea="A plain transformer over latent patches, conditioned by adaptive layer norm, in "
+        "place of the UNet.",
         family="diffusion",
         builds_on=("ldm",),
-        stages=("autoencoder", "latents", "denoiser"),
+        stages=("autoencoder", "denoiser"),
         presets=PRESETS,
         status="works",
     ),
@@ -393,7 +392,7 @@ _ROWS = (
         year=2023,
         paper="Chang et al., Muse: Text-To-Image Generation via Masked Generative Transformers, "
         "arXiv:2301.00704",
-        idea="Fill in masked image tokens many at a time, so that a picture takes few steps.",
+        idea="Predict many masked image tokens at a time, so that a picture takes few steps.",
         family="vqvae",
         builds_on=("vqgan",),
         stages=("codec", "prior", "upsampler"),
@@ -439,8 +438,8 @@ _ROWS = (
         year=2023,
         paper="Podell et al., SDXL: Improving Latent Diffusion Models for High-Resolution Image "
         "Synthesis, arXiv:2307.01952",
-        idea="A three times larger UNet with two text encoders, told the size and crop of each "
-        "training picture.",
+        idea="A UNet three times larger with two text encoders, conditioned on the size and crop "
+        "of each training picture.",
         family="diffusion",
         builds_on=("sd1",),
         stages=("autoencoder", "denoiser", "refiner"),
@@ -451,7 +450,7 @@ _ROWS = (
         year=2023,
         paper="Ye et al., IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image "
         "Diffusion Models, arXiv:2308.06721",
-        idea="A second cross-attention beside the one to the text lets a picture be the prompt.",
+        idea="With a second cross-attention beside the one to the text, a picture is the prompt.",
         family="diffusion",
         builds_on=("sd1", "clip"),
         stages=("adapter",),
@@ -486,7 +485,7 @@ CATALOG: dict[str, Row] = {row.key: row for row in _ROWS}
 
 
 def working() -> list[str]:
-    """Keys of the systems that can be trained now, oldest first."""
+    """Keys of the systems that work, oldest first."""
     return [key for key, row in CATALOG.items() if row.works]
 
 
@@ -494,7 +493,7 @@ def lookup(key: str) -> Row:
     """The row of a system that works.
 
     Raises:
-        UserError: for a key that is unknown, with the nearest names, or that is only planned.
+        UserError: The key is unknown (the nearest names are suggested), or the system is planned.
     """
     if key not in CATALOG:
         close = nearest(key, CATALOG)
@@ -510,7 +509,7 @@ def lookup(key: str) -> Row:
 
 
 def as_table() -> str:
-    """The catalogue in lines of at most 80 columns: year, key, title, family, where it works."""
+    """The catalogue in lines of at most 80 columns: year, key, title, family, presets."""
     head = ("year", "key", "title", "family", "works at")
     cells = [
         (str(row.year), row.key, row.title, row.family, " ".join(row.presets) or row.status)
@@ -526,9 +525,9 @@ def as_table() -> str:
 
 
 def as_tree() -> str:
-    """The catalogue by descent: each system under the first that it builds on, `*` where it works.
+    """The catalogue as a tree: each system is below the first one that it builds on.
 
-    What else a system builds on stands after a plus sign.
+    `*` marks those that work; the other systems that it builds on follow a plus sign.
     """
     lines: list[str] = []
     for row in CATALOG.values():
@@ -538,7 +537,7 @@ def as_tree() -> str:
 
 
 def _branch(row: Row, own: str, below: str) -> list[str]:
-    """Lines of `row` and its descendants; `own` stands before its line, `below` before theirs."""
+    """Lines of `row` and its descendants; `own` is the prefix of its line, `below` of theirs."""
     mark = " *" if row.works else ""
     others = "".join(f" + {key}" for key in row.builds_on[1:])
     lines = [f"{own}{row.year} {row.title} ({row.key}){mark}{others}"]

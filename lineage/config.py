@@ -303,7 +303,8 @@ def typed(hint: type[T] | Any, value: Any, at: str = "") -> T:
     if value == "none" and type(None) in typing.get_args(hint):
         return typing.cast(T, None)
     try:
-        adapter: TypeAdapter[T] = TypeAdapter(hint)
+        own = None if dataclasses.is_dataclass(hint) else ConfigDict(allow_inf_nan=False)
+        adapter: TypeAdapter[T] = TypeAdapter(hint, config=own)
         return adapter.validate_python(value)
     except ValidationError as error:
         raise UserError(sentence(error, hint, at)) from None

@@ -1,8 +1,8 @@
-"""Faults that are the user's to mend, told in one sentence.
+"""Errors that the user can correct, each with a message of one sentence.
 
-Everything that a wrong input, a full disk or a typing error can cause is raised as `UserError`; the
-command line prints its text on standard error and exits with its code, without a traceback.
-Anything else that is raised is a defect of this package and keeps its traceback.
+A wrong input, a full disk or a typing error raises `UserError`. The command line prints its message
+on standard error and exits with its code, without a traceback. Any other exception is a defect of
+this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """One clear sentence that names the file or value at fault and the mend. Exit code 2."""
+    """One sentence that names the wrong file or value and says how to correct it. Exit code 2."""
 
     exit_code = 2
 
 
 class CheckFailed(UserError):
-    """Something ran to its end or stopped itself because a check did not hold. Exit code 1."""
+    """A check that failed, at the end of a command or in the middle of a run. Exit code 1."""
 
     exit_code = 1
 
 
 class Interrupted(UserError):
-    """The user, or the system, asked the run to stop; everything is saved. Exit code 130."""
+    """A stop by the user or the operating system, after everything is saved. Exit code 130."""
 
     exit_code = 130
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The sentence part that suggests what was meant: `did you mean 'ddpm'?` or the whole list.
+    """End of an error sentence that suggests a name: `did you mean 'ddpm'?`, or all known names.
 
-    `train.step` finds `train.steps` as well as `train.stop`; nothing similar lists what there is.
+    If no name is close, it compares the parts after the last dot: `lr` suggests `optim.lr`.
     """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if not close:
-        leaf = name.rsplit(".", 1)[-1]
-        close = [known_name for known_name in names if known_name.rsplit(".", 1)[-1] == leaf][:3]
+        leaves = [other.rpartition(".")[2] for other in names]
+        similar = difflib.get_close_matches(name.rpartition(".")[2], set(leaves), n=3, cutoff=0.6)
+        close = [names[i] for leaf in similar for i, own in enumerate(leaves) if own == leaf][:3]
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "there is: " + ", ".join(names)

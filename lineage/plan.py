@@ -18,8 +18,14 @@ from lineage.errors import UserError, nearest
 from lineage.recipes import find_recipe, preset
 from lineage.system import System
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
-from lineage.training.stage import NOT_IN_KEY, Stage, finished_weights, replace_stage
-from lineage.training.store import load_tensors, read_json
+from lineage.training.stage import (
+    NOT_IN_KEY,
+    Stage,
+    finished_weights,
+    replace_stage,
+    state_path,
+)
+from lineage.training.store import load_state, load_tensors, read_json
 
 NOT_SETTINGS = ("made_with", "data_fingerprint", "stages_from")
 """Entries of config.json that are no settings of a run."""
@@ -41,6 +47,11 @@ def plan(
         names = [stage.name for stage in stages]
         if name not in names:
             raise UserError(f"{config.key} has no stage {name!r}: {nearest(name, names)}")
+        if name == names[-1]:
+            raise UserError(
+                f"{name} is the last stage of {config.key}: with --from {name}=RUN nothing would "
+                "be left to train."
+            )
         other = _stage_of(source, name)
         _check_kind(stages, name, other, source["run"])
         stages = replace_stage(stages, name, other)
@@ -98,7 +109,7 @@ def _check_kind(stages: list[Stage], name: str, other: Stage, run: str) -> None:
     """Raise `UserError` if a later stage cannot be built from `other`'s system."""
     with torch.device("meta"):
         system = other.construct()
-    other.system = None
+    other.clear()
     for later in stages:
         for argument, value in later.arguments.items():
             if not isinstance(value, Stage) or value.name != name:
@@ -120,6 +131,23 @@ def check_weights(stages: list[Stage]) -> None:
         sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
         if saved != sizes:
             raise UserError(f"{stage.weights} does not hold the weights of a stage {stage.name}.")
+
+
+def check_checkpoints(folder: Path, stages: list[Stage]) -> None:
+    """Raise `UserError` if a checkpoint in a run folder does not fit its stage's system."""
+    for stage in stages:
+        path = state_path(folder, stage, stages)
+        if stage.system is None or not path.exists():
+            continue
+        weights = load_state(path)["weights"]
+        saved = {name: tensor.shape for name, tensor in weights.items()}
+        sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
+        if saved != sizes:
+            name = min(n for n, _ in saved.items() ^ sizes.items())
+            raise UserError(
+                f"The checkpoint of stage {stage.name} does not fit this configuration ({name}); "
+                "resume with the settings it was made with, or choose another --out."
+            )
 
 
 def check_effects(

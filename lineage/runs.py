@@ -29,6 +29,7 @@ from lineage.errors import Interrupted, UserError
 from lineage.nn.noise import stream_seed
 from lineage.plan import (
     build,
+    check_checkpoints,
     check_effects,
     check_weights,
     plan,
@@ -198,8 +199,9 @@ def _prepare(
     with torch.device("meta"):
         system = build(stages)  # a fault is found before anything is written
     check_weights(stages)
-    for stage in stages:
-        stage.system = None
+    if started:
+        check_checkpoints(folder, stages)
+    stages[-1].clear()
     system.text.check()
     if writes:
         made_with = {

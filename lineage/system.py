@@ -192,7 +192,8 @@ class System(Trainable):
 
     def options(self) -> dict[str, Option]:
         """Options that `generate` takes, by name: the keywords of `sample`."""
-        hints, sentences = get_type_hints(self.sample), _argument_sentences(self.sample)
+        hints = get_type_hints(self.sample, include_extras=True)
+        sentences = _argument_sentences(self.sample)
         parameters = list(inspect.signature(self.sample).parameters.values())[2:]
         return {
             p.name: Option(p.name, hints[p.name], p.default, sentences.get(p.name, ""))

@@ -26,6 +26,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16  # side of the pictures at preset smoke
 
 
+def reference(name: str) -> Path:
+    """Path of a reference file of the official code, of `tests/parity` or beside the repository;
+    without it, the test is skipped.
+    """
+    folders = (ROOT / "tests" / "parity", ROOT.parent / "shared" / "reference")
+    for path in (folder / f"{name}.safetensors" for folder in folders):
+        if path.is_file():
+            return path
+    pytest.skip(f"{name}.safetensors is not beside the repository", allow_module_level=True)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of the session's own, so that no stage of an earlier run replaces training."""

@@ -1,4 +1,4 @@
-"""The catalogue: its facts agree with each other and with the files, and it is quick to show."""
+"""The catalogue: its rows agree with each other and with the files, and it is quick to print."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PACKAGE = Path(lineage.__file__).parent
 TESTS = Path(__file__).parent
 
 
-def test_keys_are_unique_names_of_modules() -> None:
+def test_keys_are_unique_and_valid_module_names() -> None:
     rows = as_json()
     assert len({row["key"] for row in rows}) == len(rows) == len(CATALOG)
     assert len({row["title"] for row in rows}) == len(rows)
     assert all(key.isidentifier() and key == key.lower() for key in CATALOG)
 
 
-def test_rows_stand_in_historical_order_and_build_on_older_ones() -> None:
+def test_rows_are_in_historical_order_and_build_on_older_ones() -> None:
     years = [row.year for row in CATALOG.values()]
     assert years == sorted(years)
     order = list(CATALOG)
@@ -46,7 +46,7 @@ def test_rows_stand_in_historical_order_and_build_on_older_ones() -> None:
 
 
 @pytest.mark.parametrize("key", list(CATALOG))
-def test_row_is_complete(key: str) -> None:
+def test_each_row_is_complete(key: str) -> None:
     row = CATALOG[key]
     assert row.key == key
     assert row.family in FAMILIES
@@ -58,7 +58,7 @@ def test_row_is_complete(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", list(CATALOG))
-def test_arxiv_number_fits_the_year(key: str) -> None:
+def test_the_arxiv_number_agrees_with_the_year(key: str) -> None:
     row = CATALOG[key]
     for number in re.findall(r"arXiv:(\S+)", row.paper):
         year, month = re.fullmatch(r"(\d\d)(\d\d)\.\d{5}[;,]?", number).groups()
@@ -66,8 +66,15 @@ def test_arxiv_number_fits_the_year(key: str) -> None:
         assert row.year == 2000 + int(year) or re.search(r"20\d\d", row.paper.split("arXiv")[-1])
 
 
+NO_OFFICIAL_CODE = {
+    "retrieval": "the authors published no code",
+    "gan_int_cls": "the authors' code is written in Lua (Torch), not in PyTorch",
+}
+"""Systems without a module in `lineage.official`, and the reason."""
+
+
 @pytest.mark.parametrize("key", working())
-def test_system_that_works_has_its_files(key: str) -> None:
+def test_each_system_has_its_files_under_its_key(key: str) -> None:
     family = CATALOG[key].family
     for path in (
         PACKAGE / family / f"{key}.py",
@@ -75,9 +82,15 @@ def test_system_that_works_has_its_files(key: str) -> None:
         TESTS / family / f"test_{key}.py",
     ):
         assert path.is_file(), f"{path} is missing"
+    official = PACKAGE / "official" / f"{key}.py"
+    assert official.is_file() != (key in NO_OFFICIAL_CODE), official
 
 
-def test_lookup() -> None:
+def test_the_exceptions_are_systems_of_the_catalogue() -> None:
+    assert set(NO_OFFICIAL_CODE) <= set(working())
+
+
+def test_lookup_returns_a_row_or_explains_why_not() -> None:
     assert lookup("ddpm").paper.endswith("arXiv:2006.11239")
     with pytest.raises(UserError, match="did you mean 'ddpm'"):
         lookup("ddmp")
@@ -91,25 +104,25 @@ def test_lookup() -> None:
 
 
 @pytest.mark.parametrize("text", [as_table(), as_tree()], ids=["table", "tree"])
-def test_printed_form_holds_every_system_in_80_columns(text: str) -> None:
+def test_a_printed_form_has_every_system_in_80_columns(text: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert text.isascii()
     words = re.findall(r"\w+", text)
     assert all(key in words for key in CATALOG)
 
 
-def test_tree_shows_each_system_once() -> None:
+def test_the_tree_has_each_system_once() -> None:
     keys = re.findall(r"\((\w+)\)(?: \*)?(?: \+.*)?$", as_tree(), re.MULTILINE)
     assert sorted(keys) == sorted(CATALOG)
 
 
-def test_json_is_plain() -> None:
+def test_the_json_form_is_plain() -> None:
     rows = as_json()
     assert json.loads(json.dumps(rows)) == rows
     assert [row["key"] for row in rows] == list(CATALOG)
 
 
-def test_listing_imports_nothing_heavy() -> None:
+def test_printing_imports_no_heavy_package() -> None:
     code = (
         "import sys; from lineage import catalog; catalog.as_table(); catalog.as_tree();"
         "print([m for m in ('torch', 'numpy', 'PIL', 'einops') if m in sys.modules])"

@@ -1,20 +1,20 @@
-"""Captioned data sets, and the one function that loads any of them.
+"""Captioned data sets, and `load_dataset`, which loads any of them.
 
     load_dataset("shapes")                       the procedural world, endless, needs no files
     load_dataset("shapes:hard", split="heldout") `easy` (the default), `medium` or `hard`
     load_dataset("folder:my/pictures")           pictures, each with a .txt of captions beside it
     load_dataset("imagefolder:my/set")           the Hugging Face layout, metadata.jsonl or .csv
-    load_dataset("my/pictures")                  a bare path, recognised by what lies there
+    load_dataset("my/pictures")                  a bare path; its layout is recognised
 
-A spec is `kind`, `kind:rest` or a path. A kind has at least two letters, so the drive in
-`C:\\pictures` is none. To read a folder that is named like a kind, write `./shapes`.
+A spec is `kind`, `kind:rest` or a path. A kind has at least two letters, so the drive letter in
+`C:\\pictures` is not a kind. To read a folder that has the name of a kind, write `./shapes`.
 
-Splits are `train`, `validation` (`val`, `valid`, `dev` mean the same in files) and `test`; data
-sets on a disk also answer to `all`, `shapes` to `heldout`.
+Splits are `train`, `validation` (in files also `val`, `valid`, `dev`) and `test`. Data sets on a
+disk also have `all`, `shapes` has `heldout`.
 
 Modules: `contract` (what a data set is), `shapes*` (the procedural world), `pictures` (what all
-data sets on a disk share), one file for each layout, `tools` (look at a data set, check it, write
-it).
+data sets on a disk share), one file for each layout, `cached` (adds what a network computes from
+each picture), `tools` (contact sheet, check, export).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lineage.errors import UserError, nearest
 __all__ = ["KINDS", "Batch", "CaptionedDataset", "Example", "Skipped", "load_dataset", "parse_spec"]
 
 Loader = Callable[[str, str, int, int], CaptionedDataset]
-"""(what follows the colon, split, size, seed) -> data set."""
+"""(text after the colon, split, size, seed) -> data set."""
 
 
 def _shapes(level: str, split: str, size: int, seed: int) -> CaptionedDataset:
@@ -55,7 +55,7 @@ KINDS: dict[str, Loader] = {
     "folder": _folder,
     "imagefolder": _imagefolder,
 }
-"""Every kind of data set and its loader. They import late, so `import lineage.data` stays light."""
+"""Loader of each kind of data set. Loaders import late, so that `import lineage.data` is quick."""
 
 ENDLESS = frozenset({"shapes"})
 """Kinds that need no path and have no split `all`."""
@@ -68,13 +68,13 @@ def load_dataset(
 
     Args:
         spec: `shapes`, `shapes:LEVEL`, `KIND:PATH` or a path; see the head of this module.
-        split: `train`, `validation`, `test`, or what else the data offers.
-        size: side of the square pictures in pixels; other pictures are cropped to the centred
-            square and resized.
-        seed: of the procedural world; data on a disk does not depend on it.
+        split: Name of the split: `train`, `validation`, `test`, or another that the data has.
+        size: Side of the square pictures in pixels. Files are cropped to their centred square and
+            resized.
+        seed: Seed of the procedural world; data on a disk does not depend on it.
 
     Raises:
-        UserError: the spec, the path, the split or the size is wrong, or nothing could be loaded.
+        UserError: The spec, the path, the split or the size is wrong, or nothing can be loaded.
     """
     if seed < 0:
         raise UserError(f"seed={seed} must be at least 0.")
@@ -83,36 +83,36 @@ def load_dataset(
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
-    """`folder:a/b` -> ("folder", "a/b"); a bare path -> the kind that lies there, and the path.
+    """Kind and path of a spec: `folder:a/b` -> ("folder", "a/b"); a bare path keeps its name.
 
     Raises:
-        UserError: an unknown kind, a kind without its path, or a path where nothing lies.
+        UserError: The kind is unknown or lacks its path, or the path does not exist.
     """
     kind, colon, rest = spec.partition(":")
     if kind in KINDS and (rest or kind in ENDLESS):
         return kind, rest
     if kind in KINDS and colon:
-        raise UserError(f"{spec!r} names no folder; write {kind}:PATH.")
+        raise UserError(f"{spec!r} lacks a folder; write {kind}:PATH.")
     path = Path(spec).expanduser()
     if spec and path.exists():
         return recognise(path), spec
     if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", kind):
-        raise UserError(f"there is no kind of data set {kind!r}: {nearest(kind, KINDS)}")
+        raise UserError(f"There is no kind of data set {kind!r}: {nearest(kind, KINDS)}")
     hint = nearest(spec, KINDS) if re.fullmatch(r"\w*", spec) else "check the spelling."
-    raise UserError(f"there is no data set or folder {spec!r}: {hint}")
+    raise UserError(f"There is no data set or folder {spec!r}: {hint}")
 
 
 def recognise(path: Path) -> str:
-    """Which kind of data set lies in a folder.
+    """Kind of the data set in a folder.
 
     Raises:
-        UserError: it is no folder.
+        UserError: The path is not a folder.
     """
     if not path.is_dir():
-        raise UserError(f"{str(path)!r} is a file; name the folder that it lies in.")
+        raise UserError(f"{str(path)!r} is a file; name the folder that contains it.")
     from lineage.data.imagefolder import has_metadata, misnamed_metadata
 
     if has_metadata(path):
         return "imagefolder"
-    # A misnamed metadata file is better explained by the reader that would have wanted it.
+    # The reader of metadata explains a misnamed metadata file better.
     return "imagefolder" if misnamed_metadata(path) and not any(path.rglob("*.txt")) else "folder"

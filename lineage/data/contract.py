@@ -1,10 +1,9 @@
-"""The data contract: what every captioned data set gives and what a training step receives.
+"""The data contract: what every captioned data set provides and what a training step receives.
 
-A data set is a sequence of `Example`s with one fast path, `batch`, that a loader calls. No
-tokenising, no image
-pyramids and no mismatched pairs here: each of these belongs to the family that needs it.
+A data set is a sequence of `Example`s; a loader reads it through `batch`, its fast path. Tokens,
+image pyramids and mismatched pairs are made by the families that need them.
 
-Shapes: B batch, 3 colour channels, H and W pixels (H == W == `size`).
+Axes: B pictures of a batch, 3 channels, H and W pixels (H == W == `size`).
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ class Example:
     """One captioned picture.
 
     Attributes:
-        id: unique within its data set, and stable between runs and machines.
-        image: (3, H, W), uint8 in 0..255.
-        captions: at least one; the first is the one that evaluation uses.
-        label: class index where the data has classes, else None.
-        meta: what else is known of the picture, such as the scene it was drawn from.
+        id: Name that is unique within the data set, and the same in every run and on every machine.
+        image: (3, H, W) uint8 in 0..255.
+        captions: One caption or more; evaluation uses the first.
+        label: Class index, or None if the data has no classes.
+        meta: Further information about the picture, such as the scene that it shows.
     """
 
     id: str
@@ -44,7 +43,7 @@ class Batch:
 
     Attributes:
         image: (B, 3, H, W) float32 in [-1, 1].
-        caption: B captions, one drawn per visit of each picture.
+        caption: B captions; each visit of a picture draws one of its captions.
         label: (B,) int64, or None where the data has no classes.
         id: B example ids.
         extra: What a wrapper of the data set adds, (B, ...) by name: `codes`, `latents`, ...
@@ -97,7 +96,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that was left out, and why, in words that say how to mend it."""
+    """A file that was left out, and the reason, in words that say how to repair it."""
 
     path: str
     reason: str
@@ -114,7 +113,7 @@ def to_bytes(image: Tensor) -> Tensor:
 
 
 def caption_number(seed: int, epoch: int, example_id: str, count: int) -> int:
-    """Which of `count` captions is read on this visit: a function of (seed, epoch, id) alone."""
+    """Index of this visit's caption, below `count`: a function of (seed, epoch, id) alone."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{example_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % count
 
@@ -123,12 +122,11 @@ class CaptionedDataset(ABC):
     """A sequence of `Example`s of one split at one size.
 
     Attributes:
-        name: the spec that loads it again, e.g. `shapes:easy` or `folder:my/pictures`.
-        split: `train`, `validation`, `test`, or what else the data offers.
-        size: side of the square pictures, in pixels.
-        skipped: every file that was left out, with its reason.
-        endless: True where any index from 0 up is a fresh example and `len` is only the nominal
-            epoch.
+        name: Spec that loads the data set again, e.g. `shapes:easy` or `folder:my/pictures`.
+        split: Name of the split: `train`, `validation`, `test`, or another that the data has.
+        size: Side of the square pictures in pixels.
+        skipped: Files that were left out, each with its reason.
+        endless: If true, every index from 0 up is a new example, and `len` is a nominal epoch.
     """
 
     name: str
@@ -147,9 +145,12 @@ class CaptionedDataset(ABC):
         return (self[i] for i in range(len(self)))
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
-        """The examples at `indices`.
+        """The examples at `indices` as one batch.
 
-        Row i is on its visit number `epochs[i]`, which decides its caption.
+        Args:
+            indices: Index of each row's example.
+            epochs: Number of each row's visit, which decides its caption.
+            seed: Seed of the choice of captions.
         """
         examples = [self[i] for i in indices]
         captions = [
@@ -166,7 +167,7 @@ class CaptionedDataset(ABC):
         )
 
     def all_captions(self, limit: int = 20_000) -> Iterator[str]:
-        """Captions to build a vocabulary from: every caption of the first `limit` examples."""
+        """Every caption of the first `limit` examples, to build a vocabulary from."""
         for i in range(min(limit, len(self))):
             yield from self[i].captions
 

@@ -3,9 +3,9 @@
     dogs/rex.jpg      a picture (.png .jpg .jpeg .bmp .webp .gif)
     dogs/rex.txt      its captions in UTF-8, one on each line that is not blank
 
-Folders may be nested. An example's id is its path without the suffix, `dogs/rex`, so equal names
-in different folders do not collide. Everything is of the split `train`. Files of other kinds and
-hidden files are no part of the data.
+Folders may be nested. An example's id is its path without the suffix, `dogs/rex`, so that equal
+names in different folders do not collide. All examples belong to the split `train`. Hidden files
+and files of other kinds are ignored.
 
 Left out and reported: a picture without a text, a text without a picture, a text that is empty or
 not UTF-8, a picture that cannot be decoded, and a second picture with the same id (`rex.png` beside
@@ -26,7 +26,7 @@ from lineage.data.pictures import (
     open_root,
 )
 
-MEND = (
+LAYOUT_HINT = (
     "put a text file of the same name beside each picture (cat.png and cat.txt, one caption a "
     "line), or a metadata.jsonl into the folder."
 )
@@ -36,16 +36,16 @@ def load(path: str, split: str = "train", size: int = 32) -> PictureDataset:
     """Read a folder of pictures and texts.
 
     Raises:
-        UserError: no such folder or split, or nothing in it could be loaded.
+        UserError: The folder or the split does not exist, or nothing in it can be loaded.
     """
     root = open_root(path)
     skipped: list[Skipped] = []
     records = read(root, skipped)
-    return PictureDataset(f"folder:{path}", root, records, split, size, skipped, MEND)
+    return PictureDataset(f"folder:{path}", root, records, split, size, skipped, LAYOUT_HINT)
 
 
 def read(root: Path, skipped: list[Skipped]) -> list[Record]:
-    """The records of a folder, sorted by id; what is left out is added to `skipped`."""
+    """Records of a folder, sorted by id; files that are left out are added to `skipped`."""
     files = list_files(root, skipped)
     pictures = _by_key([f for f in files if is_picture(f)], "picture", skipped)
     texts = _by_key([f for f in files if f.lower().endswith(".txt")], "text", skipped)
@@ -64,20 +64,20 @@ def read(root: Path, skipped: list[Skipped]) -> list[Record]:
 
 
 def _by_key(paths: list[str], what: str, skipped: list[Skipped]) -> dict[str, str]:
-    """Paths by their path without suffix; the first of several is kept, the others are reported."""
-    kept: dict[str, str] = {}
+    """Paths by their path without suffix: the first of each; the others are reported."""
+    by_key: dict[str, str] = {}
     for path in paths:
         key = str(PurePosixPath(path).with_suffix(""))
-        if key in kept:
-            name = PurePosixPath(kept[key]).name
-            skipped.append(Skipped(path, f"a second {what} of the same name; {name} was taken"))
+        if key in by_key:
+            name = PurePosixPath(by_key[key]).name
+            skipped.append(Skipped(path, f"a second {what} of the same name; {name} is used"))
         else:
-            kept[key] = path
-    return kept
+            by_key[key] = path
+    return by_key
 
 
 def _captions(root: Path, path: str, skipped: list[Skipped]) -> tuple[str, ...]:
-    """The captions in a text file; none, and the reason in `skipped`, if it holds none."""
+    """Captions in a text file; if it has none, the reason is added to `skipped`."""
     try:
         text = (root / path).read_text(encoding="utf-8-sig")  # any line ending arrives as \n
     except UnicodeDecodeError as error:
@@ -89,5 +89,5 @@ def _captions(root: Path, path: str, skipped: list[Skipped]) -> tuple[str, ...]:
         return ()
     captions = clean_captions(text.split("\n"))
     if not captions:
-        skipped.append(Skipped(path, "the file holds no caption; write one on each line"))
+        skipped.append(Skipped(path, "the file has no caption; write one on each line"))
     return captions

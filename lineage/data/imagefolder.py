@@ -7,21 +7,19 @@ or
     train/a.png
     test/metadata.jsonl  ...
 
-`file_name` is relative to its metadata file. Captions stand in any of the columns `text`,
-`caption`, `captions`, `prompt`, `text_0` `caption_0` and so on, `alt_texts`, read in this order: a
-string or a list of strings. Several rows of one picture join their captions.
+`file_name` is relative to its metadata file. Captions are read from the columns `text`, `caption`,
+`captions`, `prompt`, `text_0`, `caption_0` and so on, and `alt_texts`, in this order; each holds a
+string or a list of strings. The captions of several rows of one picture are joined.
 
-The split of a picture is its row's `split`; else the first folder on its way that is named like a
-split (`train`, `validation` or `val` `valid` `dev`, `test`); else `train`. A column `label`
-becomes the label if every row has a whole number in it. Every other column travels in
-`Example.meta`; the entries of an object in `meta` are taken out of it, as exported data sets
-have it.
+The split of a picture is its row's `split`; else the first folder of its path that has the name of
+a split (`train`, `validation` or `val`, `valid`, `dev`, `test`); else `train`. The column `label`
+becomes the label if it has a whole number in every row. All other columns go into `Example.meta`;
+an object in the column `meta`, as exported data sets have it, is merged into it.
 
-An example's id is its path without the suffix; only where two pictures differ in nothing else does
-it stay.
+An example's id is its path without the suffix, or with it where two paths differ in nothing else.
 
-Left out and reported: a row that is no JSON object, has no `file_name`, no caption, or a path that
-leaves the folder; a row whose picture is missing or broken, or that puts a picture into a second
+Left out and reported: a row that is not a JSON object, or has no `file_name`, no caption, or a path
+outside the folder; a row whose picture is missing or broken, or that puts a picture into a second
 split; a picture that no row names.
 """
 
@@ -54,10 +52,10 @@ from lineage.errors import UserError
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 NUMBERED = re.compile(r"(?:caption|text)_(\d+)")
-ALTERNATIVES = "alt_texts"  # read last: the first caption is the one that evaluation uses
-ACCEPTED = (*CAPTION_COLUMNS, "caption_0 ...", "text_0 ...", ALTERNATIVES)
+ALTERNATIVES = "alt_texts"  # read last, because evaluation uses the first caption
+ALL_COLUMNS = (*CAPTION_COLUMNS, "caption_0 ...", "text_0 ...", ALTERNATIVES)
 
-MEND = (
+LAYOUT_HINT = (
     "the folder needs a metadata.jsonl with a line for each picture, such as "
     '{"file_name": "images/a.png", "text": "a red kite"}.'
 )
@@ -65,16 +63,22 @@ MEND = (
 
 @dataclass
 class Row:
-    """One row of a metadata file. `where` names file and line for messages."""
+    """One row of a metadata file.
+
+    Attributes:
+        where: File and line, for messages.
+        folder: Folder of the metadata file, relative to the root.
+        values: Cells by column.
+    """
 
     where: str
-    folder: str  # of the metadata file, relative to the root
+    folder: str
     values: dict[str, Any]
 
 
 @dataclass
 class Entry:
-    """What the rows of one picture say, joined."""
+    """All rows of one picture, joined."""
 
     path: str
     split: str
@@ -86,17 +90,17 @@ def load(path: str, split: str = "train", size: int = 32) -> PictureDataset:
     """Read a folder with metadata.
 
     Raises:
-        UserError: no such folder or split, no metadata file, no caption column, or nothing could
-            be loaded.
+        UserError: The folder, the split, the metadata or a caption column does not exist, or
+            nothing can be loaded.
     """
     root = open_root(path)
     skipped: list[Skipped] = []
     records = read(root, skipped)
-    return PictureDataset(f"imagefolder:{path}", root, records, split, size, skipped, MEND)
+    return PictureDataset(f"imagefolder:{path}", root, records, split, size, skipped, LAYOUT_HINT)
 
 
 def has_metadata(root: Path) -> bool:
-    """Whether metadata lies in the folder or in one directly below it."""
+    """Whether the folder, or one directly below it, contains metadata."""
     return any(
         (folder / name).is_file()
         for folder in (root, *(f for f in sorted(root.iterdir()) if f.is_dir()))
@@ -105,20 +109,19 @@ def has_metadata(root: Path) -> bool:
 
 
 def misnamed_metadata(root: Path) -> list[str]:
-    """Files in the folder, or directly below, that were probably meant to be the metadata."""
-    found = [*root.glob("*"), *root.glob("*/*")]
+    """Files in the folder, or one level below, that were probably meant to be the metadata."""
     return sorted(
         f.relative_to(root).as_posix()
-        for f in found
+        for f in (*root.glob("*"), *root.glob("*/*"))
         if f.is_file() and f.name.lower().startswith("metadata.") and f.name not in METADATA
     )
 
 
 def read(root: Path, skipped: list[Skipped]) -> list[Record]:
-    """The records of a folder in the order of their rows; what is left out is added to `skipped`.
+    """Records of a folder in the order of their rows; what is left out is added to `skipped`.
 
     Raises:
-        UserError: there is no metadata file, or no row of any has a caption column.
+        UserError: There is no metadata file, or none of them has a caption column.
     """
     files = list_files(root, skipped)
     tables = [f for f in files if PurePosixPath(f).name in METADATA]
@@ -128,8 +131,9 @@ def read(root: Path, skipped: list[Skipped]) -> list[Record]:
     columns = {column for row in rows for column in row.values}
     if rows and not any(_is_caption(column) for column in columns):
         raise UserError(
-            f"no column of {tables[0]} in {root} holds captions: it has "
-            f"{', '.join(sorted(columns))}; name the caption column one of {', '.join(ACCEPTED)}."
+            f"{tables[0]} in {root} has no column of captions: it has "
+            f"{', '.join(sorted(columns))}; name the caption column one of "
+            f"{', '.join(ALL_COLUMNS)}."
         )
     named: set[str] = set()
     entries = _entries(root, rows, named, skipped)
@@ -142,19 +146,19 @@ def read(root: Path, skipped: list[Skipped]) -> list[Record]:
 
 
 def _no_metadata(root: Path) -> str:
-    message = f"there is no metadata.jsonl or metadata.csv in {root}"
+    message = f"There is no metadata.jsonl or metadata.csv in {root}"
     wrong = misnamed_metadata(root)
     if not wrong:
-        return f"{message}; {MEND}"
+        return f"{message}; {LAYOUT_HINT}"
     if wrong[0].endswith(".parquet"):
-        return f"{message}; {wrong[0]} is not read, write its table as metadata.csv."
+        return f"{message}; {wrong[0]} cannot be read, write its table as metadata.csv."
     return (
-        f"{message}; {wrong[0]} must be named metadata.jsonl and hold one JSON object on each line."
+        f"{message}; {wrong[0]} must be named metadata.jsonl and have one JSON object on each line."
     )
 
 
 def _rows(root: Path, table: str, skipped: list[Skipped]) -> Iterator[Row]:
-    """The rows of one metadata file."""
+    """Rows of one metadata file."""
     try:
         raw = (root / table).read_bytes()
     except OSError as error:
@@ -199,7 +203,7 @@ def _csv_rows(
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         for row in reader:
-            # Cells beyond the header have the key None; what a short row lacks, the value None.
+            # Cells beyond the header have the key None; missing cells of a row, the value None.
             yield (
                 reader.line_num,
                 {key.strip(): _cell(value or "") for key, value in row.items() if key is not None},
@@ -209,7 +213,7 @@ def _csv_rows(
 
 
 def _cell(value: str) -> Any:
-    """A CSV cell; one that holds a list or an object in JSON is read as such."""
+    """A CSV cell; a list or an object in JSON is parsed."""
     if value[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -223,22 +227,22 @@ def _is_caption(column: str) -> bool:
 
 
 def _captions(values: dict[str, Any]) -> tuple[str, ...]:
-    """Every caption of a row, in the order of the columns that the header tells."""
+    """Every caption of a row, in the order of columns of the module's header."""
     numbered = sorted(
         (column for column in values if NUMBERED.fullmatch(column)),
         key=lambda column: int(column.rsplit("_", 1)[1]),
     )
-    found: list[str] = []
+    texts: list[str] = []
     for column in (*CAPTION_COLUMNS, *numbered, ALTERNATIVES):
         value = values.get(column)
-        found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
-    return clean_captions(found)
+        texts += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+    return clean_captions(texts)
 
 
 def _entries(
     root: Path, rows: Iterable[Row], named: set[str], skipped: list[Skipped]
 ) -> list[Entry]:
-    """Rows -> one entry a picture. `named` receives every path that a row names, usable or not."""
+    """One entry for each picture of `rows`. Every path that a row names is added to `named`."""
     entries: dict[str, Entry] = {}
     for row in rows:
         name = row.values.get("file_name")
@@ -272,7 +276,7 @@ def _entries(
 
 
 def _inside(root: Path, folder: str, name: str) -> str | None:
-    """`name` as a path relative to the root, or None if it leads out of it."""
+    """`name` as a path relative to the root, or None if it lies outside."""
     if "\\" in name and not (root / folder / name).exists():
         name = name.replace("\\", "/")  # written on Windows
     path = os.path.normpath(PurePosixPath(folder, name)).replace(os.sep, "/")
@@ -281,23 +285,25 @@ def _inside(root: Path, folder: str, name: str) -> str | None:
 
 
 def _split(row: Row, path: str) -> str:
-    """The row's `split`; else the first folder named like one; else `train`."""
-    told = row.values.get("split")
-    if isinstance(told, str) and told.strip():
-        return split_name(told)
-    on_the_way = (*PurePosixPath(row.folder).parts, *PurePosixPath(path).parent.parts)
-    return next((split_name(part) for part in on_the_way if part.lower() in SPLIT_NAMES), "train")
+    """The row's `split`; else the first folder with the name of a split; else `train`."""
+    own = row.values.get("split")
+    if isinstance(own, str) and own.strip():
+        return split_name(own)
+    folders = (*PurePosixPath(row.folder).parts, *PurePosixPath(path).parent.parts)
+    return next(
+        (split_name(folder) for folder in folders if folder.lower() in SPLIT_NAMES), "train"
+    )
 
 
 def _records(entries: list[Entry]) -> list[Record]:
-    """Entries -> records with ids, labels and meta."""
+    """Records of the entries, with ids, labels and meta."""
     stems = [str(PurePosixPath(entry.path).with_suffix("")) for entry in entries]
-    often = Counter(stems)
+    counts = Counter(stems)
     labels = [_whole_number(entry.values.get("label")) for entry in entries]
     labelled = all(label is not None for label in labels)
     return [
         Record(
-            id=stem if often[stem] == 1 else entry.path,
+            id=stem if counts[stem] == 1 else entry.path,
             path=entry.path,
             captions=clean_captions(entry.captions),
             label=label if labelled else None,
@@ -309,15 +315,15 @@ def _records(entries: list[Entry]) -> list[Record]:
 
 
 def _whole_number(value: object) -> int | None:
-    """3, or the "3" of a CSV file, as a number; None for anything else."""
+    """A number, or the text "3" of a CSV file, as an int; None for anything else."""
     if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}\s*", value):
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _meta(values: dict[str, Any], drop_label: bool) -> dict[str, Any]:
-    """The columns that mean nothing here; an object in `meta` is opened."""
+    """All other columns; an object in `meta` is merged into them."""
     used = {"file_name", "split"} | ({"label"} if drop_label else set())
     rest = {k: v for k, v in values.items() if k not in used and not _is_caption(k)}
-    opened = rest.pop("meta") if isinstance(rest.get("meta"), dict) else {}
-    return rest | opened
+    nested = rest.pop("meta") if isinstance(rest.get("meta"), dict) else {}
+    return rest | nested

@@ -1,14 +1,13 @@
-"""Pictures from files: what every data set that lies on a disk shares.
+"""Pictures from files: what all data sets on a disk share.
 
-A reader (`folder`, `imagefolder` and those for the official layouts) lists `Record`s;
-`PictureDataset` takes those of one split, decodes each picture once and keeps them all as bytes in
-memory, so a batch is one indexed copy.
+A reader (`folder`, `imagefolder`, ...) lists `Record`s. `PictureDataset` decodes the pictures of
+one split once and stores them as bytes in memory, so that a batch is one indexed copy.
 
-What happens to a picture, in this order:
-    turned upright where EXIF says how the camera was held;
-    transparency laid on white, any colour mode turned into RGB, the first frame taken of several;
-    **not square: the largest centred square is kept**, so nothing is stretched;
-    resized to (size, size) with Lanczos. A picture of this size already keeps its exact pixels.
+The steps of decoding, in order:
+    turn the picture upright as its EXIF orientation says;
+    put transparency on white, convert any colour mode to RGB, take the first frame of several;
+    crop to the largest centred square, so that nothing is stretched;
+    resize to (size, size) with Lanczos. A picture that has this size keeps its exact pixels.
 
 Axes: N pictures, B of a batch, 3 channels, S = `size`.
 """
@@ -36,11 +35,13 @@ from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, cap
 from lineage.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"})
-"""What a picture's name ends with, in small letters."""
+"""Suffixes of pictures in lower case."""
 
 SIZES = range(8, 1025)
-IN_MEMORY = 2 * 1024**3  # bytes of pixels; more than this go to a temporary file
-BAR_FROM = 2_000  # pictures from which on loading shows a progress bar
+MAX_IN_MEMORY = 2 * 1024**3
+"""Number of bytes of pixels above which they are stored in a temporary file."""
+PROGRESS_FROM = 2_000
+"""Number of pictures above which loading shows a progress bar."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -53,20 +54,20 @@ SPLIT_NAMES = {
     "testing": "test",
     "heldout": "heldout",
 }
-"""Names that a split goes by, and the one that it has here."""
+"""Names of splits in files, and the name of each in this package."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture as a reader lists it, not opened yet.
+    """One picture as a reader lists it; its file is not opened yet.
 
     Attributes:
-        id: unique within the data set.
-        path: of the picture, relative to the data set's folder, with forward slashes.
-        captions: at least one, stripped, no two alike.
-        label: class index, or None.
-        split: name of the split that it belongs to.
-        meta: what else is known of it.
+        id: Name that is unique within the data set.
+        path: Path of the picture relative to the data set's folder, with forward slashes.
+        captions: One caption or more, stripped and all different.
+        label: Class index, or None.
+        split: Name of the split that it belongs to.
+        meta: Further information about it.
     """
 
     id: str
@@ -78,39 +79,39 @@ class Record:
 
 
 def split_name(name: str) -> str:
-    """`val`, `valid` and `dev` -> `validation`, and so on; any other name, stripped, is its own."""
+    """This package's name of a split: `val` -> `validation`; an unknown name is only stripped."""
     return SPLIT_NAMES.get(name.strip().lower(), name.strip())
 
 
 def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
-    """Stripped, without blanks and repetitions, in order, and always writable as UTF-8."""
-    whole = (text.encode("utf-8", "replace").decode("utf-8").strip() for text in texts)
-    return tuple(dict.fromkeys(text for text in whole if text))
+    """Stripped captions in order, without empty and repeated ones, always valid as UTF-8."""
+    valid = (text.encode("utf-8", "replace").decode("utf-8").strip() for text in texts)
+    return tuple(dict.fromkeys(text for text in valid if text))
 
 
 def list_files(root: Path, skipped: list[Skipped]) -> list[str]:
     """Every file below `root`, as sorted relative paths with forward slashes.
 
-    Hidden files and what macOS puts into archives (`._*`, `__MACOSX`) are left out. Folders that
-    cannot be opened are added to `skipped`. Linked folders are followed, each real folder once.
+    Hidden files and those that macOS adds to archives (`._*`, `__MACOSX`) are ignored. Folders that
+    cannot be opened are added to `skipped`. Links are followed, but each real folder is read once.
     """
 
-    def closed(error: OSError) -> None:
-        place = os.path.relpath(error.filename or root, root)
-        skipped.append(Skipped(place, f"the folder cannot be opened: {error.strerror}"))
+    def report(error: OSError) -> None:
+        path = os.path.relpath(error.filename or root, root)
+        skipped.append(Skipped(path, f"the folder cannot be opened: {error.strerror}"))
 
-    found: list[str] = []
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed):
+    paths: list[str] = []
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=report):
         real = os.path.realpath(folder)
-        if real in seen:
+        if real in visited:
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not _hidden(name))
-        here = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        found += [str(here / name) for name in files if not _hidden(name)]
-    return sorted(found)
+        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        paths += [str(relative / name) for name in files if not _hidden(name)]
+    return sorted(paths)
 
 
 def _hidden(name: str) -> bool:
@@ -118,14 +119,14 @@ def _hidden(name: str) -> bool:
 
 
 def is_picture(path: str) -> bool:
-    """Whether the name is that of a picture; says nothing of what is inside."""
+    """Whether a path has the suffix of a picture; the file is not opened."""
     return PurePosixPath(path).suffix.lower() in SUFFIXES
 
 
 def decode(file: Path, size: int) -> NDArray[np.uint8]:
-    """One picture file -> (3, S, S). Raises what Pillow raises for a broken file."""
+    """The picture in a file, (3, S, S). For a broken file it raises Pillow's errors."""
     with Image.open(file) as opened:
-        # A JPEG of many times the size is decoded at a fraction, at least twice what is needed.
+        # A large JPEG is decoded at a fraction of its size, but at least twice the size needed.
         opened.draft("RGB", (2 * size, 2 * size))
         square = ImageOps.fit(
             _rgb(ImageOps.exif_transpose(opened)), (size, size), Image.Resampling.LANCZOS
@@ -134,8 +135,8 @@ def decode(file: Path, size: int) -> NDArray[np.uint8]:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any colour mode -> RGB; what is transparent becomes white."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+    """A picture of any colour mode in RGB; transparent pixels become white."""
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
         image = Image.fromarray(
             (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         )
@@ -146,15 +147,13 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def why_broken(error: Exception, file: Path) -> str:
-    """What to tell the user of a picture that could not be decoded."""
+    """Reason why a picture could not be decoded, in words for the user."""
     if isinstance(error, PermissionError):
         return "the picture cannot be opened: permission denied"
     if file.is_file() and file.stat().st_size == 0:
         return "the picture's file is empty; copy it again"
     if isinstance(error, Image.UnidentifiedImageError):
-        return (
-            "this is no picture that can be read, whatever its name says; copy or convert it again"
-        )
+        return "no picture of a known format is in this file; copy or convert it again"
     return f"the picture is broken ({error}); copy it again"
 
 
@@ -162,23 +161,23 @@ class PictureDataset(CaptionedDataset):
     """The pictures of one split, decoded once.
 
     Args:
-        name: the spec that loads it again.
-        root: the data set's folder.
-        records: of all splits; their ids are unique.
-        split: one of the records' splits, or `all`.
-        size: side of the square pictures.
-        skipped: what the reader left out; pictures that cannot be decoded are added.
-        mend: for an empty data set, how its folder should look.
+        name: Spec that loads the data set again.
+        root: Folder of the data set.
+        records: Records of all splits; their ids are unique.
+        split: Name of one of the records' splits, or `all`.
+        size: Side of the square pictures in pixels.
+        skipped: Files that the reader left out; pictures that cannot be decoded are added.
+        layout_hint: Layout that the folder should have; part of the error for an empty data set.
 
     Attributes:
-        records: those whose pictures are here, in order.
-        images: (N, 3, S, S) uint8, row i the picture of `records[i]`.
-        labels: (N,) int64, or None where not every record has a label.
+        records: Records whose pictures are decoded, in order.
+        images: (N, 3, S, S) uint8; row i is the picture of `records[i]`.
+        labels: (N,) int64, or None if a record lacks a label.
 
-    `Example.meta` holds the record's, plus `source` (the picture's path in the folder) and `split`.
+    `Example.meta` is the record's, with `source` (path of the picture in the folder) and `split`.
 
     Raises:
-        UserError: no such split, no such size, or nothing to load.
+        UserError: The split or the size does not exist, or nothing can be loaded.
     """
 
     def __init__(
@@ -189,23 +188,22 @@ class PictureDataset(CaptionedDataset):
         split: str = "train",
         size: int = 32,
         skipped: Iterable[Skipped] = (),
-        mend: str = "",
+        layout_hint: str = "",
     ) -> None:
         if size not in SIZES:
-            raise UserError(f"pictures are loaded at {SIZES[0]} to {SIZES[-1]} pixels, not {size}.")
+            raise UserError(f"size={size} must be between {SIZES[0]} and {SIZES[-1]} pixels.")
         self.name, self.root, self.size = name, root, size
         self.split = split_name(split)
         self.skipped = list(skipped)
         if not records:
-            raise EmptyDatasetError(name, self.skipped, mend)
-        chosen = self._of_split(records)
-        self.records, pixels = self._decode(chosen)
+            raise EmptyDatasetError(name, self.skipped, layout_hint)
+        self.records, pixels = self._decode(self._of_split(records))
         if not self.records:
-            raise EmptyDatasetError(name, self.skipped, mend)
+            raise EmptyDatasetError(name, self.skipped, layout_hint)
         self.images: Tensor = torch.from_numpy(pixels)
         labels = [record.label for record in self.records]
-        whole = all(label is not None for label in labels)
-        self.labels = torch.tensor(labels, dtype=torch.int64) if whole else None
+        labelled = all(label is not None for label in labels)
+        self.labels = torch.tensor(labels, dtype=torch.int64) if labelled else None
 
     def _of_split(self, records: Sequence[Record]) -> list[Record]:
         chosen = [r for r in records if self.split in ("all", r.split)]
@@ -216,8 +214,8 @@ class PictureDataset(CaptionedDataset):
         return chosen
 
     def _decode(self, records: list[Record]) -> tuple[list[Record], NDArray[np.uint8]]:
-        """Records -> those whose picture is whole, and their pixels (N, 3, S, S)."""
-        pixels = self._room(len(records))
+        """Records whose picture can be decoded, and their pixels (N, 3, S, S)."""
+        pixels = self._allocate(len(records))
 
         def fill(row: int) -> Skipped | None:
             path = records[row].path
@@ -229,42 +227,43 @@ class PictureDataset(CaptionedDataset):
 
         pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
         try:
-            faults = list(
+            errors = list(
                 tqdm(
                     pool.map(fill, range(len(records))),
                     f"reading {self.name}",
                     total=len(records),
-                    disable=len(records) <= BAR_FROM or None,  # None: only on a terminal
+                    disable=len(records) <= PROGRESS_FROM or None,  # None: only on a terminal
                     unit=" pictures",
                     leave=False,
                 )
             )
         finally:
             pool.shutdown(cancel_futures=True)
-        self.skipped += [fault for fault in faults if fault is not None]
-        whole = [row for row, fault in enumerate(faults) if fault is None]
-        for new, old in enumerate(whole):  # in place: the array may be larger than memory
+        self.skipped += [error for error in errors if error is not None]
+        decoded = [row for row, error in enumerate(errors) if error is None]
+        for new, old in enumerate(decoded):  # in place: the array may be larger than memory
             if new != old:
                 pixels[new] = pixels[old]
-        return [records[row] for row in whole], pixels[: len(whole)]
+        return [records[row] for row in decoded], pixels[: len(decoded)]
 
-    def _room(self, count: int) -> NDArray[np.uint8]:
+    def _allocate(self, count: int) -> NDArray[np.uint8]:
         """An array (N, 3, S, S) for the pixels: in memory or, if very large, in a file."""
         shape = (count, 3, self.size, self.size)
-        room = count * 3 * self.size * self.size
-        if room <= IN_MEMORY:
+        num_bytes = count * 3 * self.size * self.size
+        if num_bytes <= MAX_IN_MEMORY:
             return np.empty(shape, np.uint8)
         try:
-            file = tempfile.TemporaryFile(prefix="lineage-pixels-")  # noqa: SIM115 - kept open
-            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not while writing
-                os.posix_fallocate(file.fileno(), 0, room)
+            file = tempfile.TemporaryFile(prefix="lineage-pixels-")  # noqa: SIM115 - stays open
+            if hasattr(os, "posix_fallocate"):  # a full disk raises here, not while writing
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
             else:
-                file.truncate(room)
+                file.truncate(num_bytes)
             return np.memmap(file, np.uint8, "r+", shape=shape)
         except OSError as error:
             raise UserError(
-                f"the pixels of {self.name} need {room / 1e9:.1f} GB in {tempfile.gettempdir()}: "
-                f"{error.strerror}; free some space, set TMPDIR to another disk, or load smaller."
+                f"The pixels of {self.name} need {num_bytes / 1e9:.1f} GB in "
+                f"{tempfile.gettempdir()}: {error.strerror}; free some space, set TMPDIR to "
+                "another disk, or choose a smaller size."
             ) from error
 
     def __len__(self) -> int:
@@ -298,7 +297,7 @@ class PictureDataset(CaptionedDataset):
             yield from record.captions
 
     def fingerprint(self) -> str:
-        """A hash of ids, captions and pixels: two data sets with the same one train alike."""
+        """Hash of ids, captions and pixels; equal hashes mean equal training data."""
         digest = hashlib.blake2b(digest_size=16)
         for record, image in zip(self.records, self.images, strict=True):
             for text in (record.id, *record.captions):
@@ -309,22 +308,22 @@ class PictureDataset(CaptionedDataset):
 
 
 class EmptyDatasetError(UserError):
-    """A data set without a single usable picture; `skipped` says why, file by file."""
+    """A data set without a usable picture; `skipped` has the reason for each file."""
 
-    def __init__(self, name: str, skipped: Sequence[Skipped], mend: str) -> None:
+    def __init__(self, name: str, skipped: Sequence[Skipped], layout_hint: str) -> None:
         self.skipped = list(skipped)
-        why = "no picture lies there"
+        reason = "it contains no picture"
         if skipped:
             others = f" (and {len(skipped) - 1:,} more left out)" if len(skipped) > 1 else ""
-            why = f"{skipped[0].path}: {skipped[0].reason}{others}"
-        super().__init__(f"nothing could be loaded from {name}: {why}; {mend}".rstrip("; "))
+            reason = f"{skipped[0].path}: {skipped[0].reason}{others}"
+        super().__init__(f"Nothing can be loaded from {name}: {reason}; {layout_hint}".rstrip("; "))
 
 
 def open_root(path: str) -> Path:
-    """The data set's folder, or a UserError if there is none."""
+    """Folder of the data set; raises `UserError` if it does not exist."""
     root = Path(path).expanduser()
     if not root.exists():
-        raise UserError(f"there is no folder {path!r}; check the spelling and the current folder.")
+        raise UserError(f"There is no folder {path!r}; check the spelling and the current folder.")
     if not root.is_dir():
         raise UserError(f"{path!r} is a file, not a folder with pictures.")
     return root

@@ -1,23 +1,22 @@
-"""`shapes`: a procedural captioned world, endless, deterministic, drawn in memory.
+"""`shapes`: a procedural captioned world, endless and deterministic, rendered in memory.
 
-A picture is drawn from a scene: one to four objects (shape, colour, size, place) on a background. A
-caption is made from the same scene, so it is always true, and the scene travels as `Example.meta`,
-so whoever scores a picture knows the truth. Captions cover the six tasks of GenEval (Ghosh et al.
-2023): single object, two objects, counting, colours, position, colour attribution.
+A picture shows a scene: one to four objects (shape, colour, size, place) on a background. Its
+captions describe the same scene, so they are always true. `Example.meta` holds the scene, so that
+an evaluation has the ground truth. Captions cover the six tasks of GenEval (Ghosh et al. 2023):
+single object, two objects, counting, colours, position, colour attribution.
 
-Everything about example `index` is a function of (seed, split, index): random numbers come from a
-counter-based generator (SplitMix64, Steele et al. 2014), not from a stream, so a batch is
-vectorised and any example can be asked for alone.
+Example `index` is a function of (seed, split, index). Random numbers come from a counter-based
+generator (SplitMix64, Steele et al. 2014) in place of a stream, so that a batch is vectorised and
+each example can be computed alone.
 
-Combinations that training never shows (split `heldout` shows only such scenes):
-    pairs: some (shape, colour) pairs never occur, in any picture of `train`, `validation` and
-        `test`;
-    relations: some (shape A left of shape B) and (shape A above shape B) never occur there.
+Combinations that never occur in `train`, `validation` and `test`, but in every scene of `heldout`:
+    pairs: some pairs (shape, colour);
+    relations: some (shape A left of shape B) and some (shape A above shape B).
 
-Levels: `easy` (the default: 4 shapes, 4 colours, plain white, places and sizes from a short list),
-    `medium`
-(6 shapes, 6 colours, three plain backgrounds, free places) and `hard` (8 shapes, 8 colours,
-textured backgrounds).
+Levels:
+    easy     4 shapes, 4 colours, plain white, places and sizes from a short list (the default);
+    medium   6 shapes, 6 colours, three plain backgrounds, free places;
+    hard     8 shapes, 8 colours, textured backgrounds.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from lineage.data.contract import Batch, CaptionedDataset, Example, to_unit
-from lineage.data.shapes_captions import DRAWS, PLACES, RELATIONS, SceneWords, caption
+from lineage.data.shapes_captions import NUM_UNIFORMS, PLACES, RELATIONS, SceneWords, caption
 from lineage.data.shapes_draw import BACKGROUNDS, COLOURS, SDF, TEXTURES, backgrounds, paint
 from lineage.errors import UserError, nearest
 
@@ -39,24 +38,26 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-CAPTIONS = 5  # captions an example carries
+NUM_CAPTIONS = 5
+"""Number of captions of an example."""
 SPLITS = {"train": 20_000, "validation": 2_000, "test": 2_000, "heldout": 2_000}
-"""The splits and their nominal lengths; indices beyond the length are as good."""
+"""The splits and their nominal lengths; larger indices are valid too."""
 
 SMALL, LARGE = 0.18, 0.28  # radius as a share of the picture's side
 KINDS = ("single", "pair", "group", "mixed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Level:
-    """How hard the world is.
+    """Difficulty of the world.
 
     Attributes:
-        shapes, colours, backgrounds, textures: how many of each vocabulary, from its start.
-        kinds: share of scenes with one object, two different ones, 2 to 4 alike, and 3 to 4 of two
-            sorts.
-        free: objects stand anywhere and have any size between small and large; else on a coarse
-            grid.
+        shapes, colours, backgrounds, textures: Number of entries of each vocabulary that are used,
+            from its start.
+        kinds: Share of scenes with one object, with two different ones, with 2 to 4 equal ones, and
+            with 3 to 4 of two sorts.
+        free: If true, objects have any place and any size between small and large; otherwise they
+            stand on a coarse grid.
     """
 
     shapes: int
@@ -68,16 +69,20 @@ class Level:
 
 
 LEVELS = {
-    "easy": Level(4, 4, 1, 1, (0.50, 0.30, 0.20, 0.0), free=False),
-    "medium": Level(6, 6, 3, 1, (0.40, 0.30, 0.20, 0.10), free=True),
-    "hard": Level(8, 8, 3, 5, (0.30, 0.30, 0.20, 0.20), free=True),
+    "easy": Level(
+        shapes=4, colours=4, backgrounds=1, textures=1, kinds=(0.5, 0.3, 0.2, 0.0), free=False
+    ),
+    "medium": Level(
+        shapes=6, colours=6, backgrounds=3, textures=1, kinds=(0.4, 0.3, 0.2, 0.1), free=True
+    ),
+    "hard": Level(
+        shapes=8, colours=8, backgrounds=3, textures=5, kinds=(0.3, 0.3, 0.2, 0.2), free=True
+    ),
 }
 
 
 def uniforms(seed: int, stream: str, index: Ints, count: int) -> Floats:
-    """(B,) indices -> (B, count) numbers in [0, 1), a pure function of (seed, stream, index,
-    column).
-    """
+    """Numbers (B, count) in [0, 1), each a function of (seed, stream, index, column) alone."""
     name = int.from_bytes(stream.encode()[:8].ljust(8, b"\0"), "little")
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed], np.uint64) * np.uint64(0xD1B54A32D192ED03) + np.uint64(name))
@@ -88,7 +93,7 @@ def uniforms(seed: int, stream: str, index: Ints, count: int) -> Floats:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64."""
+    """Output function of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -96,20 +101,19 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass
 class Scenes:
-    """B scenes as arrays; unused object slots hold nothing of meaning.
+    """B scenes as arrays; the values of unused object slots are arbitrary.
 
     Attributes:
-        kind: (B,) number into `KINDS`.
-        count: (B,) objects in the scene, 1 to 4.
-        first: (B,) how many of them are of the first sort (all but in `pair` and `mixed`).
-        shape, colour: (B, 4) numbers into the vocabularies.
-        radius: (B, 4) as a share of the side.
+        kind: (B,) index into `KINDS`.
+        count: (B,) number of objects, 1 to 4.
+        first: (B,) number of objects of the first sort: all, except in `pair` and `mixed`.
+        shape, colour: (B, 4) indices into the vocabularies.
+        radius: (B, 4) radius as a share of the side.
         centre: (B, 4, 2) x and y as shares of the side, y downward.
-        relation: (B,) of a pair, how the first stands to the second: 0 left, 1 right, 2 above, 3
-            below, -1 none.
-        anchor: (B, 2) of a single object, column and row of its place on a 3 by 3 grid, -1 between
-            places.
-        background, texture: (B,) numbers.
+        relation: (B,) place of the first object of a pair relative to the second: 0 left, 1 right,
+            2 above, 3 below, -1 none.
+        anchor: (B, 2) column and row of a single object on a 3 by 3 grid, -1 between two places.
+        background, texture: (B,) indices into the vocabularies.
         phase: (B, 2) shift of the texture.
     """
 
@@ -133,8 +137,9 @@ def heldout_pair(level: Level, shape: Ints, colour: Ints) -> Bools:
 
 
 def heldout_relation(level: Level, first: Ints, second: Ints) -> tuple[Bools, Bools]:
-    """Shapes (any broadcastable arrays) -> (never `first` left of `second`, never `first` above
-    `second`).
+    """Where training never shows `first` left of `second`, and `first` above `second`.
+
+    The shapes may be any arrays that broadcast.
     """
     left = (first % 2 == 0) & (second == first + 1)
     above = (first % 2 == 1) & (second == (first + 1) % level.shapes)
@@ -144,17 +149,17 @@ def heldout_relation(level: Level, first: Ints, second: Ints) -> tuple[Bools, Bo
 def make_scenes(level: Level, seed: int, split: str, index: Ints) -> Scenes:
     """The scenes of examples `index` (B,).
 
-    Vectorised: every draw is made for every row, and used where it applies.
+    Every random number is computed for every row and used where it applies.
     """
     u = uniforms(seed, split, index, 32)
     b = len(index)
     pick = lambda column, n: (u[:, column] * n).astype(np.int64)  # noqa: E731
 
     kind = np.searchsorted(np.cumsum(level.kinds), u[:, 0], side="right").clip(0, 3)
-    shape = np.stack([pick(1, level.shapes), pick(2, level.shapes)], 1)  # (B, 2) the two sorts
+    shape = np.stack([pick(1, level.shapes), pick(2, level.shapes)], 1)  # (B, 2) two sorts
     colour = np.stack([pick(3, level.colours), pick(4, level.colours)], 1)
     axis = pick(5, 5)  # of a pair: 0, 1 side by side; 2, 3 one above the other; 4 diagonal
-    swapped = (axis % 2 == 1) & (axis < 4)  # the first object stands right of, or below, the second
+    swapped = (axis % 2 == 1) & (axis < 4)  # the first object is right of, or below, the second
 
     step = 1 + pick(30, level.colours - 1)  # from a held-out colour to any other
 
@@ -194,44 +199,38 @@ def make_scenes(level: Level, seed: int, split: str, index: Ints) -> Scenes:
 
 
 def _avoid_pairs(level: Level, rows: Bools, shape: Ints, colour: Ints, step: Ints) -> None:
-    """Move each colour of `rows` on that would make a held-out pair with its shape.
-
-    In place, both sorts.
-    """
-    unseen = heldout_pair(level, shape, colour) & rows[:, None]
-    colour[:] = np.where(unseen, (colour + step[:, None]) % level.colours, colour)
+    """Replace each colour of `rows` that forms a held-out pair with its shape; in place."""
+    heldout = heldout_pair(level, shape, colour) & rows[:, None]
+    colour[:] = np.where(heldout, (colour + step[:, None]) % level.colours, colour)
 
 
 def _distinct(level: Level, shape: Ints, colour: Ints) -> Ints:
-    """Colours of the second sort, moved on where both sorts are alike.
-
-    Never onto a held-out pair.
-    """
+    """Colours of the second sort, replaced where both sorts are equal, but by no held-out pair."""
     second = colour[:, 1]
-    alike = (shape[:, 0] == shape[:, 1]) & (colour[:, 0] == second)
-    moved = (second + 1) % level.colours
-    moved = np.where(heldout_pair(level, shape[:, 1], moved), (second + 2) % level.colours, moved)
-    return np.where(alike, moved, second)
+    equal = (shape[:, 0] == shape[:, 1]) & (colour[:, 0] == second)
+    other = (second + 1) % level.colours
+    other = np.where(heldout_pair(level, shape[:, 1], other), (second + 2) % level.colours, other)
+    return np.where(equal, other, second)
 
 
 def _impose_relation(level: Level, rows: Bools, swapped: Bools, shape: Ints, axis: Ints) -> None:
-    """Make each pair of `rows` stand as training never shows; in place.
+    """Give each pair of `rows` a held-out relation; in place.
 
-    A shape with an even number has an unseen right-hand neighbour, one with an odd number an unseen
-    lower one. A
-    swapped pair is told from the other side: "B right of A" for "A left of B".
+    A shape with an even number has a held-out right neighbour, one with an odd number a held-out
+    lower neighbour. A swapped pair is described from the other side: "B right of A" for "A left of
+    B".
     """
-    front = shape[:, 0].copy()
-    behind = (front + 1) % level.shapes
-    shape[:, 0] = np.where(rows, np.where(swapped, behind, front), shape[:, 0])
-    shape[:, 1] = np.where(rows, np.where(swapped, front, behind), shape[:, 1])
-    axis[:] = np.where(rows, np.where(front % 2 == 0, 0, 2), axis)
+    one = shape[:, 0].copy()
+    other = (one + 1) % level.shapes
+    shape[:, 0] = np.where(rows, np.where(swapped, other, one), shape[:, 0])
+    shape[:, 1] = np.where(rows, np.where(swapped, one, other), shape[:, 1])
+    axis[:] = np.where(rows, np.where(one % 2 == 0, 0, 2), axis)
 
 
 def _avoid_relations(level: Level, kind: Ints, axis: Ints, swapped: Bools, shape: Ints) -> Bools:
-    """Turn pairs round that would stand as training never shows; returns the new `swapped` (B,).
+    """The new `swapped` (B,): pairs with a held-out relation change places.
 
-    In pictures with 3 or 4 objects of two sorts the second takes the shape of the first instead (in
+    In scenes with 3 or 4 objects of two sorts, the second sort takes the shape of the first (in
     place).
     """
     left, above = heldout_relation(level, shape[:, 0], shape[:, 1])
@@ -248,7 +247,7 @@ def _avoid_relations(level: Level, kind: Ints, axis: Ints, swapped: Bools, shape
 def layout(
     level: Level, u: Floats, kind: Ints, count: Ints, axis: Ints, swapped: Bools
 ) -> tuple[Floats, Floats, Ints]:
-    """Places and sizes that never overlap: centres (B, 4, 2), radii (B, 4), anchors (B, 2)."""
+    """Centres (B, 4, 2), radii (B, 4) and anchors (B, 2) of objects that do not overlap."""
     b = len(kind)
     near, far = 9 / 32, 23 / 32
     large = u[:, 14] < 0.5
@@ -265,13 +264,13 @@ def layout(
     quadrants = np.array([[near, near], [far, near], [near, far], [far, far]])
     turn = (np.arange(4)[None, :] + (u[:, 19] * 4).astype(np.int64)[:, None]) % 4
     centre = quadrants[turn]  # (B, 4, 2) groups of 3 or 4 start at a random quadrant
-    rows = np.array(  # of the two places of a pair, by axis: (5, 2, 2)
+    pairs = np.array(  # (5, 2, 2) the two places of a pair, by axis
         [[[near, 0.5], [far, 0.5]]] * 2
         + [[[0.5, near], [0.5, far]]] * 2
         + [[[near, near], [far, far]]]
     )
     two = count == 2
-    places = rows[axis]  # (B, 2, 2)
+    places = pairs[axis]  # (B, 2, 2)
     places = np.where(swapped[:, None, None], places[:, ::-1], places)
     centre[:, :2] = np.where(two[:, None, None], places, centre[:, :2])
     single = kind == 0
@@ -291,17 +290,17 @@ def layout(
 
 
 def render(scenes: Scenes, size: int) -> NDArray[np.uint8]:
-    """B scenes -> (B, 3, S, S) uint8."""
-    pad = int(np.ceil(0.07 * size)) + 4  # what the window of an object may reach beyond the border
+    """Pictures (B, 3, S, S) uint8 of B scenes."""
+    pad = int(np.ceil(0.07 * size)) + 4  # the window of an object may extend beyond the border
     wide = size + 2 * pad
     canvas = np.zeros((len(scenes.kind), 3, wide, wide), np.float32)
     inner = (slice(None), slice(None), slice(pad, pad + size), slice(pad, pad + size))
     canvas[inner] = backgrounds(scenes.background, scenes.texture, scenes.phase, size)
-    canvas += np.float32(0.5)  # all that is painted is half a level higher, so a cut rounds
+    canvas += np.float32(0.5)  # everything is half a level higher: truncation then rounds
     palette = np.array(list(COLOURS.values()), np.float32) + np.float32(0.5)
     names = list(SDF)
     for slot in range(4):
-        for large in (True, False):  # windows are as wide as the largest object painted at once
+        for large in (True, False):  # a window is as wide as the largest object of its group
             chosen = (scenes.count > slot) & ((scenes.radius[:, slot] > 0.22) == large)
             rows = np.nonzero(chosen)[0]
             if len(rows):
@@ -318,7 +317,7 @@ def render(scenes: Scenes, size: int) -> NDArray[np.uint8]:
 
 
 def scene_words(scenes: Scenes) -> list[SceneWords]:
-    """What the captions of B scenes may say."""
+    """The words of B scenes, from which captions are made."""
     shapes, colours, grounds = list(SDF), list(COLOURS), list(BACKGROUNDS)
     large = (scenes.radius[:, 0] > 0.22).tolist()
     table = zip(
@@ -347,10 +346,7 @@ def scene_words(scenes: Scenes) -> list[SceneWords]:
 
 
 def scene_meta(scenes: Scenes, row: int) -> dict[str, Any]:
-    """One scene in words and numbers, as it travels in `Example.meta`.
-
-    X, y and radius are shares of the side.
-    """
+    """One scene in words and numbers, for `Example.meta`; lengths are shares of the side."""
     words = scene_words(scenes)[row]
     places = scenes.centre[row].tolist()
     return {
@@ -368,7 +364,7 @@ def scene_meta(scenes: Scenes, row: int) -> dict[str, Any]:
 
 
 class Shapes(CaptionedDataset):
-    """The world at one level, split and size. Any index from 0 up is a fresh example."""
+    """The world at one level, split and size. Every index from 0 up is a new example."""
 
     endless = True
 
@@ -380,7 +376,7 @@ class Shapes(CaptionedDataset):
         if split not in SPLITS:
             raise UserError(f"shapes has no split {split!r}: {nearest(split, SPLITS)}")
         if not 16 <= size <= 256:
-            raise UserError(f"shapes draws pictures of 16 to 256 pixels, not {size}.")
+            raise UserError(f"size={size} must be between 16 and 256 pixels for shapes.")
         self.name = f"shapes:{level}"
         self.level = LEVELS[level]
         self.split, self.size, self.seed = split, size, seed
@@ -398,7 +394,7 @@ class Shapes(CaptionedDataset):
             raise IndexError(f"shapes has no example {index}: indices start at 0")
         scenes = self.scenes([index])
         words = scene_words(scenes)[0]
-        captions = [caption(words, self._draws([index], [k])[0]) for k in range(CAPTIONS)]
+        captions = [caption(words, self._uniforms([index], [k])[0]) for k in range(NUM_CAPTIONS)]
         return Example(
             id=f"{self.split}-{index}",
             image=torch.from_numpy(render(scenes, self.size)[0]),
@@ -410,36 +406,33 @@ class Shapes(CaptionedDataset):
     def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
         scenes = self.scenes(indices)
         visit = np.asarray(indices, np.int64) + (np.asarray(epochs, np.int64) << 40)
-        number = (uniforms(seed, "visit", visit, 1)[:, 0] * CAPTIONS).astype(np.int64).tolist()
-        draws = self._draws(indices, number)
+        number = (uniforms(seed, "visit", visit, 1)[:, 0] * NUM_CAPTIONS).astype(np.int64).tolist()
+        u = self._uniforms(indices, number)
         return Batch(
             to_unit(torch.from_numpy(render(scenes, self.size))),
-            [caption(words, draw) for words, draw in zip(scene_words(scenes), draws, strict=True)],
+            [caption(words, row) for words, row in zip(scene_words(scenes), u, strict=True)],
             torch.from_numpy(self._labels(scenes)),
             [f"{self.split}-{i}" for i in indices],
         )
 
-    def _draws(
+    def _uniforms(
         self, indices: Sequence[int] | Ints, number: Sequence[int] | Ints
     ) -> list[list[float] | None]:
-        """The random numbers behind caption `number[i]` of example `indices[i]`;
-
-        None for caption 0, the plain one.
-        """
-        at = np.asarray(indices, np.int64) * CAPTIONS + np.asarray(number, np.int64)
-        draws = uniforms(self.seed, "words/" + self.split[:2], at, DRAWS).tolist()
-        return [draw if k else None for draw, k in zip(draws, number, strict=True)]
+        """Random numbers of caption `number[i]` of example `indices[i]`; None for caption 0."""
+        at = np.asarray(indices, np.int64) * NUM_CAPTIONS + np.asarray(number, np.int64)
+        u = uniforms(self.seed, "words/" + self.split[:2], at, NUM_UNIFORMS).tolist()
+        return [row if k else None for row, k in zip(u, number, strict=True)]
 
     def _labels(self, scenes: Scenes) -> Ints:
-        """(B,) class of a scene: shape and colour of its first object, numbered together."""
+        """Class (B,) of each scene: one number for shape and colour of its first object."""
         return scenes.shape[:, 0] * self.level.colours + scenes.colour[:, 0]
 
     def all_captions(self, limit: int = 20_000) -> Iterator[str]:
         indices = np.arange(min(limit, len(self)))
         words = scene_words(self.scenes(indices))
-        for number in range(CAPTIONS):
-            draws = self._draws(indices, np.full(len(indices), number))
-            yield from (caption(w, d) for w, d in zip(words, draws, strict=True))
+        for number in range(NUM_CAPTIONS):
+            u = self._uniforms(indices, np.full(len(indices), number))
+            yield from (caption(w, row) for w, row in zip(words, u, strict=True))
 
     def showcase(self, count: int) -> list[Example]:
         """The first scenes of each kind in turn, so that few pictures show every task."""

@@ -1,11 +1,11 @@
-"""Drawing: pictures of shapes from signed distance functions, vectorised over a whole batch.
+"""Rendering of shapes with signed distance functions, vectorised over a batch.
 
-A signed distance function gives, for each point, the distance to the outline of a shape: negative
-inside, positive outside. In units of pixels, `clip(0.5 - distance, 0, 1)` is then the share of the
-pixel that the shape covers, which is all that anti-aliasing needs. Each object is drawn only in the
-window that it can touch.
+A signed distance function returns the distance of a point to the outline of a shape: negative
+inside, positive outside. With distances in pixels, `clip(0.5 - distance, 0, 1)` is the share of a
+pixel that the shape covers; this is the anti-aliasing. Each object is painted only in a window
+around it.
 
-Shapes: M objects, P points of a window; B pictures of S x S pixels.
+Axes: M objects, P points along a window's side; B pictures, S side in pixels.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def square(x: Array, y: Array) -> Array:
 
 
 def triangle(x: Array, y: Array) -> Array:
-    """Equilateral, apex up (y grows downward): the largest of the distances to its three edges."""
+    """Equilateral, apex up (y grows downward): the largest distance to one of its three edges."""
     slant = np.float32(0.8660254) * np.abs(x) - np.float32(0.5) * (y + np.float32(0.85))
     return np.maximum(slant, y - np.float32(0.8))
 
 
 def cross(x: Array, y: Array) -> Array:
-    """A plus sign: two bars, the union of which is their smaller distance."""
+    """A plus sign: the union of two bars, whose distance is the smaller of theirs."""
     ax, ay = np.abs(x), np.abs(y)
     longer, shorter = np.maximum(ax, ay), np.minimum(ax, ay)
     return np.maximum(longer - np.float32(0.95), shorter - np.float32(0.33))
@@ -48,7 +48,7 @@ def ring(x: Array, y: Array) -> Array:
 
 
 def star(x: Array, y: Array) -> Array:
-    """Five points: fold the plane into one tenth of a turn, then take the distance to one edge."""
+    """Five points: fold the plane to a tenth of a turn, then compute the distance to one edge."""
     angle = np.arctan2(np.abs(x), -y)
     tenth = np.float32(np.pi / 5)
     folded = np.abs(np.mod(angle + tenth, 2 * tenth) - tenth)
@@ -61,7 +61,7 @@ def star(x: Array, y: Array) -> Array:
 
 
 def heart(x: Array, y: Array) -> Array:
-    """A square standing on its corner, with a disc on each of its two upper edges."""
+    """A square that stands on a corner, with a disc on each of its two upper edges."""
     ax, up = np.abs(x), np.float32(-0.08) - y
     half = np.float32(0.78)  # half a diagonal of the square
     corner = (ax + np.abs(up) - half) * np.float32(0.7071068)
@@ -104,10 +104,16 @@ TEXTURES = ("plain", "striped", "checkered", "dotted", "shaded")
 def backgrounds(
     colour: NDArray[np.int64], texture: NDArray[np.int64], phase: NDArray[np.float64], size: int
 ) -> Array:
-    """(B,) colour and texture numbers, (B, 2) phases in [0, 1) -> (B, 3, S, S) float32 in 0..255.
+    """Backgrounds (B, 3, S, S) float32 in 0..255.
 
-    A texture moves every channel by the same amount, at most 26 of 255, so that the background
-    keeps its name.
+    A texture changes all channels by the same amount, at most 26 of 255, so that the name of the
+    colour stays true.
+
+    Args:
+        colour: (B,) indices into `BACKGROUNDS`.
+        texture: (B,) indices into `TEXTURES`.
+        phase: (B, 2) shifts of the texture in [0, 1).
+        size: S.
     """
     palette = np.array(list(BACKGROUNDS.values()), np.float32)
     canvas = np.empty((len(colour), 3, size, size), np.float32)
@@ -137,7 +143,13 @@ def backgrounds(
 
 
 def coverage(shape_names: list[str], shape: NDArray[np.int64], x: Array, y: Array) -> Array:
-    """Signed distances of M objects at unit radius: numbers (M,), points (M, P, P) -> (M, P, P)."""
+    """Signed distances (M, P, P) of M objects at unit radius.
+
+    Args:
+        shape_names: Names of the shapes.
+        shape: (M,) indices into `shape_names`.
+        x, y: Points, which broadcast to (M, P, P).
+    """
     distance = np.empty(np.broadcast_shapes(x.shape, y.shape), np.float32)
     for number in np.unique(shape):
         rows = np.nonzero(shape == number)[0]
@@ -154,15 +166,16 @@ def paint(
     radius: NDArray[np.float64],
     shape_names: list[str],
 ) -> None:
-    """Paint M objects, at most one on each picture, over `canvas` (B, 3, S + 2 pad, S + 2 pad), in
-    place.
+    """Paint M objects on `canvas` (B, 3, S + 2 pad, S + 2 pad), in place.
 
     Args:
-        picture: (M,) row of the canvas that each object is painted on.
-        shape: (M,) numbers into `shape_names`.
-        rgb: (M, 3) in 0..255.
+        canvas: Pictures with a border of `pad` pixels, which is cut off later.
+        picture: (M,) row of the canvas for each object; all rows are different.
+        shape: (M,) indices into `shape_names`.
+        rgb: (M, 3) colours in 0..255.
         centre: (M, 2) x and y in pixels of the canvas.
-        radius: (M,) in pixels.
+        radius: (M,) radius in pixels.
+        shape_names: Names of the shapes.
     """
     window = int(np.ceil(2 * radius.max())) + 2
     corner = np.floor(centre - window / 2 + 0.5).astype(np.int64)  # (M, 2) first column and row
@@ -178,7 +191,7 @@ def paint(
     inside = rows[:, :, None] * width + columns[:, None, :]  # (M, P, P) within a plane
     first = picture * (channels * height * width)
     where = (first[:, None] + plane)[:, :, None, None] + inside[:, None]  # (M, 3, P, P)
-    flat = canvas.reshape(-1)  # numbering the canvas's cells once is faster than four indices
+    flat = canvas.reshape(-1)  # one index into the flat canvas is faster than four
     under = flat.take(where)
     under += alpha * (rgb[:, :, None, None] - under)
     flat[where] = under

@@ -1,4 +1,4 @@
-"""Tools for any captioned data set: look at it, check it, write it to a disk."""
+"""Tools for any captioned data set: a contact sheet, a check, an export to a disk."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lineage.sheets import picture, sheet
 
 
 def contact_sheet(dataset: CaptionedDataset, count: int = 16, columns: int = 4) -> Image.Image:
-    """`count` pictures of a data set with their first captions below, `columns` to a row.
+    """A sheet of `count` pictures with their first captions below, in rows of `columns`.
 
     Raises:
         UserError: `count` or `columns` is less than 1.
     """
     if count < 1 or columns < 1:
         raise UserError(
-            f"a sheet needs at least 1 picture and 1 column, not {count} and {columns}."
+            f"A sheet needs at least 1 picture and 1 column, not {count} and {columns}."
         )
     examples = dataset.showcase(count)
     return sheet([e.image for e in examples], [e.captions[0] for e in examples], columns)
@@ -37,23 +37,22 @@ def contact_sheet(dataset: CaptionedDataset, count: int = 16, columns: int = 4) 
 def check(spec: str, size: int = 32) -> dict[str, Any]:
     """Load all splits of a data set and count.
 
-    `shapes` is endless: there it counts the nominal length of `train`, without drawing the
-    pictures.
+    For an endless data set it counts the nominal length of `train` and renders no picture.
 
     Returns:
-        {"loaded": pictures, "captions": their captions, "skipped": [{"path", "reason"}, ...]}.
-        If files lie there but none is usable, `loaded` is 0 and `skipped` says why.
+        {"loaded": number of pictures, "captions": number of captions, "skipped": [{"path",
+        "reason"}, ...]}. If the folder has files but none is usable, `loaded` is 0.
 
     Raises:
-        UserError: the spec is wrong, or there is nothing at all.
+        UserError: The spec is wrong, or the folder is empty.
     """
     split = "train" if parse_spec(spec)[0] in ENDLESS else "all"
     try:
         dataset = load_dataset(spec, split, size)
-    except EmptyDatasetError as nothing:
-        if not nothing.skipped:
+    except EmptyDatasetError as error:
+        if not error.skipped:
             raise
-        return _counts(0, 0, nothing.skipped)
+        return _counts(0, 0, error.skipped)
     captions = sum(1 for _ in dataset.all_captions(limit=len(dataset)))
     return _counts(len(dataset), captions, dataset.skipped)
 
@@ -66,40 +65,38 @@ def _counts(loaded: int, captions: int, skipped: list[Skipped]) -> dict[str, Any
 def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = None) -> int:
     """Write a data set in the Hugging Face layout: `images/*.png` and `metadata.jsonl`.
 
-    It loads again as `imagefolder:` with the same pixels, captions, labels and splits. All is
-    written into a hidden folder beside `folder`, which takes the final name at the end: there is
-    never half a data set under it.
+    `imagefolder:` loads it again with the same pixels, captions, labels and splits. The files are
+    written to a hidden folder that is renamed to `folder` at the end, so that `folder` never holds
+    a part of a data set.
 
     Args:
-        dataset: any; an endless one gives `count` examples, or its nominal length.
-        folder: must not exist, or be empty.
-        count: how many examples at most; None for all.
+        dataset: Data set to write.
+        folder: Folder that does not exist, or is empty.
+        count: Largest number of examples; None for all, or the nominal length of an endless one.
 
     Returns:
-        How many were written.
+        Number of examples written.
 
     Raises:
-        UserError: the folder holds something, or it cannot be written to.
+        UserError: The folder has contents, or cannot be written.
     """
     target = Path(folder).expanduser()
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     if number < 1:
-        raise UserError(f"an export needs at least 1 example, not {count}.")
+        raise UserError(f"An export needs at least 1 example, not {count}.")
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(
-                f"{str(folder)!r} holds something already; name a new or an empty folder."
-            )
+            raise UserError(f"{str(folder)!r} is not empty; choose a new or an empty folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
         _write(dataset, partial, number)
-        partial.chmod(0o777 & ~_umask())  # mkdtemp opens it to its owner alone
+        partial.chmod(0o777 & ~_umask())  # mkdtemp allows only the owner
         if target.exists():
-            target.rmdir()  # empty, and not every system renames onto a folder
+            target.rmdir()  # it is empty, and not every system can rename onto a folder
         partial.rename(target)
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -109,8 +106,8 @@ def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = No
 
 
 def _unwritable(folder: str | Path, error: OSError) -> UserError:
-    why = error.strerror or str(error)
-    return UserError(f"the data set cannot be written to {str(folder)!r}: {why}.")
+    reason = error.strerror or str(error)
+    return UserError(f"The data set cannot be written to {str(folder)!r}: {reason}.")
 
 
 def _umask() -> int:
@@ -120,7 +117,7 @@ def _umask() -> int:
 
 
 def _write(dataset: CaptionedDataset, folder: Path, number: int) -> None:
-    """Pictures and metadata of the first `number` examples into an existing, empty folder."""
+    """Write pictures and metadata of the first `number` examples into an empty folder."""
     (folder / "images").mkdir()
     taken: set[str] = set()
     with (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as metadata:
@@ -134,7 +131,7 @@ def _write(dataset: CaptionedDataset, folder: Path, number: int) -> None:
 
 
 def _row(example: Example, file_name: str, split: str) -> dict[str, Any]:
-    """One line of the metadata. An example that knows its own split keeps it."""
+    """One line of the metadata; the split in an example's `meta` goes before `split`."""
     meta = {key: value for key, value in example.meta.items() if _is_json(value)}
     row: dict[str, Any] = {"file_name": file_name, "text": example.captions[0]}
     if len(example.captions) > 1:
@@ -146,7 +143,7 @@ def _row(example: Example, file_name: str, split: str) -> dict[str, Any]:
 
 
 def _is_json(value: object) -> bool:
-    """Whether a value survives JSON: what comes back is equal to it."""
+    """Whether a value is unchanged after it is written to JSON and read again."""
     try:
         return bool(json.loads(json.dumps(value, allow_nan=False)) == _plain(value))
     except (TypeError, ValueError):
@@ -154,14 +151,16 @@ def _is_json(value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Tuples as the lists that JSON makes of them."""
+    """The value with its tuples as lists, as JSON stores them."""
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _file_name(example_id: str, taken: set[str]) -> str:
-    """An id as a file name that every system takes, unlike any in `taken`, to which it is added."""
+    """An id as a file name for every operating system; it differs from all in `taken`, and is added
+    to them.
+    """
     safe = re.sub(r"[^\w.-]", "_", example_id).lstrip(".")[:60].rstrip(".") or "picture"
     name, copy = safe, 1
     while name.lower() in taken:

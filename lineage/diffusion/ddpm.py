@@ -1,73 +1,57 @@
-"""`ddpm`: denoising diffusion in pixels (Ho, Jain and Abbeel 2020, arXiv:2006.11239), told what to
-draw.
+"""`ddpm`: denoising diffusion in pixels (Ho, Jain and Abbeel 2020, arXiv:2006.11239), conditioned
+on text.
 
-The problem: to draw from p(picture | caption) without an adversary. What is new: learn to undo
-noise. A picture is noised in T small steps; a network that predicts what the noise hid, trained by
-plain least squares, can walk back from pure noise, one step at a time.
+The problem: sample from p(picture | caption) without an adversary. What is new: learn to remove
+noise. T small steps turn a picture into noise; a network that predicts the noise, trained by least
+squares, leads from pure noise back to a picture, one step at a time.
 
-    algorithm 1 (training)   `Denoiser.losses`:  t ~ U, eps ~ N(0, 1), minimise |target - UNet(x_t,
-                             t, text)|^2
-    algorithm 2 (sampling)   `samplers.ddpm`, and its faster descendants
-    equation 4, 7, 14        `process.py`; the bound of equation 5 is in `bound.py`
-    appendix B               `unet.py`
+    equation 4      x_t = alpha_t x_0 + sigma_t eps                        `Process.add_noise`
+    algorithm 1     training: t ~ U, eps ~ N(0, 1), minimise
+                    |eps - network(x_t, t, text)|^2                        `DiffusionModel.losses`
+    algorithm 2     sampling: from x_T ~ N(0, 1), draw x_(t-1) from q(x_(t-1) | x_t, x_0) at the
+                    estimate of x_0                                        `samplers/ddpm.py`
+    equation 5, 7   the variational bound and the posterior                `bound.py`, `process.py`
+    appendix B      the UNet                                               `networks/unet.py`
 
-Added to the paper, which knows no captions: text, by attention to the words and by the sentence
-(`unet.py`), and guidance without a classifier (`guidance.py`).
+Added to the paper, which has no captions: text, by attention to the words and by the sentence
+(`networks/unet.py`), and classifier-free guidance (`guidance.py`).
 
-Departures, at the presets that are not `paper`: the network predicts x_0 instead of the noise,
-which on a small budget is the largest single gain (results/ has the trial), over the cosine
-schedule.
+Departure, at the presets other than `paper`: the network predicts x_0 instead of the noise, over
+the cosine schedule. On a small budget this is the largest single gain (results/ has the trial).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
-from torch import Tensor
-
-from lineage.diffusion.model import Denoiser, DenoiserConfig
-from lineage.diffusion.networks.unet import UNet, UNetConfig
-from lineage.errors import UserError
+from lineage.config import configuration
+from lineage.diffusion.model import DiffusionConfig, DiffusionModel, PixelSpace
+from lineage.diffusion.networks.unet import UNetConfig, make_unet
+from lineage.diffusion.process import Process
 from lineage.text.contract import TextEncoder
 
 
-@dataclass(frozen=True)
-class DDPMConfig(DenoiserConfig):
-    """A pixel diffusion model.
+@configuration
+class DDPMConfig(DiffusionConfig):
+    """A diffusion model in pixels.
 
     Attributes:
-        unet: the network.
+        unet: Sizes of the network.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
 
 
-def check_side(config: UNetConfig, side: int, what: str) -> None:
-    """Raises `UserError` if a UNet cannot halve a side as often as it has to."""
-    if side % config.smallest:
-        raise UserError(
-            f"A UNet of {len(config.multipliers)} levels at patch {config.patch} needs a side that "
-            f"is a multiple of {config.smallest}, not {what}={side}."
-        )
-
-
-class DDPM(Denoiser):
-    """Diffusion in pixels.
+def build_ddpm(config: DDPMConfig, text: TextEncoder, size: int) -> DiffusionModel:
+    """Diffusion in pixels by a UNet.
 
     Args:
-        config: network, process and sampling.
-        text: encoder of the captions; trained along.
+        config: Network, process and sampling.
+        text: Encoder of the captions; trained with the network.
         size: S, side of the pictures in pixels.
     """
-
-    def __init__(self, config: DDPMConfig, text: TextEncoder, size: int) -> None:
-        check_side(config.unet, size, "size")
-        outputs = 6 if config.process.learned else 3
-        network = UNet(config.unet, text.width, 3, outputs)
-        super().__init__(config, text, size, (3, size, size), network)
-
-    def from_pictures(self, images: Tensor) -> Tensor:
-        return images
-
-    def to_pictures(self, x: Tensor) -> Tensor:
-        return x
+    config.unet.check_side(size, "size")
+    process = Process(config.process)
+    out_channels = 6 if config.process.learns_variance else 3
+    network = make_unet(config.unet, text.word_dim, text.sentence_dim, 3, out_channels)
+    return DiffusionModel(network, process, text, PixelSpace(size), config)

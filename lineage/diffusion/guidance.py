@@ -1,81 +1,85 @@
-"""Guidance without a classifier, and what was added to it.
+"""Classifier-free guidance, and what was added to it.
 
-    guided      out = without + scale (towards - without); `without` is the network told nothing, or
-                told a negative prompt     (Ho and Salimans 2022, arXiv:2207.12598, equation 6)
-    rescale     brings the deviation of `out` back to that of `towards`
+    combine     out = uncond + scale (cond - uncond); `uncond` is the prediction without a caption
+                or for a negative prompt (Ho and Salimans 2022, arXiv:2207.12598, equation 6)
+    rescale     scales `out` back towards the standard deviation of `cond`
                 (Lin et al. 2023, arXiv:2305.08891, equations 15 and 16)
-    interval    guidance only at noise levels between two sigmas
+    interval    guidance only between two karras_sigmas
                 (Kynkäänniemi et al. 2024, arXiv:2404.07724, equation 5)
-    thresholds  x_0 kept within [-1, 1]: clipped, or scaled by a quantile
+    threshold   clips x_0 to [-1, 1], or divides it by a quantile
                 (Saharia et al. 2022, arXiv:2205.11487, section 2.3)
 
-All act on what the network gives, whatever that predicts, but for the thresholds, which act on x_0.
+Guidance acts on the network's output, whatever it predicts; thresholds act on x_0.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lineage.errors import UserError
 
-THRESHOLDS = ("none", "clip", "dynamic")
+Threshold = Literal["none", "clip", "dynamic"]
+THRESHOLDS: tuple[str, ...] = get_args(Threshold)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How outputs with and without the caption are joined.
+    """How predictions with and without the caption are combined.
 
     Attributes:
-        scale: 1 follows the caption as training did, more follows it more closely.
-        rescale: share of the deviation that is brought back, from 0 to 1.
-        least, most: sigmas between which there is guidance.
+        scale: Guidance scale; 1 is no guidance.
+        rescale: Share of the standard deviation of `cond` that is restored, from 0 to 1.
+        sigma_min, sigma_max: Interval of karras_sigmas in which guidance acts.
     """
 
     scale: float = 1.0
     rescale: float = 0.0
-    least: float = 0.0
-    most: float = math.inf
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
 
     def __post_init__(self) -> None:
         if not 0 <= self.rescale <= 1:
             raise UserError(f"rescale={self.rescale} must be from 0 to 1.")
-        if not 0 <= self.least <= self.most:
+        if not 0 <= self.sigma_min <= self.sigma_max:
             raise UserError(
-                f"interval={self.least},{self.most} must be two sigmas, the smaller one first."
+                f"interval={self.sigma_min},{self.sigma_max} must be two sigmas, the smaller first."
             )
 
-    def acts(self, sigma: float) -> bool:
-        """Whether `without` is needed at a noise level."""
-        return self.scale != 1 and self.least <= sigma <= self.most
+    def acts(self, karras_sigma: float) -> bool:
+        """If true, `uncond` is needed at this noise level."""
+        return self.scale != 1 and self.sigma_min <= karras_sigma <= self.sigma_max
 
-    def join(self, towards: Tensor, without: Tensor) -> Tensor:
-        """(B, C, H, W) each."""
-        guided = without + self.scale * (towards - without)
+    def combine(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """The guided prediction of two predictions, (B, C, H, W) each."""
+        guided = uncond + self.scale * (cond - uncond)
         if self.rescale == 0:
             return guided
-        wanted, now = (deviation(x) for x in (towards, guided))
-        return guided * (1 + self.rescale * (wanted / now.clamp(min=1e-8) - 1))
+        factor = std(cond) / std(guided).clamp(min=1e-8)
+        return guided * (1 + self.rescale * (factor - 1))
 
 
-def deviation(x: Tensor) -> Tensor:
-    """Of each row, (B, 1, 1, 1)."""
+def std(x: Tensor) -> Tensor:
+    """Standard deviation of each row, (B, 1, 1, 1)."""
     return x.flatten(1).std(1)[:, None, None, None]
 
 
-def bounded(x0: Tensor, threshold: str, quantile: float = 0.995) -> Tensor:
-    """x_0 within [-1, 1], as `threshold` says.
+def apply_threshold(x0: Tensor, threshold: str, quantile: float = 0.995) -> Tensor:
+    """x_0 within [-1, 1].
 
-    `dynamic`: what `quantile` of the values of a picture do not pass, if it is more than 1, becomes
-    1, and the rest of the picture follows.
+    Args:
+        threshold: `none`, `clip`, or `dynamic`: values are clipped to [-s, s] and divided by s, the
+            quantile of a picture's absolute values or 1 if that is larger.
+        quantile: Quantile of `dynamic`.
     """
     if threshold == "none":
         return x0
     if threshold == "clip":
         return x0.clamp(-1, 1)
-    largest = torch.quantile(x0.float().abs().flatten(1), quantile, dim=1).clamp(min=1)
-    largest = largest[:, None, None, None].to(x0.dtype)
-    return x0.clamp(-largest, largest) / largest
+    s = torch.quantile(x0.float().abs().flatten(1), quantile, dim=1).clamp(min=1)
+    s = s[:, None, None, None].to(x0.dtype)
+    return x0.clamp(-s, s) / s

@@ -1,12 +1,15 @@
-"""What all diffusion systems of this package share: the training step, sampling and editing. The
-network and the space that it works in (pixels or latents) are theirs.
+"""A diffusion model: a network, a diffusion process, a text encoder and a space, put together.
 
-    training    Ho et al. 2020, algorithm 1, with captions dropped for guidance
-    sampling    a sampler of `samplers.py` along a path, guided as in `guidance.py`
-    editing     SDEdit (Meng et al. 2022, arXiv:2108.01073, section 3.2): noise a given picture part
-                of the way, and come back by the caption; inpainting by replacement (Song et al.
-                2021, arXiv:2011.13456, appendix I.2; GLIDE, section 2.4): where the picture is
-                given, it is put in place of each estimate of x_0
+`ddpm`, `ldm`, `dit` and their successors differ in these four and in nothing else. The space holds
+the pictures while they are noised: pixels (`PixelSpace`) or latents (`ldm.py`).
+
+    training    Ho et al. 2020, algorithm 1, with some captions dropped (Ho and Salimans 2022):
+                minimise |target - network(x_t, t, text)|^2,  x_t = alpha_t x_0 + sigma_t eps
+    sampling    a sampler of `samplers/` on a schedule of noise levels, guided by `guidance.py`
+    editing     SDEdit (Meng et al. 2022, arXiv:2108.01073, section 3.2): add noise to a picture, up
+                to a level in the middle of the schedule, and denoise it for the caption
+    inpainting  by replacement (Song et al. 2021, arXiv:2011.13456, appendix I.2; GLIDE, section
+                2.4): outside the mask, each estimate of x_0 is replaced by the picture
 
 Axes: B pictures, C channels, H W of the space; 3, S S of the pictures.
 """
@@ -16,346 +19,333 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import field
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import at_least, one_of
+from lineage.config import Float, Floats, Fraction, NonNegativeFloat, PositiveInt, configuration
 from lineage.data.contract import Batch
-from lineage.diffusion.bound import hybrid_term
-from lineage.diffusion.guidance import THRESHOLDS, Guidance, bounded
+from lineage.diffusion.bound import vlb_loss
+from lineage.diffusion.guidance import Guidance, Threshold, apply_threshold
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import SAMPLERS
-from lineage.diffusion.samplers.k_diffusion import Callback, Denoise, Estimate, ignore
-from lineage.diffusion.schedules import SPACINGS, Path, Point
-from lineage.errors import UserError
+from lineage.diffusion.samplers.base import Denoise, Estimate, Sampler
+from lineage.diffusion.schedules import NoiseLevel, SamplingSchedule, Spacing
+from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
-from lineage.system import Named, System, Turn
+from lineage.system import LabelledImage, System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
-AT_ONCE = 2**22  # pixels' values of the pictures that are drawn together, at most
-AUTO = "auto"  # even steps for the samplers of the process's coordinates, Karras' for the others
-EVEN = ("ddpm", "ddim", "flow_euler")
+MAX_BATCH_VALUES = 2**22
+"""Number of pixel values of the pictures that are sampled at once, at most."""
+EVENLY_SPACED = ("ddpm", "ddim", "flow_euler")
+"""Samplers whose steps are even in t unless `spacing` is set; those of the others are Karras'."""
+
+Finite = Annotated[Float, Field(allow_inf_nan=False)]
+SpacingOption = Literal["auto", Spacing]
 
 
-@dataclass(frozen=True)
-class DenoiserConfig:
+@configuration
+class DiffusionConfig:
     """What every diffusion system has.
 
     Attributes:
-        process: schedule, prediction and loss.
-        drop_text: share of training rows whose caption is dropped.
-        steps, guidance, sampler, spacing, threshold: what `generate` uses unless told otherwise;
-            see `Denoiser.draw`.
+        process: Schedule, prediction and loss.
+        cond_drop_prob: Share of training captions that are dropped, for guidance.
+        sampling_steps, guidance, sampler, spacing, threshold: Defaults of the options of
+            `DiffusionModel.sample`.
     """
 
     process: ProcessConfig = field(default_factory=ProcessConfig)
-    drop_text: float = 0.1
-    steps: int = 50
-    guidance: float = 2.0
+    cond_drop_prob: Fraction = 0.1
+    sampling_steps: PositiveInt = 50
+    guidance: Finite = 2.0
     sampler: str = "ddim"
-    spacing: str = AUTO
-    threshold: str = "clip"
+    spacing: SpacingOption = "auto"
+    threshold: Threshold = "clip"
 
     def __post_init__(self) -> None:
-        one_of("model.sampler", self.sampler, tuple(SAMPLERS))
-        one_of("model.spacing", self.spacing, (AUTO, *SPACINGS))
-        one_of("model.threshold", self.threshold, THRESHOLDS)
-        at_least("model.steps", self.steps, 1)
-        if not 0 <= self.drop_text < 1:
-            raise UserError(f"model.drop_text={self.drop_text} must be from 0 to below 1.")
+        _check_sampler(self.sampler)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How one call samples: the knobs of `Denoiser.draw`, settled."""
-
-    sampler: str
-    path: Path
-    guidance: Guidance
-    threshold: str
-    own: dict[str, Any]
+def _check_sampler(name: str) -> None:
+    if name not in SAMPLERS:
+        raise UserError(f"sampler={name!r} is not possible: {nearest(name, SAMPLERS)}")
 
 
-class Denoiser(System):
-    """Noise to picture, caption in hand.
+# --- spaces ---------------------------------------------------------------------------------------
 
-    Args:
-        config: process and sampling.
-        text: encoder of the captions; trained along.
+
+class Space(nn.Module):
+    """The space in which pictures are noised.
+
+    Attributes:
         size: S, side of the pictures in pixels.
-        shape: (C, H, W) of the space.
-        network: (x_t, t, text) to the prediction.
+        shape: (C, H, W) of a picture in the space.
     """
 
-    begun = "edit"
+    size: int
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def encode(self, batch: Batch, noise: NoiseStreams) -> Tensor:
+        """x_0 of a training batch, (B, C, H, W)."""
+
+    @abstractmethod
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1] -> x_0 (B, C, H, W), without randomness."""
+
+    @abstractmethod
+    def decode(self, x0: Tensor) -> Tensor:
+        """x_0 (B, C, H, W) -> pictures (B, 3, S, S)."""
+
+
+class PixelSpace(Space):
+    """The pictures themselves."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.shape = size, (3, size, size)
+
+    def encode(self, batch: Batch, noise: NoiseStreams) -> Tensor:
+        return batch.image
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+class DiffusionModel(System):
+    """Noise and a caption to a picture.
+
+    Args:
+        network: (x_t, t, text) to the prediction, and to the variance behind it in the channels if
+            the process learns it.
+        process: Diffusion process.
+        text: Encoder of the captions; trained with the network.
+        space: Space of x_t.
+        config: Dropping of captions, and defaults of sampling.
+    """
 
     def __init__(
         self,
-        config: DenoiserConfig,
-        text: TextEncoder,
-        size: int,
-        shape: tuple[int, int, int],
         network: nn.Module,
+        process: Process,
+        text: TextEncoder,
+        space: Space,
+        config: DiffusionConfig,
     ) -> None:
         super().__init__()
-        self.config, self.text, self.size, self.shape = config, text, size, shape
-        self.process = Process(config.process)
-        self.network = network
-        self.at_once = max(1, min(self.at_once, AT_ONCE // (3 * size**2)))
-
-    # --- the space: pixels unless a system says otherwise -------------------------------------
-
-    def clean(self, batch: Batch, draws: NoiseStreams) -> Tensor:
-        """x_0 of a batch, (B, C, H, W)."""
-        return self.from_pictures(batch.image)
-
-    @abstractmethod
-    def from_pictures(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [-1, 1] -> x_0 (B, C, H, W)."""
-
-    @abstractmethod
-    def to_pictures(self, x: Tensor) -> Tensor:
-        """x_0 (B, C, H, W) -> (B, 3, S, S)."""
+        self.network, self.process, self.text, self.space = network, process, text, space
+        self.size, self.config = space.size, config
+        at_once = MAX_BATCH_VALUES // (3 * space.size**2)
+        self.sample_batch_size = max(1, min(System.sample_batch_size, at_once))
 
     # --- training -------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"denoiser": [self.network, self.text]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         """Algorithm 1, with some captions dropped."""
-        process, config = self.process, self.config
-        x0 = self.clean(batch, draws)
-        t = draws.randint(process.steps)  # (B,)
-        keep = draws.rand() >= config.drop_text  # (B,)
-        noise = draws.randn(*self.shape)  # (B, C, H, W)
-        noised = process.noised(x0, noise, t)
-        output = self.network(noised, t, text.where(keep, self.text.null(len(batch))))
-        predicted = output.chunk(2, dim=1)[0] if config.process.learned else output
-        terms = {f"mse_{config.process.prediction}": process.mse(predicted, x0, noise, t).mean()}
-        if config.process.learned:
-            terms["bound"] = hybrid_term(process, output, x0, noised, t).mean()
-        yield "denoiser", terms
+        process = self.process
+        x0 = self.space.encode(batch, noise)  # (B, C, H, W)
+        t = noise.randint(process.num_timesteps)  # (B,)
+        keep = noise.rand() >= self.config.cond_drop_prob  # (B,)
+        eps = noise.randn(*self.space.shape)  # (B, C, H, W)
+        x_t = process.add_noise(x0, eps, t)
+        output = self.network(x_t, t, text.where(keep, self.text.null(len(batch))))
+        prediction, _ = self.prediction_and_variance(output)
+
+        target = process.target(x0, eps, t)
+        mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)  # (B,)
+        terms = {f"mse_{process.config.prediction}": (process.loss_weight(t) * mse).mean()}
+        if process.config.learns_variance:
+            terms["vlb"] = vlb_loss(process, output, x0, x_t, t).mean()
+        yield Turn("denoiser", terms)
+
+    def prediction_and_variance(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output in float32 as its prediction and, if learned, its variance."""
+        output = output.float()
+        if not self.process.config.learns_variance:
+            return output, None
+        prediction, variance = output.chunk(2, dim=1)
+        return prediction, variance
 
     # --- sampling -------------------------------------------------------------------------------
-
-    def draw(
-        self,
-        captions: list[str],
-        draws: NoiseStreams,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        negative: str = "",
-        spacing: str | None = None,
-        eta: float | None = None,
-        rescale: float = 0.0,
-        interval: tuple[float, ...] = (),
-        threshold: str = "",
-    ) -> Tensor:
-        """Pictures (B, 3, S, S) of captions.
-
-        Args:
-            steps: of the sampler, from 1 to T; some evaluate the network twice in each.
-            guidance: 1 follows the caption as training did, more follows it more closely.
-            sampler: a name in `samplers.SAMPLERS`.
-            negative: what guidance moves away from, in place of "no caption".
-            spacing: of the steps, a name in `schedules.SPACINGS`; `auto` is `even` for `ddpm`,
-                `ddim` and `flow_euler`, and `karras` for the others.
-            eta: how much noise the sampler adds, where it can be told.
-            rescale: see `guidance.py`.
-            interval: two sigmas between which there is guidance, such as 0.3,3; none for always.
-            threshold: keeps x_0 in range: `none`, `clip` or `dynamic`.
-        """
-        plan = self._plan(
-            steps, guidance, sampler, spacing, eta, rescale, tuple(interval), threshold
-        )
-        return self.to_pictures(self.sample(captions, draws, plan, negative))
-
-    def _plan(
-        self,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        spacing: str | None = None,
-        eta: float | None = None,
-        rescale: float = 0.0,
-        interval: tuple[float, ...] = (),
-        threshold: str = "",
-    ) -> Plan:
-        """The knobs that are given, and the configuration's for those that are None."""
-
-        def or_else(value: Any, name: str) -> Any:
-            return getattr(self.config, name) if value is None else value
-
-        name, kind = or_else(sampler, "sampler"), or_else(threshold or None, "threshold")
-        one_of("sampler", name, tuple(SAMPLERS))
-        one_of("threshold", kind, THRESHOLDS)
-        takes = inspect.signature(SAMPLERS[name]).parameters
-        if eta is not None and "eta" not in takes:
-            raise UserError(f"sampler={name} takes no eta: choose ddim or one with noise.")
-        if eta is not None:
-            at_least("eta", eta, 0)
-        if len(interval) not in (0, 2):
-            raise UserError(f"interval={interval} must be two sigmas, as in interval=0.3,3.")
-        own: dict[str, Any] = {} if eta is None else {"eta": eta}
-        if "variance" in takes and not self.config.process.learned:
-            own["variance"] = self.config.process.variance
-        placed = or_else(spacing, "spacing")
-        if placed == AUTO:
-            placed = "even" if name in EVEN else "karras"
-        path = self.process.path(or_else(steps, "steps"), placed)
-        joined = Guidance(or_else(guidance, "guidance"), rescale, *interval)
-        return Plan(name, path, joined, kind, own)
 
     def sample(
         self,
         captions: list[str],
-        draws: NoiseStreams,
-        plan: Plan,
+        noise: NoiseStreams,
+        sampling_steps: PositiveInt | None = None,
+        guidance: Finite | None = None,
+        sampler: str | None = None,
         negative: str = "",
-        callback: Callback = ignore,
+        spacing: SpacingOption | None = None,
+        eta: NonNegativeFloat | None = None,
+        rescale: Finite = 0.0,
+        interval: Floats = (),
+        threshold: Literal["", Threshold] = "",
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
     ) -> Tensor:
-        """x_0 (B, C, H, W) from noise."""
-        x = draws.randn(*self.shape)
-        denoise = self.denoise(captions, plan, negative)
-        return SAMPLERS[plan.sampler](denoise, x, plan.path, draws, callback, **plan.own)
+        """Pictures (B, 3, S, S) of captions. What is left out is the configuration's.
 
-    def denoise(self, captions: list[str], plan: Plan, negative: str = "") -> Denoise:
-        """The network as samplers want it: told the captions, guided, and kept in range."""
-        count, guidance, process = len(captions), plan.guidance, self.process
+        Args:
+            sampling_steps: Number of the sampler's steps, from 1 to T.
+            guidance: Guidance scale; 1 is no guidance, more follows the caption more closely.
+            sampler: Name of the sampler.
+            negative: Caption that guidance moves away from, in place of no caption.
+            spacing: Spacing of the steps; `auto` is `even` for `ddpm`, `ddim` and `flow_euler`, and
+                `karras` for the others.
+            eta: Share of new noise in each step, for the samplers that have it.
+            rescale: Share of the standard deviation that guidance restores, from 0 to 1.
+            interval: Two karras_sigmas between which guidance acts, as in 0.3,3.
+            threshold: Limit of x_0: `none`, `clip` or `dynamic`.
+            image: Pictures to start from.
+            mask: Pixels of `image` to repaint; the others stay as they are, to the bit.
+            strength: Share of the schedule to go through from `image`, above 0 up to 1; by default
+                0.6, or 1 with a mask.
+        """
+        config = self.config
+        run, schedule = self._sampler(sampler, sampling_steps, spacing, eta)
+        if len(interval) not in (0, 2):
+            raise UserError(f"interval={interval} must be two sigmas, as in interval=0.3,3.")
+        scale = config.guidance if guidance is None else guidance
+        denoise = self.denoiser(
+            captions,
+            Guidance(scale, rescale, *interval),
+            threshold or config.threshold,
+            negative,
+        )
+        if image is None:
+            if mask is not None or strength is not None:
+                raise UserError("mask and strength need an image to start from.")
+            x = noise.randn(*self.space.shape)
+            return self.space.decode(run(denoise, x, schedule, noise))
+
+        if strength is None:
+            strength = 0.6 if mask is None else 1.0
+        if not 0 < strength <= 1:
+            raise UserError(f"strength={strength} must be above 0 and at most 1.")
+        schedule = schedule.shortened(max(1, round(strength * len(schedule))))
+        if mask is None:
+            mask = torch.ones_like(image[:, :1], dtype=torch.bool)
+        init_latents, latent_mask = self._init_latents(image, mask, strength)
+        level = schedule.levels[0]
+        x = level.alpha * init_latents + level.sigma * noise.randn(*self.space.shape)
+        x0 = run(keep_outside(denoise, init_latents, latent_mask), x, schedule, noise)
+        return torch.where(mask, self.space.decode(x0), image)
+
+    def denoiser(
+        self, captions: list[str], guidance: Guidance, threshold: str, negative: str = ""
+    ) -> Denoise:
+        """The network as samplers call it: x_t and its noise level -> estimate of x_0, for the
+        captions, with guidance and threshold applied.
+        """
+        count, process = len(captions), self.process
         text = self.text.encode(captions)
-        away = self.text.encode([negative] * count) if negative else self.text.null(count)
-        both = TextFeatures.cat([text, away]) if guidance.scale != 1 else text
+        uncond_text = self.text.encode([negative] * count) if negative else self.text.null(count)
+        both = TextFeatures.cat([text, uncond_text])
 
-        def denoise(noised: Tensor, level: Point) -> Estimate:
-            time = torch.full((count,), level.time, device=noised.device)
-            if not guidance.acts(level.sigma):
-                output, variance = self._parts(self.network(noised, time, text))
-            else:
-                outputs = self.network(torch.cat([noised, noised]), torch.cat([time, time]), both)
-                output, variance = self._parts(outputs)
-                output = guidance.join(*output.chunk(2))
+        def denoise(x_t: Tensor, level: NoiseLevel) -> Estimate:
+            t = torch.full((count,), level.timestep, device=x_t.device)
+            if guidance.acts(level.karras_sigma):
+                output = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+                predictions, variance = self.prediction_and_variance(output)
+                prediction = guidance.combine(*predictions.chunk(2))
                 variance = None if variance is None else variance[:count]
-            x0 = bounded(process.to_x0(output, noised, level), plan.threshold)
-            if process.config.variance == "learned_range":
-                return Estimate(x0, share=None if variance is None else (variance + 1) / 2)
+            else:
+                prediction, variance = self.prediction_and_variance(self.network(x_t, t, text))
+            x0 = apply_threshold(process.to_x0(prediction, x_t, level), threshold)
+            if variance is not None and process.config.variance == "learned_range":
+                return Estimate(x0, variance_fraction=(variance + 1) / 2)
             return Estimate(x0, log_variance=variance)
 
         return denoise
 
-    def _parts(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's output, in full precision, as prediction and what it says of variances."""
-        output = output.float()
-        if not self.config.process.learned:
-            return output, None
-        predicted, variance = output.chunk(2, dim=1)
-        return predicted, variance
-
-    # --- editing --------------------------------------------------------------------------------
-
-    def edit(
+    def _sampler(
         self,
-        captions: str | Sequence[str],
-        images: Tensor,
-        *,
-        mask: Tensor | None = None,
-        strength: float | None = None,
-        seed: int = 0,
-        **knobs: Any,
-    ) -> Tensor:
-        """Pictures (B, 3, S, S) in [-1, 1] made from `images` by the captions.
+        sampler: str | None = None,
+        sampling_steps: int | None = None,
+        spacing: str | None = None,
+        eta: float | None = None,
+    ) -> tuple[Sampler, SamplingSchedule]:
+        """The sampler with its own arguments, and its schedule."""
+        config = self.config
+        name = config.sampler if sampler is None else sampler
+        _check_sampler(name)
+        parameters = inspect.signature(SAMPLERS[name]).parameters
+        own: dict[str, float | str] = {}
+        if eta is not None:
+            if "eta" not in parameters:
+                raise UserError(f"sampler={name} takes no eta: choose ddim or one with noise.")
+            own["eta"] = eta
+        if "variance" in parameters and not config.process.learns_variance:
+            own["variance"] = config.process.variance
+        spacing = config.spacing if spacing is None else spacing
+        if spacing == "auto":
+            spacing = "even" if name in EVENLY_SPACED else "karras"
+        steps = config.sampling_steps if sampling_steps is None else sampling_steps
+        return partial(SAMPLERS[name], **own), self.process.sampling_schedule(steps, spacing)
 
-        Args:
-            images: (B, 3, S, S) in [-1, 1].
-            mask: (B, 1, S, S) bool, True where to paint anew; the rest stays as it is, to the bit.
-                None for all of the picture.
-            strength: share of the way to noise from which to come back, above 0 up to 1. By default
-                0.6 without a mask and 1 with one.
-            **knobs: those of `generate`.
+    def _init_latents(self, image: Tensor, mask: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+        """x_0 of `image`, (B, C, H, W), and where to repaint it: 1 in every place of which a pixel
+        is masked, (B, 1, H, W).
+
+        At full strength nothing of the masked pixels may remain: the encoder gets grey in their
+        place, and x_0 there is 0.
         """
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        wanted = (len(captions), 3, self.size, self.size)
-        if images.shape != wanted:
-            raise UserError(
-                f"{len(captions)} captions need as many pictures of {self.size} x {self.size} "
-                f"pixels, not {tuple(images.shape)}."
-            )
-        if mask is not None and mask.shape != (wanted[0], 1, *wanted[2:]):
-            raise UserError(
-                f"The mask must be {(wanted[0], 1, *wanted[2:])}, not {tuple(mask.shape)}."
-            )
-        if mask is not None and mask.dtype != torch.bool:
-            raise UserError(f"The mask must be of bool, not of {mask.dtype}.")
-        share = (0.6 if mask is None else 1.0) if strength is None else strength
-        if not 0 < share <= 1:
-            raise UserError(f"strength={share} must be above 0 and at most 1.")
-        settled = self.typed_knobs(knobs)
-        negative = settled.pop("negative", "")
-        plan = self._plan(**settled)
-        everywhere = torch.ones(wanted[0], 1, *wanted[2:], dtype=torch.bool)
-        masks = iter((everywhere if mask is None else mask).to(self.device).split(self.at_once))
-        parts = iter(images.to(self.device).split(self.at_once))
+        latent_mask = F.max_pool2d(mask.float(), self.size // self.space.shape[-1])
+        if strength < 1:
+            return self.space.encode_image(image), latent_mask
+        init_latents = self.space.encode_image(image.masked_fill(mask, 0.0))
+        return init_latents * (1 - latent_mask), latent_mask
 
-        def part(chunk: list[str], draws: NoiseStreams) -> Tensor:
-            given, anew = next(parts), next(masks)
-            x = self._repainted(chunk, draws, plan, negative, given, anew, share)
-            return torch.where(anew, self.to_pictures(x).float().clamp(-1, 1), given)
+    # --- what happens inside --------------------------------------------------------------------
 
-        return torch.cat(list(self.in_parts(captions, seed, part)))
+    def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
+        """The way from noise to picture at eight moments: x_t, and the estimate of x_0 below it."""
+        run, schedule = self._sampler()
+        last = len(schedule) - 1
+        moments = {round(k * last / 7) for k in range(8)}
+        rows: list[list[LabelledImage]] = [[], []]
 
-    def _repainted(
-        self,
-        captions: list[str],
-        draws: NoiseStreams,
-        plan: Plan,
-        negative: str,
-        given: Tensor,
-        anew: Tensor,
-        share: float,
-    ) -> Tensor:
-        """x_0 (B, C, H, W) that is `given` where it is not `anew`."""
-        seen = given if share < 1 else given.masked_fill(anew, 0.0)  # no trace of what is to go
-        known = self.from_pictures(seen)
-        factor = self.size // self.shape[-1]
-        free = F.max_pool2d(anew.float(), factor)  # every place with a pixel to paint
-        path = plan.path.shortened(max(1, round(share * len(plan.path))))
-        guess = self.denoise(captions, plan, negative)
+        def callback(step: int, x_t: Tensor, x0: Tensor) -> None:
+            if step in moments:
+                sigma = schedule.levels[step].karras_sigma
+                label = f"sigma {sigma:.2g}" if math.isfinite(sigma) else "noise"
+                for row, x in zip(rows, (x_t, x0), strict=True):
+                    image = self.space.decode(x)[0].float().clamp(-1, 1)
+                    row.append(LabelledImage(label, image))
 
-        def denoise(noised: Tensor, level: Point) -> Estimate:
-            found = guess(noised, level)
-            found.x0 = free * found.x0 + (1 - free) * known
-            return found
+        noise = NoiseStreams.for_pictures(seed, 1, self.device)
+        with self.inference():
+            guidance = Guidance(self.config.guidance)
+            denoise = self.denoiser([caption], guidance, self.config.threshold)
+            run(denoise, noise.randn(*self.space.shape), schedule, noise, callback)
+        return rows
 
-        start = path.points[0]
-        begun = known if share < 1 else known * (1 - free)  # no trace of what is to go
-        x = start.signal * begun + start.noise * draws.randn(*self.shape)
-        return SAMPLERS[plan.sampler](denoise, x, path, draws, ignore, **plan.own)
 
-    # --- what a reader wants to see -------------------------------------------------------------
+def keep_outside(denoise: Denoise, init_latents: Tensor, latent_mask: Tensor) -> Denoise:
+    """`denoise` with x_0 replaced by `init_latents` outside the mask."""
 
-    def inside(self, caption: str, *, seed: int = 0) -> list[list[Named]]:
-        """The way from noise to picture, at eight moments: x_t, and the estimate of x_0 there."""
-        plan = self._plan()
-        last = len(plan.path) - 1
-        moments = sorted({round(k * last / 7) for k in range(8)})
+    def inpaint(x_t: Tensor, level: NoiseLevel) -> Estimate:
+        estimate = denoise(x_t, level)
+        estimate.x0 = latent_mask * estimate.x0 + (1 - latent_mask) * init_latents
+        return estimate
 
-        def film(chunk: list[str], draws: NoiseStreams) -> list[list[Named]]:
-            rows: list[list[Named]] = [[], []]
-
-            def keep(step: int, x: Tensor, x0: Tensor) -> None:
-                if step in moments:
-                    sigma = plan.path.points[step].sigma
-                    name = f"sigma {sigma:.2g}" if math.isfinite(sigma) else "noise"
-                    for row, each in zip(rows, (x, x0), strict=True):
-                        row.append((name, self.to_pictures(each)[0].float().clamp(-1, 1)))
-
-            self.sample(chunk, draws, plan, callback=keep)
-            return rows
-
-        return next(iter(self.in_parts([caption], seed, film)))
+    return inpaint

@@ -1,20 +1,22 @@
-"""Noise schedules, and the levels that a sampler visits. No network, no picture: numbers alone.
+"""Noise schedules, and the noise levels that a sampler visits.
 
-A level is x = a x_0 + b eps; a "signal", b "noise", b / a "sigma".
+A noise level is x = alpha x_0 + sigma eps. Its karras_sigma, sigma / alpha, is the sigma of Karras
+et al., by which the levels of all processes can be compared.
 
-Schedules. For all but the last a^2 = abar and b^2 = 1 - abar, abar the product of 1 - beta:
-    linear         beta from 1e-4 to 0.02 over 1,000 steps               (Ho et al. 2020, section 4)
-    scaled_linear  its root is linear, 0.00085 to 0.012                  (Rombach et al. 2022, code)
-    cosine         abar = cos^2                                          (Nichol and Dhariwal 2021,
+Schedules. All but the last have alpha^2 = alphas_cumprod and sigma^2 = 1 - alphas_cumprod, where
+alphas_cumprod is the product of 1 - beta:
+    linear         beta rises from 1e-4 to 0.02 over 1,000 steps         (Ho et al. 2020, section 4)
+    scaled_linear  sqrt(beta) is linear, beta from 0.00085 to 0.012      (Rombach et al. 2022, code)
+    cosine         alphas_cumprod = cos^2                                (Nichol and Dhariwal 2021,
                                                                          arXiv:2102.09672, eq. 17)
-    sigmoid        abar = a sigmoid, stretched to end at 0               (Jabri et al. 2022,
+    sigmoid        alphas_cumprod = a sigmoid, stretched to end at 0     (Jabri et al. 2022,
                                                                          arXiv:2212.11972, alg. 1)
-    flow           a = 1 - s, b = s: a straight line                     (Liu et al. 2022,
+    flow           alpha = 1 - s, sigma = s: a straight line             (Liu et al. 2022,
                                                                          arXiv:2209.03003)
-`without_snr_at_end` takes the last trace of the picture from the last step (Lin et al. 2023,
-arXiv:2305.08891, algorithm 1).
+`rescale_zero_terminal_snr` makes the last step pure noise (Lin et al. 2023, arXiv:2305.08891,
+algorithm 1).
 
-Axes: T steps; t counts from 0 (nearly clean) to T - 1 (nearly noise).
+Axes: T timesteps; t counts from 0 (almost no noise) to T - 1 (almost pure noise).
 """
 
 from __future__ import annotations
@@ -22,51 +24,54 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lineage.errors import UserError
-
 FLOW = "flow"
-FARTHEST = 80.0  # sigma, as good as noise alone (Karras et al. 2022): grids begin there at most
+SIGMA_MAX = 80.0  # karras_sigma that counts as pure noise (Karras et al. 2022)
+
+Spacing = Literal["even", "leading", "trailing", "karras", "exponential"]
+SPACINGS: tuple[str, ...] = get_args(Spacing)
 
 # --- schedules --------------------------------------------------------------------------------
 
 
-def linear_betas(steps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
-    """(T,) beta; chains of other lengths than 1,000 get proportionally other steps."""
-    scale = 1000 / steps
-    return torch.linspace(scale * start, scale * end, steps, dtype=torch.float64)
+def linear_betas(num_timesteps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
+    """(T,) linear betas; the ends are those of T = 1,000 and scale with 1,000 / T."""
+    scale = 1000 / num_timesteps
+    return torch.linspace(scale * start, scale * end, num_timesteps, dtype=torch.float64)
 
 
-def scaled_linear_betas(steps: int, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """(T,) beta whose root is linear."""
-    scale = 1000 / steps
+def scaled_linear_betas(num_timesteps: int, start: float = 0.00085, end: float = 0.012) -> Tensor:
+    """(T,) betas with a linear square root; the ends scale with 1,000 / T."""
+    scale = 1000 / num_timesteps
     ends = math.sqrt(scale * start), math.sqrt(scale * end)
-    return torch.linspace(*ends, steps, dtype=torch.float64) ** 2
+    return torch.linspace(*ends, num_timesteps, dtype=torch.float64) ** 2
 
 
-def betas_of(abar: Callable[[Tensor], Tensor], steps: int) -> Tensor:
-    """(T,) beta of a falling function of t / T, clipped at 0.999."""
-    values = abar(torch.arange(steps + 1, dtype=torch.float64) / steps)
+def betas_for_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_timesteps: int) -> Tensor:
+    """(T,) betas whose alphas_cumprod is the function `alpha_bar` of t / T, clipped at 0.999."""
+    values = alpha_bar(torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps)
     return (1 - values[1:] / values[:-1]).clamp(max=0.999)
 
 
-def cosine_betas(steps: int) -> Tensor:
-    """(T,) beta such that abar(t) = cos^2((t / T + 0.008) / 1.008 * pi / 2)."""
-    return betas_of(lambda t: torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2, steps)
+def cosine_betas(num_timesteps: int) -> Tensor:
+    """(T,) betas with alphas_cumprod(t) = cos^2((t / T + 0.008) / 1.008 * pi / 2)."""
+    return betas_for_alpha_bar(
+        lambda t: torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2, num_timesteps
+    )
 
 
-def sigmoid_betas(steps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
-    """(T,) beta such that abar falls like a sigmoid between `start` and `end`, from 1 to 0."""
+def sigmoid_betas(num_timesteps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
+    """(T,) betas whose alphas_cumprod falls from 1 to 0 like a sigmoid from `start` to `end`."""
     first, last = (torch.tensor(x, dtype=torch.float64).sigmoid() for x in (start, end))
 
-    def abar(t: Tensor) -> Tensor:
+    def alpha_bar(t: Tensor) -> Tensor:
         return (last - (start + t * (end - start)).sigmoid()) / (last - first)
 
-    return betas_of(abar, steps)
+    return betas_for_alpha_bar(alpha_bar, num_timesteps)
 
 
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
@@ -77,139 +82,99 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def without_snr_at_end(abar: Tensor) -> Tensor:
-    """(T,) abar, its root shifted and stretched so that the last is 0 and the first as it was."""
-    root = abar.sqrt()
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+def betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
+    """(T,) betas whose cumulative product of 1 - beta is `alphas_cumprod` (T,)."""
+    previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return 1 - alphas_cumprod / previous
 
 
-# --- which steps a sampler visits ---------------------------------------------------------------
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """(T,) betas for which the last alpha is 0 and the first is unchanged: sqrt(alphas_cumprod) is
+    shifted and scaled.
+    """
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return betas_from_alphas_cumprod(root**2)
+
+
+# --- noise levels and sampling schedules --------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Point:
-    """A noise level: x = signal x_0 + noise eps; `time` is what the network is told."""
+class NoiseLevel:
+    """A noise level x = alpha x_0 + sigma eps; `timestep` is the network's input."""
 
-    signal: float
-    noise: float
-    time: float
+    alpha: float
+    sigma: float
+    timestep: float
 
     @property
-    def sigma(self) -> float:
-        """Noise against signal, by which levels of all processes are compared."""
-        return self.noise / self.signal if self.signal > 0 else math.inf
+    def karras_sigma(self) -> float:
+        """sigma / alpha: the noise level of x / alpha = x_0 + karras_sigma eps."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
 
 
-CLEAN = Point(1.0, 0.0, 0.0)
+NO_NOISE = NoiseLevel(1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Path:
-    """Levels in the order in which a sampler visits them.
+class SamplingSchedule:
+    """Noise levels in the order in which a sampler visits them.
 
     Attributes:
-        points: from the noisiest on; the last is where it ends, without asking the network there.
-        at: the level of a sigma between them.
+        levels: The levels, noisiest first; the network is not evaluated at the last.
+        at: Function from a karras_sigma between two levels to its noise level.
     """
 
-    points: tuple[Point, ...]
-    at: Callable[[float], Point]
+    levels: tuple[NoiseLevel, ...]
+    at: Callable[[float], NoiseLevel]
 
     def __len__(self) -> int:
-        """Steps."""
-        return len(self.points) - 1
+        """Number of steps."""
+        return len(self.levels) - 1
 
-    def steps(self) -> list[tuple[Point, Point]]:
-        """(from, to) of each step."""
-        return list(zip(self.points, self.points[1:], strict=False))
+    def steps(self) -> list[tuple[NoiseLevel, NoiseLevel]]:
+        """The level and the next level of each step."""
+        return list(zip(self.levels, self.levels[1:], strict=False))
 
-    def shortened(self, steps: int) -> Path:
-        """The last `steps` steps."""
-        return Path(self.points[-steps - 1 :], self.at)
+    def shortened(self, sampling_steps: int) -> SamplingSchedule:
+        """The last `sampling_steps` steps."""
+        return SamplingSchedule(self.levels[-sampling_steps - 1 :], self.at)
 
 
-def karras_sigmas(steps: int, least: float, most: float, rho: float = 7.0) -> list[float]:
-    """Sigmas from `most` to `least` whose 1 / rho-th powers are evenly spaced (Karras et al. 2022,
-    arXiv:2206.00364, equation 5); rho = 1 spaces them evenly themselves.
+def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[float]:
+    """n sigmas from `sigma_max` to `sigma_min` whose 1 / rho-th powers are evenly spaced (Karras et
+    al. 2022, arXiv:2206.00364, equation 5).
     """
-    shares = torch.linspace(0, 1, steps, dtype=torch.float64)
-    ends = most ** (1 / rho), least ** (1 / rho)
-    return ((ends[0] + shares * (ends[1] - ends[0])) ** rho).tolist()
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return ((ends[0] + ramp * (ends[1] - ends[0])) ** rho).tolist()
 
 
-def exponential_sigmas(steps: int, least: float, most: float, rho: float = 1.0) -> list[float]:
-    """Sigmas from `most` to `least` whose logarithms are evenly spaced, or, for another rho, by the
-    rho-th power of even shares.
+def exponential_sigmas(n: int, sigma_min: float, sigma_max: float) -> list[float]:
+    """n sigmas from `sigma_max` to `sigma_min` whose logarithms are evenly spaced."""
+    ramp = torch.linspace(1, 0, n, dtype=torch.float64)
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    return (low + ramp * (high - low)).exp().tolist()
+
+
+def even_timesteps(num_timesteps: int, n: int) -> list[int]:
+    """n timesteps from T - 1 to 0, both included."""
+    return torch.linspace(num_timesteps - 1, 0, n, dtype=torch.float64).round().int().tolist()
+
+
+def leading_timesteps(num_timesteps: int, n: int, offset: int = 0) -> list[int]:
+    """n timesteps, T // n apart; the last is `offset`."""
+    return [k * (num_timesteps // n) + offset for k in reversed(range(n))]
+
+
+def trailing_timesteps(num_timesteps: int, n: int) -> list[int]:
+    """n timesteps, T / n apart; the first is T - 1 (Lin et al. 2023, table 2)."""
+    return [round(num_timesteps - k * num_timesteps / n) - 1 for k in range(n)]
+
+
+def shift_sigma(sigma: float, shift: float) -> float:
+    """A sigma of the straight line, moved towards noise if `shift` is above 1: large pictures need
+    more noise (Esser et al. 2024, arXiv:2403.03206, equation 23).
     """
-    shares = torch.linspace(1, 0, steps, dtype=torch.float64) ** rho
-    low, high = math.log(least), math.log(most)
-    return (low + shares * (high - low)).exp().tolist()
-
-
-def vp_sigmas(steps: int, rate: float = 19.9, least: float = 0.1, end: float = 1e-3) -> list[float]:
-    """Sigmas of evenly spaced times of the variance-preserving process in continuous time (Song et
-    al. 2021, arXiv:2011.13456, equation 32), whose beta rises from `least` by `rate`.
-    """
-    t = torch.linspace(1, end, steps, dtype=torch.float64)
-    return ((rate * t**2 / 2 + least * t).expm1().sqrt()).tolist()
-
-
-def even_times(total: int, steps: int) -> list[int]:
-    """From T - 1 to 0, both among them."""
-    return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().int().tolist()
-
-
-def leading_times(total: int, steps: int, offset: int = 0) -> list[int]:
-    """Every T // steps-th step from `offset` on."""
-    return [k * (total // steps) + offset for k in reversed(range(steps))]
-
-
-def trailing_times(total: int, steps: int) -> list[int]:
-    """Every T / steps-th step, counted from T - 1 down (Lin et al. 2023, table 2)."""
-    return [round(total - k * total / steps) - 1 for k in range(steps)]
-
-
-def shifted(s: float, shift: float) -> float:
-    """A level of the straight line, moved towards noise, where large pictures lose their last trace
-    (Esser et al. 2024, arXiv:2403.03206, equation 23). 1 moves nothing.
-    """
-    return shift * s / (1 - s + shift * s)  # 1 at s = 1, exactly
-
-
-SPACINGS = ("even", "leading", "trailing", "karras", "exponential")
-
-
-def whole(part: str, how: str) -> int:
-    """A part of `how`, a way to keep steps, as a number."""
-    try:
-        return int(part)
-    except ValueError:
-        raise UserError(f"Steps to keep are told as 10,15,20 or ddim25, not {how!r}.") from None
-
-
-def respaced_times(total: int, how: str) -> list[int]:
-    """Steps to keep, sorted (Nichol and Dhariwal 2021, code).
-
-    Args:
-        how: `10,15,20` keeps so many of each of three equal parts of the chain, both ends of a part
-            among them; `ddim25` keeps 25, an equal stride apart, the first step among them.
-    """
-    if how.startswith("ddim"):
-        wanted = whole(how.removeprefix("ddim"), how)
-        fitting = (range(0, total, k) for k in range(1, total))
-        found = next((list(times) for times in fitting if len(times) == wanted), None)
-        if found is None:
-            raise UserError(f"No stride of {total} steps keeps {wanted} of them.")
-        return found
-    sections = [whole(part, how) for part in how.split(",")]
-    size, more = divmod(total, len(sections))
-    kept, start = [], 0
-    for part, count in enumerate(sections):
-        length = size + (part < more)
-        if not 1 <= count <= length:
-            raise UserError(f"{count} steps cannot be kept of a part of {length}.")
-        stride = (length - 1) / (count - 1) if count > 1 else 0.0
-        places = accumulate([0.0] + [stride] * (count - 1))  # summed up, as their rounding is
-        kept += [start + round(place) for place in places]
-        start += length
-    return kept
+    return shift * sigma / (1 - sigma + shift * sigma)  # exactly 1 at sigma = 1

@@ -1,133 +1,147 @@
-"""The convolutional encoder and decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841, table 7)
-and, after it, of latent diffusion.
+"""The convolutional encoder, decoder and discriminator of VQGAN (Esser et al. 2021,
+arXiv:2012.09841, table 7) and, after it, of latent diffusion.
 
-    halve the side k times: residual blocks at each, attention at some
-    residual block, attention, residual block in the middle
-    and the mirror image of it
+    encoder    at each resolution: residual blocks, some with attention; then half the side
+    middle     residual block, attention, residual block
+    decoder    the mirror image, with one residual block more at each resolution
 
-Where it came from DDPM's UNet it keeps that network's habits: group norm of 32 groups before each
-convolution, Swish, a convolution of stride 2 that pads only right and below.
+Much comes from DDPM's UNet: group norm with 32 groups before each convolution, Swish, and a
+convolution of stride 2 that pads only on the right and below. Names of layers are the authors'.
 
-Axes: B pictures, C channels, H W.
+Axes: B pictures, C channels, H W, S side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lineage.config import Ints, IntsFromZero, PositiveInt, configuration
 from lineage.errors import UserError
 from lineage.nn.attention import attend
-from lineage.nn.blocks import conv_of_doubled, laid_for_convolutions
+from lineage.nn.fast import channels_last_on_cpu, conv_of_upsampled
 
-EPSILON = 1e-6  # of the group norms
+EPSILON = 1e-6
+"""Epsilon of the group norms."""
 
 
-@dataclass(frozen=True)
+@configuration
 class AutoencoderConfig:
-    """Sizes, under the authors' names in brackets.
+    """Sizes of encoder and decoder, under the authors' names in brackets.
 
     Attributes:
-        channels: next to the picture [ch].
-        multipliers: of them at each side, from the largest down [ch_mult]; the side halves between.
-        blocks: residual blocks at each side in the encoder, one more in the decoder
-            [num_res_blocks].
-        attention: sides at which there is attention after each block [attn_resolutions].
-        size: side of the pictures, by which `attention` is found [resolution].
-        latent: channels between the two [z_channels].
-        patch: side of the square of pixels that is folded into channels first, as the authors do
-            not: a quarter of the work at 2.
+        channels: Number of channels at the full resolution [ch].
+        channel_mult: Number of channels at each resolution, from the full one down, as multiples of
+            `channels` [ch_mult]; the side halves in between.
+        num_res_blocks: Number of residual blocks at each resolution of the encoder; the decoder has
+            one more [num_res_blocks].
+        attn_resolutions: Sides of the feature maps that have attention after each block
+            [attn_resolutions].
+        resolution: Side of the pictures for which `attn_resolutions` holds [resolution].
+        z_channels: Number of channels between encoder and decoder [z_channels].
+        patch_size: Side of the squares of pixels that are folded into channels before the first
+            convolution. The authors have 1; 2 needs a quarter of the work.
     """
 
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks: int = 2
-    attention: tuple[int, ...] = (16,)
-    size: int = 256
-    latent: int = 256
-    patch: int = 1
+    channels: PositiveInt = 128
+    channel_mult: Ints = (1, 1, 2, 2, 4)
+    num_res_blocks: PositiveInt = 2
+    attn_resolutions: IntsFromZero = (16,)
+    resolution: PositiveInt = 256
+    z_channels: PositiveInt = 256
+    patch_size: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise UserError(f"net.multipliers={self.multipliers} must be one or more, from 1 up.")
-        for name in ("channels", "blocks", "latent", "patch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"net.{name}={getattr(self, name)} must be at least 1.")
-        if self.size % self.factor:
+        if not self.channel_mult:
+            raise UserError("net.channel_mult must hold at least one number.")
+        if self.resolution % self.factor:
             raise UserError(
-                f"{self.size} pixels do not divide into places of {self.factor}: choose another "
-                "size, or fewer multipliers."
+                f"net.resolution={self.resolution} is not divisible by {self.factor}: choose "
+                "another size, or fewer numbers in net.channel_mult."
             )
 
     @property
     def factor(self) -> int:
-        """How many pixels a side of a place has."""
-        return int(self.patch * 2 ** (len(self.multipliers) - 1))
+        """Number of pixels on a side of one grid cell."""
+        return int(self.patch_size * 2 ** (len(self.channel_mult) - 1))
 
     def levels(self) -> list[tuple[int, bool]]:
-        """(channels, whether there is attention) at each side, from the largest down."""
-        sides = [self.size // self.patch // 2**k for k in range(len(self.multipliers))]
+        """(number of channels, whether there is attention) of each resolution, from the full one
+        down.
+        """
+        full = self.resolution // self.patch_size
         return [
-            (self.channels * m, side in self.attention)
-            for m, side in zip(self.multipliers, sides, strict=True)
+            (self.channels * mult, full // 2**level in self.attn_resolutions)
+            for level, mult in enumerate(self.channel_mult)
         ]
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """32 groups, or as many as there are channels or divide them."""
-    groups = 32 if channels % 32 == 0 else next(g for g in (16, 8, 4, 2, 1) if channels % g == 0)
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with 32 groups, or with the largest smaller power of 2 that divides `channels`."""
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=EPSILON)
 
 
 class ResnetBlock(nn.Module):
     """shortcut(x) + conv(swish(norm(conv(swish(norm(x))))))."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = norm(inputs), norm(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+        """(B, C, H, W) -> (B, C', H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class AttnBlock(nn.Module):
-    """x + attention of all places to all, with one head."""
+    """x + attention(norm(x)) over all grid cells, with one head."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = self.norm(x)
-        query, key, value = (
-            rearrange(layer(seen), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v)
+        """(B, C, H, W) -> (B, C, H, W)."""
+        h = self.norm(x)
+        q, k, v = (
+            rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v)
         )
-        height = x.shape[2]
-        found = rearrange(attend(query, key, value), "b 1 (h w) c -> b c h w", h=height)
-        return x + self.proj_out(found)
+        h = rearrange(attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
 
 
 class Level(nn.Module):
-    """The blocks of one side, each followed by attention or not, and the way to the next side."""
+    """The blocks of one resolution, and the layer that leads to the next one.
 
-    def __init__(self, widths: Sequence[int], attention: bool, resample: nn.Module | None) -> None:
+    Args:
+        channels: Number of channels before the first block and after each.
+        has_attention: If true, an attention block follows each residual block.
+        resample: Layer to the next resolution; None at the last.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], has_attention: bool, resample: nn.Module | None
+    ) -> None:
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairs)
-        self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs) if attention else None
+        self.block = nn.ModuleList(
+            ResnetBlock(a, b) for a, b in zip(channels, channels[1:], strict=False)
+        )
+        self.attn = nn.ModuleList(AttnBlock(c) for c in channels[1:]) if has_attention else None
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
         for number, block in enumerate(self.block):
             x = block(x)
             if self.attn is not None:
@@ -135,18 +149,19 @@ class Level(nn.Module):
         return x if self.resample is None else self.resample(x)
 
 
-class Halve(nn.Module):
-    """Half the side: a convolution of stride 2, padded right and below."""
+class Downsample(nn.Module):
+    """Half the side: a convolution of stride 2, padded on the right and below."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H / 2, W / 2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Double(nn.Module):
+class Upsample(nn.Module):
     """Twice the side: nearest neighbours, then a convolution."""
 
     def __init__(self, channels: int) -> None:
@@ -154,11 +169,12 @@ class Double(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_of_doubled(x, self.conv)
+        """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
+        return conv_of_upsampled(x, self.conv)
 
 
 class Middle(nn.Module):
-    """Block, attention, block."""
+    """Residual block, attention, residual block."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -167,6 +183,7 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -174,89 +191,92 @@ class Encoder(nn.Module):
     """Pictures to a grid of vectors.
 
     Args:
-        outputs: channels of the grid: `latent`, or twice that for means and variances.
-        inputs: of the pictures.
+        config: Sizes.
+        out_channels: Number of channels of the grid: `z_channels`, or twice that for means and
+            variances.
+        in_channels: Number of channels of the pictures.
     """
 
-    def __init__(self, config: AutoencoderConfig, outputs: int, inputs: int = 3) -> None:
+    def __init__(self, config: AutoencoderConfig, out_channels: int, in_channels: int = 3) -> None:
         super().__init__()
         width = config.channels
-        self.patch = config.patch
-        self.conv_in = nn.Conv2d(inputs * config.patch**2, width, 3, padding=1)
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(in_channels * config.patch_size**2, width, 3, padding=1)
         levels = []
-        for number, (channels, attention) in enumerate(config.levels(), start=1):
-            last = number == len(config.multipliers)
-            widths = [width, *[channels] * config.blocks]
-            levels.append(Level(widths, attention, None if last else Halve(channels)))
+        for number, (channels, has_attention) in enumerate(config.levels(), start=1):
+            last = number == len(config.channel_mult)
+            widths = [width, *[channels] * config.num_res_blocks]
+            levels.append(Level(widths, has_attention, None if last else Downsample(channels)))
             width = channels
         self.down = nn.ModuleList(levels)
         self.mid = Middle(width)
-        self.norm_out = norm(width)
-        self.conv_out = nn.Conv2d(width, outputs, 3, padding=1)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, outputs, S / f, S / f)."""
-        x = self.conv_in(laid_for_convolutions(F.pixel_unshuffle(image, self.patch)))
+        """(B, 3, S, S) -> (B, out_channels, S / f, S / f)."""
+        x = self.conv_in(channels_last_on_cpu(F.pixel_unshuffle(image, self.patch_size)))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
-    """A grid of vectors to pictures. `up` goes from the smallest side to the largest."""
+    """A grid of vectors to pictures. `up` goes from the smallest resolution to the full one."""
 
-    def __init__(self, config: AutoencoderConfig, outputs: int = 3) -> None:
+    def __init__(self, config: AutoencoderConfig, out_channels: int = 3) -> None:
         super().__init__()
-        sides = list(reversed(config.levels()))
-        width = sides[0][0]
-        self.conv_in = nn.Conv2d(config.latent, width, 3, padding=1)
+        resolutions = list(reversed(config.levels()))
+        width = resolutions[0][0]
+        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
         self.mid = Middle(width)
         levels = []
-        for number, (channels, attention) in enumerate(sides, start=1):
-            last = number == len(sides)
-            widths = [width, *[channels] * (config.blocks + 1)]
-            levels.append(Level(widths, attention, None if last else Double(channels)))
+        for number, (channels, has_attention) in enumerate(resolutions, start=1):
+            last = number == len(resolutions)
+            widths = [width, *[channels] * (config.num_res_blocks + 1)]
+            levels.append(Level(widths, has_attention, None if last else Upsample(channels)))
             width = channels
         self.up = nn.ModuleList(levels)
-        self.norm_out = norm(width)
-        self.patch = config.patch
-        self.conv_out = nn.Conv2d(width, outputs * config.patch**2, 3, padding=1)
+        self.norm_out = group_norm(width)
+        self.patch_size = config.patch_size
+        self.conv_out = nn.Conv2d(width, out_channels * config.patch_size**2, 3, padding=1)
 
-    def forward(self, grid: Tensor) -> Tensor:
-        """(B, latent, S / f, S / f) -> (B, 3, S, S)."""
-        x = self.mid(self.conv_in(laid_for_convolutions(grid)))
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, z_channels, S / f, S / f) -> (B, 3, S, S)."""
+        x = self.mid(self.conv_in(channels_last_on_cpu(z)))
         for level in self.up:
             x = level(x)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
 
 class PatchDiscriminator(nn.Module):
-    """A logit for each patch of a picture (Isola et al. 2017, as VQGAN's): convolutions of 4 x 4.
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004) as in VQGAN: one logit for each patch.
 
     Args:
-        channels: next to the picture [ndf].
-        layers: of stride 2 [n_layers].
+        channels: Number of channels after the first convolution [ndf].
+        num_layers: Number of convolutions of stride 2 [n_layers].
+        in_channels: Number of channels of the pictures [input_nc].
     """
 
-    def __init__(self, channels: int = 64, layers: int = 3, inputs: int = 3) -> None:
+    def __init__(self, channels: int = 64, num_layers: int = 3, in_channels: int = 3) -> None:
         super().__init__()
-        widths = [channels * min(2**k, 8) for k in range(layers + 1)]
-        made: list[nn.Module] = [nn.Conv2d(inputs, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        widths = [channels * min(2**k, 8) for k in range(num_layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for number, (a, b) in enumerate(zip(widths, widths[1:], strict=False), start=1):
-            stride = 1 if number == layers else 2
-            made += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.BatchNorm2d(b)]
-            made += [nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*made, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+            stride = 1 if number == num_layers else 2
+            layers += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.BatchNorm2d(b)]
+            layers += [nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> logits (B, 1, s, s)."""
         return torch.as_tensor(self.main(image))
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """What stands behind each activation, from the picture on."""
-        seen = []
+        """Feature maps after each activation, from the first on."""
+        features, x = [], image
         for layer in list(self.main)[:-1]:
-            image = layer(image)
+            x = layer(x)
             if isinstance(layer, nn.LeakyReLU):
-                seen.append(image)
-        return seen
+                features.append(x)
+        return features

@@ -1,72 +1,90 @@
-"""How a decoded picture looks: what VQGAN (Esser et al. 2021, arXiv:2012.09841, section 3.1) and
-latent diffusion (Rombach et al. 2022, arXiv:2112.10752, appendix G) ask of their autoencoders.
+"""The losses of an autoencoder that is trained to look right: VQGAN (Esser et al. 2021,
+arXiv:2012.09841, section 3.1) and latent diffusion (Rombach et al. 2022, arXiv:2112.10752,
+appendix G).
 
-    equation 5      `judged`: the discriminator's loss, a hinge in the authors' code
-    equation 7      `adaptive_weight`: the adversary gets the weight at which its gradient in the
-                    decoder's last layer is as long as the reconstruction's
+    L_rec             |x - x^| plus LPIPS(x, x^)                    `perceptual_distance`
+    equation 5        L_GAN, a hinge loss in the authors' code      `hinge_disc_loss`
+    equations 6, 7    L_rec + lambda L_GAN, with
+                      lambda = |grad L_rec| / (|grad L_GAN| + delta) `adaptive_disc_weight`
+                      and gradients in the decoder's last kernel
 
-The perceptual distance is LPIPS where the user has its networks; else the mean distance of what the
-discriminator sees in both pictures (feature matching, Larsen et al. 2016, arXiv:1512.09300), which
-needs no network from elsewhere.
+Departure: users who have no files of LPIPS get another perceptual distance, the mean difference of
+the discriminator's features (feature matching, Larsen et al. 2016, arXiv:1512.09300).
+
+Axes: B pictures, S side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lineage.nn.autoencoder import PatchDiscriminator
-from lineage.nn.gan import accepted, rejected
 from lineage.nn.perceptual import LPIPS
 
-LARGEST = 1e4  # that the adaptive weight becomes
+DELTA = 1e-4
+"""Constant in the denominator of equation 7."""
+MAX_WEIGHT = 1e4
+"""Bound of the adaptive weight, as in the authors' code."""
 
 
-def psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of squared errors of pixels in [-1, 1], whose peak is 2."""
-    return 10 * (4 / error.clamp(min=1e-10)).log10()
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, from the squared error of pixels in [-1, 1]."""
+    return 10 * (4 / mse.clamp(min=1e-10)).log10()  # the peak is 2
 
 
-def adaptive_weight(reconstruction: Tensor, adversary: Tensor, last: Tensor) -> Tensor:
-    """Equation 7: |d reconstruction / d last| / (|d adversary / d last| + 0.0001), at most 10,000.
+def adaptive_disc_weight(nll_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """Equation 7: |grad nll_loss| / (|grad generator_loss| + delta), without gradient.
 
     Args:
-        last: the decoder's last kernel.
+        nll_loss: Reconstruction loss of the decoder.
+        generator_loss: Adversarial loss of the decoder.
+        last_layer: Kernel of the decoder's last convolution, in which the gradients are taken.
     """
-    lengths = [
-        torch.autograd.grad(loss, last, retain_graph=True)[0].float().norm()
-        for loss in (reconstruction, adversary)
-    ]
-    return (lengths[0] / (lengths[1] + 1e-4)).clamp(max=LARGEST).detach()
+    nll_norm, generator_norm = (
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        for loss in (nll_loss, generator_loss)
+    )
+    return (nll_norm / (generator_norm + DELTA)).clamp(max=MAX_WEIGHT).detach()
 
 
 def perceptual_distance(
-    look: PatchDiscriminator, lpips: Sequence[LPIPS], image: Tensor, decoded: Tensor
+    disc: PatchDiscriminator, lpips: LPIPS | None, image: Tensor, decoded: Tensor
 ) -> Tensor:
-    """How far apart two pictures (B, 3, S, S) look, a mean over rows.
+    """Perceptual distance of two batches of pictures (B, 3, S, S), a mean over rows.
 
     Args:
-        lpips: none, or one.
+        disc: Discriminator, whose features are compared if there is no LPIPS.
+        lpips: The distance of LPIPS, or None.
+        image: Pictures, which get no gradient.
+        decoded: Their reconstructions.
     """
-    if lpips:
-        return lpips[0].to(image.device)(image, decoded.float()).mean()
+    if lpips is not None:
+        return lpips(image, decoded.float()).mean()
     with torch.no_grad():
-        real = look.features(image)
-    pairs = zip(real, look.features(decoded), strict=True)
-    return torch.stack([F.l1_loss(b.float(), a.float()) for a, b in pairs]).mean()
+        real = disc.features(image)
+    pairs = zip(real, disc.features(decoded), strict=True)
+    return torch.stack([F.l1_loss(fake.float(), real.float()) for real, fake in pairs]).mean()
 
 
-def judged(
-    look: PatchDiscriminator, image: Tensor, decoded: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The discriminator's turn: loss terms, and how often it is right."""
-    real, fake = look(image).float(), look(decoded.detach()).float()
-    facts = {
-        "accuracy_real": (real > 0).float().mean(),
-        "accuracy_fake": (fake < 0).float().mean(),
-    }
-    terms = {"real": accepted(real, "hinge"), "fake": rejected(fake, "hinge")}
-    return {name: 0.5 * each.mean() for name, each in terms.items()}, facts
+def hinge_disc_loss(
+    disc: PatchDiscriminator, image: Tensor, decoded: Tensor
+) -> tuple[dict[str, Tensor], Callable[[], dict[str, Tensor]]]:
+    """The discriminator's loss: 1/2 mean max(0, 1 - D(x)) + 1/2 mean max(0, 1 + D(x^)).
+
+    Returns:
+        Both terms, and a function that returns the share of patches that D classifies correctly.
+    """
+    real, fake = disc(image).float(), disc(decoded.detach()).float()
+
+    def metrics() -> dict[str, Tensor]:
+        return {
+            "accuracy_real": (real > 0).float().mean(),
+            "accuracy_fake": (fake < 0).float().mean(),
+        }
+
+    terms = {"real": 0.5 * F.relu(1 - real).mean(), "fake": 0.5 * F.relu(1 + fake).mean()}
+    return terms, metrics

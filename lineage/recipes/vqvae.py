@@ -1,17 +1,17 @@
-"""Recipe `vqvae`: a VQ-VAE, the codes of the data, and the transformer that writes them."""
+"""Recipe `vqvae`: a VQ-VAE, then a transformer over its codes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
-from lineage.config import OptimConfig, TextConfig, TrainConfig
+from lineage.config import OptimConfig, TextConfig, TrainConfig, configuration
 from lineage.errors import UserError
 from lineage.recipes.codes_prior import (
     SMALL_PRIOR,
     SMOKE_PRIOR,
     TINY_PRIOR,
     CodesConfig,
-    codec_stages,
+    codec_and_prior,
 )
 from lineage.text.tokenizer import Tokenizer
 from lineage.training.stage import Stage
@@ -21,100 +21,129 @@ from lineage.vqvae.transformer import TransformerConfig
 from lineage.vqvae.vqvae import VQVAE, VQVAEConfig
 
 
-@dataclass(frozen=True)
+@configuration
 class Config(CodesConfig):
     """A run of `vqvae`."""
 
     codec: VQVAEConfig = field(default_factory=VQVAEConfig)
 
     def with_recipe(self, name: str) -> Config:
-        """`collapse`: what becomes of a codebook without its helpers: eight times as many codes
-        that start from random numbers, are moved by their loss alone, and are never restarted.
+        """The run changed by the recipe `name`.
+
+        `collapse` shows a codebook without remedies: eight times as many codes, which start from
+        random numbers, are moved by their loss and are never restarted.
+
+        Raises:
+            UserError: for another name.
         """
         if name != "collapse":
             raise UserError(f"vqvae has no recipe {name!r}: collapse.")
         quantiser = self.codec.quantiser
-        lost = replace(
-            quantiser, codes=8 * quantiser.codes, codebook="loss", start="normal", restart=0.0
+        collapsing = replace(
+            quantiser,
+            num_codes=8 * quantiser.num_codes,
+            update="loss",
+            init="normal",
+            restart_threshold=0.0,
         )
-        return replace(self, codec=replace(self.codec, quantiser=lost))
+        return replace(self, codec=replace(self.codec, quantiser=collapsing))
 
 
 PRESETS = {
     # Seconds, for tests: every part is there, at its smallest.
     "smoke": Config(
-        key="vqvae",
-        preset="smoke",
         size=16,
         encoder=TextConfig(width=16),
         optim=OptimConfig(lr=2e-3, warmup=10),
-        train=TrainConfig(steps=20, batch=8, checkpoint_every=10, sample_every=20, log_every=5),
-        codec_optim=OptimConfig(lr=2e-3, warmup=10, average=0.9),
-        codec_batch=8,
-        kept=16,
-        codec=VQVAEConfig(QuantiserConfig(16, 8), 8, 8, 1),
+        train=TrainConfig(
+            max_steps=20, batch_size=8, checkpoint_every=10, sample_every=20, log_every=5
+        ),
+        codec_optim=OptimConfig(lr=2e-3, warmup=10, ema_decay=0.9),
+        codec_batch_size=8,
+        cache_size=16,
+        codec=VQVAEConfig(
+            quantiser=QuantiserConfig(num_codes=16, code_dim=8),
+            channels=8,
+            res_channels=8,
+            num_res_blocks=1,
+        ),
         model=SMOKE_PRIOR,
     ),
     # Minutes on two CPU cores. Few codes: each is seen more often, and with 32 of them a green edge
     # is drawn with the same codes in every shape (results/vqvae: trials.md, knobs.json).
     "tiny": Config(
-        key="vqvae",
-        preset="tiny",
         size=32,
         encoder=TextConfig(width=128),
-        optim=OptimConfig("muon", lr=2e-3, warmup=100, average=0.99),
-        train=TrainConfig(minutes=5, batch=32, checkpoint_every=500, sample_every=1000),
+        optim=OptimConfig(name="muon", lr=2e-3, warmup=100, ema_decay=0.99),
+        train=TrainConfig(minutes=5, batch_size=32, checkpoint_every=500, sample_every=1000),
         codec_share=0.15,
-        codec_optim=OptimConfig(lr=4e-3, warmup=50, average=0.99, weight_decay=0.0),
-        codec_batch=32,
-        codec=VQVAEConfig(QuantiserConfig(32, 16), 64, 32, 2),
+        codec_optim=OptimConfig(lr=4e-3, warmup=50, ema_decay=0.99, weight_decay=0.0),
+        codec_batch_size=32,
+        codec=VQVAEConfig(
+            quantiser=QuantiserConfig(num_codes=32, code_dim=16),
+            channels=64,
+            res_channels=32,
+            num_res_blocks=2,
+        ),
         model=TINY_PRIOR,
     ),
     # One GPU of 8 GB, under an hour: 64 codes of 8 x 8 pixels.
     "small": Config(
-        key="vqvae",
-        preset="small",
         size=64,
         encoder=TextConfig(width=256),
-        optim=OptimConfig(lr=6e-4, warmup=500, average=0.999),
-        train=TrainConfig(minutes=55, batch=128, checkpoint_every=1000, sample_every=2000),
+        optim=OptimConfig(lr=6e-4, warmup=500, ema_decay=0.999),
+        train=TrainConfig(minutes=55, batch_size=128, checkpoint_every=1000, sample_every=2000),
         codec_share=0.2,
-        codec_optim=OptimConfig(lr=1e-3, warmup=200, average=0.999, weight_decay=0.0),
-        codec_batch=128,
-        kept=65_536,
-        codec=VQVAEConfig(QuantiserConfig(1024, 32), 128, 64, 2, 3),
+        codec_optim=OptimConfig(lr=1e-3, warmup=200, ema_decay=0.999, weight_decay=0.0),
+        codec_batch_size=128,
+        cache_size=65_536,
+        codec=VQVAEConfig(
+            quantiser=QuantiserConfig(num_codes=1024, code_dim=32),
+            channels=128,
+            res_channels=64,
+            num_res_blocks=2,
+            num_downsamples=3,
+        ),
         model=SMALL_PRIOR,
     ),
     # Section 4.1 and 4.2: 128 pixels, 32 x 32 codes of 512, 256 channels, Adam at 0.0002, batches
     # of 128, 250,000 steps; the codebook moved by its loss. The authors' prior is a PixelCNN.
     "paper": Config(
-        key="vqvae",
-        preset="paper",
         size=128,
-        encoder=TextConfig(tokenizer="bpe", vocabulary=8192, words=64, width=512),
-        optim=OptimConfig(lr=3e-4, warmup=2000, average=0.999),
-        train=TrainConfig(steps=500_000, batch=128, checkpoint_every=2000, sample_every=10_000),
+        encoder=TextConfig(tokenizer="bpe", vocab_size=8192, max_words=64, width=512),
+        optim=OptimConfig(lr=3e-4, warmup=2000, ema_decay=0.999),
+        train=TrainConfig(
+            max_steps=500_000, batch_size=128, checkpoint_every=2000, sample_every=10_000
+        ),
         codec_share=0.5,
         codec_optim=OptimConfig(
-            "adam",
+            name="adam",
             lr=2e-4,
             beta2=0.999,
             weight_decay=0.0,
             warmup=0,
             decay="none",
-            clip=0.0,
-            average=0.0,
+            grad_clip=0.0,
+            ema_decay=0.0,
         ),
-        codec_batch=128,
-        kept=200_000,
+        codec_batch_size=128,
+        cache_size=200_000,
         codec=VQVAEConfig(
-            QuantiserConfig(512, 64, codebook="loss", start="normal", restart=0.0), 256, 256, 2, 2
+            quantiser=QuantiserConfig(
+                num_codes=512, code_dim=64, update="loss", init="normal", restart_threshold=0.0
+            ),
+            channels=256,
+            res_channels=256,
+            num_res_blocks=2,
+            num_downsamples=2,
         ),
-        model=PriorConfig(TransformerConfig(512, 12, 8), places=64),
+        model=PriorConfig(
+            transformer=TransformerConfig(width=512, num_layers=12, num_heads=8), text_len=64
+        ),
     ),
 }
 
 
 def stages(config: Config, tokenizer: Tokenizer) -> list[Stage]:
-    """`codec`, `codes`, `prior`."""
-    return codec_stages(config, tokenizer, lambda: VQVAE(config.codec))
+    """`codec`, `prior`."""
+    return codec_and_prior(config, VQVAE, {"config": config.codec}, tokenizer)

@@ -1,16 +1,18 @@
 """Tokenisers and text encoders, shared by all families.
 
-make_tokenizer(kind, captions, size)   `word` or `bpe`, trained from captions
-make_encoder(name, config, tokenizer)  `bag`, `lstm` or `transformer`, untrained
-TextEncoder, TextFeatures              the contract that every family reads
+make_tokenizer(kind, captions, vocab_size)   `word` or `bpe`, trained from captions
+make_encoder(name, config, tokenizer)        an untrained encoder
+EncoderSpec(name, config, tokenizer)         the same as an argument of a stage
+TextEncoder, TextFeatures                    the contract that every family reads
 """
 
 from lineage.text.contract import TextEncoder, TextFeatures
-from lineage.text.encoders import ENCODERS, make_encoder
+from lineage.text.encoders import ENCODERS, EncoderSpec, make_encoder
 from lineage.text.tokenizer import Tokenizer, make_tokenizer, tokenizer_from_json
 
 __all__ = [
     "ENCODERS",
+    "EncoderSpec",
     "TextEncoder",
     "TextFeatures",
     "Tokenizer",

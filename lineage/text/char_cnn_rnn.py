@@ -1,18 +1,20 @@
-"""`char_cnn_rnn`: captions letter by letter (Reed et al. 2016, arXiv:1605.05395, section 4).
+"""`char_cnn_rnn`: captions character by character (Reed et al. 2016, arXiv:1605.05395, section 4).
 
-The text encoder of GAN-INT-CLS and StackGAN. A temporal convolutional network reads the letters and
-halves the line until a few places are left, a recurrent network reads those, and the sentence is
-the mean of its states. It needs no vocabulary: a word that it never saw is a row of letters that it
-did. What it learns from is `lineage/cgan/joint_embedding.py`.
+The text encoder of GAN-INT-CLS and StackGAN. A temporal convolutional network reads the characters
+and shortens the sequence to a few positions; a recurrent network reads these, and the sentence is
+the mean of its states. It needs no vocabulary: a new or misspelt word is a sequence of known
+characters. `lineage/cgan/joint_embedding.py` trains it.
 
-    201 letters of 70, one-hot
-    convolution over 4, ReLU, largest of 3        66 places, 384 channels
-    convolution over 4, ReLU, largest of 3        21 places, 512 channels
-    convolution over 4, ReLU, largest of 3 by 2    8 places
+    201 characters of 70, one-hot
+    convolution of 4, ReLU, max pooling of 3         66 positions, 384 channels
+    convolution of 4, ReLU, max pooling of 3         21 positions, 512 channels
+    convolution of 4, ReLU, max pooling of 3 by 2     8 positions
     recurrent network, mean of its states, linear
 
-Departures: a GRU in place of the authors' own recurrent unit; the mean leaves out places that see
-no letter; what is not in the alphabet is a column of zeros.
+Departures: a GRU in place of the authors' own recurrent unit; the mean leaves out positions that
+cover no character of the caption; a character outside the alphabet is a column of zeros.
+
+Axes: B captions, T characters, L positions, C channels, D width of words and sentence.
 """
 
 from __future__ import annotations
@@ -27,73 +29,76 @@ from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.text.tokenizer import Tokenizer
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
-"""The letters of Zhang et al. 2015, and the blank: 70, the hyphen twice as in their list."""
+"""The alphabet of Zhang et al. 2015, and the blank: 70, with the hyphen twice as in their list."""
 
 _KERNEL, _POOLS = 4, ((3, 3), (3, 3), (3, 2))  # (width, stride) of each pooling
-_STRIDE = 18  # letters from one place to the next
+_STRIDE = 18  # characters from one position to the next
 
 
-def places(letters: int) -> int:
-    """How many places are left of a line of `letters`; 0 or less if it is too short."""
+def num_positions(num_chars: int) -> int:
+    """L for a sequence of `num_chars`; 0 or less if it is too short."""
     for width, stride in _POOLS:
-        letters = (letters - _KERNEL + 1 - width) // stride + 1
-    return letters
+        num_chars = (num_chars - _KERNEL + 1 - width) // stride + 1
+    return num_chars
 
 
 class CharCNNRNN(TextEncoder):
-    """The encoder. `words` are the places, each the state after some 18 more letters.
+    """The encoder. A "word" is a position: the recurrent state after about 18 more characters.
 
     Args:
-        config: `letters` read of a caption, `channels` of the first convolution (a third more in
-            the others), `width` of words and sentence.
-        tokenizer: not used; letters are all it reads.
+        config: `max_chars` of a caption, `conv_channels` of the first convolution (the others have
+            a third more), `width` of words and sentence.
+        tokenizer: Not used; every encoder takes one.
     """
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
-        if places(config.letters) < 1:
-            raise UserError(f"encoder.letters={config.letters} is too short a line; try 201.")
-        self.config, self.width = config, config.width
-        self.number = {letter: i for i, letter in enumerate(ALPHABET)}
-        inner = config.channels * 4 // 3
-        widths = (len(ALPHABET), config.channels, inner, inner)
-        self.convolutions = nn.ModuleList(
+        if num_positions(config.max_chars) < 1:
+            raise UserError(f"encoder.max_chars={config.max_chars} is too short; try 201.")
+        self.config = config
+        self.word_dim = self.sentence_dim = config.width
+        self.char_ids = {char: i for i, char in enumerate(ALPHABET)}
+        channels = config.conv_channels * 4 // 3
+        widths = (len(ALPHABET), config.conv_channels, channels, channels)
+        self.convs = nn.ModuleList(
             nn.Conv1d(a, b, _KERNEL) for a, b in zip(widths, widths[1:], strict=False)
         )
-        self.recurrent = nn.GRU(inner, inner, batch_first=True)
-        self.project = nn.Linear(inner, config.width)
+        self.rnn = nn.GRU(channels, channels, batch_first=True)
+        self.proj = nn.Linear(channels, config.width)
 
     def encode(self, captions: list[str]) -> TextFeatures:
-        limit = self.config.letters
-        texts = [caption.lower().strip()[:limit] for caption in captions]
-        rows = [[self.number.get(letter, -1) for letter in text] for text in texts]
-        padded = torch.tensor([row + [-1] * (limit - len(row)) for row in rows])  # (B, letters)
+        max_chars = self.config.max_chars
+        rows = [[self.char_ids.get(char, -1) for char in self._cut(c)] for c in captions]
+        chars = torch.tensor([row + [-1] * (max_chars - len(row)) for row in rows])  # (B, T)
         lengths = torch.tensor([len(row) for row in rows])
-        device = self.project.weight.device
-        return self(padded.to(device, non_blocking=True), lengths.to(device, non_blocking=True))
+        device = self.proj.weight.device
+        return self(chars.to(device, non_blocking=True), lengths.to(device, non_blocking=True))
 
-    def forward(self, letters: Tensor, lengths: Tensor) -> TextFeatures:
-        """letters (B, T) numbers, -1 for none; lengths (B,) -> features with L places."""
-        one_hot = F.one_hot(letters + 1, len(ALPHABET) + 1)[..., 1:].to(self.project.weight.dtype)
+    def forward(self, chars: Tensor, lengths: Tensor) -> TextFeatures:
+        """chars (B, T) numbers, -1 for none, and lengths (B,) -> features of L positions."""
+        one_hot = F.one_hot(chars + 1, len(ALPHABET) + 1)[..., 1:].to(self.proj.weight.dtype)
         x = one_hot.transpose(1, 2)  # (B, 70, T)
-        for convolution, (width, stride) in zip(self.convolutions, _POOLS, strict=True):
-            x = F.max_pool1d(F.relu(convolution(x)), width, stride)
-        states, _ = self.recurrent(x.transpose(1, 2))  # (B, L, C)
-        starts = torch.arange(states.shape[1], device=letters.device) * _STRIDE
+        for conv, (width, stride) in zip(self.convs, _POOLS, strict=True):
+            x = F.max_pool1d(F.relu(conv(x)), width, stride)
+        states, _ = self.rnn(x.transpose(1, 2))  # (B, L, C)
+        starts = torch.arange(states.shape[1], device=chars.device) * _STRIDE
         mask = (starts < lengths[:, None]) | (starts == 0)  # (B, L)
-        words = self.project(states) * mask[..., None]
+        words = self.proj(states) * mask[..., None]
         return TextFeatures(
             words=words,
             mask=mask,
             sentence=words.sum(1) / mask.sum(1, keepdim=True),
-            ids=(letters[:, starts] + 2) * mask,
+            ids=(chars[:, starts] + 2) * mask,  # 1 for a character outside the alphabet
         )
 
-    def pieces(self, caption: str) -> list[str]:
-        text = caption.lower().strip()[: self.config.letters]
-        length = places(self.config.letters)
+    def tokens(self, caption: str) -> list[str]:
+        text = self._cut(caption)
         starts = range(0, max(1, len(text)), _STRIDE)
-        return [text[start : start + _STRIDE].strip() for start in starts][:length]
+        parts = [text[start : start + _STRIDE].strip() for start in starts]
+        return parts[: num_positions(self.config.max_chars)]
 
     def null(self, count: int) -> TextFeatures:
         return self.encode([""] * count)
+
+    def _cut(self, caption: str) -> str:
+        return caption.lower().strip()[: self.config.max_chars]

@@ -1,121 +1,109 @@
-"""Text encoders, shared by all families: `bag`, `lstm` and `transformer` under the contract of
-`text/contract.py`.
+"""Text encoders, shared by all families: `bag`, `lstm`, `transformer`, and all others by name.
 
-    bag          a table of word vectors; the sentence is their mean. Knows no order: "a red circle
-                 above a blue square" and "a blue square above a red circle" are one to it.
-    lstm         bidirectional LSTM (Hochreiter and Schmidhuber 1997) as in AttnGAN (Xu et al. 2018,
+    bag          Embeddings of words; the sentence is their mean. It ignores order: "a red circle
+                 above a blue square" and "a blue square above a red circle" are the same.
+    lstm         Bidirectional LSTM (Hochreiter and Schmidhuber 1997) as in AttnGAN (Xu et al. 2018,
                  section 3.2): a word is its two hidden states, the sentence the last state of each
-                 direction. A GRU fits too.
-    transformer  pre-norm causal transformer as the text side of CLIP (Radford et al. 2021, section
-                 2.4); the sentence is the state at the last word. Departure: CLIP appends an end
-                 token and reads that; here the mask means words alone, so the last word takes its
-                 place (causal attention lets it see all others).
+                 direction. `encoder.cell=gru` takes a GRU.
+    transformer  Pre-norm causal transformer, as the text encoder of CLIP (Radford et al. 2021,
+                 section 2.4); the sentence is the state at the last word. Departure: CLIP appends
+                 an end token and reads the state there. Here the mask covers words only, so the
+                 last word takes its place: causal attention lets it attend to all others.
 
-`char_cnn_rnn`, `bert` and `glide` have files of their own, as has `pretrained:NAME`.
+    char_cnn_rnn              Reed's encoder of characters (`char_cnn_rnn.py`)
+    bert, glide               encoders of diffusion models that attend to the padding (`padded.py`)
+    pretrained:NAME           a frozen model of Hugging Face (`pretrained.py`)
+    joined:NAME+NAME          several of these together, as in SDXL and SD3 (`joined.py`)
+
+Axes: B captions, L words, D width of words and sentence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineage.config import TextConfig
+from lineage.config import TextConfig, to_dict
 from lineage.errors import UserError, nearest
-from lineage.nn.attention import Attention
+from lineage.nn.transformer import TransformerBlock
 from lineage.text.char_cnn_rnn import CharCNNRNN
 from lineage.text.contract import TextEncoder
+from lineage.text.joined import JOINED, JoinedEncoder, split_names
 from lineage.text.padded import BertEncoder, GlideEncoder
 from lineage.text.pretrained import PRETRAINED, PretrainedEncoder
+from lineage.text.token_encoder import TokenEncoder
 from lineage.text.tokenizer import Tokenizer
-from lineage.text.tokens import TokenEncoder
 
 
 class BagEncoder(TokenEncoder):
-    """Word vectors and their mean. The baseline without word order."""
+    """Embeddings of words, and their mean: the baseline without word order."""
 
-    in_order = True
+    causal = True
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
-        words = self.table(ids)  # (B, L, D), zero on padding
+        words = self.token_emb(ids)  # (B, L, D), zero on padding
         return words, words.sum(1) / mask.sum(1, keepdim=True)
 
 
 class LSTMEncoder(TokenEncoder):
-    """Bidirectional LSTM, or GRU; each direction has half of the width."""
+    """Bidirectional LSTM or GRU; each direction has half of the width."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
-        super().__init__(config, tokenizer, config.inputs)
+        super().__init__(config, tokenizer, config.embed_dim)
         if config.width % 2:
             raise UserError(
                 f"The lstm encoder needs an even width, not encoder.width={config.width}."
             )
-        kind = nn.LSTM if config.cell == "lstm" else nn.GRU
+        cell = nn.LSTM if config.cell == "lstm" else nn.GRU
         self.dropout = nn.Dropout(config.dropout)
-        self.lstm = kind(
-            self.table.embedding_dim,
+        self.rnn = cell(
+            self.token_emb.embedding_dim,
             config.width // 2,
-            config.layers,
+            config.num_layers,
             batch_first=True,
             bidirectional=True,
         )
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
         packed = nn.utils.rnn.pack_padded_sequence(
-            self.dropout(self.table(ids)),
+            self.dropout(self.token_emb(ids)),
             mask.sum(1).cpu(),
             batch_first=True,
             enforce_sorted=False,
         )
-        states, last = self.lstm(packed)
-        last = last[0] if isinstance(last, tuple) else last  # (layers * 2, B, D / 2)
+        states, last = self.rnn(packed)
+        last = last[0] if isinstance(last, tuple) else last  # (2 num_layers, B, D / 2)
         words, _ = nn.utils.rnn.pad_packed_sequence(
             states, batch_first=True, total_length=ids.shape[1]
         )
         return words, torch.cat([last[-2], last[-1]], dim=1)
 
 
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x), mask=mask)
-        return x + self.mlp(self.norm2(x))
-
-
 class TransformerEncoder(TokenEncoder):
-    """Causal transformer. Padding stands behind the words, so causal attention never reaches it."""
+    """Causal transformer. Padding follows the words, so that no word attends to it."""
 
-    in_order = True
+    causal = True
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
-        self.position = nn.Parameter(torch.randn(config.words, config.width) * 0.01)
+        self.pos_emb = nn.Parameter(torch.randn(config.max_words, config.width) * 0.01)
         self.blocks = nn.ModuleList(
-            TransformerBlock(config.width, config.heads) for _ in range(config.layers)
+            TransformerBlock(config.width, config.num_heads) for _ in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
         length = ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # (L, L)
-        x = self.table(ids) + self.position[:length]  # (B, L, D)
+        causal_mask = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        x = self.token_emb(ids) + self.pos_emb[:length]  # (B, L, D)
         for block in self.blocks:
-            x = block(x, causal)
+            x = block(x, causal_mask)
         words = self.norm(x)
-        last = mask.sum(1) - 1  # (B,) place of the last word
+        last = mask.sum(1) - 1  # (B,) position of the last word
         return words * mask[..., None], words[torch.arange(len(ids), device=ids.device), last]
 
 
@@ -127,15 +115,51 @@ ENCODERS: dict[str, Callable[[TextConfig, Tokenizer], TextEncoder]] = {
     "bert": BertEncoder,
     "glide": GlideEncoder,
 }
+"""Encoders that need nothing but sizes and a tokeniser, by name."""
 
 
 def make_encoder(name: str, config: TextConfig, tokenizer: Tokenizer) -> TextEncoder:
-    """The encoder called `name`, untrained, or `pretrained:` and a folder or name of the hub.
+    """The untrained encoder called `name`; see the header for names.
 
-    Raises `UserError` for a name there is not.
+    Raises:
+        UserError: there is no encoder of that name.
     """
+    if name.startswith(JOINED):
+        parts = split_names(name, config.width)
+        encoders = [
+            make_encoder(part, replace(config, width=width), tokenizer) for part, width in parts
+        ]
+        return JoinedEncoder(encoders, config)
     if name.startswith(PRETRAINED):
         return PretrainedEncoder(config, name.removeprefix(PRETRAINED))
     if name not in ENCODERS:
-        raise UserError(f"There is no text encoder {name!r}: {nearest(name, ENCODERS)}")
+        names = [*ENCODERS, f"{JOINED}NAME+NAME", f"{PRETRAINED}NAME"]
+        raise UserError(f"There is no text encoder {name!r}: {nearest(name, names)}")
     return ENCODERS[name](config, tokenizer)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """An encoder to be built: the argument of a stage, and part of its cache key.
+
+    Attributes:
+        name: Name of the encoder.
+        config: Sizes of the encoder.
+        tokenizer: Tokeniser of the run.
+    """
+
+    name: str
+    config: TextConfig
+    tokenizer: Tokenizer
+
+    def build(self) -> TextEncoder:
+        """The untrained encoder."""
+        return make_encoder(self.name, self.config, self.tokenizer)
+
+    def to_json(self) -> dict[str, Any]:
+        """Name, sizes and tokeniser as plain JSON values."""
+        return {
+            "name": self.name,
+            "config": to_dict(self.config),
+            "tokenizer": self.tokenizer.to_json(),
+        }

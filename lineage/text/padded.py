@@ -1,103 +1,90 @@
-"""Text encoders of diffusion models that read the padding too: every caption is `words` tokens
-long, each token sees all others, and what stands behind the last word is there to be attended to.
+"""Text encoders of diffusion models that attend to the padding: `bert` and `glide`.
 
-    bert   the encoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752, table 17): a
-           transformer after BERT's tokens, trained with the denoiser. It has no sentence; the mean
-           of its words stands for one.
-    glide  the encoder of GLIDE (Nichol et al. 2021, arXiv:2112.10741, section 4): padding is a
-           vector of its own at each place, and the sentence is the last place.
+Every caption has `max_words` tokens, and each token attends to all others. The vectors behind the
+last word are part of the result, for networks that attend to them.
 
-Axes: B captions, L words, D width.
+    bert   Encoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752, table 17): a
+           transformer on BERT's tokens, trained with the denoiser. It has no sentence vector; the
+           mean of its words takes that place.
+    glide  Encoder of GLIDE (Nichol et al. 2021, arXiv:2112.10741, section 4): the padding is a
+           learnt vector of each position, and the sentence is the vector at the last position.
+
+Axes: B captions, L = `max_words` positions, D width.
 """
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
-from lineage.nn.attention import Attention
-from lineage.text.contract import TextFeatures
-from lineage.text.tokenizer import PAD, Tokenizer
-from lineage.text.tokens import TokenEncoder
+from lineage.nn.transformer import TransformerBlock
+from lineage.text.token_encoder import TokenEncoder
+from lineage.text.tokenizer import Tokenizer
 
-BERT_HEADS, BERT_HEAD = 8, 64  # whatever the width
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). `attention` is one of a sequence to itself."""
-
-    def __init__(self, width: int, attention: Attention) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = attention
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+BERT_HEADS, BERT_HEAD_DIM = 8, 64
+"""Heads of latent diffusion's encoder at every width."""
 
 
 class PaddedEncoder(TokenEncoder):
-    """Tokens at their places, transformer blocks, a last norm."""
+    """Embeddings of tokens and positions, transformer blocks, a final norm."""
 
     padded = True
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
-        width = config.width
-        self.position = nn.Parameter(torch.randn(config.words, width) * 0.01)
-        self.blocks = nn.ModuleList(Block(width, self.attention()) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(width)
+        self.pos_emb = nn.Parameter(torch.randn(config.max_words, config.width) * 0.01)
+        self.blocks = nn.ModuleList(self.block() for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.width)
 
-    def attention(self) -> Attention:
-        """One block's attention."""
-        return Attention(self.config.width, self.config.heads)
-
-    def _features(self, rows: list[list[int]]) -> TextFeatures:
-        found = [row + [PAD] * (self.config.words - len(row)) for row in rows]
-        ids = torch.tensor(found).to(self.table.weight.device, non_blocking=True)
-        words, sentence = self(ids, ids != PAD)
-        return TextFeatures(words, ids != PAD, sentence, ids)
+    @abstractmethod
+    def block(self) -> TransformerBlock:
+        """A new block."""
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) -> (B, L, D)."""
-        # the padding's vector is learnt too, so the table is looked up without `padding_idx`
-        return F.embedding(ids, self.table.weight) + self.position
+        """(B, L) ids and mask -> (B, L, D)."""
+        # `self.token_emb(ids)` would give the vector of the padding no gradient
+        return F.embedding(ids, self.token_emb.weight) + self.pos_emb
 
-    def sentence(self, words: Tensor, mask: Tensor) -> Tensor:
-        """(B, L, D) -> (B, D)."""
-        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        return (words * share[..., None]).sum(1)
+    @abstractmethod
+    def pool(self, words: Tensor, mask: Tensor) -> Tensor:
+        """Words (B, L, D) and mask -> sentence (B, D)."""
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) ids and mask -> words (B, L, D), sentence (B, D)."""
         x = self.embed(ids, mask)
         for block in self.blocks:
             x = block(x)
         words = self.norm(x)
-        return words, self.sentence(words, mask)
+        return words, self.pool(words, mask)
 
 
 class BertEncoder(PaddedEncoder):
-    """Latent diffusion's: heads of 64 without biases."""
+    """Encoder of latent diffusion."""
 
-    def attention(self) -> Attention:
-        return Attention(self.config.width, BERT_HEADS, inner=BERT_HEADS * BERT_HEAD, bias=False)
+    def block(self) -> TransformerBlock:
+        inner_dim = BERT_HEADS * BERT_HEAD_DIM
+        return TransformerBlock(self.config.width, BERT_HEADS, inner_dim=inner_dim, bias=False)
+
+    def pool(self, words: Tensor, mask: Tensor) -> Tensor:
+        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        return (words * share[..., None]).sum(1)
 
 
 class GlideEncoder(PaddedEncoder):
-    """GLIDE's: padding is a vector for each place."""
+    """Encoder of GLIDE."""
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
-        self.padding = nn.Parameter(torch.randn(config.words, config.width) * 0.01)
+        self.pad_emb = nn.Parameter(torch.randn(config.max_words, config.width) * 0.01)
+
+    def block(self) -> TransformerBlock:
+        return TransformerBlock(self.config.width, self.config.num_heads)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask[..., None], super().embed(ids, mask), self.padding)
+        return torch.where(mask[..., None], super().embed(ids, mask), self.pad_emb)
 
-    def sentence(self, words: Tensor, mask: Tensor) -> Tensor:
+    def pool(self, words: Tensor, mask: Tensor) -> Tensor:
         return words[:, -1]

@@ -1,11 +1,11 @@
-"""`pretrained:NAME`: a text model of Hugging Face's, frozen. NAME is a folder, or an id of the hub.
+"""`pretrained:NAME`: a frozen text model of Hugging Face. NAME is a folder, or an id of the hub.
 
-A CLIP text model gives the words that Stable Diffusion attends to; of any other model the last
-hidden states serve. All `encoder.words` places are given, what stands behind the last word with
-mask False. The model is read when it is first asked, and is no part of a run's weights: a run on it
-needs it again.
+Words are the model's last hidden states. The sentence is CLIP's pooled output, or the mean of the
+words for other models. Every caption has `max_words` positions; behind the last word the mask is
+False. The weights are loaded at the first use. They are no part of a run, which needs the model
+again.
 
-Axes: B captions, L words, D width.
+Axes: B captions, L = `max_words` positions, D width.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lineage.errors import UserError
 from lineage.text.contract import TextEncoder, TextFeatures
 
 PRETRAINED = "pretrained:"
-CLIP = ("clip", "clip_text_model")  # in whose files the pictures' side may stand too
+CLIP = ("clip", "clip_text_model")  # types of a whole CLIP, and of its text model alone
 
 
 class PretrainedEncoder(TextEncoder):
     """A frozen text model.
 
     Args:
-        config: `width` must be the model's; captions are cut after `words` tokens.
-        name: a folder, or an id of the hub. In a folder of diffusers' layout the model lies in
+        config: `width` must be the model's; captions are cut after `max_words` tokens.
+        name: Folder, or id of the hub. In a folder of diffusers' layout the model is in
             `text_encoder` and its tokeniser in `tokenizer`.
     """
 
@@ -39,69 +39,77 @@ class PretrainedEncoder(TextEncoder):
         super().__init__()
         if not name:
             raise UserError("text=pretrained: lacks the model: name a folder or an id of the hub.")
-        self.config, self.name, self.width = config, name, config.width
-        self.register_buffer("here", torch.zeros(()), persistent=False)  # knows the device
-        self.here: Tensor
-        self._loaded: tuple[Any, Any] | None = None  # out of the way of `parameters`
+        self.config, self.name = config, name
+        self.word_dim = self.sentence_dim = config.width
+        self.register_buffer("device_tag", torch.zeros(()), persistent=False)  # moves with `.to`
+        self.device_tag: Tensor
+        self._loaded: tuple[Any, Any] | None = None  # in a tuple, so that it is no submodule
 
     def check(self) -> None:
-        self._read()
-
-    def _parts(self) -> tuple[Any, Any]:
-        """(tokeniser, model), read at the first call."""
-        tokenizer, model = self._read()
-        return tokenizer, model.to(self.here.device)
-
-    def _read(self) -> tuple[Any, Any]:
-        if self._loaded is None:
-            tokenizer, model = load_text_model(self.name)
-            width = getattr(model.config, "hidden_size", None) or model.config.d_model
-            if width != self.width:
-                raise UserError(
-                    f"{self.name} gives vectors of {width}: set encoder.width={width} (it is "
-                    f"{self.width})."
-                )
-            most = getattr(model.config, "max_position_embeddings", None)
-            if most is not None and "roberta" in model.config.model_type:
-                most -= 2  # the first two places are not for words
-            if most is not None and self.config.words > most:
-                raise UserError(
-                    f"{self.name} reads at most {most} tokens: set encoder.words={most} (it is "
-                    f"{self.config.words})."
-                )
-            self._loaded = (tokenizer, model.eval().requires_grad_(False))
-        return self._loaded
+        self._load()
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> TextFeatures:
-        tokenizer, model = self._parts()
-        found = tokenizer(
+        device = self.device_tag.device
+        tokenizer, model = self._load()
+        model.to(device)
+        inputs = tokenizer(
             captions,
             padding="max_length",
-            max_length=self.config.words,
+            max_length=self.config.max_words,
             truncation=True,
             return_attention_mask=True,
             return_tensors="pt",
-        ).to(self.here.device)
-        found["attention_mask"][:, 0] = 1  # an empty caption without a start has a place to look at
-        mask = found["attention_mask"].bool()
-        if model.config.model_type in CLIP:  # causal, and read with its padding, as it was trained
-            given = model(input_ids=found["input_ids"])
-            words, sentence = given.last_hidden_state, given.pooler_output
+        ).to(device)
+        # a tokeniser without a start token has no token at all for an empty caption
+        inputs["attention_mask"][:, 0] = 1
+        mask = inputs["attention_mask"].bool()
+        if model.config.model_type in CLIP:  # causal, and trained without a mask of the padding
+            output = model(input_ids=inputs["input_ids"])
+            words, sentence = output.last_hidden_state, output.pooler_output
         else:
-            words = model(**found).last_hidden_state
+            words = model(**inputs).last_hidden_state
             share = mask / mask.sum(1, keepdim=True)
             sentence = (words * share[..., None]).sum(1)
-        return TextFeatures(words.float(), mask, sentence.float(), found["input_ids"])
+        return TextFeatures(words.float(), mask, sentence.float(), inputs["input_ids"])
 
     def null(self, count: int) -> TextFeatures:
-        """The features of the empty caption."""
-        return self.encode([""])[torch.zeros(count, dtype=torch.int64, device=self.here.device)]
+        """Features of the empty caption."""
+        rows = torch.zeros(count, dtype=torch.int64, device=self.device_tag.device)
+        return self.encode([""])[rows]
 
-    def pieces(self, caption: str) -> list[str]:
-        tokenizer, _ = self._parts()
-        ids = tokenizer(caption, max_length=self.config.words, truncation=True)["input_ids"]
-        return [str(piece) for piece in tokenizer.convert_ids_to_tokens(ids)]
+    def tokens(self, caption: str) -> list[str]:
+        tokenizer, _ = self._load()
+        ids = tokenizer(caption, max_length=self.config.max_words, truncation=True)["input_ids"]
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+
+    def _load(self) -> tuple[Any, Any]:
+        """(tokeniser, model), read at the first call.
+
+        Raises:
+            UserError: the model cannot be read, or its sizes are not those of `config`.
+        """
+        if self._loaded is None:
+            tokenizer, model = load_text_model(self.name)
+            self._check_sizes(model.config)
+            self._loaded = (tokenizer, model.eval().requires_grad_(False))
+        return self._loaded
+
+    def _check_sizes(self, sizes: Any) -> None:
+        width = getattr(sizes, "hidden_size", None) or sizes.d_model
+        if width != self.word_dim:
+            raise UserError(
+                f"{self.name} has vectors of width {width}, not {self.word_dim}: set "
+                f"encoder.width={width}, or write NAME@{width} in text=joined:."
+            )
+        longest = getattr(sizes, "max_position_embeddings", None)
+        if longest is not None and "roberta" in sizes.model_type:
+            longest -= 2  # its first two positions are not for words
+        if longest is not None and self.config.max_words > longest:
+            raise UserError(
+                f"{self.name} reads at most {longest} tokens: set encoder.max_words={longest} (it "
+                f"is {self.config.max_words})."
+            )
 
 
 def load_text_model(name: str) -> tuple[Any, Any]:
@@ -124,17 +132,17 @@ def load_text_model(name: str) -> tuple[Any, Any]:
             "text=pretrained: needs transformers: pip install 'lineage-t2i[hub]'."
         ) from error
     folder = Path(name)
-    within = folder / "text_encoder"
-    places = (folder / "tokenizer", within) if within.is_dir() else (name, name)
+    inner = folder / "text_encoder"
+    tokenizer_path, model_path = (folder / "tokenizer", inner) if inner.is_dir() else (name, name)
     try:
-        config = AutoConfig.from_pretrained(places[1])
-        tokenizer = AutoTokenizer.from_pretrained(places[0], padding_side="right")
-        spare = tokenizer.eos_token or tokenizer.unk_token
-        tokenizer.pad_token = tokenizer.pad_token or spare
-        encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # as T5, without its decoder
-        kind: Any = AutoModelForTextEncoding if encodes else AutoModel
-        kind = CLIPTextModel if config.model_type in CLIP else kind
-        model = kind.from_pretrained(places[1])
+        config = AutoConfig.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, padding_side="right")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+        # of an encoder-decoder such as T5, the class that leaves the decoder out
+        encoder_only = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        cls: Any = AutoModelForTextEncoding if encoder_only else AutoModel
+        cls = CLIPTextModel if config.model_type in CLIP else cls
+        model = cls.from_pretrained(model_path)
         return tokenizer, model.get_encoder() if model.config.is_encoder_decoder else model
     except Exception as error:  # of many kinds: no folder, no file in it, no network, a broken file
         line = (str(error).splitlines() or [type(error).__name__])[0]

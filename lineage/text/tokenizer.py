@@ -1,13 +1,13 @@
-"""Tokenisers: captions to numbers, trained from the captions of the training set and saved with the
-run.
+"""Tokenisers: captions to token ids, trained from the captions of the training set and saved with
+the run.
 
-Two kinds under one contract:
-    `word`: one token a word; what training never saw becomes `<unk>` and is reported by `unknown`.
-    `bpe`: byte-level byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): frequent
-    words are one token,
-        rare ones several, and nothing is unknown, since every byte is a token.
+    word  One token for each word; a word outside the vocabulary becomes `<unk>`, and `unknown`
+          lists it.
+    bpe   Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in
+          GPT-2). Frequent words are one token, rare ones several; every byte is a token, so that
+          no text is unknown.
 
-Both are saved as plain JSON. Tokens 0, 1 and 2 mean the same everywhere: padding, unknown word, no
+Both are saved as plain JSON. Tokens 0, 1 and 2 are the same in both: padding, unknown word, no
 caption.
 """
 
@@ -36,63 +36,64 @@ def split_words(caption: str) -> list[str]:
 
 
 class Tokenizer(ABC):
-    """Captions to token numbers.
+    """Captions to token ids.
 
     Attributes:
-        kind: the name that `make_tokenizer` knows it by.
+        kind: Name for `make_tokenizer`.
     """
 
     kind: str
 
     @abstractmethod
     def encode(self, caption: str) -> list[int]:
-        """The token numbers of one caption, without padding; `[NULL]` for one without words."""
+        """Token ids of one caption, without padding; `[NULL]` for a caption without words."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that `ids` stand for, without special tokens."""
+        """The text of `ids`, without special tokens."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of tokens, special ones included."""
+        """Number of tokens, with the special ones."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """All that `from_json` needs."""
+        """Everything that `tokenizer_from_json` needs, as plain JSON values."""
 
     def unknown(self, caption: str) -> list[str]:
-        """The words of `caption` that have no token of their own."""
+        """Words of `caption` that have no token of their own."""
         return []
 
 
 class WordTokenizer(Tokenizer):
-    """One token a word, the most frequent first.
+    """One token for each word, the most frequent first.
 
     Args:
-        words: the vocabulary, without special tokens.
-        drop: read captions as AttnGAN's code does: cut at all that is no letter or digit, and
-            leave out what is not in the vocabulary instead of calling it unknown.
+        words: The vocabulary, without special tokens.
+        drop_unknown: If true, captions are split as in AttnGAN's code: at everything but letters
+            and digits, and words outside the vocabulary are left out instead of `<unk>`.
     """
 
     kind = "word"
 
-    def __init__(self, words: list[str], drop: bool = False) -> None:
-        self.words, self.drop = words, drop
-        self._number = {word: number for number, word in enumerate(words, start=len(SPECIAL))}
+    def __init__(self, words: list[str], drop_unknown: bool = False) -> None:
+        self.words, self.drop_unknown = words, drop_unknown
+        self._id = {word: i for i, word in enumerate(words, start=len(SPECIAL))}
 
     @classmethod
-    def train(cls, captions: Iterable[str], size: int) -> WordTokenizer:
-        """The `size` most frequent words.
+    def train(cls, captions: Iterable[str], vocab_size: int) -> WordTokenizer:
+        """Keep the most frequent words.
 
-        Ties go by the alphabet, so that the order of the data does not matter.
+        Words of equal count are in alphabetical order, so that the order of the data does not
+        matter.
         """
         counts = Counter(word for caption in captions for word in split_words(caption))
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(ranked[: size - len(SPECIAL)])
+        return cls(ranked[: vocab_size - len(SPECIAL)])
 
     def encode(self, caption: str) -> list[int]:
-        ids = [self._number.get(word, UNK) for word in self._split(caption)]
-        return [i for i in ids if i != UNK or not self.drop] or [NULL]
+        ids = [self._id.get(word, UNK) for word in self._split(caption)]
+        return [i for i in ids if i != UNK or not self.drop_unknown] or [NULL]
 
     def decode(self, ids: Iterable[int]) -> str:
         offset = len(SPECIAL)
@@ -101,60 +102,62 @@ class WordTokenizer(Tokenizer):
         )
 
     def unknown(self, caption: str) -> list[str]:
-        return [word for word in self._split(caption) if word not in self._number]
+        return [word for word in self._split(caption) if word not in self._id]
 
     def _split(self, caption: str) -> list[str]:
-        return re.findall(r"\w+", caption.lower()) if self.drop else split_words(caption)
+        if self.drop_unknown:
+            return re.findall(r"\w+", caption.lower())
+        return split_words(caption)
 
     def __len__(self) -> int:
         return len(self.words) + len(SPECIAL)
 
     def to_json(self) -> dict[str, Any]:
-        drop = {"drop": True} if self.drop else {}
-        return {"kind": self.kind, "words": self.words, **drop}
+        option = {"drop_unknown": True} if self.drop_unknown else {}
+        return {"kind": self.kind, "words": self.words, **option}
 
 
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding.
 
-    A caption is cut into words, each with the blank before it; a word starts as its UTF-8 bytes,
-    and the merges join neighbours in the order in which training found them. Tokens: 3 special, 256
-    bytes, one for each merge.
+    A caption is split into words, each with the blank before it. A word starts as its UTF-8 bytes;
+    the merges then join neighbours, in the order of training. Tokens: 3 special ones, 256 bytes,
+    one for each merge.
 
     Args:
-        merges: pairs of token numbers; merge k makes token `3 + 256 + k`.
+        merges: Pairs of token ids; merge k makes token `3 + 256 + k`.
     """
 
     kind = "bpe"
     _BYTE = len(SPECIAL)
     _MERGED = len(SPECIAL) + 256
-    _PIECE = re.compile(r"\s*[^\W_]+|\s*[^\w\s]+|\s*_+|\s+", re.UNICODE)
+    _SPLIT = re.compile(r"\s*[^\W_]+|\s*[^\w\s]+|\s*_+|\s+", re.UNICODE)
 
     def __init__(self, merges: list[tuple[int, int]]) -> None:
         self.merges = merges
         self._rank = {pair: rank for rank, pair in enumerate(merges)}
-        self._known: dict[str, list[int]] = {}
+        self._cache: dict[str, list[int]] = {}
         self._bytes = [b""] * len(SPECIAL) + [bytes([value]) for value in range(256)]
         for left, right in merges:
             self._bytes.append(self._bytes[left] + self._bytes[right])
 
     @classmethod
-    def _pieces(cls, caption: str) -> list[str]:
-        return cls._PIECE.findall(" " + " ".join(caption.lower().split()))
+    def _split(cls, caption: str) -> list[str]:
+        return cls._SPLIT.findall(" " + " ".join(caption.lower().split()))
 
     @classmethod
-    def train(cls, captions: Iterable[str], size: int) -> BPETokenizer:
-        """Merge the most frequent pair of neighbours until there are `size` tokens or no pair
-        occurs twice.
+    def train(cls, captions: Iterable[str], vocab_size: int) -> BPETokenizer:
+        """Merge the most frequent pair of neighbours until there are `vocab_size` tokens or no
+        pair occurs twice.
         """
-        counts = Counter(piece for caption in captions for piece in cls._pieces(caption))
-        words = {piece: [cls._BYTE + value for value in piece.encode()] for piece in counts}
+        counts = Counter(word for caption in captions for word in cls._split(caption))
+        words = {word: [cls._BYTE + value for value in word.encode()] for word in counts}
         merges: list[tuple[int, int]] = []
-        while cls._MERGED + len(merges) < size:
+        while cls._MERGED + len(merges) < vocab_size:
             pairs: Counter[tuple[int, int]] = Counter()
-            for piece, ids in words.items():
+            for word, ids in words.items():
                 for pair in zip(ids, ids[1:], strict=False):
-                    pairs[pair] += counts[piece]
+                    pairs[pair] += counts[word]
             if not pairs:
                 break
             best = max(pairs, key=lambda pair: (pairs[pair], (-pair[0], -pair[1])))
@@ -162,11 +165,11 @@ class BPETokenizer(Tokenizer):
                 break
             new = cls._MERGED + len(merges)
             merges.append(best)
-            words = {piece: _merge(ids, best, new) for piece, ids in words.items()}
+            words = {word: _merge(ids, best, new) for word, ids in words.items()}
         return cls(merges)
 
-    def _encode_piece(self, piece: str) -> list[int]:
-        ids = [self._BYTE + value for value in piece.encode()]
+    def _encode_word(self, word: str) -> list[int]:
+        ids = [self._BYTE + value for value in word.encode()]
         while len(ids) > 1:
             pairs = set(zip(ids, ids[1:], strict=False))
             best = min(pairs, key=lambda pair: self._rank.get(pair, len(self.merges)))
@@ -177,10 +180,10 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, caption: str) -> list[int]:
         ids: list[int] = []
-        for piece in self._pieces(caption) if caption.strip() else ():
-            if piece not in self._known:
-                self._known[piece] = self._encode_piece(piece)
-            ids += self._known[piece]
+        for word in self._split(caption) if caption.strip() else ():
+            if word not in self._cache:
+                self._cache[word] = self._encode_word(word)
+            ids += self._cache[word]
         return ids or [NULL]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -194,9 +197,7 @@ class BPETokenizer(Tokenizer):
 
 
 def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """`ids` with every occurrence of the neighbours `pair` replaced by `new`, from left to
-    right.
-    """
+    """`ids` with each occurrence of `pair` replaced by `new`, from left to right."""
     merged: list[int] = []
     i = 0
     while i < len(ids):
@@ -209,19 +210,19 @@ def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
-def make_tokenizer(kind: str, captions: Iterable[str], size: int) -> Tokenizer:
-    """Train a tokeniser of `kind` (`word` or `bpe`) with at most `size` tokens from `captions`.
+def make_tokenizer(kind: str, captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a tokeniser of `kind` (`word` or `bpe`) with at most `vocab_size` tokens.
 
     Raises:
-        UserError: for another kind, or a size below the special tokens (and all bytes).
+        UserError: for another kind, or a size that leaves no room beside special tokens and bytes.
     """
-    least = len(SPECIAL) + (256 if kind == "bpe" else 0)
-    if size <= least:
-        raise UserError(f"A {kind} tokeniser needs more than {least} tokens, not {size}.")
+    smallest = len(SPECIAL) + (256 if kind == "bpe" else 0)
+    if vocab_size <= smallest:
+        raise UserError(f"A {kind} tokeniser needs more than {smallest} tokens, not {vocab_size}.")
     if kind == "word":
-        return WordTokenizer.train(captions, size)
+        return WordTokenizer.train(captions, vocab_size)
     if kind == "bpe":
-        return BPETokenizer.train(captions, size)
+        return BPETokenizer.train(captions, vocab_size)
     raise UserError(f"There is no tokeniser {kind!r}: {nearest(kind, ('word', 'bpe'))}")
 
 
@@ -230,7 +231,7 @@ def tokenizer_from_json(saved: Any) -> Tokenizer:
     try:
         if saved["kind"] == "word":
             words = [str(word) for word in saved["words"]]
-            return WordTokenizer(words, drop=saved.get("drop", False) is True)
+            return WordTokenizer(words, drop_unknown=saved.get("drop_unknown", False) is True)
         if saved["kind"] == "bpe":
             return BPETokenizer([(int(left), int(right)) for left, right in saved["merges"]])
     except (TypeError, KeyError, ValueError, IndexError, AttributeError):

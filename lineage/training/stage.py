@@ -91,6 +91,12 @@ class Stage:
         self.system = self.build(**arguments)
         return self.system
 
+    def clear(self) -> None:
+        """Forget the built system, and those of earlier stages."""
+        self.system = None
+        for stage in self.earlier():
+            stage.clear()
+
     def budgeted(self) -> TrainConfig:
         """`train` with this stage's share of the budget."""
         budget: dict[str, Any] = {}
@@ -203,16 +209,12 @@ class RunStages:
         assert self.stages[-1].system is not None
         return self.stages[-1].system
 
-    def _state_path(self, stage: Stage) -> Path:
-        last = stage is self.stages[-1]
-        return (self.folder if last else self.folder / "stages" / stage.name) / "state.pt"
-
     def _fixed_keys(self) -> dict[str, str]:
         """Keys of the stages that a later stage was built from: its weights hold theirs, so they
         stay as they are, whatever budget or file is named now.
         """
         for stage in reversed(self.stages):
-            path = self._state_path(stage)
+            path = state_path(self.folder, stage, self.stages)
             if path.exists():
                 keys: dict[str, str] = load_state(path).get("keys", {})
                 return {name: key for name, key in keys.items() if name != stage.name}
@@ -228,12 +230,12 @@ class RunStages:
             dataset = stage.prepare(dataset, system.to(pick_device(train.device)))
         trainer = Trainer(system, dataset, stage.optim, train, seed=self.seed, stage=stage.name)
         is_main = trainer.processes.is_main
-        state_path = self._state_path(stage)
-        if state_path.exists():
-            state = load_state(state_path)
+        state_file = state_path(self.folder, stage, self.stages)
+        if state_file.exists():
+            state = load_state(state_file)
             if state.get("stage") != stage.name:
                 raise UserError(
-                    f"{state_path} is of a stage called {state.get('stage')!r}, not "
+                    f"{state_file} is of a stage called {state.get('stage')!r}, not "
                     f"{stage.name!r}; choose another --out."
                 )
             trainer.load_state(state)
@@ -243,7 +245,7 @@ class RunStages:
 
         def checkpoint() -> None:
             if is_main:
-                save_state(state_path, {**trainer.state(), "keys": dict(self.keys)})
+                save_state(state_file, {**trainer.state(), "keys": dict(self.keys)})
                 if last:
                     with trainer.averaged() as averaged:
                         save_tensors(self.folder / "model.safetensors", averaged.state_dict())
@@ -257,7 +259,7 @@ class RunStages:
             trainer.processes.barrier()
 
         try:
-            if not (fixed and state_path.exists()):
+            if not (fixed and state_file.exists()):
                 trainer.run(log, checkpoint, sample)
                 sample()
         finally:
@@ -290,6 +292,12 @@ class RunStages:
         write_json(path, cost)
 
 
+def state_path(folder: Path, stage: Stage, stages: list[Stage]) -> Path:
+    """File in a run folder of a stage's checkpoint."""
+    last = stage is stages[-1]
+    return (folder if last else folder / "stages" / stage.name) / "state.pt"
+
+
 def finished_weights(folder: Path, name: str) -> Path:
     """File in a run folder of the weights of a finished stage other than the last."""
     return folder / "stages" / name / "model.safetensors"
@@ -315,4 +323,5 @@ __all__ = [
     "finished_weights",
     "load_weights",
     "replace_stage",
+    "state_path",
 ]

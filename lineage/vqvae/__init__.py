@@ -1,1 +1,1 @@
-"""Discrete codes and the transformers that write pictures with them."""
+"""Codecs, which turn pictures into discrete codes, and the transformer that models the codes."""

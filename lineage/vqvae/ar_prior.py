@@ -1,357 +1,362 @@
-"""The prior of `vqvae`, `dalle` and `vqgan`: one transformer reads the caption and writes the
-picture (Ramesh et al. 2021, arXiv:2102.12092, section 2.2).
+"""The autoregressive prior of `vqvae`, `dalle` and `vqgan`: a transformer that reads the caption
+and writes the codes of the picture (Ramesh et al. 2021, arXiv:2102.12092, section 2.2).
 
-The problem: a grid of codes is not yet a picture of anything; p(codes | caption) is to be learnt.
-What is new: caption and codes are one sequence, and a decoder-only transformer predicts each token
-from all before it, as a language model does.
+The problem: a codec turns codes into a picture, but which codes belong to a caption? What is new:
+text and picture are one sequence of tokens y, and a decoder-only transformer models it like a
+sentence:
 
-    section 2.2   `Prior.embed`: start, T places of text (a learnt vector of its own for each place
-                  that the caption leaves empty), then the codes row by row, each with a vector for
-                  its row and one for its column
-                  `Prior.losses`: cross-entropy of text and of picture tokens apart, 1/8 and 7/8
-    section 2.3   sampling: `Prior.sample`, temperature; the best of several by a model that matches
-                  pictures and captions is `lineage sample --best-of`
-    and after it  top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), and guidance without a
-                  classifier on logits, as in Make-A-Scene (Gafni et al. 2022, arXiv:2203.13131,
-                  section 3.4): l = l(null) + guidance (l(text) - l(null))
+    p(y) = prod_i p(y_i | y_1, ..., y_{i-1})
 
-Departures: text comes through any of the shared encoders and a linear layer (through `bag`, which
-is a table of tokens, that is DALL-E's); one whose words know later words cannot be predicted, and
-then the text's loss is left out; empty places of the text are not predicted; some captions are
-dropped, for guidance; attention is dense, which at these lengths costs nothing.
+    section 2.2        the sequence: a start token, T positions of text, then the codes row by row
+                                                               `embed_text`, `embed_codes`
+                       a learnt embedding for each empty position of the text, `pad_emb`;
+                       row and column embeddings for the codes, `grid_pos_emb`
+                       L = 1/8 L_text + 7/8 L_image, cross-entropies    `losses`
+    section 2.3        sampling code by code, with a temperature        `sample_codes`
+                       (the best of several samples: `lineage sample --best-of`)
+    later papers       top-k (Fan et al. 2018), top-p (Holtzman et al. 2020)   `SamplingConfig`
+                       classifier-free guidance on logits (Gafni et al. 2022, arXiv:2203.13131,
+                       section 3.4): l = l_uncond + guidance (l_cond - l_uncond)
 
-Axes: B rows, T places of text, N = H W codes, D width, K codes, V text tokens.
+Departures: text comes from any shared encoder and a linear layer (`bag`, a table of token
+embeddings, is DALL-E's). The text of an encoder that is not causal is not predicted, because its
+vectors give away the next word; empty positions are never predicted. Captions are dropped in
+training, for guidance. Attention is dense: at these lengths a sparse one saves nothing.
+
+Axes: B rows, T positions of text, N = H W codes, D width, K codes, V text tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import field, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import at_least
+from lineage.config import (
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    configuration,
+)
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
 from lineage.nn.vqgan_losses import psnr
-from lineage.system import Named, System, Turn
+from lineage.system import LabelledImage, System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
-from lineage.vqvae.codec import Codec, Codes
-from lineage.vqvae.transformer import Cache, Transformer, TransformerConfig
+from lineage.vqvae.codec import Codec
+from lineage.vqvae.transformer import KVCache, Transformer, TransformerConfig
 
-COLDEST = 1e-6  # temperature; logits divided by less might overflow
-HIGHEST = 1 - 2**-22
+TopP = Annotated[Float, Field(gt=0, le=1)]
+Keep = Annotated[Float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+MIN_TEMPERATURE = 1e-6
+"""Lowest temperature that logits are divided by; the quotient must not overflow."""
+MAX_UNIFORM = 1 - 2**-22
+"""Largest u of the inverse CDF: u times the total must round to less than the total."""
 
 
-@dataclass(frozen=True)
-class PriorConfig:
-    """The transformer, its losses, and what `generate` does unless told otherwise.
+@configuration
+class SamplingConfig:
+    """How a code is drawn from its logits.
 
     Attributes:
-        transformer: its sizes.
-        places: T; longer captions are cut.
-        text_weight: of the text's loss; the picture's has the rest of 1.
-        drop_text: share of training rows whose caption is dropped.
-        temperature, top_k, top_p, guidance: see `Prior.draw`.
+        temperature: Temperature of the softmax; below 1 it favours likely codes, 0 takes the
+            likeliest.
+        top_k: Number of likeliest codes that are kept; 0 keeps all.
+        top_p: Probability that the likeliest codes must reach together; the others are left out.
+        guidance: Weight of classifier-free guidance; 1 is none.
     """
 
-    transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    places: int = 256
-    text_weight: float = 1 / 8
-    drop_text: float = 0.1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 1.0
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: TopP = 1.0
+    guidance: NonNegativeFloat = 1.0
 
-    def __post_init__(self) -> None:
-        at_least("model.places", self.places, 1)
-        for name in ("text_weight", "drop_text"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be from 0 to below 1.")
-        Choice(self.temperature, self.top_k, self.top_p, self.guidance)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How the next code is chosen from its logits; see `Prior.draw`."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "guidance"):
-            value = getattr(self, name)
-            if not value >= 0 or math.isinf(value):
-                raise UserError(f"{name}={value} must be a number from 0 up.")
-        at_least("top_k", self.top_k, 0)
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1.")
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) logits -> (B, K), 0 for codes that are out of the question."""
+    def probs(self, logits: Tensor) -> Tensor:
+        """Logits (B, K) -> probabilities (B, K), 0 for codes that top-k or top-p leaves out."""
         if self.temperature == 0:
             return F.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
         if 0 < self.top_k < logits.shape[1]:
-            least = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        shares = (logits / max(self.temperature, COLDEST)).softmax(1)
+            smallest = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
+        probs = (logits / max(self.temperature, MIN_TEMPERATURE)).softmax(1)
         if self.top_p < 1:
-            ordered, order = shares.sort(1, descending=True)
-            before = ordered.cumsum(1) - ordered  # what is likelier than each, together
-            ordered = ordered.masked_fill(before >= self.top_p, 0)
-            shares = torch.zeros_like(shares).scatter(1, order, ordered)
-        return shares
+            ordered, order = probs.sort(1, descending=True)
+            likelier = ordered.cumsum(1) - ordered  # probability of all codes before each
+            ordered = ordered.masked_fill(likelier >= self.top_p, 0)
+            probs = torch.zeros_like(probs).scatter(1, order, ordered)
+        return probs
 
-    def take(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """(B, K) logits, (B,) in [0, 1) -> (B,) codes: where cumulated shares pass `uniform`."""
-        heap = self.probabilities(logits).cumsum(1)
-        place = uniform.clamp(max=HIGHEST)[:, None] * heap[:, -1:]  # rounds to less than the whole
-        return torch.searchsorted(heap, place, right=True)[:, 0]
+    def sample(self, logits: Tensor, u: Tensor) -> Tensor:
+        """Logits (B, K) and uniform numbers (B,) in [0, 1) -> codes (B,), by the inverse CDF."""
+        cdf = self.probs(logits).cumsum(1)
+        total = cdf[:, -1:]  # 1 up to rounding, less under top-p
+        return torch.searchsorted(cdf, u.clamp(max=MAX_UNIFORM)[:, None] * total, right=True)[:, 0]
+
+
+@configuration
+class PriorConfig:
+    """The transformer, its losses and its sampling.
+
+    Attributes:
+        transformer: Sizes of the transformer.
+        text_len: T, number of positions for text; longer captions are cut.
+        text_weight: Weight of the text's loss; that of the codes has the rest of 1.
+        cond_drop_prob: Probability that a training caption is dropped.
+        sampling: How codes are drawn by default.
+    """
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    text_len: PositiveInt = 256
+    text_weight: Fraction = 1 / 8
+    cond_drop_prob: Fraction = 0.1
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
 class Prior(System):
-    """Captions to codes, codes to pictures.
+    """Captions to codes to pictures.
 
     Args:
-        codes: of the data, with the trained codec that is left as it is.
-        text: encoder of the captions; trained along.
+        config: Sizes, losses, sampling.
+        codec: Trained codec, which stays as it is.
+        text: Encoder of the captions; trained with the prior.
         size: S, side of the pictures.
     """
 
-    def __init__(self, config: PriorConfig, codes: Codes, text: TextEncoder, size: int) -> None:
+    def __init__(self, config: PriorConfig, codec: Codec, text: TextEncoder, size: int) -> None:
         super().__init__()
-        self.config, self.text = config, text
-        self.codec: Codec = codes.codec.requires_grad_(False)
-        self.known = [codes]  # in a list, so that what it keeps is not part of the prior's weights
-        self.side, width = size // self.codec.factor, config.transformer.width
+        if size % codec.factor:
+            raise UserError(
+                f"size={size} is not divisible by {codec.factor}, the number of pixels on a side "
+                "of one code."
+            )
+        self.config, self.text, self.size = config, text, size
+        self.codec = codec.requires_grad_(False)
+        self.side, width = size // codec.factor, config.transformer.width
         self.transformer = Transformer(config.transformer)
-        self.read = nn.Linear(text.width, width)
-        self.start = nn.Embedding(1, width)
-        self.place, self.empty = (nn.Embedding(config.places, width) for _ in range(2))
-        self.code = nn.Embedding(self.codec.codes, width)
-        self.row, self.column = (nn.Embedding(self.side, width) for _ in range(2))
-        self.code_head = nn.Linear(width, self.codec.codes)
-        self.text_head = nn.Linear(width, text.tokens) if self.writes_text else None
-        for table in (self.start, self.place, self.empty, self.code, self.row, self.column):
-            nn.init.normal_(table.weight, std=0.02)
-        for layer in (self.read, self.code_head, self.text_head):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        self.text_proj = nn.Linear(text.word_dim, width)
+        self.start_emb = nn.Embedding(1, width)
+        self.pos_emb = nn.Embedding(config.text_len, width)
+        self.pad_emb = nn.Embedding(config.text_len, width)
+        self.code_emb = nn.Embedding(codec.num_codes, width)
+        self.row_emb, self.column_emb = (nn.Embedding(self.side, width) for _ in range(2))
+        self.code_head = nn.Linear(width, codec.num_codes)
+        predicts_text = text.causal and text.vocab_size > 0 and config.text_weight > 0
+        self.text_head = nn.Linear(width, text.vocab_size) if predicts_text else None
+        for embedding in self._embeddings():
+            nn.init.normal_(embedding.weight, std=0.02)
+        for linear in (self.text_proj, self.code_head, self.text_head):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
 
-    @property
-    def writes_text(self) -> bool:
-        """Whether it learns to predict captions as well as pictures."""
-        return self.text.tokens > 0 and self.config.text_weight > 0
+    def _embeddings(self) -> list[nn.Embedding]:
+        text = [self.start_emb, self.pos_emb, self.pad_emb]
+        return [*text, self.code_emb, self.row_emb, self.column_emb]
 
     def train(self, mode: bool = True) -> Prior:
-        """The codec stays in evaluation mode."""
+        """Set the mode of everything but the codec, which stays in evaluation mode."""
         super().train(mode)
         self.codec.eval()
         return self
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        own = [self.transformer, self.read, self.start, self.place, self.empty, self.code]
-        own += [self.row, self.column, self.code_head]
-        heads = [self.text_head] if self.text_head is not None else []
-        return {"prior": [*own, *heads, self.text]}
+        modules = [self.transformer, self.text_proj, *self._embeddings(), self.code_head]
+        if self.text_head is not None:
+            modules.append(self.text_head)
+        return {"prior": [*modules, self.text]}
 
-    # --- section 2.2: one sequence ----------------------------------------------------------
+    # --- section 2.2: one sequence ----------------------------------------------------------------
 
     def embed_text(self, text: TextFeatures) -> Tensor:
-        """The start and T places of text, (B, 1 + T, D)."""
-        count, places = len(text), self.config.places
-        text = text.shortened(places)
-        text = text.padded(places)
-        words = self.read(text.words).to(self.empty.weight.dtype)
-        words = torch.where(text.mask[..., None], words, self.empty.weight) + self.place.weight
-        return torch.cat([self.start.weight.expand(count, 1, -1), words], dim=1)
+        """Start token and T positions of text, (B, 1 + T, D)."""
+        text = text.truncated(self.config.text_len).padded(self.config.text_len)
+        words = self.text_proj(text.words).to(self.pad_emb.weight.dtype)
+        words = torch.where(text.mask[..., None], words, self.pad_emb.weight)
+        start = self.start_emb.weight.expand(len(text), 1, -1)
+        return torch.cat([start, words + self.pos_emb.weight], dim=1)
+
+    def grid_pos_emb(self) -> Tensor:
+        """Sum of row and column embedding of each code, row by row, (N, D)."""
+        return rearrange(self.row_emb.weight[:, None] + self.column_emb.weight, "h w d -> (h w) d")
 
     def embed_codes(self, ids: Tensor) -> Tensor:
-        """(B, n) the first codes, row by row -> (B, n, D)."""
-        return self.code(ids) + self.where()[: ids.shape[1]]
-
-    def where(self) -> Tensor:
-        """What is added to a code for its row and column, (N, D)."""
-        return rearrange(self.row.weight[:, None] + self.column.weight, "h w d -> (h w) d")
+        """The first n codes (B, n), row by row -> (B, n, D)."""
+        return self.code_emb(ids) + self.grid_pos_emb()[: ids.shape[1]]
 
     def logits(self, text: TextFeatures, ids: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Of each token given all before it.
+        """Logits of each token, given all tokens before it.
 
         Args:
-            ids: (B, N) codes.
+            text: Encoded captions.
+            ids: Codes (B, N).
 
         Returns:
-            (B, T, V), or None where captions are not predicted, and (B, N, K).
+            Logits of the text (B, T, V), or None if it is not predicted, and of the codes
+            (B, N, K).
         """
         x = torch.cat([self.embed_text(text), self.embed_codes(ids[:, :-1])], dim=1)
-        x = self.transformer(x)  # (B, T + N, D): what stands before each token
-        places = self.config.places
-        words = self.text_head(x[:, :places]) if self.text_head is not None else None
-        return words, self.code_head(x[:, places:])
+        x = self.transformer(x)  # (B, T + N, D); position i predicts token i + 1
+        text_len = self.config.text_len
+        text_logits = None if self.text_head is None else self.text_head(x[:, :text_len])
+        return text_logits, self.code_head(x[:, text_len:])
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-        """Cross-entropy of text and codes, with some captions dropped."""
-        config, ids = self.config, self.known[0].of(batch).flatten(1)
-        keep = draws.rand() >= config.drop_text  # (B,)
-        words, codes = self.logits(text.where(keep, self.text.null(len(batch))), ids)
-        picture = F.cross_entropy(codes.flatten(0, 1).float(), ids.flatten())
-        right = (codes.detach().argmax(-1) == ids).float().mean()
-        self.facts = {"picture_nats": picture.detach(), "picture_accuracy": right}
-        if words is None:
-            yield "prior", {"picture": picture}
-            return
-        text = text.shortened(config.places).padded(config.places)
-        told = (text.mask & keep[:, None]).flatten()
-        each = F.cross_entropy(words.flatten(0, 1).float(), text.ids.flatten(), reduction="none")
-        caption = (each * told).sum() / told.sum().clamp(min=1)
-        self.facts["text_nats"] = caption.detach()
-        share = config.text_weight
-        yield "prior", {"text": share * caption, "picture": (1 - share) * picture}
+    def encode(self, image: Tensor) -> Tensor:
+        """Codes (B, H, W) of pictures, in full precision: rounding would change some of them."""
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            return self.codec.encode(image)
 
-    # --- section 2.3: sampling ----------------------------------------------------------------
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+        """L = text_weight L_text + (1 - text_weight) L_image."""
+        config = self.config
+        ids = batch.extra["codes"] if "codes" in batch.extra else self.encode(batch.image)
+        ids = ids.flatten(1)  # (B, N)
+        keep = noise.rand() >= config.cond_drop_prob  # (B,)
+        cond = text.where(keep, self.text.null(len(batch)))
+        text_logits, code_logits = self.logits(cond, ids)
+
+        image_loss = F.cross_entropy(code_logits.flatten(0, 1).float(), ids.flatten())
+        metrics = {"image_nats": image_loss.detach()}
+        terms = {"image": image_loss}
+        if text_logits is not None:
+            text = text.truncated(config.text_len).padded(config.text_len)
+            has_word = (text.mask & keep[:, None]).flatten()  # (B T,)
+            nats = F.cross_entropy(
+                text_logits.flatten(0, 1).float(), text.ids.flatten(), reduction="none"
+            )
+            text_loss = (nats * has_word).sum() / has_word.sum().clamp(min=1)
+            metrics["text_nats"] = text_loss.detach()
+            weight = config.text_weight
+            terms = {"text": weight * text_loss, "image": (1 - weight) * image_loss}
+
+        def accuracy() -> Tensor:
+            return (code_logits.detach().argmax(-1) == ids).float().mean()
+
+        yield Turn("prior", terms, lambda: {**metrics, "image_accuracy": accuracy()})
+
+    # --- section 2.3: sampling --------------------------------------------------------------------
+
+    def sample_codes(
+        self,
+        text: TextFeatures,
+        noise: NoiseStreams,
+        sampling: SamplingConfig,
+        prompt: Tensor | None = None,
+        cached: bool = True,
+    ) -> Tensor:
+        """Codes (B, H, W), drawn one after the other.
+
+        Args:
+            text: Encoded captions.
+            noise: Random numbers of each row.
+            sampling: How a code is drawn.
+            prompt: The first codes (B, m), which are kept; None for none.
+            cached: If true, keys and values are cached; the codes are the same without.
+        """
+        batch_size, num_codes, guidance = len(text), self.side**2, sampling.guidance
+        u = noise.rand(num_codes)  # (B, N)
+        ids = u.new_zeros(batch_size, 0, dtype=torch.int64) if prompt is None else prompt
+        copies = 1 if guidance == 1 else 2  # conditional rows, then unconditional ones
+        if copies == 2:
+            text = TextFeatures.cat([text, self.text.null(batch_size)])
+
+        prefix = self.embed_text(text)
+        x = torch.cat([prefix, self.embed_codes(ids.repeat(copies, 1))], dim=1)
+        config, length = self.config.transformer, prefix.shape[1] + num_codes - 1
+        cache = KVCache(config, len(prefix), length, like=prefix) if cached else None
+        pos_emb = self.grid_pos_emb()
+        for position in range(ids.shape[1], num_codes):
+            logits = self.code_head(self.transformer(x, cache)[:, -1]).float()
+            if copies == 2:
+                cond, uncond = logits.chunk(2)
+                logits = uncond + guidance * (cond - uncond)
+            new = sampling.sample(logits, u[:, position])[:, None]  # (B, 1)
+            ids = torch.cat([ids, new], dim=1)
+            new = self.code_emb(new.repeat(copies, 1)) + pos_emb[position]
+            x = new if cached else torch.cat([x, new], dim=1)
+        return ids.unflatten(1, (self.side, self.side))
 
     def sample(
         self,
-        text: TextFeatures,
-        draws: NoiseStreams,
-        choice: Choice,
-        given: Tensor | None = None,
-        cached: bool = True,
-    ) -> Tensor:
-        """Codes (B, H, W), one after the other.
-
-        Args:
-            given: (B, m) the first codes, which are kept.
-            cached: keep keys and values, so that each code costs one place; the result is the same.
-        """
-        count, total = len(text), self.side**2
-        uniform = draws.rand(total)  # (B, N)
-        ids = uniform.new_zeros(count, 0, dtype=torch.int64) if given is None else given
-        where = self.where()
-        guided = choice.guidance != 1
-        start = self.embed_text(TextFeatures.cat([text, self.text.null(count)]) if guided else text)
-        twice = (lambda codes: codes.repeat(2, 1)) if guided else (lambda codes: codes)
-        length = start.shape[1] + total - 1
-        config = self.config.transformer
-        cache = Cache(config, len(start), length, start) if cached else None
-        new = torch.cat([start, self.embed_codes(twice(ids))], dim=1)
-        for place in range(ids.shape[1], total):
-            logits = self.code_head(self.transformer(new, cache)[:, -1]).float()
-            if guided:
-                towards, without = logits.chunk(2)
-                logits = without + choice.guidance * (towards - without)
-            ids = torch.cat([ids, choice.take(logits, uniform[:, place])[:, None]], dim=1)
-            last = self.code(twice(ids[:, -1:])) + where[place]
-            new = last if cached else torch.cat([new, last], dim=1)
-        return ids.unflatten(1, (self.side, self.side))
-
-    def _choice(self, **given: Any) -> Choice:
-        """The knobs that are given, and the configuration's for those that are None."""
-        return Choice(**{n: getattr(self.config, n) if v is None else v for n, v in given.items()})
-
-    def draw(
-        self,
         captions: list[str],
-        draws: NoiseStreams,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
+        noise: NoiseStreams,
+        temperature: NonNegativeFloat | None = None,
+        top_k: NonNegativeInt | None = None,
+        top_p: TopP | None = None,
+        guidance: NonNegativeFloat | None = None,
+        image: Tensor | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
 
         Args:
-            temperature: below 1 likely codes become likelier; 0 takes the likeliest.
-            top_k: only the k likeliest codes; 0 for all.
-            top_p: only the likeliest codes that together have this share.
-            guidance: 1 follows the caption as training did, more follows it more closely.
+            temperature: Temperature of the softmax; below 1 it favours likely codes.
+            top_k: Number of likeliest codes that are kept; 0 keeps all.
+            top_p: Probability that the kept codes reach together.
+            guidance: Weight of classifier-free guidance; 1 is none.
+            image: Picture whose upper part is kept.
+            keep: Share of `image` that is kept, from above; 0.5 by default.
         """
-        choice = self._choice(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
-        return self.codec.decode(self.sample(self.text.encode(captions), draws, choice))
+        if keep is not None and image is None:
+            raise UserError("keep has no effect without image: give the picture too.")
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        changes = {name: value for name, value in options.items() if value is not None}
+        sampling = replace(self.config.sampling, **changes)
+        prompt = None
+        if image is not None:
+            rows = round((0.5 if keep is None else keep) * self.side)
+            prompt = self.encode(image)[:, :rows].flatten(1)
+        ids = self.sample_codes(self.text.encode(captions), noise, sampling, prompt)
+        return self.codec.decode(ids)
 
-    def complete(
-        self,
-        captions: str | Sequence[str],
-        images: Tensor,
-        *,
-        keep: float = 0.5,
-        seed: int = 0,
-        **knobs: Any,
-    ) -> Tensor:
-        """Pictures (B, 3, S, S) whose upper part is that of `images`, as the codec sees it.
+    # --- beside pictures --------------------------------------------------------------------------
 
-        Args:
-            images: (B, 3, S, S) in [-1, 1].
-            keep: share of the rows that are given.
-            **knobs: those of `generate`.
-        """
-        if not 0 <= keep <= 1:
-            raise UserError(f"keep={keep} must be from 0 to 1.")
-        size = self.side * self.codec.factor
-        if images.shape != (len(captions), 3, size, size):
-            raise UserError(
-                f"{len(captions)} captions need as many pictures of {size} x {size} pixels, not "
-                f"{tuple(images.shape)}."
-            )
-        choice = self._choice(**dict.fromkeys(self.knobs()) | self.typed_knobs(knobs))
-        captions = [captions] if isinstance(captions, str) else captions
-        rows = round(keep * self.side)
-        parts = iter(images.to(self.device).split(self.at_once))
-
-        def part(chunk: list[str], draws: NoiseStreams) -> Tensor:
-            ids = self.codec.encode(next(parts))[:, :rows].flatten(1)
-            return self.codec.decode(self.sample(self.text.encode(chunk), draws, choice, ids))
-
-        return torch.cat(list(self.in_parts(captions, seed, part))).float().clamp(-1, 1)
-
-    # --- what a reader wants to see -------------------------------------------------------------
-
-    def inside(self, caption: str, *, seed: int = 0) -> list[list[Named]]:
-        """The picture as it is written, an eighth more each time; what is not yet there is grey."""
-
-        def film(chunk: list[str], draws: NoiseStreams) -> list[list[Named]]:
-            choice = self._choice(**dict.fromkeys(self.knobs()))
-            ids = self.sample(self.text.encode(chunk), draws, choice)
+    def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
+        """The picture after each eighth of its codes; what is not yet written is grey."""
+        with self.inference():
+            noise = NoiseStreams.for_pictures(seed, 1, self.device)
+            ids = self.sample_codes(self.text.encode([caption]), noise, self.config.sampling)
             image = self.codec.decode(ids)[0].float().clamp(-1, 1)
-            total, row = ids.numel(), []
-            for eighth in range(1, 9):
-                written = -(-total * eighth // 8)
-                seen = torch.arange(total, device=ids.device).view(1, *ids.shape[1:]) < written
-                mask = F.interpolate(seen[None].float(), image.shape[-2:], mode="nearest")[0]
-                row.append((f"{written} of {total} codes", image * mask))
-            return [row]
-
-        return next(iter(self.in_parts([caption], seed, film)))
+        total, row = ids.numel(), []
+        order = torch.arange(total, device=ids.device).view(1, *ids.shape)  # (1, 1, H, W)
+        for eighth in range(1, 9):
+            count = -(-total * eighth // 8)  # rounded up
+            written = F.interpolate((order < count).float(), image.shape[-2:], mode="nearest")[0]
+            row.append(LabelledImage(f"{count} of {total} codes", image * written))
+        return [row]
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [-1, 1] -> the codec's reconstructions."""
+        """The codec's reconstructions of pictures (B, 3, S, S) in [-1, 1]."""
         return self.codec.decode(self.codec.encode(images))
 
     def stage_scores(self, batch: Batch) -> dict[str, Tensor]:
-        """What each stage does on a batch, (B,) each: the reconstruction's `psnr` in dB; the
-        prior's `nats_per_code` and `accuracy` with the true codes before each; and
-        `bits_per_dim` of pixels, those of the codes and of what these leave open together.
+        """Per-image metrics of codec and prior, (B,) each.
+
+        Returns:
+            `psnr` of the reconstruction in dB; `nats_per_code` and `accuracy` of the prior, given
+            the true codes before each; `bits_per_dim` of the pixels: the bits of the codes, and
+            those of the picture given its codes.
         """
         image = batch.image
         grid = self.codec.encode(image)
-        _, logits = self.logits(self.text.encode(batch.caption), grid.flatten(1))
-        ids = grid.flatten(1)
+        ids = grid.flatten(1)  # (B, N)
+        _, logits = self.logits(self.text.encode(batch.caption), ids)
         nats = F.cross_entropy(rearrange(logits.float(), "b n k -> b k n"), ids, reduction="none")
-        decoded = self.codec.decode(grid)
-        whole = nats.sum(1) + self.codec.nats(image, grid)
+        mse = (self.codec.decode(grid) - image).square().flatten(1).mean(1)
+        total_nats = nats.sum(1) + self.codec.nll(image, grid)
         return {
-            "psnr": psnr((decoded - image).square().flatten(1).mean(1)),
+            "psnr": psnr(mse),
             "nats_per_code": nats.mean(1),
             "accuracy": (logits.argmax(-1) == ids).float().mean(1),
-            "bits_per_dim": whole / math.log(2) / image[0].numel(),
+            "bits_per_dim": total_nats / math.log(2) / image[0].numel(),
         }

@@ -1,157 +1,95 @@
-"""Codecs: pictures to grids of codes and back, under one contract; and the codes of a data set.
+"""The contract of a codec: pictures to grids of codes and back.
 
-    Codec   `encode`, `decode`, `codes`, `factor`: `vqvae.py`, `dvae.py` and `vqgan.py` are three
-    Codes   the stage between codec and prior: each picture's codes are found once and kept, and the
-            codebook is audited on the way
+    Codec    `encode`, `decode`, `num_codes`, `factor`: `vqvae.py`, `dalle.py` and `vqgan.py`
 
-A codec is trained on pictures alone; it reads no captions.
+A codec is trained on pictures alone. It also gives the density of a picture under its codes
+(`nll`), so that codec and prior together can be measured in bits per dimension.
 
-Axes: B pictures, K codes, H W places, S side, N = H W.
+Axes: B pictures, K codes, H W grid of codes, S side, N = H W.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lineage.data.contract import Batch
-from lineage.nn.memory import Memory
-from lineage.nn.noise import NoiseStreams
-from lineage.nn.vqgan_losses import psnr
-from lineage.system import Trainable, Turn
-from lineage.text.contract import NoText, TextFeatures
-from lineage.vqvae.quantise import code_usage, usage_remark
+from lineage.system import Trainable
+from lineage.vqvae.quantise import diagnose_usage
 
-DECAY = 0.99  # of the moving average of the squared error
-HALF = 1 / 255  # of a byte's width, where pixels go from -1 to 1
+MSE_DECAY = 0.99
+"""Decay of the moving average of the squared error."""
+HALF_STEP = 1 / 255
+"""Half the distance of two neighbouring byte values, in pixels from -1 to 1."""
 
 
 class Codec(Trainable):
     """Pictures to codes and back.
 
     Attributes:
-        codes: K, how many different codes there are.
-        factor: pixels of a side of a code's place.
+        num_codes: K, number of different codes.
+        factor: Number of pixels on a side of one grid cell.
     """
 
-    codes: int
+    num_codes: int
     factor: int
+    running_mse: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.text = NoText()
-        self.register_buffer("error", torch.ones(()))  # squared, of a pixel in [-1, 1]
-        self.register_buffer("noted", torch.zeros(()))  # steps that it was followed over
-        self.error: Tensor
-        self.noted: Tensor
+        self.text = None
+        self.register_buffer("running_mse", torch.ones(()))  # of pixels in [-1, 1]
+        self.register_buffer("num_batches_tracked", torch.zeros(()))
 
     @abstractmethod
     def encode(self, image: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) in [-1, 1] -> (B, S / factor, S / factor) int64 codes."""
+        """Pictures (B, 3, S, S) in [-1, 1] -> int64 codes (B, S / factor, S / factor)."""
 
     @abstractmethod
     def decode(self, ids: Tensor) -> Tensor:
         """Codes (B, H, W) -> pictures (B, 3, factor H, factor W) in [-1, 1]."""
 
-    def nats(self, image: Tensor, ids: Tensor) -> Tensor:
-        """-ln p(picture | codes) of pictures whose pixels are bytes, (B,).
+    def nll(self, image: Tensor, ids: Tensor) -> Tensor:
+        """-ln p(image | ids) of pictures whose pixels are bytes, (B,) in nats.
 
-        Each is a Gaussian about the decoded pixel, with the variance that training left, gathered
-        over the width of a byte; what lies beyond black and white belongs to these.
+        p is a Gaussian around the decoded pixel, with the squared error of training as variance,
+        integrated over the width of a byte. The tails belong to black and white.
         """
-        mean, deviation = self.decode(ids), self.error.clamp(min=1e-6).sqrt()
-        below = torch.where(image <= -1 + HALF, -torch.inf, image - HALF)
-        above = torch.where(image >= 1 - HALF, torch.inf, image + HALF)
-        return -interval(normal_cdf, (below - mean) / deviation, (above - mean) / deviation)
+        mean, std = self.decode(ids), self.running_mse.clamp(min=1e-6).sqrt()
+        low = torch.where(image <= -1 + HALF_STEP, -torch.inf, image - HALF_STEP)
+        high = torch.where(image >= 1 - HALF_STEP, torch.inf, image + HALF_STEP)
+        return -log_interval_probability(normal_cdf, (low - mean) / std, (high - mean) / std)
 
     @torch.no_grad()
-    def note(self, image: Tensor, decoded: Tensor) -> dict[str, Tensor]:
-        """Follow the squared error in training; returns the PSNR of this step in dB, for the
-        log.
-        """
-        error = (decoded.float().clamp(-1, 1) - image).square().mean()
-        self.noted += 1
-        self.error.lerp_(error, (1 / self.noted).clamp(min=1 - DECAY))  # at first a plain mean
-        return {"psnr": psnr(error)}
+    def track_mse(self, image: Tensor, decoded: Tensor) -> Tensor:
+        """Squared error of this step, which also enters the moving average."""
+        mse = (decoded.float().clamp(-1, 1) - image).square().mean()
+        self.num_batches_tracked += 1
+        # a plain mean over the first 100 steps, so that the initial value has no weight
+        rate = (1 / self.num_batches_tracked).clamp(min=1 - MSE_DECAY)
+        self.running_mse.lerp_(mse, rate)
+        return mse
 
-    def remark(self, means: dict[str, float]) -> str:
-        return usage_remark(means)
+    def diagnose(self, means: Mapping[str, float]) -> str:
+        """Name a collapse of the codebook."""
+        return diagnose_usage(means)
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """Of the standard normal distribution; exact far out on the left."""
+    """Cumulative distribution of the standard normal; accurate far out on the left."""
     return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
-def interval(cdf: Any, below: Tensor, above: Tensor) -> Tensor:
-    """ln(cdf(above) - cdf(below)), summed over all but the first axis: (B, ...) -> (B,).
-
-    Of symmetric distributions: both are turned to the left, where small shares are not lost beside
-    1.
+def log_interval_probability(cdf: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """ln(cdf(high) - cdf(low)) of a symmetric distribution, summed over all but the first axis:
+    (B, ...) -> (B,).
     """
-    right = below + above > 0
-    low, high = torch.where(right, -above, below), torch.where(right, -below, above)
+    # intervals on the right are mirrored to the left, where a small probability is not the
+    # difference of two numbers close to 1
+    on_right = low + high > 0
+    low, high = torch.where(on_right, -high, low), torch.where(on_right, -low, high)
     return (cdf(high) - cdf(low)).clamp(min=1e-30).log().flatten(1).sum(1)
-
-
-class Codes(Trainable):
-    """The codes of the first `kept` pictures that it is shown; others are encoded when asked for.
-
-    Nothing is learnt. What is kept is found by the pictures' names, so that a prior that sees each
-    picture many times pays for the encoder once. An endless data set never shows one twice: there
-    this stage is no more than the codebook's audit.
-
-    Args:
-        codec: trained; left as it is.
-        size: S of the pictures.
-        kept: how many pictures' codes to keep.
-    """
-
-    def __init__(self, codec: Codec, size: int, kept: int) -> None:
-        super().__init__()
-        self.codec, self.text = codec.requires_grad_(False), NoText()
-        self.side = size // codec.factor
-        self.memory = Memory(kept, (self.side**2,), torch.int32)
-        self.register_buffer("uses", torch.zeros(codec.codes))
-        self.uses: Tensor
-
-    def train(self, mode: bool = True) -> Codes:
-        """The codec stays in evaluation mode."""
-        super().train(mode)
-        self.codec.eval()
-        return self
-
-    def groups(self) -> dict[str, list[nn.Module]]:
-        return {}
-
-    @torch.no_grad()
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-        """Find and keep the batch's codes. There is nothing to minimise, so nothing is yielded."""
-        ids = self._found(batch.image)
-        self.memory.keep(batch.id, ids.flatten(1))
-        self.uses += torch.bincount(ids.flatten(), minlength=len(self.uses))
-        if self.watched:
-            error = (self.codec.decode(ids).float().clamp(-1, 1) - batch.image).square().mean()
-            self.facts = {"psnr": psnr(error), **code_usage(self.uses)}
-        yield from ()
-
-    def remark(self, means: dict[str, float]) -> str:
-        return usage_remark(means)
-
-    def _found(self, image: Tensor) -> Tensor:
-        """In full precision, in which codes are decided wherever else they are asked for."""
-        with torch.autocast(image.device.type, enabled=False):
-            return self.codec.encode(image)
-
-    @torch.no_grad()
-    def of(self, batch: Batch) -> Tensor:
-        """The codes (B, H, W) of a batch, from memory where they are known."""
-        found = self.memory.recall(batch.id)
-        if found is None:
-            return self._found(batch.image)
-        return found.long().unflatten(1, (self.side, self.side)).to(batch.image.device)

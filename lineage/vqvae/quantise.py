@@ -1,277 +1,291 @@
-"""The quantiser: vectors to the nearest of K code vectors (van den Oord et al. 2017,
-arXiv:1711.00937).
+"""Vector quantisation: each vector is replaced by the nearest of K code vectors (van den Oord,
+Vinyals and Kavukcuoglu 2017, arXiv:1711.00937).
 
-The problem: a transformer writes tokens, a picture has none. What is new: an encoder's vectors are
-replaced by the nearest entries of a codebook, whose numbers are the tokens; the gradient is copied
-past the choice, which has none.
+The problem: a transformer models tokens, and a picture has none. What is new: the vectors of an
+encoder are replaced by the nearest entries of a codebook, whose indices are the tokens. The choice
+has no gradient, so the decoder's gradient is copied to the encoder.
 
-    equations 1, 2    `VectorQuantiser.nearest`: k = argmin_j |z - e_j|
-    equation 3        `quantiser_terms`: |sg[z] - e|^2 moves the code, beta |z - sg[e]|^2 the
-                      encoder
-    straight-through  z + sg[e - z], in `VectorQuantiser.forward`
-    appendix A.1      `VectorQuantiser.follow`: codes as moving averages of what they stand for, in
-                      place of the first term
+    equations 1, 2    k = argmin_j |z_e - e_j|^2,  z_q = e_k          `VectorQuantiser.nearest`
+    straight-through  z_e + sg[z_q - z_e]                             `VectorQuantiser.forward`
+    equation 3        |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2          `quantiser_terms`
+                      (moves the codebook; the commitment of the encoder)
+    appendix A.1      N_i <- gamma N_i + (1 - gamma) n_i,             `VectorQuantiser.ema_update`
+                      m_i <- gamma m_i + (1 - gamma) sum_j z_ij,  e_i = m_i / N_i
+                      (moves the codebook in place of the first term)
 
-A code that nothing is near to is never moved again; with a few of them the codebook has collapsed.
-Against that: the codebook may start from the data (k-means), codes that fell out of use are put
-where data is (`restart`), and vectors may be compared by direction alone (`cosine`).
+A code that is nearest to no vector is never moved again; with most codes in this state the codebook
+has collapsed. Three remedies: initialise the codebook from the data (k-means), move codes out of
+use to vectors of the batch (`restart_threshold`), compare vectors by their direction (`cosine`).
 
-Departures: Laplace smoothing of the averages' counts, as all public codes have it. The public code
-of VQGAN puts beta on the code's term by mistake; `misplaced_beta` does so too, for its numbers.
+Departures: Laplace smoothing of N_i, as in all public codes. `misplaced_beta` reproduces VQGAN's
+public code, which has beta on the codebook's term by mistake.
 
 Axes: N vectors in any arrangement, D width, K codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import at_least, one_of
-from lineage.errors import UserError
+from lineage.config import Fraction, NonNegativeFloat, PositiveInt, configuration
 
-EPSILON = 1e-5  # of the smoothed counts
-ROUNDS = 10  # of k-means
-DEAD = 0.03  # share of 1 / K below which a code is out of use
+EPSILON = 1e-5
+"""Constant of the Laplace smoothing of cluster sizes."""
+KMEANS_STEPS = 10
+UNUSED = 0.03
+"""Share of 1 / K below which a code counts as out of use."""
+COLLAPSED = 0.5
+"""Share of codes in use below which a codebook has collapsed."""
 
 
-@dataclass(frozen=True)
+@configuration
 class QuantiserConfig:
     """A codebook.
 
     Attributes:
-        codes, width: K and D.
-        beta: weight of the term that keeps the encoder near its codes.
-        codebook: moved by its `loss`, or the moving `average` of what it stands for.
-        decay: of that average.
-        start: `normal` numbers, or `kmeans` of the first batch.
-        restart: a code with a smaller share of the vectors than this share of 1 / K is put on a
-            vector of the batch that is far from its code; 0 leaves it.
-        cosine: compare directions, of vectors and codes of length one.
-        misplaced_beta: see the header.
+        num_codes: K, number of codes.
+        code_dim: D, width of a code.
+        beta: Weight of the commitment loss.
+        update: How the codebook is moved: by moving averages (`ema`) or by its `loss`.
+        ema_decay: Decay gamma of the moving averages.
+        init: How the codebook starts: from the `kmeans` clusters of the first batch, or `normal`.
+        restart_threshold: Share of 1 / K: a code that is used less often is moved to a vector of
+            the batch that is far from its code; 0 moves none.
+        cosine: If true, vectors and codes are divided by their length before they are compared.
+        misplaced_beta: If true, beta is the weight of the codebook loss (see the header).
     """
 
-    codes: int = 256
-    width: int = 16
-    beta: float = 0.25
-    codebook: str = "average"
-    decay: float = 0.99
-    start: str = "kmeans"
-    restart: float = DEAD
+    num_codes: PositiveInt = 256
+    code_dim: PositiveInt = 16
+    beta: NonNegativeFloat = 0.25
+    update: Literal["ema", "loss"] = "ema"
+    ema_decay: Fraction = 0.99
+    init: Literal["kmeans", "normal"] = "kmeans"
+    restart_threshold: NonNegativeFloat = UNUSED
     cosine: bool = False
     misplaced_beta: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("codes", "width"):
-            at_least(f"quantiser.{name}", getattr(self, name), 1)
-        for name in ("beta", "restart"):
-            at_least(f"quantiser.{name}", getattr(self, name), 0)
-        one_of("quantiser.codebook", self.codebook, ("average", "loss"))
-        one_of("quantiser.start", self.start, ("kmeans", "normal"))
-        if not 0 <= self.decay < 1:
-            raise UserError(f"quantiser.decay={self.decay} must be from 0 to below 1.")
 
 
 @dataclass
 class Quantised:
-    """Vectors as codes.
+    """Vectors and their codes.
 
     Attributes:
-        values: (..., D) the codes, through which the gradient flows as if they were the vectors.
-        ids: (...) int64, their numbers.
-        terms: `commitment`, and `codebook` where a loss moves it.
+        z_q: (..., D) code vectors; the gradient with respect to them reaches the vectors as it is.
+        ids: (...) int64, indices of the codes.
+        terms: Loss terms: `commitment`, and `codebook` if it is moved by its loss.
     """
 
-    values: Tensor
+    z_q: Tensor
     ids: Tensor
     terms: dict[str, Tensor]
 
 
 def quantiser_terms(
-    z: Tensor, code: Tensor, beta: float, misplaced_beta: bool = False
+    z_e: Tensor, z_q: Tensor, beta: float, misplaced_beta: bool = False
 ) -> dict[str, Tensor]:
-    """Equation 3 without its reconstruction, each a mean over vectors and entries.
+    """Second and third term of equation 3, means over vectors and entries.
 
     Args:
-        z, code: (..., D) vectors and their codes.
+        z_e: Vectors of the encoder (..., D).
+        z_q: Their codes (..., D).
+        beta: Weight of the commitment loss.
+        misplaced_beta: If true, weight of the codebook loss instead.
     """
-    codebook, commitment = F.mse_loss(code, z.detach()), F.mse_loss(z, code.detach())
+    codebook, commitment = F.mse_loss(z_q, z_e.detach()), F.mse_loss(z_e, z_q.detach())
     if misplaced_beta:
         return {"codebook": beta * codebook, "commitment": commitment}
     return {"codebook": codebook, "commitment": beta * commitment}
 
 
 class VectorQuantiser(nn.Module):
-    """The codebook and the choice from it."""
+    """A codebook and the choice of the nearest code.
+
+    Attributes:
+        embedding: (K, D) the codes as they are trained.
+        cluster_size: (K,) moving average of the number of vectors per code and step, N_i.
+        cluster_sum: (K, D) moving average of their sum, m_i.
+        initialised: Whether the codebook has its initial values.
+    """
+
+    embedding: Tensor
+    cluster_size: Tensor
+    cluster_sum: Tensor
+    initialised: Tensor
 
     def __init__(self, config: QuantiserConfig) -> None:
         super().__init__()
         self.config = config
-        codes = torch.randn(config.codes, config.width) / config.width**0.5
-        codes = F.normalize(codes, dim=1) if config.cosine else codes
-        self.codes: Tensor
-        if config.codebook == "loss":
-            self.codes = nn.Parameter(codes)
+        embedding = torch.randn(config.num_codes, config.code_dim) / config.code_dim**0.5
+        embedding = F.normalize(embedding, dim=1) if config.cosine else embedding
+        if config.update == "loss":
+            self.embedding = nn.Parameter(embedding)
         else:
-            self.register_buffer("codes", codes)
-        self.register_buffer("counts", torch.zeros(config.codes))  # moving average, a step's
-        self.register_buffer("sums", torch.zeros_like(codes))  # of the vectors of each code
-        self.register_buffer("begun", torch.tensor(config.start == "normal"))
-        self.counts: Tensor
-        self.sums: Tensor
-        self.begun: Tensor
+            self.register_buffer("embedding", embedding)
+        self.register_buffer("cluster_size", torch.zeros(config.num_codes))
+        self.register_buffer("cluster_sum", torch.zeros_like(embedding))
+        self.register_buffer("initialised", torch.tensor(config.init == "normal"))
 
     def extra_repr(self) -> str:
-        return f"codes={self.config.codes}, width={self.config.width}"
+        return f"num_codes={self.config.num_codes}, code_dim={self.config.code_dim}"
 
-    def book(self) -> Tensor:
-        """(K, D) the codes as they are compared and given: of length one under `cosine`, whatever
-        an optimiser or an average over steps has made of them.
+    @property
+    def codebook(self) -> Tensor:
+        """(K, D) the codes as they are compared and returned.
+
+        Under `cosine` they are divided by their length, which an optimiser or an average of weights
+        changes.
         """
-        return F.normalize(self.codes, dim=1) if self.config.cosine else self.codes
+        return F.normalize(self.embedding, dim=1) if self.config.cosine else self.embedding
 
-    def nearest(self, z: Tensor) -> Tensor:
-        """(..., D) -> (...) int64, the number of the nearest code."""
-        with torch.autocast(z.device.type, enabled=False):  # distances must be exact
-            flat, codes = z.float().reshape(-1, z.shape[-1]), self.book()
+    def nearest(self, z_e: Tensor) -> Tensor:
+        """(..., D) -> (...) int64, index of the nearest code, in full precision."""
+        with torch.autocast(z_e.device.type, enabled=False):
+            flat, codebook = z_e.float().reshape(-1, z_e.shape[-1]), self.codebook
             flat = F.normalize(flat, dim=1) if self.config.cosine else flat
-            squares = flat.square().sum(1, keepdim=True) - 2 * flat @ codes.T
-            return (squares + codes.square().sum(1)).argmin(1).view(z.shape[:-1])
+            distances = flat.square().sum(1, keepdim=True) - 2 * flat @ codebook.T
+            return (distances + codebook.square().sum(1)).argmin(1).view(z_e.shape[:-1])
 
-    def values(self, ids: Tensor) -> Tensor:
-        """(...) numbers -> (..., D) codes."""
-        return F.embedding(ids, self.book())
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Indices (...) -> codes (..., D)."""
+        return F.embedding(ids, self.codebook)
 
-    def forward(self, z: Tensor) -> Quantised:
-        """(..., D) -> codes. In training, a codebook of averages follows; this step's values are
-        still those from before.
+    def forward(self, z_e: Tensor) -> Quantised:
+        """Vectors (..., D) -> codes, with a straight-through gradient.
+
+        In training the statistics are updated too; the codes returned are those from before.
         """
         config = self.config
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
+        with torch.autocast(z_e.device.type, enabled=False):
+            z_e = z_e.float()
             if config.cosine:
-                z = F.normalize(z, dim=-1)
-            if self.training and not bool(self.begun):
-                self.begin(z.detach())
-            ids = self.nearest(z.detach())
-            code = self.values(ids)
-            terms = quantiser_terms(z, code, config.beta, config.misplaced_beta)
-            if config.codebook == "average":
+                z_e = F.normalize(z_e, dim=-1)
+            if self.training and not bool(self.initialised):
+                self.kmeans_init(z_e.detach())
+            ids = self.nearest(z_e.detach())
+            z_q = self.lookup(ids)
+            terms = quantiser_terms(z_e, z_q, config.beta, config.misplaced_beta)
+            if config.update == "ema":
                 del terms["codebook"]
             if self.training:
-                self.follow(z.detach(), ids)
-            return Quantised(z + (code - z).detach(), ids, terms)
+                self.ema_update(z_e.detach(), ids)
+            return Quantised(z_e + (z_q - z_e).detach(), ids, terms)
 
-    # --- the codebook --------------------------------------------------------------
+    # --- updates of the codebook ------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(self, z: Tensor) -> None:
-        """k-means of a batch's vectors; codes more than there are vectors stay as they are.
+    def kmeans_init(self, z_e: Tensor) -> None:
+        """Replace the codes by the k-means clusters of a batch (..., D).
 
-        It starts from vectors that are far from those chosen before (k-means++, Arthur and
-        Vassilvitskii 2007): most places of most pictures are background, which needs one code.
+        k-means++ (Arthur and Vassilvitskii 2007) chooses the first centres far from each other:
+        most vectors of most pictures are background, which needs one code only. If there are fewer
+        vectors than codes, the remaining codes keep their values.
         """
-        flat = z.reshape(-1, z.shape[-1])
-        count = min(len(flat), len(self.codes))
-        means = flat[torch.randint(len(flat), (1,), device=flat.device)]
-        apart = (flat - means).square().sum(1)
-        while len(means) < count:
-            means = torch.cat([means, flat[_far(apart, 1)]])
-            apart = torch.minimum(apart, (flat - means[-1]).square().sum(1))
-        for _ in range(ROUNDS):
-            near = torch.cdist(flat, means).argmin(1)
-            sizes = torch.bincount(near, minlength=count).clamp(min=1)
-            sums = torch.zeros_like(means).index_add_(0, near, flat)
-            kept = torch.bincount(near, minlength=count) > 0
-            means = torch.where(kept[:, None], sums / sizes[:, None], means)
-        means = _of_first_process(means)
-        self.codes[:count] = F.normalize(means, dim=1) if self.config.cosine else means
-        self.begun.fill_(True)
+        flat = z_e.reshape(-1, z_e.shape[-1])
+        count = min(len(flat), self.config.num_codes)
+        centres = flat[torch.randint(len(flat), (1,), device=flat.device)]
+        distances = (flat - centres).square().sum(1)
+        while len(centres) < count:
+            centres = torch.cat([centres, flat[_sample_by_distance(distances, 1)]])
+            distances = torch.minimum(distances, (flat - centres[-1]).square().sum(1))
+        for _ in range(KMEANS_STEPS):
+            nearest = torch.cdist(flat, centres).argmin(1)
+            sizes = torch.bincount(nearest, minlength=count)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, flat)
+            means = sums / sizes.clamp(min=1)[:, None]
+            centres = torch.where(sizes[:, None] > 0, means, centres)
+        centres = _broadcast(centres)
+        self.embedding[:count] = F.normalize(centres, dim=1) if self.config.cosine else centres
+        self.initialised.fill_(True)
 
     @torch.no_grad()
-    def follow(self, z: Tensor, ids: Tensor) -> None:
-        """Count the codes in use; move them if they are averages; restart those out of use."""
-        config, codes = self.config, self.codes
-        flat, near = z.reshape(-1, z.shape[-1]), ids.flatten()
-        sizes = torch.bincount(near, minlength=len(codes)).to(flat.dtype)
-        sums = torch.zeros_like(codes).index_add_(0, near, flat)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for counted in (sizes, sums):
-                torch.distributed.all_reduce(counted)
-        first = not bool(self.counts.any())
-        if first:  # as if the start had always been in use
-            self.counts.fill_(sizes.sum() / len(codes))
-            self.sums.copy_(codes * self.counts[:, None])
-        self.counts.lerp_(sizes, 1 - config.decay)
-        self.sums.lerp_(sums, 1 - config.decay)
-        if config.codebook == "average":
-            total = self.counts.sum()
-            smoothed = (self.counts + EPSILON) / (total + len(codes) * EPSILON) * total
-            moved = self.sums / smoothed[:, None]
-            codes.copy_(F.normalize(moved, dim=1) if config.cosine else moved)
-        if config.restart > 0 and not first:
-            self._restart(flat, near)
+    def ema_update(self, z_e: Tensor, ids: Tensor) -> None:
+        """Appendix A.1: update cluster sizes and sums, and, under `ema`, the codes; then restart
+        codes out of use.
+        """
+        config, embedding = self.config, self.embedding
+        flat, nearest = z_e.reshape(-1, z_e.shape[-1]), ids.flatten()
+        sizes = torch.bincount(nearest, minlength=config.num_codes).to(flat.dtype)
+        sums = torch.zeros_like(embedding).index_add_(0, nearest, flat)
+        if _is_distributed():
+            for statistic in (sizes, sums):
+                torch.distributed.all_reduce(statistic)
+        is_first = not bool(self.cluster_size.any())
+        if is_first:  # as if all codes had been used equally often so far
+            self.cluster_size.fill_(sizes.sum() / config.num_codes)
+            self.cluster_sum.copy_(embedding * self.cluster_size[:, None])
+        self.cluster_size.lerp_(sizes, 1 - config.ema_decay)
+        self.cluster_sum.lerp_(sums, 1 - config.ema_decay)
+        if config.update == "ema":
+            total = self.cluster_size.sum()
+            smoothed = (self.cluster_size + EPSILON) / (total + config.num_codes * EPSILON) * total
+            means = self.cluster_sum / smoothed[:, None]
+            embedding.copy_(F.normalize(means, dim=1) if config.cosine else means)
+        if config.restart_threshold > 0 and not is_first:
+            self._restart_unused(flat, nearest)
 
-    def _restart(self, flat: Tensor, near: Tensor) -> None:
-        """Put codes that fell out of use where vectors are far from the code `near` them."""
-        share = self.counts / self.counts.sum().clamp(min=1e-12)
-        dead = share < self.config.restart / len(self.codes)
-        if not bool(dead.any()):
+    def _restart_unused(self, flat: Tensor, nearest: Tensor) -> None:
+        """Move codes out of use to vectors (N, D) that are far from their nearest codes (N,)."""
+        shares = self.cluster_size / self.cluster_size.sum().clamp(min=1e-12)
+        unused = shares < self.config.restart_threshold / self.config.num_codes
+        if not bool(unused.any()):
             return
-        apart = (flat - self.book()[near]).square().sum(1)
-        chosen = flat[_far(apart, int(dead.sum()))]
-        chosen, count = _of_first_process(chosen), self.counts.sum() / len(self.codes)
-        self.codes[dead] = chosen.to(self.codes.dtype)
-        self.counts[dead], self.sums[dead] = count, chosen * count
-
-    # --- how it fares -----------------------------------------------------------------
-
-    def usage(self) -> dict[str, Tensor]:
-        """`code_usage` of the last 1 / (1 - decay) steps."""
-        return code_usage(self.counts)
+        distances = (flat - self.codebook[nearest]).square().sum(1)
+        vectors = _broadcast(flat[_sample_by_distance(distances, int(unused.sum()))])
+        mean_size = self.cluster_size.sum() / self.config.num_codes
+        self.embedding[unused] = vectors.to(self.embedding.dtype)
+        self.cluster_size[unused], self.cluster_sum[unused] = mean_size, vectors * mean_size
 
 
-@torch.no_grad()
-def code_usage(counts: Tensor) -> dict[str, Tensor]:
-    """How a codebook fares, from how often each code was used (K,).
-
-    Returns:
-        Scalars: `usage`, the share of codes in use, which stand for at least `DEAD` of what they
-        would if all were equally frequent; `dead`, the number of the others; and `perplexity`, how
-        many equally frequent codes would say as much.
-    """
-    share = counts / counts.sum().clamp(min=1e-12)
-    used = share > DEAD / len(counts)
-    return {
-        "usage": used.float().mean(),
-        "dead": (~used).float().sum(),
-        "perplexity": torch.special.entr(share).sum().exp(),
-    }
+def _sample_by_distance(distances: Tensor, count: int) -> Tensor:
+    """(count,) indices, drawn with probabilities proportional to squared distances (N,)."""
+    return torch.multinomial(distances + 1e-12, count, replacement=True)
 
 
-def _far(apart: Tensor, count: int) -> Tensor:
-    """(count,) numbers of vectors, drawn with probabilities that go as their squared distances
-    `apart` (N,) from their codes.
-    """
-    return torch.multinomial(apart + 1e-12, count, replacement=True)
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _of_first_process(tensor: Tensor) -> Tensor:
-    """What the first process has, for all that train together: they share one codebook."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def _broadcast(tensor: Tensor) -> Tensor:
+    """The first process's tensor: processes that train together share one codebook."""
+    if _is_distributed():
         tensor = tensor.contiguous()
         torch.distributed.broadcast(tensor, 0)
     return tensor
 
 
-COLLAPSED = 0.5  # share of codes in use below which a codebook is in trouble
+# --- usage of a codebook --------------------------------------------------------------------------
 
 
-def usage_remark(means: dict[str, float]) -> str:
-    """What the means of `usage` over some steps say, in a few words; empty if all is well."""
-    if means.get("usage", 1) < COLLAPSED:
-        return f"codebook collapse: only {means['usage']:.0%} of the codes are in use"
+@torch.no_grad()
+def codebook_usage(cluster_size: Tensor) -> dict[str, Tensor]:
+    """Metrics of a codebook, from how often each code is used (K,).
+
+    Returns:
+        `codebook_usage`: share of codes in use, that is with at least `UNUSED` / K of all vectors;
+        `unused_codes`: number of the others; `perplexity`: number of equally frequent codes that
+        have the same entropy.
+    """
+    shares = cluster_size / cluster_size.sum().clamp(min=1e-12)
+    in_use = shares > UNUSED / len(cluster_size)
+    return {
+        "codebook_usage": in_use.float().mean(),
+        "unused_codes": (~in_use).float().sum(),
+        "perplexity": torch.special.entr(shares).sum().exp(),
+    }
+
+
+def diagnose_usage(means: Mapping[str, float]) -> str:
+    """A few words on a collapsed codebook, from the mean of `codebook_usage`; empty if all is
+    well.
+    """
+    usage = means.get("codebook_usage", 1.0)
+    if usage < COLLAPSED:
+        return f"codebook collapse: only {usage:.0%} of the codes are in use"
     return ""

@@ -1,93 +1,122 @@
-"""A decoder-only transformer (Radford et al. 2019, GPT-2): each place looks at itself and before.
+"""A decoder-only transformer (Radford et al. 2019, GPT-2): each token attends to itself and to the
+tokens before it.
 
-The network that writes pictures token by token in `vqvae`, `dalle` and `vqgan`. It maps vectors to
-vectors; what they stand for, and where, is its user's.
+    Block          x + attention(norm(x)), then x + mlp(norm(x))
+    Transformer    blocks and a final norm; vectors in, vectors out
+    KVCache        keys and values of the tokens so far, so that the next costs one position only
+    GPT            a transformer with embeddings of tokens and positions, and a head
 
-    Block        x + attention(norm(x)), then x + mlp(norm(x))
-    Transformer  blocks and a last norm
-    Cache        keys and values of the places so far, so that the next one costs one place only
-    GPT          with a table of tokens, one of places and a head: GPT-2, and taming's minGPT
+`Transformer` models the codes of `vqvae`, `dalle` and `vqgan` (`ar_prior.py`); `GPT` is GPT-2, and
+the minGPT of VQGAN's authors.
 
-Axes: B rows, N places, D width, H heads, d width of a head, V tokens.
+Axes: B rows, N positions (n of them new), D width, H heads, d width of a head, V tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import at_least, one_of
+from lineage.config import Fraction, PositiveInt, configuration
 from lineage.errors import UserError
 from lineage.nn.attention import attend
 
 
-@dataclass(frozen=True)
+@configuration
 class TransformerConfig:
-    """Sizes.
+    """Sizes of a transformer.
 
     Attributes:
-        width, layers, heads: D, number of blocks, H.
-        gelu: `tanh`, GPT-2's approximation, or `exact`.
-        dropout: of attention's and the mlp's results while learning.
+        width: D, width of the vectors.
+        num_layers: Number of blocks.
+        num_heads: H, number of heads; must divide `width`.
+        gelu: Kind of the GELU: `tanh`, the approximation of GPT-2, or `exact`.
+        dropout: Share of activations that each branch of a block drops in training.
     """
 
-    width: int = 128
-    layers: int = 5
-    heads: int = 4
-    gelu: str = "tanh"
-    dropout: float = 0.0
+    width: PositiveInt = 128
+    num_layers: PositiveInt = 5
+    num_heads: PositiveInt = 4
+    gelu: Literal["tanh", "exact"] = "tanh"
+    dropout: Fraction = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads"):
-            at_least(f"transformer.{name}", getattr(self, name), 1)
-        one_of("transformer.gelu", self.gelu, ("tanh", "exact"))
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"transformer.dropout={self.dropout} must be from 0 to below 1.")
-        if self.width % self.heads:
+        if self.width % self.num_heads:
             raise UserError(
-                f"transformer.width={self.width} cannot be shared by {self.heads} heads."
+                f"transformer.width={self.width} cannot be shared by {self.num_heads} heads."
             )
 
 
-class Cache:
-    """Keys and values of all blocks for `length` places, of which `used` are written."""
+class KVCache:
+    """Keys and values of all blocks.
 
-    def __init__(self, config: TransformerConfig, rows: int, length: int, like: Tensor) -> None:
-        shape = (config.layers, 2, rows, config.heads, length, config.width // config.heads)
-        self.kept = like.new_empty(shape)
-        self.used = 0
+    Args:
+        config: Sizes of the transformer.
+        batch_size: Number of rows.
+        max_length: Number of positions that fit in.
+        like: Tensor whose type and device the cache has.
 
-    def put(self, layer: int, pairs: Tensor) -> Tensor:
-        """Write the next places' keys and values (2, B, H, n, d); returns those of all places."""
-        end, length = self.used + pairs.shape[3], self.kept.shape[4]
-        if end > length:
-            raise UserError(f"{end} places do not fit a cache of {length}.")
-        self.kept[layer, :, :, :, self.used : end] = pairs
-        return self.kept[layer, :, :, :, :end]
+    Attributes:
+        length: Number of positions that are filled.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, batch_size: int, max_length: int, like: Tensor
+    ) -> None:
+        heads, head_dim = config.num_heads, config.width // config.num_heads
+        shape = (config.num_layers, 2, batch_size, heads, max_length, head_dim)
+        self.keys_values = like.new_empty(shape)
+        self.length = 0
+
+    def append(self, layer: int, keys_values: Tensor) -> Tensor:
+        """Store keys and values (2, B, H, n, d) of new positions; returns those of all positions.
+
+        `length` counts the new positions only after all blocks have stored theirs.
+        """
+        end, max_length = self.length + keys_values.shape[3], self.keys_values.shape[4]
+        if end > max_length:
+            raise UserError(f"{end} positions do not fit into a cache of {max_length}.")
+        self.keys_values[layer, :, :, :, self.length : end] = keys_values
+        return self.keys_values[layer, :, :, :, :end]
+
+
+def causal_mask(
+    length: int, new: int | None = None, *, num_prefix: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """(n, N) bool, True where a new position may attend to a position.
+
+    Args:
+        length: N, number of all positions.
+        new: n, number of the last ones that are new; None for all.
+        num_prefix: Number of first positions that all attend to each other [n_unmasked].
+        device: Device of the mask.
+    """
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    mask[:num_prefix, :num_prefix] = True
+    return mask if new is None else mask[length - new :]
 
 
 class SelfAttention(nn.Module):
-    """Query, key and value in one product; each place looks where `mask` is True."""
+    """Multi-head attention with queries, keys and values from one product."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
-        """(B, n, D), mask over (B, H, n, N) -> (B, n, D)."""
-        split = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, pairs = split[0], split[1:]  # (B, H, n, d) and (2, B, H, n, d)
+        """(B, n, D) -> (B, n, D); `mask` broadcasts to (B, H, n, N)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, keys_values = qkv[0], qkv[1:]  # (B, H, n, d) and (2, B, H, n, d)
         if cache is not None:
-            pairs = cache.put(layer, pairs)
-        seen = attend(query, pairs[0], pairs[1], mask)
-        return self.proj(seen.transpose(1, 2).flatten(2))
+            keys_values = cache.append(layer, keys_values)
+        attended = attend(query, keys_values[0], keys_values[1], mask)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -103,7 +132,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, n, D) -> (B, n, D)."""
         x = x + self.dropout(self.attn(self.ln1(x), mask, cache, layer))
@@ -111,117 +140,83 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a last norm, with GPT-2's weights at the start: N(0, 0.02), and the branches'
-    last layers smaller by the root of twice their number.
+    """Blocks and a final norm.
+
+    Initial weights are GPT-2's: N(0, 0.02), and in the last layer of each branch a standard
+    deviation smaller by sqrt(2 num_layers), so that the sum of all branches keeps its scale.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.width)
+        branch_std = 0.02 / (2 * config.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                last = name.endswith(("attn.proj.weight", "mlp.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5 if last else 0.02)
+                ends_branch = name.endswith(("attn.proj.weight", "mlp.2.weight"))
+                nn.init.normal_(parameter, std=branch_std if ends_branch else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self,
-        x: Tensor,
-        cache: Cache | None = None,
-        open_places: int = 0,
-        mask: Tensor | None = None,
+        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """(B, n, D) -> (B, n, D).
 
         Args:
-            cache: of the places before these; gets these too.
-            open_places: the first so many places see each other whole.
-            mask: (B, N) True where a place may be looked at; None for all.
+            x: Vectors of the new positions.
+            cache: Keys and values of the positions before; those of the new ones are added.
+            mask: Mask that broadcasts to (B, H, n, N), True where a new position may attend to a
+                position; None is `causal_mask`.
         """
-        return self.states(x, cache, open_places, mask)[-1]
-
-    def states(
-        self,
-        x: Tensor,
-        cache: Cache | None = None,
-        open_places: int = 0,
-        mask: Tensor | None = None,
-    ) -> list[Tensor]:
-        """What goes into each block, and what comes out of the last norm."""
-        past = cache.used if cache is not None else 0
-        count = x.shape[1]
-        given = None  # a single place sees all that the cache holds
-        if count > 1 or mask is not None:
-            look = torch.ones(past + count, past + count, dtype=torch.bool, device=x.device).tril()
-            look[:open_places, :open_places] = True
-            given = look[past:] if mask is None else look[past:] & mask[:, None, None, :]  # (n, N)
-        states = []
+        new = x.shape[1]
+        length = new if cache is None else cache.length + new
+        if mask is None and new > 1:  # a single new position attends to all positions anyway
+            mask = causal_mask(length, new, device=x.device)
         for layer, block in enumerate(self.blocks):
-            states.append(x)
-            x = block(x, given, cache, layer)
+            x = block(x, mask, cache, layer)
         if cache is not None:
-            cache.used += count
-        return [*states, self.ln_f(x)]
+            cache.length = length
+        return self.ln_f(x)
 
 
 class GPT(nn.Module):
-    """Tokens in, logits of the next token out.
+    """Tokens in, logits of each next token out.
 
     Args:
-        tokens: V.
-        places: the most there can be.
-        tied: the head is the table of tokens.
+        config: Sizes of the transformer.
+        vocab_size: V, number of tokens.
+        max_length: Largest number of positions.
+        tied: If true, the head has the weights of the token embedding.
     """
 
     def __init__(
-        self, config: TransformerConfig, tokens: int, places: int, tied: bool = True
+        self, config: TransformerConfig, vocab_size: int, max_length: int, tied: bool = True
     ) -> None:
         super().__init__()
-        self.tok_emb, self.pos_emb = (
-            nn.Embedding(tokens, config.width),
-            nn.Embedding(places, config.width),
-        )
+        self.tok_emb = nn.Embedding(vocab_size, config.width)
+        self.pos_emb = nn.Embedding(max_length, config.width)
         self.transformer = Transformer(config)
-        self.head = nn.Linear(config.width, tokens, bias=False)
-        for table in (self.tok_emb, self.pos_emb, self.head):
-            nn.init.normal_(table.weight, std=0.02)
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        for layer in (self.tok_emb, self.pos_emb, self.head):
+            nn.init.normal_(layer.weight, std=0.02)
         if tied:
             self.head.weight = self.tok_emb.weight
 
-    def embed(self, ids: Tensor, place: Tensor | None = None, first: int = 0) -> Tensor:
-        """(B, n) tokens at `place` (B, n), or at places `first` and on -> (B, n, D)."""
-        if place is None:
-            place = torch.arange(first, first + ids.shape[1], device=ids.device)
-        return self.tok_emb(ids) + self.pos_emb(place)
+    def embed(self, ids: Tensor, position_ids: Tensor | None = None, first: int = 0) -> Tensor:
+        """Tokens (B, n) at `position_ids` (B, n), or at positions from `first` on -> (B, n, D)."""
+        if position_ids is None:
+            position_ids = torch.arange(first, first + ids.shape[1], device=ids.device)
+        return self.tok_emb(ids) + self.pos_emb(position_ids)
 
     def forward(
         self,
         ids: Tensor,
-        cache: Cache | None = None,
-        open_places: int = 0,
+        cache: KVCache | None = None,
         mask: Tensor | None = None,
-        place: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """(B, n) -> logits (B, n, V)."""
-        x = self.embed(ids, place, cache.used if cache is not None else 0)
-        return self.head(self.transformer(x, cache, open_places, mask))
-
-    @torch.no_grad()
-    def greedy(self, ids: Tensor, length: int, cached: bool = True) -> Tensor:
-        """(B, n) -> (B, length): the likeliest next token, again and again."""
-        config = self.transformer.config
-        cache = Cache(config, len(ids), length, self.head.weight) if cached else None
-        new = ids
-        while ids.shape[1] < length:
-            logits = self(new, cache)
-            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-            new = ids[:, -1:] if cached else ids
-        return ids
-
-
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy of each token given those before it: (B, n, V), (B, n) -> scalar."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        x = self.embed(ids, position_ids, 0 if cache is None else cache.length)
+        return self.head(self.transformer(x, cache, mask))

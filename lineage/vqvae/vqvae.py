@@ -1,88 +1,91 @@
-"""VQ-VAE's codec (van den Oord, Vinyals and Kavukcuoglu 2017, arXiv:1711.00937).
+"""VQ-VAE, the codec (van den Oord, Vinyals and Kavukcuoglu 2017, arXiv:1711.00937).
 
-The problem: an autoencoder whose latents are free numbers leaves nothing for a language model to
-read, and with a strong decoder it ignores them. What is new: between encoder and decoder stands a
-codebook, so a picture is a grid of tokens; a prior over them is learnt afterwards (`dalle.py`).
+The problem: a strong decoder ignores the continuous latents of a variational autoencoder, and no
+language model can read them. What is new: a codebook between encoder and decoder, so that a picture
+becomes a grid of tokens; a prior over the tokens is trained afterwards (`ar_prior.py`).
 
-    section 3.1, 3.2   the codebook, straight-through gradient and losses: `quantise.py`
-    section 4.1        `VQVAEEncoder`, `VQVAEDecoder`: strided convolutions of 4 x 4, and residual
-                       blocks (ReLU, 3 x 3, ReLU, 1 x 1)
-    equation 3         `VQVAE.losses`: reconstruction, and what the quantiser adds
+    equation 3    L = -ln p(x | z_q) + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2
+                  the first term                         `VQVAE.losses`
+                  the other two, and the codebook        `quantise.py`
+    section 4.1   strided 4 x 4 convolutions and residual blocks (ReLU, 3 x 3, ReLU, 1 x 1)
+                                                         `VQVAEEncoder`, `VQVAEDecoder`
 
-The reconstruction is a Gaussian's: the squared error, as a mean over pixels and not a sum, so that
-its weight does not depend on the side; it is divided by the variance of the data in the authors'
-code, for which `variance` stands.
+-ln p(x | z_q) is a Gaussian's: the squared error over the variance of the data, as in the authors'
+code. It is a mean over pixels, not a sum, so that its weight does not depend on the picture's size.
 
-Axes: B pictures, C channels, D width of a code, H W places, S side.
+Axes: B pictures, C channels, D width of a code, H W grid of codes, S side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
 
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import at_least
+from lineage.config import Int, NonNegativeInt, PositiveFloat, PositiveInt, configuration
 from lineage.data.contract import Batch
-from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
+from lineage.nn.vqgan_losses import psnr
 from lineage.system import Turn
 from lineage.text.contract import TextFeatures
 from lineage.vqvae.codec import Codec
-from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
+from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser, codebook_usage
 
 
-@dataclass(frozen=True)
+@configuration
 class VQVAEConfig:
-    """Sizes.
+    """Sizes of a VQ-VAE.
 
     Attributes:
-        quantiser: the codebook.
-        channels: C, of all layers but the first, which has half of them.
-        inner: of the residual blocks' 3 x 3 convolutions.
-        blocks: residual blocks on each side.
-        halvings: strided convolutions; the factor is 2 to that power.
-        variance: of the data, by which the squared error is divided.
+        quantiser: The codebook.
+        channels: C, number of channels of all layers but the first, which has half of them.
+        res_channels: Number of channels inside a residual block.
+        num_res_blocks: Number of residual blocks of the encoder, and of the decoder.
+        num_downsamples: Number of strided convolutions; the factor is 2 to this power.
+        data_variance: Variance of the data, by which the squared error is divided.
     """
 
     quantiser: QuantiserConfig = field(default_factory=QuantiserConfig)
-    channels: int = 256
-    inner: int = 256
-    blocks: int = 2
-    halvings: int = 2
-    variance: float = 1.0
-
-    def __post_init__(self) -> None:
-        at_least("codec.channels", self.channels, 2)
-        for name in ("inner", "halvings"):
-            at_least(f"codec.{name}", getattr(self, name), 1)
-        at_least("codec.blocks", self.blocks, 0)
-        if not self.variance > 0:
-            raise UserError(f"codec.variance={self.variance} must be above 0.")
+    channels: Annotated[Int, Field(ge=2)] = 256
+    res_channels: PositiveInt = 256
+    num_res_blocks: NonNegativeInt = 2
+    num_downsamples: PositiveInt = 2
+    data_variance: PositiveFloat = 1.0
 
     @property
     def factor(self) -> int:
-        """Pixels of a side of a place."""
-        return int(2**self.halvings)
+        """Number of pixels on a side of one grid cell."""
+        return int(2**self.num_downsamples)
 
-    def widths(self) -> list[int]:
-        """Channels from the picture's side down to the places'."""
-        return [self.channels // 2, *[self.channels] * (self.halvings - 1)]
+    @property
+    def level_channels(self) -> list[int]:
+        """Number of channels after each strided convolution of the encoder."""
+        return [self.channels // 2, *[self.channels] * (self.num_downsamples - 1)]
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """x + conv1x1(relu(conv3x3(relu(x))))."""
 
-    def __init__(self, channels: int, inner: int) -> None:
+    def __init__(self, channels: int, res_channels: int) -> None:
         super().__init__()
-        self.conv3 = nn.Conv2d(channels, inner, 3, padding=1)
-        self.conv1 = nn.Conv2d(inner, channels, 1)
+        self.conv3 = nn.Conv2d(channels, res_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(res_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         return x + self.conv1(F.relu(self.conv3(F.relu(x))))
+
+
+def residual_blocks(config: VQVAEConfig) -> list[nn.Module]:
+    """The residual blocks of encoder or decoder."""
+    return [
+        ResidualBlock(config.channels, config.res_channels) for _ in range(config.num_res_blocks)
+    ]
 
 
 class VQVAEEncoder(nn.Module):
@@ -91,14 +94,13 @@ class VQVAEEncoder(nn.Module):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        inputs = 3
-        for width in config.widths():
-            layers += [nn.Conv2d(inputs, width, 4, stride=2, padding=1), nn.ReLU()]
-            inputs = width
-        layers.append(nn.Conv2d(inputs, config.channels, 3, padding=1))
-        layers += [Residual(config.channels, config.inner) for _ in range(config.blocks)]
-        width = config.quantiser.width
-        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(config.channels, width, 1))
+        in_channels = 3
+        for channels in config.level_channels:
+            layers += [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.ReLU()]
+            in_channels = channels
+        layers += [nn.Conv2d(in_channels, config.channels, 3, padding=1), *residual_blocks(config)]
+        layers += [nn.ReLU(), nn.Conv2d(config.channels, config.quantiser.code_dim, 1)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D, H, W)."""
@@ -111,19 +113,19 @@ class VQVAEDecoder(nn.Module):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = [
-            nn.Conv2d(config.quantiser.width, config.channels, 3, padding=1),
-            *(Residual(config.channels, config.inner) for _ in range(config.blocks)),
+            nn.Conv2d(config.quantiser.code_dim, config.channels, 3, padding=1),
+            *residual_blocks(config),
             nn.ReLU(),
         ]
-        inputs = config.channels
-        for width in [*reversed(config.widths()[:-1]), 3]:
-            layers += [nn.ConvTranspose2d(inputs, width, 4, stride=2, padding=1), nn.ReLU()]
-            inputs = width
-        self.layers = nn.Sequential(*layers[:-1])
+        in_channels = config.channels
+        for channels in [*reversed(config.level_channels[:-1]), 3]:
+            layers += [nn.ConvTranspose2d(in_channels, channels, 4, stride=2, padding=1), nn.ReLU()]
+            in_channels = channels
+        self.layers = nn.Sequential(*layers[:-1])  # no ReLU on pixels
 
-    def forward(self, grid: Tensor) -> Tensor:
+    def forward(self, z_q: Tensor) -> Tensor:
         """(B, D, H, W) -> (B, 3, S, S)."""
-        return self.layers(grid)
+        return self.layers(z_q)
 
 
 class VQVAE(Codec):
@@ -131,25 +133,32 @@ class VQVAE(Codec):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        self.config, self.codes, self.factor = config, config.quantiser.codes, config.factor
+        self.config, self.factor = config, config.factor
+        self.num_codes = config.quantiser.num_codes
         self.encoder, self.decoder = VQVAEEncoder(config), VQVAEDecoder(config)
         self.quantiser = VectorQuantiser(config.quantiser)
 
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"codec": [self.encoder, self.quantiser, self.decoder]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+    def losses(
+        self, batch: Batch, text: TextFeatures | None, noise: NoiseStreams
+    ) -> Iterator[Turn]:
         """Equation 3."""
-        z = rearrange(self.encoder(batch.image), "b d h w -> b h w d")
-        found = self.quantiser(z)
-        decoded = self.decoder(rearrange(found.values, "b h w d -> b d h w"))
-        self.facts = {**self.note(batch.image, decoded), **self.quantiser.usage()}
-        error = F.mse_loss(decoded.float(), batch.image) / self.config.variance
-        yield "codec", {"reconstruction": error, **found.terms}
+        z_e = rearrange(self.encoder(batch.image), "b d h w -> b h w d")
+        quantised = self.quantiser(z_e)
+        decoded = self.decoder(rearrange(quantised.z_q, "b h w d -> b d h w"))
+        mse = self.track_mse(batch.image, decoded)
+        nll = F.mse_loss(decoded.float(), batch.image) / self.config.data_variance
+        yield Turn(
+            "codec",
+            {"reconstruction": nll, **quantised.terms},
+            metrics=lambda: {"psnr": psnr(mse), **codebook_usage(self.quantiser.cluster_size)},
+        )
 
     def encode(self, image: Tensor) -> Tensor:
         return self.quantiser.nearest(rearrange(self.encoder(image), "b d h w -> b h w d"))
 
     def decode(self, ids: Tensor) -> Tensor:
-        grid = rearrange(self.quantiser.values(ids), "b h w d -> b d h w")
-        return self.decoder(grid).float().clamp(-1, 1)
+        z_q = rearrange(self.quantiser.lookup(ids), "b h w d -> b d h w")
+        return self.decoder(z_q).float().clamp(-1, 1)

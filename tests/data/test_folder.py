@@ -1,4 +1,4 @@
-"""`folder:` and what all data sets on a disk share."""
+"""`folder:`, and what all data sets on a disk share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lineage.data.pictures import PictureDataset
 from lineage.errors import UserError
 
 
-def put(
+def save_picture(
     path: Path, colour: tuple[int, ...] = (200, 30, 30), size: tuple[int, int] = (32, 32)
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,14 +23,16 @@ def put(
     return path
 
 
-def say(path: Path, *captions: str) -> None:
+def save_captions(path: Path, *captions: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 
-def pair(root: Path, key: str, *captions: str, colour: tuple[int, ...] = (200, 30, 30)) -> None:
-    put(root / f"{key}.png", colour)
-    say(root / f"{key}.txt", *captions)
+def save_pair(
+    root: Path, key: str, *captions: str, colour: tuple[int, ...] = (200, 30, 30)
+) -> None:
+    save_picture(root / f"{key}.png", colour)
+    save_captions(root / f"{key}.txt", *captions)
 
 
 def reasons(dataset: CaptionedDataset) -> dict[str, str]:
@@ -38,8 +40,8 @@ def reasons(dataset: CaptionedDataset) -> dict[str, str]:
 
 
 def test_every_line_is_a_caption_and_the_id_is_the_path(tmp_path: Path) -> None:
-    pair(tmp_path, "b/cat", "  a red cat ", "", "one cat", colour=(1, 2, 3))
-    pair(tmp_path, "cat", "another cat")
+    save_pair(tmp_path, "b/cat", "  a red cat ", "", "one cat", colour=(1, 2, 3))
+    save_pair(tmp_path, "cat", "another cat")
     data = load_dataset(f"folder:{tmp_path}")
     assert [e.id for e in data] == ["b/cat", "cat"]
     assert data[0].captions == ("a red cat", "one cat")
@@ -48,23 +50,23 @@ def test_every_line_is_a_caption_and_the_id_is_the_path(tmp_path: Path) -> None:
     assert data.skipped == [] and data.split == "train" and data.name == f"folder:{tmp_path}"
 
 
-def test_everything_left_out_is_reported(tmp_path: Path) -> None:
-    pair(tmp_path, "good", "a good one")
-    put(tmp_path / "mute.png")
-    say(tmp_path / "blind.txt", "nothing to see")
-    pair(tmp_path, "blank", " ", "")
-    put(tmp_path / "latin.png")
+def test_every_skipped_file_is_reported(tmp_path: Path) -> None:
+    save_pair(tmp_path, "good", "a good one")
+    save_picture(tmp_path / "mute.png")
+    save_captions(tmp_path / "blind.txt", "nothing to see")
+    save_pair(tmp_path, "blank", " ", "")
+    save_picture(tmp_path / "latin.png")
     (tmp_path / "latin.txt").write_bytes("un café".encode("latin-1"))
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
-    say(tmp_path / "broken.txt", "a broken one")
-    whole = put(tmp_path / "torn.png", size=(64, 64)).read_bytes()
+    save_captions(tmp_path / "broken.txt", "a broken one")
+    whole = save_picture(tmp_path / "torn.png", size=(64, 64)).read_bytes()
     (tmp_path / "torn.png").write_bytes(whole[:-40])
-    say(tmp_path / "torn.txt", "half a file")
-    put(tmp_path / "good.webp")
+    save_captions(tmp_path / "torn.txt", "half a file")
+    save_picture(tmp_path / "good.webp")
     data = load_dataset(f"folder:{tmp_path}")
     assert [e.id for e in data] == ["good"]
-    found = reasons(data)
-    assert set(found) == {
+    skipped = reasons(data)
+    assert set(skipped) == {
         "mute.png",
         "blind.txt",
         "blank.txt",
@@ -73,16 +75,16 @@ def test_everything_left_out_is_reported(tmp_path: Path) -> None:
         "torn.png",
         "good.webp",
     }
-    assert "mute.txt is missing" in found["mute.png"]
-    assert "without a picture" in found["blind.txt"]
-    assert "no caption" in found["blank.txt"]
-    assert "UTF-8" in found["latin.txt"]
-    assert "good.png was taken" in found["good.webp"]
+    assert "mute.txt is missing" in skipped["mute.png"]
+    assert "without a picture" in skipped["blind.txt"]
+    assert "no caption" in skipped["blank.txt"]
+    assert "UTF-8" in skipped["latin.txt"]
+    assert "good.png is used" in skipped["good.webp"]
 
 
 def test_rows_stay_aligned_when_pictures_in_the_middle_are_broken(tmp_path: Path) -> None:
     for number in range(6):
-        pair(tmp_path, f"p{number}", f"number {number}", colour=(number * 40, 0, 0))
+        save_pair(tmp_path, f"p{number}", f"number {number}", colour=(number * 40, 0, 0))
     for number in (0, 3):
         (tmp_path / f"p{number}.png").write_bytes(b"broken")
     data = load_dataset(f"folder:{tmp_path}")
@@ -91,22 +93,22 @@ def test_rows_stay_aligned_when_pictures_in_the_middle_are_broken(tmp_path: Path
     ]
 
 
-def test_a_byte_order_mark_and_windows_lines_are_no_part_of_a_caption(tmp_path: Path) -> None:
-    put(tmp_path / "a.PNG")
+def test_a_byte_order_mark_and_windows_line_ends_are_not_part_of_a_caption(tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.PNG")
     (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbfa red cat\r\na cat\r\n")
     assert load_dataset(str(tmp_path))[0].captions == ("a red cat", "a cat")
 
 
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
-    pair(tmp_path, "a", "a")
+    save_pair(tmp_path, "a", "a")
     for hidden in ("._a.png", ".hidden/b.png", "__MACOSX/c.png"):
-        put(tmp_path / hidden)
+        save_picture(tmp_path / hidden)
     data = load_dataset(f"folder:{tmp_path}")
     assert len(data) == 1 and data.skipped == []
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
-    pair(tmp_path / "elsewhere", "a", "a")
+    save_pair(tmp_path / "elsewhere", "a", "a")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
@@ -123,7 +125,7 @@ def test_transparency_becomes_white_and_any_mode_rgb(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32), 77 * 256, np.uint16)).save(tmp_path / "deep.png")
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "ink.jpg")
     for file in list(tmp_path.iterdir()):
-        say(file.with_suffix(".txt"), "x")
+        save_captions(file.with_suffix(".txt"), "x")
     data = load_dataset(str(tmp_path))
     centre = {e.id: e.image[:, 16, 16].tolist() for e in data}
     assert centre["clear"] == centre["clear_grey"] == centre["clear_palette"] == [255] * 3
@@ -138,118 +140,122 @@ def test_exif_orientation_is_respected(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # held upside down
     image.save(tmp_path / "a.png", exif=exif)
-    say(tmp_path / "a.txt", "x")
+    save_captions(tmp_path / "a.txt", "x")
     turned = load_dataset(str(tmp_path))[0].image
     assert turned[:, 4, 16].tolist() == [255, 255, 255]
     assert turned[:, 28, 16].tolist() == [255, 0, 0]
 
 
-def test_the_centred_square_is_kept(tmp_path: Path) -> None:
+def test_pictures_are_cropped_to_the_centred_square(tmp_path: Path) -> None:
     wide = Image.new("RGB", (96, 32), "blue")
     wide.paste((255, 0, 0), (32, 0, 64, 32))
     wide.save(tmp_path / "wide.png")
     wide.rotate(90, expand=True).save(tmp_path / "high.png")
     for name in ("wide", "high"):
-        say(tmp_path / f"{name}.txt", "x")
+        save_captions(tmp_path / f"{name}.txt", "x")
     for example in load_dataset(str(tmp_path)):
         assert (example.image == torch.tensor([255, 0, 0])[:, None, None]).all()
 
 
-def test_large_jpegs_are_resized_truly(tmp_path: Path) -> None:
+def test_large_jpegs_are_resized_accurately(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 255, 512, dtype=np.uint8)[None, :, None], (512, 1, 3))
     Image.fromarray(ramp).save(tmp_path / "ramp.jpg", quality=95)
-    say(tmp_path / "ramp.txt", "x")
-    got = load_dataset(str(tmp_path), size=16)[0].image.float()
-    want = torch.linspace(0, 255, 512).view(16, 32).mean(1)
-    assert (got - want).abs().max() < 4
+    save_captions(tmp_path / "ramp.txt", "x")
+    actual = load_dataset(str(tmp_path), size=16)[0].image.float()
+    expected = torch.linspace(0, 255, 512).view(16, 32).mean(1)
+    assert (actual - expected).abs().max() < 4
 
 
-def test_batch_equals_the_naive_rule(tmp_path: Path) -> None:
+def test_batch_equals_the_plain_implementation(tmp_path: Path) -> None:
     for number in range(5):
         captions = [f"caption {number} {k}" for k in range(number + 1)]
-        pair(tmp_path, f"p{number}", *captions, colour=(number * 50, 10, 20))
+        save_pair(tmp_path, f"p{number}", *captions, colour=(number * 50, 10, 20))
     data = load_dataset(str(tmp_path))
     indices, epochs = [3, 0, 3, 4], [0, 7, 1, 12]
-    fast = data.batch(indices, epochs, seed=5)
-    naive = CaptionedDataset.batch(data, indices, epochs, seed=5)
-    assert torch.equal(fast.image, naive.image) and fast.image.dtype == torch.float32
-    assert fast.caption == naive.caption and fast.id == naive.id and fast.label is None
-    assert torch.equal(fast.image[0], to_unit(data[3].image))
-    drawn = {data.batch([4], [epoch], seed=5).caption[0] for epoch in range(60)}
-    assert drawn == set(data[4].captions)
+    batch = data.batch(indices, epochs, seed=5)
+    plain = CaptionedDataset.batch(data, indices, epochs, seed=5)
+    assert torch.equal(batch.image, plain.image) and batch.image.dtype == torch.float32
+    assert batch.caption == plain.caption and batch.id == plain.id and batch.label is None
+    assert torch.equal(batch.image[0], to_unit(data[3].image))
+    captions_of_visits = {data.batch([4], [epoch], seed=5).caption[0] for epoch in range(60)}
+    assert captions_of_visits == set(data[4].captions)
 
 
 def test_an_example_does_not_share_memory_with_the_data(tmp_path: Path) -> None:
-    pair(tmp_path, "a", "x")
+    save_pair(tmp_path, "a", "x")
     data = load_dataset(str(tmp_path))
     data[0].image.zero_()
     assert data[0].image.any()
 
 
-def test_pixels_beyond_the_limit_lie_in_a_file(
+def test_pixels_beyond_the_limit_are_stored_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(4):
-        pair(tmp_path, f"p{number}", "x", colour=(number * 50, 1, 2))
+        save_pair(tmp_path, f"p{number}", "x", colour=(number * 50, 1, 2))
     (tmp_path / "p1.png").write_bytes(b"broken")
-    want = load_dataset(str(tmp_path))
-    monkeypatch.setattr(pictures, "IN_MEMORY", 1000)
-    mapped: list[type] = []
-    room = PictureDataset._room
+    expected = load_dataset(str(tmp_path))
+    monkeypatch.setattr(pictures, "MAX_IN_MEMORY", 1000)
+    types: list[type] = []
+    allocate = PictureDataset._allocate
 
     def spy(self: PictureDataset, count: int) -> object:
-        pixels = room(self, count)
-        mapped.append(type(pixels))
+        pixels = allocate(self, count)
+        types.append(type(pixels))
         return pixels
 
-    monkeypatch.setattr(PictureDataset, "_room", spy)
-    got = load_dataset(str(tmp_path))
-    assert mapped == [np.memmap]
-    assert isinstance(got, PictureDataset) and isinstance(want, PictureDataset)
-    assert torch.equal(got.images, want.images) and got.fingerprint() == want.fingerprint()
+    monkeypatch.setattr(PictureDataset, "_allocate", spy)
+    actual = load_dataset(str(tmp_path))
+    assert types == [np.memmap]
+    assert isinstance(actual, PictureDataset) and isinstance(expected, PictureDataset)
+    assert (
+        torch.equal(actual.images, expected.images)
+        and actual.fingerprint() == expected.fingerprint()
+    )
 
 
-def test_the_fingerprint_reads_ids_captions_and_pixels(tmp_path: Path) -> None:
-    def mark(root: str, key: str = "a", caption: str = "x", red: int = 9) -> str:
-        pair(tmp_path / root, key, caption, colour=(red, 0, 0))
+def test_the_fingerprint_depends_on_ids_captions_and_pixels(tmp_path: Path) -> None:
+    def fingerprint(root: str, key: str = "a", caption: str = "x", red: int = 9) -> str:
+        save_pair(tmp_path / root, key, caption, colour=(red, 0, 0))
         data = load_dataset(str(tmp_path / root))
         assert isinstance(data, PictureDataset)
         return data.fingerprint()
 
-    first = mark("0")
-    assert mark("1") == first
-    assert len({first, mark("2", key="b"), mark("3", caption="y"), mark("4", red=8)}) == 4
+    first = fingerprint("0")
+    others = [fingerprint("2", key="b"), fingerprint("3", caption="y"), fingerprint("4", red=8)]
+    assert fingerprint("1") == first
+    assert len({first, *others}) == 4
 
 
-def test_a_folder_without_anything_usable_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing could be loaded"):
+def test_a_folder_without_a_usable_picture_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Nothing can be loaded"):
         load_dataset(f"folder:{tmp_path}")
-    put(tmp_path / "a.png")
+    save_picture(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png.*a\.txt is missing.*one caption a line"):
         load_dataset(f"folder:{tmp_path}")
     (tmp_path / "a.png").write_bytes(b"no")
-    say(tmp_path / "a.txt", "x")
+    save_captions(tmp_path / "a.txt", "x")
     with pytest.raises(UserError, match=r"a\.png: .*no picture"):
         load_dataset(f"folder:{tmp_path}")
 
 
-def test_a_split_that_does_not_exist(tmp_path: Path) -> None:
-    pair(tmp_path, "a", "x")
+def test_a_split_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    save_pair(tmp_path, "a", "x")
     with pytest.raises(UserError, match=r"no split 'test'.*train \(1\)"):
         load_dataset(f"folder:{tmp_path}", split="test")
     assert len(load_dataset(f"folder:{tmp_path}", split="all")) == 1
 
 
 @pytest.mark.parametrize("size", [0, 7, 5000])
-def test_impossible_sizes(tmp_path: Path, size: int) -> None:
-    pair(tmp_path, "a", "x")
+def test_impossible_sizes_are_errors(tmp_path: Path, size: int) -> None:
+    save_pair(tmp_path, "a", "x")
     with pytest.raises(UserError, match=str(size)):
         load_dataset(f"folder:{tmp_path}", size=size)
 
 
-def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_specs_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pair(tmp_path / "pics", "a", "x")
+    save_pair(tmp_path / "pics", "a", "x")
     (tmp_path / "odd:name").mkdir()
     assert parse_spec("shapes") == ("shapes", "")
     assert parse_spec("shapes:hard") == ("shapes", "hard")
@@ -261,14 +267,14 @@ def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "sentence"),
     [
         ("shape", "did you mean 'shapes'"),
         ("foldr:x", "did you mean 'folder'"),
         ("zebra:x", "there is: folder, imagefolder, shapes"),
         ("shapes:esay", "did you mean 'easy'"),
         ("folder:", "folder:PATH"),
-        ("folder", "there is no data set or folder 'folder'"),
+        ("folder", "There is no data set or folder 'folder'"),
         ("folder:no/such/place", "no/such/place"),
         ("no/such/place", "no/such/place"),
         (r"C:\pictures", "no data set or folder"),
@@ -276,25 +282,25 @@ def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "no data set or folder"),
     ],
 )
-def test_wrong_specs_are_explained(spec: str, said: str) -> None:
-    with pytest.raises(UserError) as told:
+def test_wrong_specs_are_explained(spec: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
         load_dataset(spec)
-    assert said in str(told.value) and "\n" not in str(told.value)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_file_is_no_data_set(tmp_path: Path) -> None:
-    file = put(tmp_path / "a.png")
+def test_a_file_is_not_a_data_set(tmp_path: Path) -> None:
+    file = save_picture(tmp_path / "a.png")
     for spec in (str(file), f"folder:{file}"):
         with pytest.raises(UserError, match="is a file"):
             load_dataset(spec)
 
 
-def test_rows_of_one_caption_are_alike() -> None:
-    """Same words in the same order, the empty caption too; or, where asked for, the same label."""
+def test_same_pairs_are_rows_with_equal_captions_or_labels() -> None:
+    """Equal words in equal order, the empty caption too; with `class` also equal labels."""
     label = torch.tensor([0, 1, 2, 3, 1])
     batch = Batch(torch.zeros(5, 3, 4, 4), ["a b", "b a", "a b", "", ""], label, ["0"] * 5)
     expected = torch.eye(5, dtype=torch.bool)
     expected[0, 2] = expected[2, 0] = expected[3, 4] = expected[4, 3] = True
-    assert torch.equal(batch.alike("caption"), expected)
+    assert torch.equal(batch.same_pairs("caption"), expected)
     expected[1, 4] = expected[4, 1] = True
-    assert torch.equal(batch.alike("class"), expected)
+    assert torch.equal(batch.same_pairs("class"), expected)

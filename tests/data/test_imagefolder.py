@@ -17,28 +17,28 @@ from lineage.errors import UserError
 TWEMOJI = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "twemoji64"
 
 
-def put(path: Path, red: int = 200) -> None:
+def save_picture(path: Path, red: int = 200) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (16, 16), (red, 0, 0)).save(path)
 
 
-def write(file: Path, rows: Iterable[dict[str, Any]], pictures: bool = True) -> None:
-    """A metadata.jsonl and, if asked for, every picture that it names."""
+def save_table(file: Path, rows: Iterable[dict[str, Any]], pictures: bool = True) -> None:
+    """Write a metadata.jsonl and, if `pictures`, every picture that it names."""
     rows = list(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for number, row in enumerate(rows):
         if pictures:
-            put(file.parent / row["file_name"], number)
+            save_picture(file.parent / row["file_name"], number)
 
 
 def reasons(dataset: CaptionedDataset) -> dict[str, str]:
     return {s.path: s.reason for s in dataset.skipped}
 
 
-def test_metadata_at_the_root(tmp_path: Path) -> None:
+def test_metadata_at_the_root_is_read(tmp_path: Path) -> None:
     rows = [{"file_name": f"images/{n}.png", "text": f"picture {n}"} for n in range(3)]
-    write(tmp_path / "metadata.jsonl", rows)
+    save_table(tmp_path / "metadata.jsonl", rows)
     data = load_dataset(f"imagefolder:{tmp_path}", size=16)
     assert [e.id for e in data] == ["images/0", "images/1", "images/2"]
     assert [e.captions for e in data] == [("picture 0",), ("picture 1",), ("picture 2",)]
@@ -60,21 +60,23 @@ def test_metadata_at_the_root(tmp_path: Path) -> None:
         ({"text": ["a", 3, None]}, ("a",)),
     ],
 )
-def test_caption_columns(tmp_path: Path, row: dict[str, Any], captions: tuple[str, ...]) -> None:
-    write(tmp_path / "metadata.jsonl", [{"file_name": "a.png", **row}])
+def test_every_caption_column_is_read(
+    tmp_path: Path, row: dict[str, Any], captions: tuple[str, ...]
+) -> None:
+    save_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", **row}])
     assert load_dataset(str(tmp_path))[0].captions == captions
 
 
 def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
     texts = ("a", "b", "a", "c")
-    write(tmp_path / "metadata.jsonl", [{"file_name": "x.png", "text": t} for t in texts])
+    save_table(tmp_path / "metadata.jsonl", [{"file_name": "x.png", "text": t} for t in texts])
     data = load_dataset(str(tmp_path))
     assert [e.captions for e in data] == [("a", "b", "c")]
 
 
-def test_a_csv_with_commas_quotes_and_lists(tmp_path: Path) -> None:
-    put(tmp_path / "a.png")
-    put(tmp_path / "b.png")
+def test_a_csv_may_have_commas_quotes_and_lists(tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
+    save_picture(tmp_path / "b.png")
     (tmp_path / "metadata.csv").write_bytes(
         b"\xef\xbb\xbffile_name,text,label,alt_texts\r\n"
         b'a.png,"red, ""big"" cat",3,"[""one"", ""two""]"\r\n'
@@ -86,16 +88,16 @@ def test_a_csv_with_commas_quotes_and_lists(tmp_path: Path) -> None:
     assert data.batch([1, 0], [0, 0], 0).label.tolist() == [4, 3]  # type: ignore[union-attr]
 
 
-def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
-    put(tmp_path / "a.png")
+def test_a_csv_may_be_separated_by_semicolons(tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name;text\na.png;a cat, a dog\n")
     assert load_dataset(str(tmp_path))[0].captions == ("a cat, a dog",)
 
 
-def test_split_folders_with_their_own_metadata(tmp_path: Path) -> None:
+def test_each_split_folder_may_have_its_own_metadata(tmp_path: Path) -> None:
     for folder, count in (("train", 3), ("val", 2), ("test", 1)):
         rows = [{"file_name": f"{n}.png", "text": folder} for n in range(count)]
-        write(tmp_path / folder / "metadata.jsonl", rows)
+        save_table(tmp_path / folder / "metadata.jsonl", rows)
     assert parse_spec(str(tmp_path))[0] == "imagefolder"
     for split, count in (("train", 3), ("validation", 2), ("val", 2), ("test", 1), ("all", 6)):
         data = load_dataset(str(tmp_path), split=split)
@@ -105,14 +107,14 @@ def test_split_folders_with_their_own_metadata(tmp_path: Path) -> None:
         load_dataset(str(tmp_path), split="heldout")
 
 
-def test_the_split_column_goes_before_the_folder(tmp_path: Path) -> None:
+def test_the_split_column_has_precedence_over_the_folder(tmp_path: Path) -> None:
     rows = [
         {"file_name": "train/0.png", "text": "a"},
         {"file_name": "train/1.png", "text": "a", "split": "valid"},
         {"file_name": "pics/2.png", "text": "a"},
         {"file_name": "dev/3.png", "text": "a"},
     ]
-    write(tmp_path / "metadata.jsonl", rows)
+    save_table(tmp_path / "metadata.jsonl", rows)
     splits = {e.id: e.meta["split"] for e in load_dataset(str(tmp_path), split="all")}
     assert splits == {
         "train/0": "train",
@@ -124,39 +126,41 @@ def test_the_split_column_goes_before_the_folder(tmp_path: Path) -> None:
 
 def test_a_picture_is_never_in_two_splits(tmp_path: Path) -> None:
     rows = [{"file_name": "a.png", "text": s, "split": s} for s in ("train", "test")]
-    write(tmp_path / "metadata.jsonl", rows)
+    save_table(tmp_path / "metadata.jsonl", rows)
     data = load_dataset(str(tmp_path), split="all")
     assert [e.captions for e in data] == [("train",)]
     assert "'test'" in reasons(data)["a.png"]
 
 
-def test_other_columns_travel_in_meta(tmp_path: Path) -> None:
+def test_other_columns_are_in_meta(tmp_path: Path) -> None:
     row = {"file_name": "a.png", "text": "x", "source": "the zoo", "size": 3, "meta": {"k": [1]}}
-    write(tmp_path / "metadata.jsonl", [row])
+    save_table(tmp_path / "metadata.jsonl", [row])
     meta = load_dataset(str(tmp_path))[0].meta
     assert meta == {"source": "the zoo", "split": "train", "size": 3, "k": [1]}
 
 
 @pytest.mark.parametrize(
-    ("labels", "want"),
+    ("labels", "expected"),
     [([1, 0], [1, 0]), ([1, None], None), ([1, "dog"], None), ([True, 1], None), ([1.5, 1], None)],
 )
-def test_labels_are_for_all_or_none(tmp_path: Path, labels: list[Any], want: Any) -> None:
+def test_labels_are_for_all_pictures_or_none(
+    tmp_path: Path, labels: list[Any], expected: Any
+) -> None:
     rows = [{"file_name": f"{n}.png", "text": "x", "label": v} for n, v in enumerate(labels)]
-    write(tmp_path / "metadata.jsonl", rows)
+    save_table(tmp_path / "metadata.jsonl", rows)
     data = load_dataset(str(tmp_path))
-    got = data.batch([0, 1], [0, 0], 0).label
-    assert (None if got is None else got.tolist()) == want
-    assert [e.label for e in data] == (want or [None, None])
-    if want is None:
+    actual = data.batch([0, 1], [0, 0], 0).label
+    assert (None if actual is None else actual.tolist()) == expected
+    assert [e.label for e in data] == (expected or [None, None])
+    if expected is None:
         assert data[0].meta["label"] == labels[0]
 
 
-def test_everything_left_out_is_reported(tmp_path: Path) -> None:
+def test_every_skipped_file_is_reported(tmp_path: Path) -> None:
     root = tmp_path / "set"
-    put(tmp_path / "outside.png")
+    save_picture(tmp_path / "outside.png")
     for name in ("good", "mute", "alone", "broken"):
-        put(root / f"{name}.png")
+        save_picture(root / f"{name}.png")
     (root / "broken.png").write_bytes(b"GIF89a no")
     lines = [
         '{"file_name": "good.png", "text": "good"}',
@@ -173,7 +177,7 @@ def test_everything_left_out_is_reported(tmp_path: Path) -> None:
     (root / "metadata.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     data = load_dataset(f"imagefolder:{root}")
     assert [e.id for e in data] == ["good"]
-    told = [(s.path, s.reason) for s in data.skipped]
+    skipped = [(s.path, s.reason) for s in data.skipped]
     for path, words in [
         ("metadata.jsonl", "line 2 is not valid JSON"),
         ("metadata.jsonl", "line 3 is not a JSON object"),
@@ -186,37 +190,37 @@ def test_everything_left_out_is_reported(tmp_path: Path) -> None:
         ("metadata.jsonl", "line 11 is not valid JSON"),
         ("alone.png", "no row of the metadata names"),
     ]:
-        assert any(p == path and words in r for p, r in told), (path, words, told)
-    assert len(told) == 10
+        assert any(p == path and words in r for p, r in skipped), (path, words, skipped)
+    assert len(skipped) == 10
 
 
 def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
     rows = [{"file_name": f"a.{suffix}", "text": "x"} for suffix in ("png", "jpg")]
-    write(tmp_path / "metadata.jsonl", [*rows, {"file_name": "b.png", "text": "x"}])
+    save_table(tmp_path / "metadata.jsonl", [*rows, {"file_name": "b.png", "text": "x"}])
     assert [e.id for e in load_dataset(str(tmp_path))] == ["a.png", "a.jpg", "b"]
 
 
-def test_paths_written_on_windows(tmp_path: Path) -> None:
-    put(tmp_path / "images" / "a.png")
-    write(tmp_path / "metadata.jsonl", [{"file_name": "images\\a.png", "text": "x"}], False)
+def test_paths_may_be_written_on_windows(tmp_path: Path) -> None:
+    save_picture(tmp_path / "images" / "a.png")
+    save_table(tmp_path / "metadata.jsonl", [{"file_name": "images\\a.png", "text": "x"}], False)
     assert [e.id for e in load_dataset(str(tmp_path))] == ["images/a"]
 
 
 def test_half_a_surrogate_does_not_break_later_steps(tmp_path: Path) -> None:
-    put(tmp_path / "a.png")
+    save_picture(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a \\ud800 b"}\n')
     load_dataset(str(tmp_path))[0].captions[0].encode("utf-8")
 
 
-def test_no_caption_column(tmp_path: Path) -> None:
-    write(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "description": "x"}])
+def test_metadata_without_a_caption_column_is_an_error(tmp_path: Path) -> None:
+    save_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "description": "x"}])
     with pytest.raises(UserError, match=r"description, file_name; name the caption column.*text"):
         load_dataset(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["metadata.json", "metadata.json1", "train/metadata.JSONL"])
-def test_misnamed_metadata_is_pointed_at(tmp_path: Path, name: str) -> None:
-    put(tmp_path / "a.png")
+def test_misnamed_metadata_is_explained(tmp_path: Path, name: str) -> None:
+    save_picture(tmp_path / "a.png")
     (tmp_path / "train").mkdir()
     (tmp_path / name).write_text('{"file_name": "a.png", "text": "x"}\n')
     for spec in (f"imagefolder:{tmp_path}", str(tmp_path)):
@@ -224,17 +228,17 @@ def test_misnamed_metadata_is_pointed_at(tmp_path: Path, name: str) -> None:
             load_dataset(spec)
 
 
-def test_no_metadata_and_nothing_usable(tmp_path: Path) -> None:
-    put(tmp_path / "a.png")
+def test_a_folder_without_metadata_or_pictures_is_an_error(tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"no metadata\.jsonl or metadata\.csv"):
         load_dataset(f"imagefolder:{tmp_path}")
-    write(tmp_path / "metadata.jsonl", [{"file_name": "b.png", "text": "x"}], pictures=False)
-    with pytest.raises(UserError, match=r"nothing could be loaded.*b\.png.*missing.*1 more"):
+    save_table(tmp_path / "metadata.jsonl", [{"file_name": "b.png", "text": "x"}], pictures=False)
+    with pytest.raises(UserError, match=r"Nothing can be loaded.*b\.png.*missing.*1 more"):
         load_dataset(f"imagefolder:{tmp_path}")
 
 
-@pytest.mark.skipif(not TWEMOJI.is_dir(), reason="the emoji pictures do not lie in ../shared/data")
-def test_the_emoji_set() -> None:
+@pytest.mark.skipif(not TWEMOJI.is_dir(), reason="there are no emoji pictures in ../shared/data")
+def test_the_emoji_data_set_loads() -> None:
     counts = {"train": 3269, "validation": 188, "test": 190, "all": 3647}
     data = {split: load_dataset(str(TWEMOJI), split, size=16) for split in counts}
     assert {split: len(d) for split, d in data.items()} == counts

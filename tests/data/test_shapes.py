@@ -1,7 +1,6 @@
-"""The procedural world: deterministic, true to its captions, and honest about what it holds out.
+"""The procedural world: it is deterministic, its captions are true, and held-out scenes are absent.
 
-Captions are checked by a small reader of its own, which knows the language but not the code that
-writes it.
+Captions are checked by a small parser of their language, which shares no code with the grammar.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lineage.data.shapes import LEVELS, SPLITS, Shapes, heldout_pair, heldout_re
 from lineage.data.shapes_draw import BACKGROUNDS, COLOURS, SDF
 from lineage.errors import UserError
 
-SEEN = ("train", "validation", "test")
+TRAINING = ("train", "validation", "test")
 SHAPE = "(?:" + "|".join(SDF) + ")"
 COLOUR = "(?:" + "|".join(COLOURS) + ")"
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
@@ -45,15 +44,15 @@ JOINTS = {
 JOINT = re.compile(" (" + "|".join(sorted(JOINTS, key=len, reverse=True)) + ") ")
 
 
-def stands(one: dict[str, Any], how: str, other: dict[str, Any]) -> bool:
-    """Whether `one` is left of (right of, above, below) `other`, plainly and along one axis."""
+def has_relation(one: dict[str, Any], how: str, other: dict[str, Any]) -> bool:
+    """Whether `one` is left of (right of, above, below) `other`, clearly and along one axis."""
     across, down = one["x"] - other["x"], one["y"] - other["y"]
     along, aside = (across, down) if how in ("left", "right") else (down, across)
     return abs(along) > 0.25 > 2 * abs(aside) and (along < 0) == (how in ("left", "above"))
 
 
 def falsehood(caption: str, meta: dict[str, Any]) -> str | None:
-    """What is not true of the scene, or None if all is."""
+    """The part of a caption that is not true of the scene, or None."""
     text = re.sub(r"^(a (picture|drawing) of|there (is|are)) ", "", caption)
     ground = re.search(r" on an? (\w+) background$", text)
     if ground:
@@ -91,13 +90,13 @@ def falsehood(caption: str, meta: dict[str, Any]) -> str | None:
     if joint and JOINTS[joint[1]] not in ("and", "next"):
         how = JOINTS[joint[1]]
         pairs = permutations(meta["objects"], 2)
-        if not any(a in named[0] and b in named[1] and stands(a, how, b) for a, b in pairs):
+        if not any(a in named[0] and b in named[1] and has_relation(a, how, b) for a, b in pairs):
             return f"relation {how}"
     return None
 
 
 def at(place: str, thing: dict[str, Any]) -> bool:
-    """Whether a thing stands where the phrase says."""
+    """Whether an object is at the place that the phrase names."""
     words = place.split()
     x, y = thing["x"] - 0.5, thing["y"] - 0.5
     across = x < -0.1 if "left" in words else x > 0.1 if "right" in words else abs(x) < 0.1
@@ -114,17 +113,17 @@ def scenes_of(level: str, split: str, count: int) -> list[list[tuple[int, int, f
     ]
 
 
-def unseen(level: str, scene: list[tuple[int, int, float, float]]) -> set[str]:
-    """What a scene has that training must not show: `pair`, `relation`, both or nothing."""
-    found: set[str] = set()
+def heldout_parts(level: str, scene: list[tuple[int, int, float, float]]) -> set[str]:
+    """Held-out combinations of a scene: `pair`, `relation`, both or none."""
+    parts: set[str] = set()
     for shape, colour, _, _ in scene:
         if heldout_pair(LEVELS[level], np.int64(shape), np.int64(colour)):
-            found.add("pair")
+            parts.add("pair")
     for (a, _, ax, ay), (b, _, bx, by) in permutations(scene, 2):
         left, above = heldout_relation(LEVELS[level], np.int64(a), np.int64(b))
         if (left and bx - ax > 0.2) or (above and by - ay > 0.2):
-            found.add("relation")
-    return found
+            parts.add("relation")
+    return parts
 
 
 def same(a: Example, b: Example) -> bool:
@@ -138,17 +137,17 @@ def same(a: Example, b: Example) -> bool:
 @pytest.mark.parametrize("level", LEVELS)
 def test_an_example_is_a_function_of_seed_split_and_index(level: str) -> None:
     one, two = Shapes(level, "test", seed=3), Shapes(level, "test", seed=3)
-    _ = [two[i] for i in (9, 4)]  # what was asked for before does not matter
+    _ = [two[i] for i in (9, 4)]  # earlier examples do not matter
     assert all(same(one[i], two[i]) for i in (0, 4, 123, 10**9))
     pictures = [one[i].image for i in range(30)]
     for other in (Shapes(level, "test", seed=4), Shapes(level, "train", seed=3)):
-        alike = sum(torch.equal(p, other[i].image) for i, p in enumerate(pictures))
-        assert alike < 5
+        equal = sum(torch.equal(p, other[i].image) for i, p in enumerate(pictures))
+        assert equal < 5
     assert len({p.numpy().tobytes() for p in pictures}) > 24
 
 
-def test_golden_captions() -> None:
-    """The world must not change: results measured on it would no longer compare."""
+def test_the_first_captions_are_the_recorded_ones() -> None:
+    """The world must not change, or earlier results could not be compared."""
     captions = [Shapes()[i].captions[0] for i in range(4)]
     assert captions == ["a yellow triangle", "a red square", "a blue circle", "a green circle"]
 
@@ -159,22 +158,22 @@ def test_batch_equals_items(level: str, split: str) -> None:
     data = Shapes(level, split, size=32, seed=1)
     indices = [5, 0, 77, 5, 20_001, *range(100, 130)]
     batch = data.batch(indices, [0, 1, 2, 3, 4, *[0] * 30], seed=9)
-    naive = CaptionedDataset.batch(data, indices, [0] * len(indices), seed=9)
-    assert torch.equal(batch.image, naive.image)
-    assert batch.id == naive.id
-    assert batch.label is not None and naive.label is not None
-    assert torch.equal(batch.label, naive.label)
+    plain = CaptionedDataset.batch(data, indices, [0] * len(indices), seed=9)
+    assert torch.equal(batch.image, plain.image)
+    assert batch.id == plain.id
+    assert batch.label is not None and plain.label is not None
+    assert torch.equal(batch.label, plain.label)
     assert all(c in data[i].captions for i, c in zip(indices, batch.caption, strict=True))
 
 
-def test_every_caption_is_drawn_in_time() -> None:
+def test_every_caption_is_read_over_many_epochs() -> None:
     data = Shapes("medium")
     index = next(i for i in range(50) if len(data[i].captions) == 5)
-    drawn = {data.batch([index], [epoch], seed=0).caption[0] for epoch in range(80)}
-    assert drawn == set(data[index].captions)
+    captions = {data.batch([index], [epoch], seed=0).caption[0] for epoch in range(80)}
+    assert captions == set(data[index].captions)
 
 
-def test_captions_of_a_batch_are_those_of_its_seed() -> None:
+def test_captions_of_a_batch_depend_on_its_seed() -> None:
     data, rows = Shapes("medium"), list(range(64))
     first, again, other = (data.batch(rows, [0] * 64, seed=s).caption for s in (0, 0, 1))
     assert first == again
@@ -194,7 +193,7 @@ def test_captions_are_true(level: str, split: str) -> None:
     assert not wrong
 
 
-def test_the_check_of_captions_can_fail() -> None:
+def test_the_parser_of_captions_finds_errors() -> None:
     data = Shapes("medium", size=16)
     pool = [data[i] for i in range(150)]
     mixed = [falsehood(a.captions[0], b.meta) for a, b in pairwise(pool)]
@@ -207,7 +206,7 @@ def test_the_check_of_captions_can_fail() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_picture_shows_the_scene(level: str) -> None:
-    """Inside an outline the picture has the object's colour, outside of all the background's."""
+    """Pixels inside an outline have the object's colour, those outside the background's."""
     data = Shapes(level, size=64)
     for example in (data[i] for i in range(60)):
         image = example.image.numpy().astype(int)
@@ -224,7 +223,7 @@ def test_the_picture_shows_the_scene(level: str) -> None:
 
 
 def distances(thing: dict[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Signed distance of each pixel of the picture to a thing's outline, in pixels."""
+    """Signed distance of each pixel to an object's outline, in pixels."""
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = ((at - thing[axis]) / thing["radius"] for axis in ("x", "y"))
     return SDF[thing["shape"]](x[None, :], y[:, None]) * thing["radius"] * size
@@ -247,29 +246,29 @@ def test_objects_do_not_overlap_and_stay_in_the_picture(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("split", SEEN)
-def test_held_out_combinations_are_never_seen(level: str, split: str) -> None:
+@pytest.mark.parametrize("split", TRAINING)
+def test_held_out_combinations_are_absent_in_training(level: str, split: str) -> None:
     scenes = scenes_of(level, split, 6000)
-    assert not [scene for scene in scenes if unseen(level, scene)]
+    assert not [scene for scene in scenes if heldout_parts(level, scene)]
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_heldout_shows_only_what_was_held_out(level: str) -> None:
-    found = [unseen(level, scene) for scene in scenes_of(level, "heldout", 3000)]
-    assert all(found)
-    kinds = Counter(kind for each in found for kind in each)
+def test_every_scene_of_heldout_has_a_held_out_combination(level: str) -> None:
+    parts = [heldout_parts(level, scene) for scene in scenes_of(level, "heldout", 3000)]
+    assert all(parts)
+    kinds = Counter(kind for each in parts for kind in each)
     assert min(kinds["pair"], kinds["relation"]) > 150
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_training_shows_every_part_and_all_other_combinations(level: str) -> None:
+def test_training_has_every_shape_and_colour_and_all_other_pairs(level: str) -> None:
     names = LEVELS[level]
     every = {(s, c) for s in range(names.shapes) for c in range(names.colours)}
     held = {p for p in every if heldout_pair(names, np.int64(p[0]), np.int64(p[1]))}
-    shown = {(s, c) for scene in scenes_of(level, "train", 6000) for s, c, _, _ in scene}
-    assert held and shown == every - held
-    assert {s for s, _ in shown} == set(range(names.shapes))
-    assert {c for _, c in shown} == set(range(names.colours))
+    present = {(s, c) for scene in scenes_of(level, "train", 6000) for s, c, _, _ in scene}
+    assert held and present == every - held
+    assert {s for s, _ in present} == set(range(names.shapes))
+    assert {c for _, c in present} == set(range(names.colours))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -297,20 +296,20 @@ def test_captions_cover_the_six_tasks_of_geneval(level: str) -> None:
     }
 
 
-def test_all_sizes_work_and_show_the_same() -> None:
+def test_all_sizes_show_the_same_scene() -> None:
     index = [3, 8]
-    want = Shapes("hard", size=128).batch(index, [0, 0], 0).image.mean((2, 3))
+    expected = Shapes("hard", size=128).batch(index, [0, 0], 0).image.mean((2, 3))
     for size in range(16, 257):
-        got = Shapes("hard", size=size).batch(index, [0, 0], 0).image
-        assert got.shape == (2, 3, size, size)
-        assert (got.mean((2, 3)) - want).abs().max() < 0.06, size
+        actual = Shapes("hard", size=size).batch(index, [0, 0], 0).image
+        assert actual.shape == (2, 3, size, size)
+        assert (actual.mean((2, 3)) - expected).abs().max() < 0.06, size
     for size in (15, 257):
         with pytest.raises(UserError, match=str(size)):
             Shapes(size=size)
 
 
 def test_edges_are_anti_aliased() -> None:
-    """A small picture equals the averaged large one; one without soft edges does not."""
+    """A small picture equals the averaged large one; a picture with hard edges would not."""
     data, large = Shapes("easy", size=32), Shapes("easy", size=256)
     worst = hard = 0.0
     for i in range(12):
@@ -322,8 +321,8 @@ def test_edges_are_anti_aliased() -> None:
 
 def test_all_captions_are_those_of_the_examples() -> None:
     data = Shapes("medium")
-    want = {caption for i in range(40) for caption in data[i].captions}
-    assert set(data.all_captions(limit=40)) == want
+    expected = {caption for i in range(40) for caption in data[i].captions}
+    assert set(data.all_captions(limit=40)) == expected
 
 
 def test_the_showcase_shows_every_kind() -> None:
@@ -337,12 +336,12 @@ def test_labels_name_shape_and_colour_of_the_first_object() -> None:
     for example in (data[i] for i in range(200)):
         first = example.meta["objects"][0]
         assert example.label is not None
-        seen = known.setdefault(example.label, (first["shape"], first["colour"]))
-        assert seen == (first["shape"], first["colour"])
+        named = known.setdefault(example.label, (first["shape"], first["colour"]))
+        assert named == (first["shape"], first["colour"])
     assert len(set(known.values())) == len(known) > 20
 
 
-def test_lengths_and_wrong_names() -> None:
+def test_lengths_are_nominal_and_wrong_names_are_errors() -> None:
     assert {split: len(Shapes(split=split)) for split in SPLITS} == SPLITS
     assert Shapes()[10**6].image.shape == (3, 32, 32)  # endless
     with pytest.raises(UserError, match="no split 'all'"):

@@ -1,4 +1,4 @@
-"""Sheets, checks and exports of data sets."""
+"""Contact sheets, checks and exports of data sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lineage.errors import UserError
 
 
 class Odd(CaptionedDataset):
-    """Examples as awkward as they come."""
+    """Examples with difficult ids, captions and meta."""
 
     name, split, size, skipped = "odd", "test", 16, []
     ids = ("a/b", "a_b", "A/B", "..", "con:é*?", "x" * 300)
@@ -46,10 +46,10 @@ def test_an_export_loads_again(tmp_path: Path) -> None:
         assert new.meta["ok"] == {"deep": [1, None]} and new.meta["t"] == [1]
         assert "nan" not in new.meta and "tensor" not in new.meta
     names = [p.name for p in (tmp_path / "new").iterdir()]
-    assert names == ["out"]  # nothing temporary stays
+    assert names == ["out"]  # no temporary folder is left
 
 
-def test_the_rows_of_an_export(tmp_path: Path) -> None:
+def test_an_export_has_a_row_for_each_example(tmp_path: Path) -> None:
     export(load_dataset("shapes:easy", "heldout"), tmp_path / "out", count=3)
     rows = [json.loads(x) for x in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 3 == len(list((tmp_path / "out/images").iterdir()))
@@ -59,7 +59,7 @@ def test_the_rows_of_an_export(tmp_path: Path) -> None:
         assert (tmp_path / "out" / row["file_name"]).is_file()
 
 
-def test_splits_survive_an_export_of_all_of_them(tmp_path: Path) -> None:
+def test_an_export_of_all_splits_keeps_them(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / "in" / split).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "in" / split / "a.png")
@@ -78,11 +78,11 @@ def test_file_names_are_safe_and_unique() -> None:
     assert all("/" not in n and not n.startswith(".") and len(n.encode()) < 200 for n in names)
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_an_export_into_a_folder_with_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something"):
+    with pytest.raises(UserError, match="is not empty"):
         export(load_dataset("shapes"), tmp_path, 2)
-    with pytest.raises(UserError, match="holds something"):
+    with pytest.raises(UserError, match="is not empty"):
         export(load_dataset("shapes"), tmp_path / "note.txt", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
     (tmp_path / "empty").mkdir()
@@ -90,7 +90,7 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     assert len(load_dataset(str(tmp_path / "empty"))) == 2
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, calls = Image.Image.save, []
 
     def fill_up(self: Image.Image, file: Any, *rest: Any, **more: Any) -> None:
@@ -105,17 +105,17 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(calls) == 3 and list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export(load_dataset("shapes"), tmp_path / "file" / "out", 2)
 
 
-def test_check_of_shapes_is_quick_and_exact() -> None:
+def test_check_counts_shapes_without_rendering() -> None:
     assert check("shapes:easy", 32) == {"loaded": 20_000, "captions": 100_000, "skipped": []}
 
 
-def test_check_covers_all_splits(tmp_path: Path) -> None:
+def test_check_counts_all_splits(tmp_path: Path) -> None:
     for split, text in (("train", "a"), ("test", "b")):
         (tmp_path / split).mkdir()
         Image.new("RGB", (16, 16)).save(tmp_path / split / "p.png")
@@ -129,8 +129,8 @@ def test_check_covers_all_splits(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report)) == report
 
 
-def test_check_of_a_folder_with_nothing_usable(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing could be loaded"):
+def test_check_of_a_folder_without_usable_pictures(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Nothing can be loaded"):
         check(f"folder:{tmp_path}")
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.png").write_bytes(b"x")
@@ -147,10 +147,10 @@ def test_a_sheet_shows_each_pixel_as_a_square(size: int, side: int) -> None:
     assert (first[::factor, ::factor] == data.showcase(3)[0].image.permute(1, 2, 0).numpy()).all()
     assert (first[::factor] == first[factor - 1 :: factor]).all()
     below = sheet[10 + side + 4 : 10 + side + 24, 10 : 10 + side]
-    assert (below < 100).any()  # the caption is printed there
+    assert (below < 100).any()  # the caption
 
 
-def test_sheets_of_few_pictures_and_long_words(tmp_path: Path) -> None:
+def test_a_sheet_of_few_pictures_wraps_long_words(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("w" * 900 + " " + "long " * 90)
     sheet = contact_sheet(load_dataset(str(tmp_path), size=16), 50, 9)

@@ -1,4 +1,4 @@
-"""LPIPS: VGG16 as torchvision lays it out, the distance by loops, and files that do not fit."""
+"""LPIPS: the layers of torchvision's VGG16, the distance by loops, files that do not fit."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PUBLISHED = {  # names and shapes of the kernels in torchvision's vgg16-397923af
     "features.28.weight": (512, 512, 3, 3),
 }
 POOLED_BEFORE = {5, 10, 17, 24}
-LOOKED_AT_AFTER = {2, 7, 14, 21, 28}  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+FEATURE_CONVS = {2, 7, 14, 21, 28}  # before relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 WIDTHS = (64, 128, 256, 512, 512)
 
 State = dict[str, Tensor]
 
 
 def kernels(seed: int = 0) -> State:
-    """Random weights under the published names, of a scale that keeps the signal alive."""
+    """Random weights under the published names, with variance 2 / fan-in."""
     stream = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in PUBLISHED.items():
@@ -63,7 +63,7 @@ def vgg() -> State:
 
 @pytest.fixture(scope="module")
 def folder(vgg: State, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two files; VGG16's with the classifier that torchvision's has."""
+    """The two files; torchvision's VGG16 also has a classifier."""
     folder = tmp_path_factory.mktemp("networks")
     torch.save({**vgg, "classifier.6.bias": torch.zeros(1000)}, folder / "vgg16.pth")
     torch.save(channels(), folder / "vgg.pth")
@@ -71,7 +71,7 @@ def folder(vgg: State, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(folder: Path) -> LPIPS:
+def lpips(folder: Path) -> LPIPS:
     return load_lpips((str(folder / "vgg16.pth"), str(folder / "vgg.pth")))
 
 
@@ -79,23 +79,23 @@ def images(count: int = 3, side: int = 16, seed: int = 2) -> Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def looks(image: Tensor, state: State) -> Iterator[Tensor]:
-    """What VGG16 of `state` sees of a normalised picture, layer by layer."""
+def naive_features(image: Tensor, state: State) -> Iterator[Tensor]:
+    """Feature maps of a normalised picture under VGG16 with the weights `state`."""
     for name in PUBLISHED:
         number = int(name.split(".")[1])
         if number in POOLED_BEFORE:
             image = F.max_pool2d(image, 2)
         bias = state[name.replace("weight", "bias")]
         image = F.conv2d(image, state[name], bias, padding=1).clamp(min=0)
-        if number in LOOKED_AT_AFTER:
+        if number in FEATURE_CONVS:
             yield image
 
 
 # --- VGG16 ------------------------------------------------------------------------------------
 
 
-def test_the_network_has_the_published_names_and_shapes() -> None:
-    """In the published order, and nothing else; 14,714,688 parameters without the classifier."""
+def test_vgg16_has_the_published_names_and_shapes() -> None:
+    """In the published order; 14,714,688 parameters without the classifier."""
     with torch.device("meta"):
         state = VGG16().state_dict()
     expected = {}
@@ -107,133 +107,141 @@ def test_the_network_has_the_published_names_and_shapes() -> None:
 
 
 @torch.no_grad()
-def test_it_sees_what_the_layers_by_hand_see(vgg: State) -> None:
-    """Five looks, behind the last activation of each side, before it is halved."""
+def test_feature_maps_by_hand(vgg: State) -> None:
+    """Five, each after the last activation of its resolution and before the pooling."""
     network = VGG16()
     network.load_state_dict(vgg)
     image = images(2, 20)
-    kept = image.clone()
-    found, expected = network(image), list(looks(image, vgg))
-    assert [tuple(seen.shape[1:]) for seen in found] == [
+    before = image.clone()
+    features, expected = network(image), list(naive_features(image, vgg))
+    assert [tuple(x.shape[1:]) for x in features] == [
         (64, 20, 20),
         (128, 10, 10),
         (256, 5, 5),
         (512, 2, 2),
         (512, 1, 1),
     ]
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(features, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert ours.min() == 0 and ours.max() > 0.01
-    assert torch.equal(image, kept)
+    assert torch.equal(image, before)
 
 
 # --- the distance -----------------------------------------------------------------------------
 
 
-def naive(one: Tensor, other: Tensor, state: State, weights: list[Tensor]) -> float:
-    """Equation 1 of two pictures (3, S, S), a place at a time in double precision."""
+def naive(image: Tensor, other: Tensor, state: State, weights: list[Tensor]) -> float:
+    """Equation 1 of two pictures (3, S, S), one position at a time in double precision."""
     mean = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
-    deviation = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
-    pair = [list(looks(((x - mean) / deviation)[None], state)) for x in (one, other)]
+    std = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+    pair = [list(naive_features(((x - mean) / std)[None], state)) for x in (image, other)]
     total = 0.0
     for a, b, weight in zip(*pair, weights, strict=True):
         height, width = a.shape[2:]
         for y in range(height):
             for x in range(width):
                 p, q = a[0, :, y, x].double(), b[0, :, y, x].double()
-                gap = p / (p.norm() + 1e-10) - q / (q.norm() + 1e-10)
-                total += float((weight.double() * gap.square()).sum()) / (height * width)
+                difference = p / (p.norm() + 1e-10) - q / (q.norm() + 1e-10)
+                total += float((weight.double() * difference.square()).sum()) / (height * width)
     return total
 
 
 @torch.no_grad()
-def test_the_distance_by_loops(judge: LPIPS, vgg: State) -> None:
-    """Each row by itself."""
-    one, other = images(2), images(2, seed=4)
-    given = [weight.flatten() for weight in channels().values()]
-    found = judge(one, other)
-    assert found.shape == (2,) and found.dtype == torch.float32
+def test_distance_by_loops(lpips: LPIPS, vgg: State) -> None:
+    image, other = images(2), images(2, seed=4)
+    weights = [weight.flatten() for weight in channels().values()]
+    distance = lpips(image, other)
+    assert distance.shape == (2,) and distance.dtype == torch.float32
     for k in range(2):
-        assert found[k].item() == pytest.approx(naive(one[k], other[k], vgg, given), rel=1e-4)
+        expected = naive(image[k], other[k], vgg, weights)
+        assert distance[k].item() == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
-def test_without_weights_all_channels_of_a_layer_weigh_the_same(folder: Path, vgg: State) -> None:
-    """Divided by their number."""
-    plain = load_lpips((str(folder / "vgg16.pth"),))
-    one, other = images(1), images(1, seed=4)
-    even = [torch.full((width,), 1 / width) for width in WIDTHS]
-    assert plain(one, other).item() == pytest.approx(naive(one[0], other[0], vgg, even), rel=1e-4)
+def test_without_a_second_file_each_channel_has_weight_1_over_their_number(
+    folder: Path, vgg: State
+) -> None:
+    lpips = load_lpips((str(folder / "vgg16.pth"),))
+    image, other = images(1), images(1, seed=4)
+    expected = naive(image[0], other[0], vgg, [torch.full((w,), 1 / w) for w in WIDTHS])
+    assert lpips(image, other).item() == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
-def test_a_distance(judge: LPIPS) -> None:
-    """Nothing from a picture to itself, the same there and back, more for more noise; and a row
-    does not depend on its neighbours."""
-    one, noise = images(4), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))
-    near, far = one + 0.02 * noise, one + 0.5 * noise
-    assert not judge(one, one).any()
-    torch.testing.assert_close(judge(one, far), judge(far, one))
-    assert (judge(one, near) < judge(one, far)).all() and (judge(one, near) > 0).all()
-    alone = torch.cat([judge(one[k : k + 1], far[k : k + 1]) for k in range(4)])
-    torch.testing.assert_close(judge(one, far), alone, rtol=1e-4, atol=1e-6)
+def test_properties_of_a_distance(lpips: LPIPS) -> None:
+    """Zero to itself, symmetric, larger for more noise, independent of the other rows."""
+    image, noise = images(4), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+    near, far = image + 0.02 * noise, image + 0.5 * noise
+    assert not lpips(image, image).any()
+    torch.testing.assert_close(lpips(image, far), lpips(far, image))
+    assert (lpips(image, near) < lpips(image, far)).all() and (lpips(image, near) > 0).all()
+    alone = torch.cat([lpips(image[k : k + 1], far[k : k + 1]) for k in range(4)])
+    torch.testing.assert_close(lpips(image, far), alone, rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_flows_to_both_pictures_and_no_weight(judge: LPIPS) -> None:
-    one, other = images(2).requires_grad_(), images(2, seed=4).requires_grad_()
-    judge.train()(one, other).sum().backward()
-    for image in (one, other):
-        assert image.grad is not None and image.grad.isfinite().all()
-        assert image.grad.flatten(1).any(1).all()
-    assert not any(p.requires_grad for p in judge.parameters())
-    assert all(p.grad is None for p in judge.parameters())
+def test_both_pictures_have_a_gradient(lpips: LPIPS) -> None:
+    image, other = images(2).requires_grad_(), images(2, seed=4).requires_grad_()
+    lpips.train()(image, other).sum().backward()
+    for x in (image, other):
+        assert x.grad is not None and x.grad.isfinite().all()
+        assert x.grad.flatten(1).any(1).all()
 
 
-def test_where_no_channel_answers_the_gradient_is_finite(folder: Path) -> None:
-    """A vector of nothing has no direction, and its length no slope: the distance is that of the
-    other's, and nothing becomes infinite."""
-    quiet = load_lpips((str(folder / "vgg16.pth"),))
-    with torch.no_grad():
-        quiet.vgg.features[0].bias.fill_(-0.3)
-        for number in (2, 7, 14):
-            quiet.vgg.features[number].bias.fill_(-1.0)
-    one = images(2, 32)
-    one[:, :, :16] = 0.0
-    seen = quiet.vgg(one)
-    assert all((layer.sum(1) == 0).any() for layer in seen[:3]) and seen[0].any()
-    one.requires_grad_()
-    distance = quiet(one, images(2, 32, seed=4))
+def test_all_tensors_move_with_the_module_and_none_is_saved(folder: Path) -> None:
+    """They are buffers: no parameters, no entries of a state dict, and `.to` reaches all."""
+    lpips = load_lpips((str(folder / "vgg16.pth"), str(folder / "vgg.pth")))
+    assert not list(lpips.parameters()) and not lpips.state_dict()
+    buffers = dict(lpips.named_buffers())
+    assert len(buffers) == 2 * len(PUBLISHED) + len(WIDTHS) + 2
+    assert not any(buffer.requires_grad for buffer in buffers.values())
+    lpips.to("meta")
+    assert all(buffer.is_meta for buffer in lpips.buffers())
+    assert all(weight.is_meta for weight in lpips.channel_weights)
+
+
+def test_gradient_is_finite_where_all_channels_are_zero(folder: Path) -> None:
+    """A zero vector has no direction, and its length has no gradient."""
+    lpips = load_lpips((str(folder / "vgg16.pth"),))
+    lpips.vgg.features[0].bias.fill_(-0.3)
+    for number in (2, 7, 14):
+        lpips.vgg.features[number].bias.fill_(-1.0)
+    image = images(2, 32)
+    image[:, :, :16] = 0.0
+    features = lpips.vgg(image)
+    assert all((x.sum(1) == 0).any() for x in features[:3]) and features[0].any()
+    image.requires_grad_()
+    distance = lpips(image, images(2, 32, seed=4))
     distance.sum().backward()
-    assert distance.isfinite().all() and one.grad is not None and one.grad.isfinite().all()
+    assert distance.isfinite().all() and image.grad is not None and image.grad.isfinite().all()
 
 
-def test_half_precision_around_the_distance(judge: LPIPS) -> None:
-    """Only what VGG16 sees is rounded; lengths, differences and sums are single precision."""
-    one, other = images(2), images(2, seed=4)
-    exact = judge(one, other)
+def test_autocast_rounds_the_features_alone(lpips: LPIPS) -> None:
+    """Lengths, differences and sums are computed in float32."""
+    image, other = images(2), images(2, seed=4)
+    exact = lpips(image, other)
     expected = torch.zeros(2, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = judge(one, other)
-        pair = [judge.vgg((image - judge.mean) / judge.deviation) for image in (one, other)]
-    for a, b, weight in zip(*pair, judge.weights, strict=True):
+        rounded = lpips(image, other)
+        pair = [lpips.vgg((x - lpips.mean) / lpips.std) for x in (image, other)]
+    for a, b, weight in zip(*pair, lpips.channel_weights, strict=True):
         assert a.dtype == torch.bfloat16
-        gap = F.normalize(a.double(), dim=1) - F.normalize(b.double(), dim=1)
-        expected += (gap.square() * weight[:, None, None]).sum(1).mean((1, 2))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
+        difference = F.normalize(a.double(), dim=1) - F.normalize(b.double(), dim=1)
+        expected += (difference.square() * weight[:, None, None]).sum(1).mean((1, 2))
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0)
 
 
-def test_pixels_are_normalised_as_lpips_has_them(judge: LPIPS) -> None:
-    """Its own numbers, of pixels from -1 to 1."""
-    assert judge.mean.flatten().tolist() == pytest.approx([-0.030, -0.088, -0.188])
-    assert judge.deviation.flatten().tolist() == pytest.approx([0.458, 0.448, 0.450])
+def test_pixels_are_normalised_with_the_authors_numbers(lpips: LPIPS) -> None:
+    assert lpips.mean.flatten().tolist() == pytest.approx([-0.030, -0.088, -0.188])
+    assert lpips.std.flatten().tolist() == pytest.approx([0.458, 0.448, 0.450])
 
 
 # --- files ------------------------------------------------------------------------------------
 
 
-def told(*files: Path | str) -> str:
+def error_of(*files: Path | str) -> str:
+    """The sentence with which files are refused."""
     with pytest.raises(UserError) as caught:
         load_lpips(tuple(map(str, files)))
     sentence = str(caught.value)
@@ -241,42 +249,42 @@ def told(*files: Path | str) -> str:
     return sentence
 
 
-def test_the_files_are_read(judge: LPIPS, vgg: State) -> None:
-    """The classifier is left aside."""
-    for name, tensor in judge.vgg.state_dict().items():
-        assert torch.equal(tensor, vgg[name])
-    for weight, given in zip(judge.weights, channels().values(), strict=True):
-        assert torch.equal(weight, given.flatten())
+def test_files_are_read_without_the_classifier(lpips: LPIPS, vgg: State) -> None:
+    buffers = dict(lpips.vgg.named_buffers())
+    assert buffers.keys() == vgg.keys()
+    assert all(torch.equal(buffer, vgg[name]) for name, buffer in buffers.items())
+    for weight, saved in zip(lpips.channel_weights, channels().values(), strict=True):
+        assert torch.equal(weight, saved.flatten())
 
 
 def test_a_missing_file_is_named(folder: Path) -> None:
-    assert "nowhere.pth" in told(folder / "nowhere.pth")
-    assert "nowhere.pth" in told(folder / "vgg16.pth", folder / "nowhere.pth")
+    assert "nowhere.pth" in error_of(folder / "nowhere.pth")
+    assert "nowhere.pth" in error_of(folder / "vgg16.pth", folder / "nowhere.pth")
 
 
 def test_three_files_are_too_many(folder: Path) -> None:
-    assert "VGG16" in told(*[folder / "vgg16.pth"] * 3)
+    assert "VGG16" in error_of(*[folder / "vgg16.pth"] * 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04]"], ids=str)
-def test_what_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "odd.pth"
     path.write_bytes(content)
-    assert "odd.pth" in told(path)
+    assert "odd.pth" in error_of(path)
 
 
 def test_a_folder_is_named(tmp_path: Path) -> None:
-    assert str(tmp_path) in told(tmp_path)
+    assert str(tmp_path) in error_of(tmp_path)
 
 
 def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
     torch.save(channels(), tmp_path / "whole.pth")
     (tmp_path / "part.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-500])
-    assert "part.pth" in told(tmp_path / "part.pth")
+    assert "part.pth" in error_of(tmp_path / "part.pth")
 
 
 @pytest.mark.parametrize(
-    "held",
+    "saved",
     [
         [torch.zeros(3)],
         torch.zeros(3),
@@ -288,19 +296,18 @@ def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
     ],
     ids=["list", "tensor", "empty", "wrapped", "numbers", "part", "float"],
 )
-def test_what_is_not_vgg16_is_named(held: Any, tmp_path: Path) -> None:
-    """Whatever else a checkpoint may hold."""
-    torch.save(held, tmp_path / "other.pth")
-    assert "other.pth" in told(tmp_path / "other.pth")
+def test_a_checkpoint_of_another_kind_is_named(saved: Any, tmp_path: Path) -> None:
+    torch.save(saved, tmp_path / "other.pth")
+    assert "other.pth" in error_of(tmp_path / "other.pth")
 
 
 def test_vgg16_of_another_shape_is_named(vgg: State, tmp_path: Path) -> None:
-    """With batch norms, or with one channel less somewhere."""
+    """With batch norms, or with one channel fewer."""
     wrong: State = {**vgg, "features.28.weight": torch.zeros(512, 511, 3, 3)}
     torch.save(wrong, tmp_path / "narrow.pth")
-    assert "narrow.pth" in told(tmp_path / "narrow.pth")
+    assert "narrow.pth" in error_of(tmp_path / "narrow.pth")
     torch.save({**vgg, "features.1.running_mean": torch.zeros(64)}, tmp_path / "bn.pth")
-    assert "bn.pth" in told(tmp_path / "bn.pth")
+    assert "bn.pth" in error_of(tmp_path / "bn.pth")
 
 
 @pytest.mark.parametrize(
@@ -313,14 +320,14 @@ def test_vgg16_of_another_shape_is_named(vgg: State, tmp_path: Path) -> None:
     ],
     ids=["missing", "narrow", "list", "float"],
 )
-def test_weights_of_other_channels_are_named(
+def test_channel_weights_of_another_network_are_named(
     change: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    """AlexNet's, say, which have other widths, or a file that is no file of weights."""
-    held = {n: t for n, t in {**channels(), **change}.items() if t is not None}
-    torch.save(held, tmp_path / "alex.pth")
-    assert "alex.pth" in told(folder / "vgg16.pth", tmp_path / "alex.pth")
+    """AlexNet's, for example, which have other widths."""
+    saved = {n: t for n, t in {**channels(), **change}.items() if t is not None}
+    torch.save(saved, tmp_path / "alex.pth")
+    assert "alex.pth" in error_of(folder / "vgg16.pth", tmp_path / "alex.pth")
 
 
-def test_files_in_the_wrong_order_are_told(folder: Path) -> None:
-    assert "vgg.pth" in told(folder / "vgg.pth", folder / "vgg16.pth")
+def test_files_in_the_wrong_order_are_refused(folder: Path) -> None:
+    assert "vgg.pth" in error_of(folder / "vgg.pth", folder / "vgg16.pth")

@@ -1,102 +1,100 @@
-"""`dit`: the diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748), told what to draw.
+"""The network of the diffusion transformer (Peebles and Xie 2023, arXiv:2212.09748).
 
-The problem: the UNet is a habit; is it needed? What is new: a plain transformer over patches of the
-latents, steered by adaptive layer norms that start as the identity, does better the larger it is.
+    section 3.2, patchify     `DiT.tokens`, with a fixed table of sinusoids for the positions
+    figure 3, adaLN-Zero      `Block`: with (gamma, beta, alpha) for each half from the condition c,
+                              x + alpha * f(norm(x) * (1 + gamma) + beta),
+                              first with attention for f, then with an MLP
+    decoder                   `DiT.proj_out`
 
-    section 3.2, patchify     `DiT.enter`, with a fixed table of sines for the places
-    figure 3, adaLN-Zero      `Block`: scale, shift and gate of each half come from time and class
-    decoder                   `DiT.leave`
+Departure: c is the time plus the sentence, where the paper adds the class; and the words stand
+before the patches as tokens of their own (section 3.2, in-context conditioning), unless `max_words`
+is 0. Then it is the paper's network and can take its weights.
 
-Departure: where the paper adds the class to the time, here goes the sentence; and the words stand
-before the patches as tokens of their own (section 3.2, in-context conditioning), unless `words` is
-0. Then it is the paper's network, whose weights it can take.
-
-Axes: B pictures, C H W latents, P patch, N = H W / P^2 patches, L words, D width.
+Axes: B pictures, C H W latents, P patch, N = H W / P^2 patches, L words, D width, Dw and Ds widths
+of a word and of the sentence.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import at_least, one_of
-from lineage.diffusion.ldm import LatentDenoiser, Latents
-from lineage.diffusion.model import DenoiserConfig
-from lineage.diffusion.networks.unet import time_embedding, zeroed
+from lineage.config import NonNegativeInt, PositiveInt, configuration
+from lineage.diffusion.networks.layers import timestep_embedding, zero_module
 from lineage.errors import UserError
 from lineage.nn.attention import Attention
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import TextFeatures
 
-FREQUENCIES = 256  # width of the time embedding before its layers
-EPSILON = 1e-6  # of the layer norms
+TIMESTEP_DIM = 256
+"""Width of the timestep embedding before its layers."""
+EPSILON = 1e-6
+"""Epsilon of the layer norms."""
 
 
-@dataclass(frozen=True)
+@configuration
 class DiTConfig:
     """Sizes of a diffusion transformer.
 
     Attributes:
-        width: D.
-        layers: blocks.
-        heads: of each attention.
-        patch: P, side of a patch of latents.
-        words: places for words before the patches; longer captions are cut. 0 leaves them to the
-            sentence.
-        gelu: `tanh`, the authors', or `exact`.
+        width: D, width of a token; a multiple of 4, for the table of positions.
+        depth: Number of blocks.
+        num_heads: Number of heads of each attention.
+        patch_size: P, side of a patch of latents.
+        max_words: Number of words before the patches, at most; longer captions are cut. 0 leaves
+            the text to the sentence.
+        gelu: Kind of GELU: `tanh`, as the authors', or `exact`.
     """
 
-    width: int = 1152
-    layers: int = 28
-    heads: int = 16
-    patch: int = 2
-    words: int = 64
-    gelu: str = "tanh"
+    width: PositiveInt = 1152
+    depth: PositiveInt = 28
+    num_heads: PositiveInt = 16
+    patch_size: PositiveInt = 2
+    max_words: NonNegativeInt = 64
+    gelu: Literal["tanh", "exact"] = "tanh"
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "patch"):
-            at_least(f"net.{name}", getattr(self, name), 1)
-        at_least("net.words", self.words, 0)
-        one_of("net.gelu", self.gelu, ("tanh", "exact"))
-        if self.width % self.heads or self.width % 4:
+        if self.width % self.num_heads or self.width % 4:
             raise UserError(
-                f"net.width={self.width} must be a multiple of 4, for the table of places, and of "
-                f"net.heads={self.heads}."
+                f"net.width={self.width} must be a multiple of 4, for the table of positions, and "
+                f"of net.num_heads={self.num_heads}."
             )
 
 
 SIZES = {
-    "S": {"layers": 12, "width": 384, "heads": 6},
-    "B": {"layers": 12, "width": 768, "heads": 12},
-    "L": {"layers": 24, "width": 1024, "heads": 16},
-    "XL": {"layers": 28, "width": 1152, "heads": 16},
+    "S": {"depth": 12, "width": 384, "num_heads": 6},
+    "B": {"depth": 12, "width": 768, "num_heads": 12},
+    "L": {"depth": 24, "width": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "width": 1152, "num_heads": 16},
 }
 """Table 1 of the paper."""
 
 
-def places_table(width: int, height: int, across: int) -> Tensor:
-    """(H W, D): sines and cosines of the column in the first half, of the row in the second."""
+def sincos_pos_emb(dim: int, rows: int, columns: int) -> Tensor:
+    """Position table (rows columns, D): sines and cosines of the column in the first half, of the
+    row in the second.
+    """
 
-    def along(places: Tensor) -> Tensor:
-        exponents = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
-        angles = places.double()[:, None] * 10_000**-exponents
+    def along(positions: Tensor) -> Tensor:
+        exponents = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
+        angles = positions.double()[:, None] * 10_000**-exponents
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(across), indexing="ij")
-    return torch.cat([along(columns.flatten()), along(rows.flatten())], dim=1).float()
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.cat([along(column.flatten()), along(row.flatten())], dim=1).float()
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D) moved by (B, D)."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Tokens x (B, N, D), scaled and shifted by (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
-    """Figure 3, adaLN-Zero: attention and a perceptron, each modulated before and gated after."""
+    """Figure 3, adaLN-Zero: attention and an MLP, each modulated before and gated after."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -104,116 +102,106 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (
             nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON) for _ in range(2)
         )
-        self.attn = Attention(width, config.heads)
+        self.attn = Attention(width, config.num_heads)
         gelu = nn.GELU("tanh" if config.gelu == "tanh" else "none")
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), gelu, nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, told: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, D), told (B, D) after its SiLU -> (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(told).chunk(6, dim=1)
-        seen = self.attn(modulated(self.norm1(x), shift1, scale1), mask=mask)
-        x = x + gate1[:, None] * seen
-        return x + gate2[:, None] * self.mlp(modulated(self.norm2(x), shift2, scale2))
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D), condition c (B, D) after its SiLU -> (B, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), mask=mask)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class DiT(nn.Module):
     """z_t, t and text -> a tensor of the shape of z_t.
 
     Args:
-        text_width: D of the text encoder.
+        config: Sizes.
+        word_dim: Dw.
+        sentence_dim: Ds.
         shape: (C, H, W) of z_t.
-        outputs: channels of the result.
+        out_channels: Number of channels of the result.
     """
 
+    grid_pos_emb: Tensor
+
     def __init__(
-        self, config: DiTConfig, text_width: int, shape: tuple[int, int, int], outputs: int
+        self,
+        config: DiTConfig,
+        word_dim: int,
+        sentence_dim: int,
+        shape: tuple[int, int, int],
+        out_channels: int,
     ) -> None:
         super().__init__()
         channels, height, across = shape
-        patch, width = config.patch, config.width
+        patch, width = config.patch_size, config.width
         if height % patch or across % patch:
             raise UserError(
-                f"Latents of {height} x {across} do not divide into patches of net.patch={patch}."
+                f"Latents of {height} x {across} do not divide into patches of "
+                f"net.patch_size={patch}."
             )
         self.config, self.grid = config, (height // patch, across // patch)
-        self.enter = nn.Conv2d(channels, width, patch, stride=patch)
-        self.register_buffer("places", places_table(width, *self.grid), persistent=False)
-        self.places: Tensor
-        self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.sentence = nn.Linear(text_width, width)
-        self.words = nn.Linear(text_width, width) if config.words else None
-        self.order = nn.Embedding(config.words, width) if config.words else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON)
+        self.patch_embed = nn.Conv2d(channels, width, patch, stride=patch)
+        grid_pos_emb = sincos_pos_emb(width, *self.grid)
+        self.register_buffer("grid_pos_emb", grid_pos_emb, persistent=False)
+        self.time_embed = nn.Sequential(
+            nn.Linear(TIMESTEP_DIM, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.sentence_proj = nn.Linear(sentence_dim, width)
+        self.word_proj, self.word_pos_emb = None, None
+        if config.max_words:
+            self.word_proj = nn.Linear(word_dim, width)
+            self.word_pos_emb = nn.Embedding(config.max_words, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON)
         self.modulation = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, patch**2 * outputs)
-        self._start()
+        self.proj_out = nn.Linear(width, patch**2 * out_channels)
+        self._init_weights()
 
-    def _start(self) -> None:
-        """The authors' initial weights: every block the identity, the result zero."""
-        for module in self.modules():
+    def _init_weights(self) -> None:
+        """The authors' initial weights: every block is the identity, the result is zero."""
+        qkv_bound = math.sqrt(6 / (4 * self.config.width))  # theirs are one layer of 3 D outputs
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.enter.weight.flatten(1))
-        nn.init.zeros_(self.enter.bias)  # type: ignore[arg-type]
-        for layer in (self.time[0], self.time[2], self.sentence):
-            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-        if self.order is not None:
-            nn.init.normal_(self.order.weight, std=0.02)
-        joined = math.sqrt(6 / (4 * self.config.width))  # queries, keys, values: one layer of 3 D
+                if name.endswith((".to_q", ".to_k", ".to_v")):
+                    nn.init.uniform_(module.weight, -qkv_bound, qkv_bound)
+                if name.endswith("modulation"):
+                    zero_module(module)
+        zero_module(self.proj_out)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]
+        for layer in (self.time_embed[0], self.time_embed[2], self.sentence_proj):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.word_pos_emb is not None:
+            nn.init.normal_(self.word_pos_emb.weight, std=0.02)
+
+    def condition(self, t: Tensor, text: TextFeatures) -> Tensor:
+        """c: time and sentence as one vector, (B, D)."""
+        time = self.time_embed(timestep_embedding(t, TIMESTEP_DIM))
+        return time + self.sentence_proj(text.sentence)
+
+    def tokens(self, z_t: Tensor) -> Tensor:
+        """Patches with their positions, (B, N, D)."""
+        return self.patch_embed(z_t).flatten(2).transpose(1, 2) + self.grid_pos_emb
+
+    def forward(self, z_t: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
+        """z_t (B, C, H, W), t (B,) -> (B, C', H, W)."""
+        c = F.silu(self.condition(t, text))  # (B, D)
+        x, mask, num_words = self.tokens(z_t), None, 0
+        if self.word_proj is not None and self.word_pos_emb is not None:
+            text = text.truncated(self.config.max_words)
+            num_words = text.words.shape[1]
+            words = self.word_proj(text.words) + self.word_pos_emb.weight[:num_words]
+            x = torch.cat([words, x], dim=1)  # (B, L + N, D)
+            mask = F.pad(text.mask, (0, len(self.grid_pos_emb)), value=True)[:, None, None]
         for block in self.blocks:
-            assert isinstance(block, Block)
-            nn.init.uniform_(block.attn.query.weight, -joined, joined)
-            nn.init.uniform_(block.attn.key_value.weight, -joined, joined)
-            zeroed(block.modulation)
-        zeroed(self.modulation)
-        zeroed(self.leave)
-
-    def told(self, t: Tensor, text: TextFeatures) -> Tensor:
-        """Time and sentence as one vector, (B, D)."""
-        time = self.time(time_embedding(t, FREQUENCIES))
-        return time + self.sentence(text.sentence)
-
-    def tokens(self, noised: Tensor) -> Tensor:
-        """Patches at their places, (B, N, D)."""
-        return self.enter(noised).flatten(2).transpose(1, 2) + self.places
-
-    def forward(self, noised: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
-        """noised (B, C, H, W), t (B,) -> (B, outputs, H, W)."""
-        told = F.silu(self.told(t, text))  # (B, D)
-        x, mask, first = self.tokens(noised), None, 0
-        if self.words is not None and self.order is not None:
-            text = text.shortened(self.config.words)
-            first = text.words.shape[1]
-            x = torch.cat([self.words(text.words) + self.order.weight[:first], x], dim=1)
-            mask = F.pad(text.mask, (0, self.places.shape[0]), value=True)[:, None, None]
-        for block in self.blocks:
-            x = block(x, told, mask)  # (B, L + N, D)
-        shift, scale = self.modulation(told).chunk(2, dim=1)
-        x = self.leave(modulated(self.norm(x[:, first:]), shift, scale))  # (B, N, P P C)
-        height, patch = self.grid[0], self.config.patch
+            x = block(x, c, mask)
+        shift, scale = self.modulation(c).chunk(2, dim=1)
+        x = self.proj_out(modulate(self.norm_out(x[:, num_words:]), shift, scale))  # (B, N, P P C')
+        height, patch = self.grid[0], self.config.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)
-
-
-@dataclass(frozen=True)
-class DiTSystemConfig(DenoiserConfig):
-    """Latent diffusion by a transformer.
-
-    Attributes:
-        net: the network.
-    """
-
-    net: DiTConfig = field(default_factory=DiTConfig)
-
-
-class DiTSystem(LatentDenoiser):
-    """Latent diffusion by a transformer."""
-
-    def __init__(
-        self, config: DiTSystemConfig, latents: Latents, text: TextEncoder, size: int
-    ) -> None:
-        outputs = (2 if config.process.learned else 1) * latents.shape[0]
-        network = DiT(config.net, text.width, latents.shape, outputs)
-        super().__init__(config, latents, text, size, network)

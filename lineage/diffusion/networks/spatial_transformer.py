@@ -6,7 +6,7 @@ and appendix E.2.1): pixels attend to each other and to the words.
                     layer norm
     1 x 1 convolution, + input
 
-Axes: B pictures, C channels, H W, N = H W, L words, D width of the text.
+Axes: B pictures, C channels, H W, N = H W pixels, L words, Dw width of a word.
 """
 
 from __future__ import annotations
@@ -14,60 +14,66 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lineage.diffusion.networks.attention_blocks import to_map, to_sequence
+from lineage.diffusion.networks.layers import zero_module
 from lineage.nn.attention import Attention
+from lineage.nn.fast import linear_chunks
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020, arXiv:2002.05202): half of a layer, gated by the GELU of the other."""
+    """GEGLU (Shazeer 2020, arXiv:2002.05202): (x W + b) * GELU(x V + c), then a linear layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.enter, self.leave = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+        self.proj_in, self.proj_out = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # two products, since on a CPU two smaller results are biased and gated faster than one
-        halves = zip(self.enter.weight.chunk(2), self.enter.bias.chunk(2), strict=True)
-        value, gate = (F.linear(x, weight, bias) for weight, bias in halves)
-        return self.leave(value * F.gelu(gate))
+        value, gate = linear_chunks(x, self.proj_in, 2)  # self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
 
 
-class TransformerBlock(nn.Module):
+class BasicTransformerBlock(nn.Module):
     """Self-attention, attention to the words, feed-forward."""
 
-    def __init__(self, width: int, heads: int, text_width: int) -> None:
+    def __init__(self, width: int, num_heads: int, word_dim: int) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.pixels = Attention(width, heads, bias=False)
-        self.words = Attention(width, heads, text_width, bias=False)
-        self.feed = FeedForward(width)
+        self.self_attn = Attention(width, num_heads, bias=False)
+        self.cross_attn = Attention(width, num_heads, context_dim=word_dim, bias=False)
+        self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, N, C), words (B, L, D) -> (B, N, C)."""
-        x = x + self.pixels(self.norm1(x))
-        x = x + self.words(self.norm2(x), words, mask)
-        return x + self.feed(self.norm3(x))
+        """x (B, N, C), words (B, L, Dw) -> (B, N, C)."""
+        x = x + self.self_attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm2(x), words, mask)
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the places of a feature map.
+    """Transformer blocks over the pixels of a feature map.
 
     Args:
-        depth: how many.
+        channels: Number of channels.
+        num_heads: Number of heads of every attention.
+        word_dim: Dw.
+        depth: Number of transformer blocks.
+        norm_groups: Number of groups of the group norm.
     """
 
-    def __init__(self, channels: int, heads: int, depth: int, text_width: int, groups: int) -> None:
+    def __init__(
+        self, channels: int, num_heads: int, word_dim: int, depth: int, norm_groups: int
+    ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.enter, self.leave = (nn.Conv2d(channels, channels, 1) for _ in range(2))
-        self.blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, text_width) for _ in range(depth)
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, num_heads, word_dim) for _ in range(depth)
         )
-        for parameter in self.leave.parameters():
-            nn.init.zeros_(parameter)
+        self.proj_out = zero_module(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, C, H, W), words (B, L, D), mask over (B, heads, N, L) -> (B, C, H, W)."""
-        places = self.enter(self.norm(x)).flatten(2).transpose(1, 2)  # (B, N, C)
-        for block in self.blocks:
-            places = block(places, words, mask)
-        return x + self.leave(places.transpose(1, 2).unflatten(2, x.shape[2:]))
+        """x (B, C, H, W), words (B, L, Dw), mask over (B, heads, N, L) -> (B, C, H, W)."""
+        pixels = to_sequence(self.proj_in(self.norm(x)))  # (B, N, C)
+        for block in self.transformer_blocks:
+            pixels = block(pixels, words, mask)
+        return x + self.proj_out(to_map(pixels, x))

@@ -1,322 +1,377 @@
-"""The UNet of DDPM (Ho et al. 2020, appendix B) and of those who came after, told about text.
+"""The UNet of DDPM (Ho et al. 2020, appendix B) and of the papers after it, conditioned on text.
 
-    residual block    norm, SiLU, conv, + time, norm, SiLU, conv, + input
-    attention block   norm, self-attention over the pixels, + input, and the words in one of several
-                      ways
-    UNet              down the levels, a middle, and up again; each step up sees what the step down
-                      kept
+    residual block     norm, SiLU, conv, + time, norm, SiLU, conv, + input
+    attention block    self-attention over the pixels, and the words in one of several ways
+    UNet               down the levels, a middle, and up again; each residual block of the way up
+                       also takes the output that the way down left at its level (`skips`)
 
 What changed from paper to paper is a setting:
                           DDPM      ADM            GLIDE         latent diffusion
     conditioning          none      sentence       joint         transformer
-    shift (of the norm)   no        yes            yes           no
-    halving by blocks     no        yes            yes           no
-ADM: Dhariwal and Nichol 2021, arXiv:2105.05233, section 3 (its `sentence` is the class). GLIDE:
-Nichol et al. 2021, arXiv:2112.10741, section 4. Where the time goes in, the sentence is added.
+    scale_shift_norm      no        yes            yes           no
+    resblock_updown       no        yes            yes           no
+ADM: Dhariwal and Nichol 2021, arXiv:2105.05233, section 3 (its class is our sentence). GLIDE:
+Nichol et al. 2021, arXiv:2112.10741, section 4. The sentence is added to the time vector.
 
-Departures from DDPM's paper, each a setting: `patch` folds squares of pixels into channels before
-the first convolution and unfolds them after the last (a quarter of the work at patch 2); dropout is
-off at the small presets; and two heads or more where the paper has one. `cross` is our own: DDPM's
-block, then attention to the words, without the transformer's feed-forward.
+Departures from DDPM's paper, each a setting: `patch_size` folds squares of pixels into channels
+before the first convolution and unfolds them after the last (a quarter of the work at 2); dropout
+is off at the small presets; and there are two heads or more where the paper has one. `cross` is our
+own: DDPM's block, then attention to the words, without the transformer's feed-forward.
 
-Axes: B pictures, C channels, H W pixels of a level, N = H W, L words, D width of the text, E width
-    of the time vector.
+Axes: B pictures, C channels, H W pixels of a level, N = H W, L words, Dw and Ds widths of a word
+    and of the sentence, E width of the time vector.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import at_least, one_of
+from lineage.config import (
+    Fraction,
+    Ints,
+    IntsFromZero,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    configuration,
+)
+from lineage.diffusion.networks.attention_blocks import (
+    CrossAttentionBlock,
+    JointAttentionBlock,
+    SelfAttentionBlock,
+)
+from lineage.diffusion.networks.layers import timestep_embedding, zero_module
 from lineage.diffusion.networks.spatial_transformer import SpatialTransformer
 from lineage.errors import UserError
-from lineage.nn.attention import Attention
-from lineage.nn.autoencoder import Double
-from lineage.nn.blocks import laid_for_convolutions
+from lineage.nn.fast import channels_last_on_cpu, conv_of_upsampled
 from lineage.text.contract import TextFeatures
 
-CONDITIONING = ("cross", "transformer", "joint", "sentence", "none")
+AttentionFactory = Callable[[int], nn.Module]
+"""Number of channels -> an attention block (x, words, mask) -> x."""
 
 
-@dataclass(frozen=True)
+@configuration
 class UNetConfig:
     """Sizes of a UNet.
 
     Attributes:
-        width: channels of the first level.
-        multipliers: channels of each level, as multiples of `width`; each level has half the pixels
-            a side.
-        blocks: residual blocks a level.
-        attention: levels (0 is the finest) with attention blocks; the middle always has one.
-        heads: of every attention.
-        head_width: if not 0, channels of a head, of which there are as many as fit.
-        patch: side of the square of pixels that is folded into channels.
-        conditioning: how text comes in: `cross` (attention to words, and the sentence),
-            `transformer` (a spatial transformer over the words), `joint` (one attention over words
-            and pixels, and the sentence), `sentence`, `none`.
-        depth: blocks of each spatial transformer.
-        padding: whether places behind the last word are attended to.
-        shift: whether time scales and shifts the second norm of a block, and is not added.
-        block_resampling: whether residual blocks halve and double the side, and not convolutions.
-        groups: of the group norms; 0 for 32, or as many as leave 4 channels to a group.
-        epsilon: of the group norms.
-        dropout: in the residual blocks.
+        channels: Number of channels of the first level; even, for the sinusoids of the time.
+        channel_mult: Number of channels of each level, as multiples of `channels`; each level has
+            half the side of the one before.
+        num_res_blocks: Number of residual blocks of a level on the way down.
+        attention_levels: Levels (0 is the finest) with attention blocks; the middle always has one.
+        num_heads: Number of heads of every attention.
+        head_dim: Width of a head; a level has as many heads as fit. 0 leaves it to `num_heads`.
+        patch_size: Side of the squares of pixels that are folded into channels.
+        conditioning: Way in which the text enters: `cross` (attention to the words, and the
+            sentence), `transformer` (spatial transformers over the words), `joint` (one attention
+            over words and pixels, and the sentence), `sentence`, or `none`.
+        transformer_depth: Number of blocks of each spatial transformer.
+        attend_padding: If true, the padding behind the last word is attended to.
+        scale_shift_norm: If true, the time scales and shifts the second norm of a residual block;
+            else it is added before it.
+        resblock_updown: If true, residual blocks halve and double the side; else convolutions.
+        norm_groups: Number of groups of the group norms; 0 for 32, or as many as leave 4 channels
+            to a group.
+        norm_eps: Epsilon of the group norms.
+        dropout: Share of activations that residual blocks drop in training.
     """
 
-    width: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 2
-    attention: tuple[int, ...] = (1,)
-    heads: int = 1
-    head_width: int = 0
-    patch: int = 1
-    conditioning: str = "cross"
-    depth: int = 1
-    padding: bool = False
-    shift: bool = False
-    block_resampling: bool = False
-    groups: int = 0
-    epsilon: float = 1e-5
-    dropout: float = 0.1
+    channels: PositiveInt = 128
+    channel_mult: Ints = (1, 2, 2, 2)
+    num_res_blocks: PositiveInt = 2
+    attention_levels: IntsFromZero = (1,)
+    num_heads: PositiveInt = 1
+    head_dim: NonNegativeInt = 0
+    patch_size: PositiveInt = 1
+    conditioning: Literal["none", "sentence", "cross", "joint", "transformer"] = "cross"
+    transformer_depth: PositiveInt = 1
+    attend_padding: bool = False
+    scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    norm_groups: NonNegativeInt = 0
+    norm_eps: NonNegativeFloat = 1e-5
+    dropout: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        one_of("unet.conditioning", self.conditioning, CONDITIONING)
-        for name in ("width", "blocks", "heads", "patch", "depth"):
-            at_least(f"unet.{name}", getattr(self, name), 1)
-        for name in ("groups", "head_width"):
-            at_least(f"unet.{name}", getattr(self, name), 0)
-        at_least("unet.epsilon", self.epsilon, 0)
-        if self.width % 2:
-            raise UserError(f"unet.width={self.width} must be even, for the sines of the time.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"unet.dropout={self.dropout} must be from 0 to below 1.")
-        if not self.multipliers or min(self.multipliers) < 1:
+        if self.channels % 2:
             raise UserError(
-                f"unet.multipliers={self.multipliers} must name a width for each level."
+                f"unet.channels={self.channels} must be even, for the sinusoids of the time."
             )
-        if not set(self.attention) <= set(range(len(self.multipliers))):
+        if not self.channel_mult:
+            raise UserError("unet.channel_mult must hold a number for each level.")
+        if not set(self.attention_levels) <= set(range(len(self.channel_mult))):
             raise UserError(
-                f"unet.attention={self.attention} must name levels from 0 to "
-                f"{len(self.multipliers) - 1}."
+                f"unet.attention_levels={self.attention_levels} must be levels from 0 to "
+                f"{len(self.channel_mult) - 1}."
             )
 
     @property
-    def smallest(self) -> int:
-        """Side of the smallest picture; larger ones have multiples of it."""
-        return int(self.patch * 2 ** (len(self.multipliers) - 1))
+    def level_channels(self) -> list[int]:
+        """Number of channels of each level."""
+        return [self.channels * multiple for multiple in self.channel_mult]
+
+    @property
+    def time_dim(self) -> int:
+        """E, width of the time vector."""
+        return 4 * self.channels
+
+    def check_side(self, side: int, name: str) -> None:
+        """Raise `UserError` if a `side`, called `name`, cannot be halved at each level."""
+        factor = self.patch_size * 2 ** (len(self.channel_mult) - 1)
+        if side % factor:
+            raise UserError(
+                f"A UNet of {len(self.channel_mult)} levels at patch_size={self.patch_size} needs "
+                f"a side that is a multiple of {factor}, not {name}={side}."
+            )
 
     def heads_of(self, channels: int) -> int:
-        """How many heads the attention of a level has."""
-        return max(1, channels // self.head_width) if self.head_width else self.heads
+        """Number of heads of a level's attention."""
+        return max(1, channels // self.head_dim) if self.head_dim else self.num_heads
 
     def groups_of(self, channels: int) -> int:
-        """How many groups a norm has."""
-        few = max(1, channels // 4)
-        return math.gcd(self.groups or min(32, few), channels)
+        """Number of groups of a level's norms."""
+        return math.gcd(self.norm_groups or min(32, max(1, channels // 4)), channels)
 
     def norm(self, channels: int) -> nn.GroupNorm:
-        """The norm of a level."""
-        return nn.GroupNorm(self.groups_of(channels), channels, eps=self.epsilon)
+        """Norm of a level."""
+        return nn.GroupNorm(self.groups_of(channels), channels, eps=self.norm_eps)
 
 
-def time_embedding(t: Tensor, width: int) -> Tensor:
-    """t (B,) -> (B, width): cosines and sines of falling frequency (Vaswani et al. 2017, section
-    3.5).
-    """
-    half = width // 2
-    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
-    angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponents)  # (B, half)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """`layer` with weight and bias at zero, so that its block starts as the identity."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def doubled(x: Tensor) -> Tensor:
-    """Twice the side, by nearest neighbours."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+# --- parts ----------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with the time vector between them.
+    """Two convolutions, with the time vector between them.
 
     Args:
-        resample: `down` or `up` halves or doubles the side on the way, with no weights of its own.
+        resample: `down` or `up` halves or doubles the side on the way, without weights of its own.
     """
 
-    def __init__(self, config: UNetConfig, inputs: int, outputs: int, resample: str = "") -> None:
+    def __init__(
+        self, config: UNetConfig, in_channels: int, channels: int, resample: str = ""
+    ) -> None:
         super().__init__()
-        self.shift, self.resample = config.shift, resample
-        self.norm1 = config.norm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.time = nn.Linear(4 * config.width, 2 * outputs if config.shift else outputs)
-        self.norm2 = config.norm(outputs)
+        self.scale_shift_norm, self.resample = config.scale_shift_norm, resample
+        self.norm1 = config.norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        emb_channels = 2 * channels if config.scale_shift_norm else channels
+        self.time_emb_proj = nn.Linear(config.time_dim, emb_channels)
+        self.norm2 = config.norm(channels)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.conv2 = zero_module(nn.Conv2d(channels, channels, 3, padding=1))
+        same = in_channels == channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, C, H, W), time (B, E) after its SiLU -> (B, C', H', W')."""
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C, H, W), emb (B, E) after its SiLU -> (B, C', H', W')."""
         h = F.silu(self.norm1(x))
-        if self.resample:
-            h, x = ((F.avg_pool2d(y, 2) if self.resample == "down" else doubled(y)) for y in (h, x))
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            h, x = (F.interpolate(y, scale_factor=2.0, mode="nearest") for y in (h, x))
         h = self.conv1(h)
-        told = self.time(time)[:, :, None, None]
-        if self.shift:
-            scale, shift = told.chunk(2, dim=1)
+        emb = self.time_emb_proj(emb)[:, :, None, None]
+        if self.scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + told)
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+            h = self.norm2(h + emb)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
 
-class AttentionBlock(nn.Module):
-    """Pixels look at each other, then at the words (`cross`); or at both at once (`joint`)."""
+class Downsample(nn.Module):
+    """Half the side: a convolution of stride 2."""
 
-    def __init__(self, config: UNetConfig, width: int, text_width: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        heads = config.heads_of(width)
-        self.norm = config.norm(width)
-        self.pixels = Attention(width, heads)
-        zeroed(self.pixels.out)
-        self.words, self.words_joint = None, None
-        if config.conditioning == "cross":
-            self.words_norm = nn.LayerNorm(width)
-            self.words = Attention(width, heads, context_width=text_width)
-            zeroed(self.words.out)
-        elif config.conditioning == "joint":
-            self.words_joint = nn.Linear(text_width, 2 * width)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, C, H, W), words (B, L, D), mask over (B, heads, N, L) -> (B, C, H, W)."""
-        flat = x.flatten(2).transpose(1, 2)  # (B, N, C)
-        seen = self.norm(x).flatten(2).transpose(1, 2)
-        if self.words_joint is not None:
-            flat = flat + self._joint(seen, self.words_joint(words), mask)
-        else:
-            flat = flat + self.pixels(seen)
-        if self.words is not None:
-            flat = flat + self.words(self.words_norm(flat), words, mask)
-        return flat.transpose(1, 2).unflatten(2, x.shape[2:])
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(x)
 
-    def _joint(self, seen: Tensor, told: Tensor, mask: Tensor | None) -> Tensor:
-        """One softmax over words and pixels: seen (B, N, C), told (B, L, 2 C) -> (B, N, C)."""
-        pairs = torch.cat([told, self.pixels.key_value(seen)], dim=1)  # (B, L + N, 2 C)
-        if mask is not None:
-            mask = F.pad(mask, (0, seen.shape[1]), value=True)
-        return self.pixels.among(self.pixels.query(seen), pairs, mask)
+
+class Upsample(nn.Module):
+    """Twice the side: nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return conv_of_upsampled(x, self.conv)
 
 
 class Level(nn.Module):
-    """A residual block, and attention behind it where the level has attention."""
+    """Residual blocks at one side, and an attention block after each if the level has attention.
+
+    Args:
+        resample: Way to the next side; None at the last one.
+    """
 
     def __init__(
-        self, residual: ResidualBlock, attention: AttentionBlock | SpatialTransformer | None
+        self,
+        resnets: list[ResidualBlock],
+        attentions: list[nn.Module],
+        resample: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.residual, self.attention = residual, attention
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.resample = resample
 
-    def forward(self, x: Tensor, time: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.residual(x, time)
-        return x if self.attention is None else self.attention(x, words, mask)
+    def block(
+        self, number: int, x: Tensor, emb: Tensor, words: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Residual block `number`, then its attention block if there is one."""
+        x = self.resnets[number](x, emb)
+        if number < len(self.attentions):
+            x = self.attentions[number](x, words, mask)
+        return x
+
+
+class DownLevel(Level):
+    """A level of the way down."""
+
+    def forward(self, x: Tensor, emb: Tensor, words: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """The output of every block and of the way to the next side."""
+        outputs = []
+        for number in range(len(self.resnets)):
+            x = self.block(number, x, emb, words, mask)
+            outputs.append(x)
+        return outputs if self.resample is None else [*outputs, self.resample(x, emb)]
+
+
+class MidLevel(Level):
+    """Residual block, attention, residual block."""
+
+    def forward(self, x: Tensor, emb: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
+        return self.block(1, self.block(0, x, emb, words, mask), emb, words, mask)
+
+
+class UpLevel(Level):
+    """A level of the way up."""
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, words: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Each block takes the last of `skips` off the list."""
+        for number in range(len(self.resnets)):
+            x = self.block(number, torch.cat([x, skips.pop()], dim=1), emb, words, mask)
+        return x if self.resample is None else self.resample(x, emb)
+
+
+# --- the network ----------------------------------------------------------------------------------
 
 
 class UNet(nn.Module):
     """x_t, t and text -> a tensor of the shape of x_t.
 
     Args:
-        config: sizes.
-        text_width: D of the text encoder; not used without conditioning.
-        channels: of x_t.
-        outputs: channels of the result, where they are others.
+        config: Sizes.
+        attention: Function that builds an attention block from its number of channels.
+        sentence_proj: Layer from the sentence (B, Ds) to the time vector (B, E), to which it is
+            added; None leaves the sentence out.
+        in_channels: Number of channels of x_t.
+        out_channels: Number of channels of the result.
     """
 
     def __init__(
-        self, config: UNetConfig, text_width: int, channels: int = 3, outputs: int | None = None
+        self,
+        config: UNetConfig,
+        attention: AttentionFactory,
+        sentence_proj: nn.Module | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
     ) -> None:
         super().__init__()
-        self.config = config
-        widths = [config.width * m for m in config.multipliers]
-        time_width, fold = 4 * config.width, config.patch**2
-
-        def attention(width: int) -> AttentionBlock | SpatialTransformer:
-            if config.conditioning != "transformer":
-                return AttentionBlock(config, width, text_width)
-            heads, groups = config.heads_of(width), config.groups_of(width)
-            return SpatialTransformer(width, heads, config.depth, text_width, groups)
-
-        def level(inputs: int, width: int, attends: bool, resample: str = "") -> Level:
-            residual = ResidualBlock(config, inputs, width, resample)
-            return Level(residual, attention(width) if attends else None)
-
-        def resampling(width: int, way: str) -> nn.Module:
-            if config.block_resampling:
-                return level(width, width, False, way)
-            down = way == "down"
-            return nn.Conv2d(width, width, 3, stride=2, padding=1) if down else Double(width)
-
-        self.time = nn.Sequential(
-            nn.Linear(config.width, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+        self.config, self.sentence_proj = config, sentence_proj
+        first, time_dim, folded = config.channels, config.time_dim, config.patch_size**2
+        self.time_embed = nn.Sequential(
+            nn.Linear(first, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
-        told = config.conditioning in ("cross", "joint", "sentence")
-        self.sentence = nn.Linear(text_width, time_width) if told else None
-        self.enter = nn.Conv2d(channels * fold, config.width, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * folded, first, 3, padding=1)
 
+        def blocks(number: int, inputs: list[int]) -> tuple[list[ResidualBlock], list[nn.Module]]:
+            """A residual block for each number of input channels, and their attention blocks."""
+            own = config.level_channels[number]
+            attends = number in config.attention_levels
+            attentions = [attention(own) for _ in inputs] if attends else []
+            return [ResidualBlock(config, one, own) for one in inputs], attentions
+
+        levels = list(enumerate(config.level_channels))
         self.down = nn.ModuleList()
-        kept, current = [config.width], config.width
-        for number, width in enumerate(widths):
-            for _ in range(config.blocks):
-                self.down.append(level(current, width, number in config.attention))
-                current = width
-                kept.append(current)
-            if number + 1 < len(widths):
-                self.down.append(resampling(current, "down"))
-                kept.append(current)
+        skips, current = [first], first  # channels of the outputs that the way up takes
+        for number, own in levels:
+            inputs = [current, *[own] * (config.num_res_blocks - 1)]
+            last, current = number == len(levels) - 1, own
+            resample = None if last else _resample(config, own, "down")
+            self.down.append(DownLevel(*blocks(number, inputs), resample))
+            skips += [own] * (len(inputs) + (not last))
 
-        self.middle = nn.ModuleList([level(current, current, True), level(current, current, False)])
+        resnets = [ResidualBlock(config, current, current) for _ in range(2)]
+        self.mid = MidLevel(resnets, [attention(current)])
 
         self.up = nn.ModuleList()
-        for number, width in reversed(list(enumerate(widths))):
-            for _ in range(config.blocks + 1):
-                self.up.append(level(current + kept.pop(), width, number in config.attention))
-                current = width
-            if number > 0:
-                self.up.append(resampling(current, "up"))
+        for number, own in reversed(levels):
+            inputs = [one + skips.pop() for one in (current, *[own] * config.num_res_blocks)]
+            resample, current = _resample(config, own, "up") if number else None, own
+            self.up.append(UpLevel(*blocks(number, inputs), resample))
 
-        self.norm = config.norm(current)
-        self.leave = nn.Conv2d(current, (outputs or channels) * fold, 3, padding=1)
-        zeroed(self.leave)
+        self.norm_out = config.norm(current)
+        self.conv_out = zero_module(nn.Conv2d(current, out_channels * folded, 3, padding=1))
 
-    def forward(self, noised: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
-        """noised (B, C, S, S), t (B,) -> (B, C, S, S)."""
-        time = self.time(time_embedding(t, self.config.width))  # (B, E)
-        if self.sentence is not None:
-            time = time + self.sentence(text.sentence)
-        time, words = F.silu(time), text.words
-        # the same words for every head and pixel
-        mask = None if self.config.padding else text.mask[:, None, None]
-        folded = laid_for_convolutions(F.pixel_unshuffle(noised, self.config.patch))
-        x = self.enter(folded)  # (B, C, H, W)
-        kept = [x]
-        for part in self.down:
-            x = part(x, time, words, mask) if isinstance(part, Level) else part(x)
-            kept.append(x)
-        for part in self.middle:
-            x = part(x, time, words, mask)
-        for part in self.up:
-            if isinstance(part, Level) and not part.residual.resample:
-                x = part(torch.cat([x, kept.pop()], dim=1), time, words, mask)
-            else:
-                x = part(x, time, words, mask) if isinstance(part, Level) else part(x)
-        x = self.leave(F.silu(self.norm(x)))
-        return F.pixel_shuffle(x, self.config.patch)
+    def forward(self, x_t: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
+        """x_t (B, C, S, S), t (B,) -> (B, C', S, S)."""
+        emb = self.time_embed(timestep_embedding(t, self.config.channels))  # (B, E)
+        if self.sentence_proj is not None:
+            emb = emb + self.sentence_proj(text.sentence)
+        emb, words = F.silu(emb), text.words
+        mask = None if self.config.attend_padding else text.mask[:, None, None]  # (B, 1, 1, L)
+
+        folded = F.pixel_unshuffle(x_t, self.config.patch_size)
+        skips = [self.conv_in(channels_last_on_cpu(folded))]
+        for level in self.down:
+            skips += level(skips[-1], emb, words, mask)
+        x = self.mid(skips[-1], emb, words, mask)
+        for level in self.up:
+            x = level(x, skips, emb, words, mask)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.config.patch_size)
+
+
+def _resample(config: UNetConfig, channels: int, way: str) -> nn.Module:
+    """From one side to the next, `down` or `up`."""
+    if config.resblock_updown:
+        return ResidualBlock(config, channels, channels, way)
+    return Downsample(channels) if way == "down" else Upsample(channels)
+
+
+def make_unet(
+    config: UNetConfig,
+    word_dim: int,
+    sentence_dim: int,
+    in_channels: int = 3,
+    out_channels: int = 3,
+) -> UNet:
+    """The UNet whose text enters as `config.conditioning` says."""
+
+    def attention(channels: int) -> nn.Module:
+        num_heads, norm = config.heads_of(channels), config.norm(channels)
+        if config.conditioning == "cross":
+            return CrossAttentionBlock(channels, num_heads, norm, word_dim)
+        if config.conditioning == "joint":
+            return JointAttentionBlock(channels, num_heads, norm, word_dim)
+        if config.conditioning == "transformer":
+            depth, norm_groups = config.transformer_depth, config.groups_of(channels)
+            return SpatialTransformer(channels, num_heads, word_dim, depth, norm_groups)
+        return SelfAttentionBlock(channels, num_heads, norm)
+
+    reads_sentence = config.conditioning in ("sentence", "cross", "joint")
+    sentence_proj = nn.Linear(sentence_dim, config.time_dim) if reads_sentence else None
+    return UNet(config, attention, sentence_proj, in_channels, out_channels)

@@ -1,257 +1,201 @@
-"""Solvers in x / a = x_0 + sigma eps, where all processes are alike (Karras et al. 2022,
-arXiv:2206.00364), under the names of the field (k-diffusion's).
+"""Solvers of Karras et al. 2022 (arXiv:2206.00364) in x_0 + sigma eps, under k-diffusion's names.
 
-Of dx/dsigma = (x - x_0) / sigma:
-    euler, heun        orders 1 and 2; with churn, algorithm 2 of that paper
-    dpm_2, lms         order 2 by the middle of a step, order 4 by the steps before
-and of the stochastic equation with the same marginals:
-    euler_ancestral, dpm_2_ancestral    a step too far, and noise back
+Of the ordinary equation dx / dsigma = d = (x - x_0) / sigma:
+    euler               order 1; with churn, and `heun` too, algorithm 2 of that paper
+    heun                order 2: the mean of d at both ends of a step
+    dpm_2               order 2: d in the middle of a step
+    lms                 order 4: a polynomial through the last four d
+Of the stochastic equation with the same marginals:
+    euler_ancestral, dpm_2_ancestral    a step down to sigma_down, then noise up to sigma_next
 
-`in_sigmas` makes a sampler of each, on any path. What samplers are is said in `samplers.py`.
+`euler` is `ddim` without noise, and `euler_ancestral` is `ddpm`, divided by alpha.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from lineage.diffusion.schedules import FARTHEST, Path, Point
+from lineage.diffusion.samplers.base import Callback, DenoiseSigma, sigma_sampler
 from lineage.nn.noise import NoiseStreams
 
 
-@dataclass
-class Estimate:
-    """What is known of the clean picture.
-
-    Attributes:
-        x0: (B, C, H, W).
-        noise: eps where it is not to be derived from x0, as where x0 was clipped.
-        share: of log beta, against log beta~, in the log variance of a step, where it is learnt.
-        log_variance: where it is learnt for itself.
-    """
-
-    x0: Tensor
-    noise: Tensor | None = None
-    share: Tensor | None = None
-    log_variance: Tensor | None = None
-
-
-Denoise = Callable[[Tensor, Point], Estimate]
-Callback = Callable[[int, Tensor, Tensor], None]
-"""Called at each step with its number, x and the estimate of x_0."""
-Sampler = Callable[..., Tensor]
-
-
-def ignore(step: int, x: Tensor, x0: Tensor) -> None:
-    """The callback of who does not want to see."""
-
-
-Clean = Callable[[Tensor, float], Tensor]
-"""x and sigma to the estimate of x_0."""
-
-
-def in_sigmas(solver: Callable[..., Tensor]) -> Sampler:
-    """A solver (clean, x, sigmas, draws, callback, ...) as a sampler on any path."""
-
-    @functools.wraps(solver)
-    def sampler(
-        denoise: Denoise,
-        x: Tensor,
-        path: Path,
-        draws: NoiseStreams,
-        callback: Callback = ignore,
-        **knobs: Any,
-    ) -> Tensor:
-        points = path.points
-        if points[0].signal == 0:  # a sigma without end; one that is far beyond the next is as good
-            most = max(FARTHEST, 2 * points[1].sigma)
-            points = (Point(1 / most, points[0].noise, points[0].time), *points[1:])
-        levels = {point.sigma: point for point in points}
-
-        def clean(scaled: Tensor, sigma: float) -> Tensor:
-            level = levels[sigma] if sigma in levels else path.at(sigma)
-            return denoise(scaled * level.signal, level).x0
-
-        def seen(step: int, scaled: Tensor, x0: Tensor) -> None:
-            callback(step, scaled * points[step].signal, x0)
-
-        sigmas = [point.sigma for point in points]
-        scaled = solver(clean, x / points[0].signal, sigmas, draws, seen, **knobs)
-        return scaled * points[-1].signal
-
-    return sampler
-
-
-def slope(x: Tensor, sigma: float, x0: Tensor) -> Tensor:
-    """dx / dsigma, which is the noise in x."""
+def to_d(x: Tensor, sigma: float, x0: Tensor) -> Tensor:
+    """dx / dsigma, which is the estimate of eps."""
     return (x - x0) / sigma
 
 
-def ancestral(sigma: float, following: float, eta: float = 1.0) -> tuple[float, float]:
-    """(how far down to step, how much noise to add there) to arrive at `following`."""
-    up = min(following, eta * math.sqrt(following**2 * (sigma**2 - following**2)) / sigma)
-    return math.sqrt(following**2 - up**2), up
+def ancestral_step(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float, float]:
+    """sigma_down to step to, and sigma_up of the noise that leads from there to `sigma_next`."""
+    variance_up = sigma_next**2 * (sigma**2 - sigma_next**2)
+    sigma_up = min(sigma_next, eta * math.sqrt(variance_up) / sigma)
+    return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
 
 
-@dataclass(frozen=True)
-class Churn:
-    """Noise that is added before a step (Karras et al. 2022, algorithm 2).
-
-    Attributes:
-        amount: over the whole path; 0 adds none.
-        least, most: sigmas between which it is added.
-        deviation: of the noise.
-    """
-
-    amount: float = 0.0
-    least: float = 0.0
-    most: float = math.inf
-    deviation: float = 1.0
-
-    def stir(
-        self, x: Tensor, sigma: float, steps: int, draws: NoiseStreams
-    ) -> tuple[Tensor, float]:
-        """x and its sigma with noise added."""
-        if self.amount == 0:
-            return x, sigma
-        noise = draws.randn(*x.shape[1:])
-        within = self.least <= sigma <= self.most
-        more = min(self.amount / steps, math.sqrt(2) - 1) if within else 0.0
-        if more == 0:
-            return x, sigma
-        higher = sigma * (1 + more)
-        return x + self.deviation * math.sqrt(higher**2 - sigma**2) * noise, higher
+def add_churn(
+    x: Tensor,
+    sigma: float,
+    noise: NoiseStreams,
+    gamma: float,
+    s_tmin: float,
+    s_tmax: float,
+    s_noise: float,
+) -> tuple[Tensor, float]:
+    """x and sigma, raised to sigma (1 + gamma) if s_tmin <= sigma <= s_tmax (algorithm 2)."""
+    if gamma == 0:
+        return x, sigma
+    eps = noise.randn(*x.shape[1:])
+    if not s_tmin <= sigma <= s_tmax:
+        return x, sigma
+    sigma_hat = sigma * (1 + gamma)
+    return x + s_noise * math.sqrt(sigma_hat**2 - sigma**2) * eps, sigma_hat
 
 
-NO_CHURN = Churn()
+def churn_gamma(s_churn: float, sigmas: Sequence[float]) -> float:
+    """Relative increase of sigma in each step, for `s_churn` over the whole schedule."""
+    return min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
 
 
-@in_sigmas
+@sigma_sampler
 def euler(
-    clean: Clean,
+    denoise: DenoiseSigma,
     x: Tensor,
     sigmas: Sequence[float],
-    draws: NoiseStreams,
+    noise: NoiseStreams,
     callback: Callback,
-    churn: Churn = NO_CHURN,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor:
-    """A step along the slope: x_0 + sigma' eps."""
-    for step, (now, then) in enumerate(pairwise(sigmas)):
-        x, now = churn.stir(x, now, len(sigmas) - 1, draws)
-        x0 = clean(x, now)
+    """x_0 + sigma_next d."""
+    gamma = churn_gamma(s_churn, sigmas)
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x, sigma = add_churn(x, sigma, noise, gamma, s_tmin, s_tmax, s_noise)
+        x0 = denoise(x, sigma)
         callback(step, x, x0)
-        x = x0 + then * slope(x, now, x0)
+        x = x0 + sigma_next * to_d(x, sigma, x0)
     return x
 
 
-@in_sigmas
+@sigma_sampler
 def heun(
-    clean: Clean,
+    denoise: DenoiseSigma,
     x: Tensor,
     sigmas: Sequence[float],
-    draws: NoiseStreams,
+    noise: NoiseStreams,
     callback: Callback,
-    churn: Churn = NO_CHURN,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor:
-    """The mean of the slopes at both ends of a step: two evaluations, but for the last step."""
-    for step, (now, then) in enumerate(pairwise(sigmas)):
-        x, now = churn.stir(x, now, len(sigmas) - 1, draws)
-        x0 = clean(x, now)
+    """The mean of d at both ends: two evaluations a step, one in the last."""
+    gamma = churn_gamma(s_churn, sigmas)
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x, sigma = add_churn(x, sigma, noise, gamma, s_tmin, s_tmax, s_noise)
+        x0 = denoise(x, sigma)
         callback(step, x, x0)
-        first = slope(x, now, x0)
-        ahead = x0 + then * first
-        if then > 0:
-            second = slope(ahead, then, clean(ahead, then))
-            ahead = ahead + 0.5 * (then - now) * (second - first)
-        x = ahead
+        d = to_d(x, sigma, x0)
+        x = x0 + sigma_next * d
+        if sigma_next > 0:
+            d_next = to_d(x, sigma_next, denoise(x, sigma_next))
+            x = x + 0.5 * (sigma_next - sigma) * (d_next - d)
     return x
 
 
-@in_sigmas
-def dpm_2(
-    clean: Clean, x: Tensor, sigmas: Sequence[float], draws: NoiseStreams, callback: Callback
+def midpoint_step(
+    denoise: DenoiseSigma, x: Tensor, x0: Tensor, sigma: float, sigma_next: float
 ) -> Tensor:
-    """The slope in the middle of a step, by log sigma: two evaluations, but for the last step."""
-    for step, (now, then) in enumerate(pairwise(sigmas)):
-        x0 = clean(x, now)
-        callback(step, x, x0)
-        x = through_middle(clean, x, x0, now, then)
-    return x
-
-
-def through_middle(clean: Clean, x: Tensor, x0: Tensor, now: float, then: float) -> Tensor:
-    """From `now` to `then` along the slope that there is halfway."""
-    first = slope(x, now, x0)
-    if then == 0:
+    """From sigma to sigma_next along the d of their geometric mean."""
+    if sigma_next == 0:
         return x0
-    middle = math.sqrt(now * then)
-    halfway = x + (middle - now) * first
-    return x + (then - now) * slope(halfway, middle, clean(halfway, middle))
+    sigma_mid = math.sqrt(sigma * sigma_next)
+    x_mid = x + (sigma_mid - sigma) * to_d(x, sigma, x0)
+    return x + (sigma_next - sigma) * to_d(x_mid, sigma_mid, denoise(x_mid, sigma_mid))
 
 
-@in_sigmas
-def lms(
-    clean: Clean,
+@sigma_sampler
+def dpm_2(
+    denoise: DenoiseSigma,
     x: Tensor,
     sigmas: Sequence[float],
-    draws: NoiseStreams,
+    noise: NoiseStreams,
+    callback: Callback,
+) -> Tensor:
+    """d in the middle of a step: two evaluations a step, one in the last."""
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
+        callback(step, x, x0)
+        x = midpoint_step(denoise, x, x0, sigma, sigma_next)
+    return x
+
+
+@sigma_sampler
+def lms(
+    denoise: DenoiseSigma,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseStreams,
     callback: Callback,
     order: int = 4,
 ) -> Tensor:
-    """Linear multistep: the slope as a polynomial through the last `order` ones (Adams and
-    Bashforth), integrated over the step.
+    """Linear multistep (Adams and Bashforth): the integral over the step of the polynomial through
+    the last `order` values of d.
     """
-    slopes: list[Tensor] = []
-    for step, (now, then) in enumerate(pairwise(sigmas)):
-        x0 = clean(x, now)
+    ds: list[Tensor] = []
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
         callback(step, x, x0)
-        slopes = [slope(x, now, x0), *slopes][:order]
-        nodes = [sigmas[step - k] for k in range(len(slopes))]
-        for number, each in enumerate(slopes):
-            others = [node for k, node in enumerate(nodes) if k != number]
-            scale = math.prod(nodes[number] - node for node in others)
+        ds = [to_d(x, sigma, x0), *ds][:order]
+        nodes = [sigmas[step - k] for k in range(len(ds))]
+        for k, d in enumerate(ds):
+            others = nodes[:k] + nodes[k + 1 :]
+            scale = math.prod(nodes[k] - node for node in others)  # of Lagrange's polynomial
             integral = np.polyint(np.atleast_1d(np.poly(others)))
-            x = x + float((np.polyval(integral, then) - np.polyval(integral, now)) / scale) * each
+            area = (np.polyval(integral, sigma_next) - np.polyval(integral, sigma)) / scale
+            x = x + float(area) * d
     return x
 
 
-@in_sigmas
+@sigma_sampler
 def euler_ancestral(
-    clean: Clean,
+    denoise: DenoiseSigma,
     x: Tensor,
     sigmas: Sequence[float],
-    draws: NoiseStreams,
+    noise: NoiseStreams,
     callback: Callback,
     eta: float = 1.0,
 ) -> Tensor:
-    """Down along the slope, and noise back up."""
-    for step, (now, then) in enumerate(pairwise(sigmas)):
-        x0 = clean(x, now)
+    """`euler` down to sigma_down, then noise."""
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
         callback(step, x, x0)
-        down, up = ancestral(now, then, eta)
-        x = x0 + down * slope(x, now, x0)
-        if then > 0:
-            x = x + up * draws.randn(*x.shape[1:])
+        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        x = x0 + sigma_down * to_d(x, sigma, x0)
+        if sigma_next > 0:
+            x = x + sigma_up * noise.randn(*x.shape[1:])
     return x
 
 
-@in_sigmas
+@sigma_sampler
 def dpm_2_ancestral(
-    clean: Clean, x: Tensor, sigmas: Sequence[float], draws: NoiseStreams, callback: Callback
+    denoise: DenoiseSigma,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: NoiseStreams,
+    callback: Callback,
 ) -> Tensor:
-    """`dpm_2` down, and noise back up."""
-    for step, (now, then) in enumerate(pairwise(sigmas)):
-        x0 = clean(x, now)
+    """`dpm_2` down to sigma_down, then noise."""
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
         callback(step, x, x0)
-        down, up = ancestral(now, then)
-        x = through_middle(clean, x, x0, now, down)
-        if then > 0:
-            x = x + up * draws.randn(*x.shape[1:])
+        sigma_down, sigma_up = ancestral_step(sigma, sigma_next)
+        x = midpoint_step(denoise, x, x0, sigma, sigma_down)
+        if sigma_next > 0:
+            x = x + sigma_up * noise.randn(*x.shape[1:])
     return x

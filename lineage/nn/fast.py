@@ -1,0 +1,104 @@
+"""Ways that are here for speed only. Each computes a plain line, which its docstring states;
+`tests/nn/test_fast.py` holds it to that line.
+
+Axes: B batch, C channels, H W; of attention N queries, M keys, H heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def channels_last_on_cpu(x: Tensor) -> Tensor:
+    """x (B, C, H, W), with its channels last in memory on a CPU.
+
+    Convolutions in float32 are faster in this layout (measured on x86); in bfloat16 they are not.
+    On a GPU `train.channels_last` chooses the layout.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def conv_of_upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 3 x 3 convolution with padding 1 of x at twice the side, (B, C, H, W) -> (B, C', 2H, 2W).
+
+        conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+    Each of the four pixels that come from one input pixel depends on 2 x 2 input pixels only. Taps
+    that fall on the same input pixel are therefore summed first: 4 / 9 of the products. A GPU has
+    kernels for 3 x 3 convolutions and takes the plain line.
+    """
+    if x.is_cuda:
+        upsampled = F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.conv2d(upsampled, conv.weight, conv.bias, padding=1)
+
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    dim = 1 if channels_last else 0  # four channels of one pixel side by side, or four blocks
+    kernels = [kernel for rows in _merged(conv.weight, 2) for kernel in _merged(rows, 3)]
+    weight = torch.stack(kernels, dim).flatten(0, 1)  # (4 C', C, 2, 2)
+    bias = None if conv.bias is None else torch.stack([conv.bias] * 4, dim).flatten()
+    y = F.conv2d(x, weight, bias, padding=1)  # (B, 4 C', H + 1, W + 1)
+    if channels_last:
+        return F.pixel_shuffle(y, 2)[..., 1:-1, 1:-1]
+    down_right, down_left, up_right, up_left = y.chunk(4, dim=1)
+    upper = torch.stack([up_left[..., :-1, :-1], up_right[..., :-1, 1:]], dim=-1)
+    lower = torch.stack([down_left[..., 1:, :-1], down_right[..., 1:, 1:]], dim=-1)
+    return torch.stack([upper, lower], dim=3).flatten(4, 5).flatten(2, 3)
+
+
+def _merged(kernel: Tensor, dim: int) -> list[Tensor]:
+    """Kernels, along `dim`, of the second and of the first of the two pixels of one input pixel.
+
+    In this order, because output k, of one more than there are inputs, reads inputs k - 1 and k: it
+    holds the second pixel of the former and the first of the latter.
+    """
+    before, at, after = kernel.unbind(dim)
+    return [torch.stack([before + at, after], dim), torch.stack([before, at + after], dim)]
+
+
+MANY_QUERIES = 64  # from this number on the fused kernel is the faster one on a CPU
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Attention (B, H, N, d), (B, H, M, d), (B, H, M, d) -> (B, H, N, d), the faster of two ways.
+
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    On a CPU two matrix products are faster than the fused kernel for few queries, and in bfloat16.
+    A query that may attend to no key gets zeros either way.
+    """
+    in_float32 = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if query.is_cuda or (in_float32 and query.shape[-2] >= MANY_QUERIES):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
+    if mask is not None:
+        blocked = torch.zeros_like(mask, dtype=scores.dtype)
+        scores = scores + blocked.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
+    if scores.dtype == torch.float32:
+        attended = scores.softmax(-1).to(value.dtype) @ value
+    else:  # the softmax of bfloat16 sums in float32 anyway: autocast need not convert it
+        with torch.autocast(query.device.type, enabled=False):
+            attended = scores.softmax(-1).to(value.dtype) @ value
+    if mask is None:
+        return attended
+    has_key = mask.any(-1, keepdim=True)
+    return attended if bool(has_key.all()) else attended * has_key
+
+
+def linear_chunks(x: Tensor, linear: nn.Linear, chunks: int) -> list[Tensor]:
+    """Equal parts of a linear layer's output, each as a product of its own.
+
+        linear(x).chunk(chunks, dim=-1)
+
+    On a CPU, smaller results that need no copy are faster to compute and to multiply.
+    """
+    weights = linear.weight.chunk(chunks)
+    biases = [None] * chunks if linear.bias is None else linear.bias.chunk(chunks)
+    return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]

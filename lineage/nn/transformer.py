@@ -1,0 +1,40 @@
+"""One transformer block (Vaswani et al. 2017, arXiv:1706.03762), pre-norm as in GPT-2 (Radford et
+al. 2019).
+
+    x = x + Attention(LayerNorm(x))
+    x = x + MLP(LayerNorm(x)),    MLP(h) = W_2 GELU(W_1 h), four times as wide inside
+
+Axes: B batch, N positions, H heads, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lineage.nn.attention import Attention
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a perceptron, each behind a norm and beside a residual connection.
+
+    Args:
+        width: D.
+        num_heads: Number of heads.
+        inner_dim: Width of all heads together; None is `width`.
+        bias: If true, the projections to queries, keys and values have a bias.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, inner_dim: int | None = None, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = Attention(width, num_heads, inner_dim=inner_dim, bias=bias)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); `mask` broadcasts to (B, H, N, N), True = attend."""
+        x = x + self.attn(self.norm1(x), mask=mask)
+        return x + self.mlp(self.norm2(x))

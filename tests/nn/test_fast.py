@@ -1,0 +1,106 @@
+"""Fast ways, against the plain lines that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lineage.nn.fast import (
+    MANY_QUERIES,
+    channels_last_on_cpu,
+    conv_of_upsampled,
+    linear_chunks,
+    scaled_dot_product_attention,
+)
+
+# --- convolutions -----------------------------------------------------------------------------
+
+
+def test_channels_are_last_in_float32_only() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    y = channels_last_on_cpu(x)
+    assert y.stride() == (60, 1, 15, 3) and torch.equal(y, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert channels_last_on_cpu(x) is x
+    assert channels_last_on_cpu(x.to("meta")).device.type == "meta"
+    for dtype in (torch.bfloat16, torch.float64):
+        other = x.to(dtype)
+        assert channels_last_on_cpu(other) is other
+
+
+class OnGPU(Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "GPU"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_conv_of_upsampled_is_the_convolution_of_the_larger_picture(
+    bias: bool, layout: str
+) -> None:
+    """Values and gradients, in each layout and as a GPU computes it."""
+    conv = nn.Conv2d(3, 4, 3, padding=1, bias=bias)
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    plain = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    inputs = [x, *conv.parameters()]
+    expected = torch.autograd.grad(plain.square().sum(), inputs)
+    if layout == "channels_last":
+        y = conv_of_upsampled(x.contiguous(memory_format=torch.channels_last), conv)
+    elif layout == "GPU":
+        y = conv_of_upsampled(x.as_subclass(OnGPU), conv).as_subclass(Tensor)
+    else:
+        y = conv_of_upsampled(x, conv)
+    torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(y.square().sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# --- attention and linear layers --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", [MANY_QUERIES + 2, 5])
+@pytest.mark.parametrize("queries", [4, MANY_QUERIES + 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_the_fused_kernel(
+    masked: bool, queries: int, keys: int, dtype: torch.dtype
+) -> None:
+    """Values and gradients, against it in double precision; one query has no key."""
+    shapes = (queries, 8), (keys, 8), (keys, 8)
+    inputs = [torch.randn(2, 3, *shape).to(dtype).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    mask = torch.rand(queries, keys) < 0.5 if masked else None
+    if mask is not None:
+        mask[2] = False
+    out = scaled_dot_product_attention(*inputs, mask)
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask)
+    limits = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0.03}
+    torch.testing.assert_close(out.double(), expected, **limits)
+    assert out.dtype == dtype and (mask is None or not out[:, :, 2].any())
+    out.double().square().sum().backward()
+    expected.square().sum().backward()
+    limits = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0, "atol": 0.3}
+    for ours, theirs in zip(inputs, exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, **limits)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_linear_chunks_are_chunks_of_the_layer(chunks: int, bias: bool) -> None:
+    """Values and gradients."""
+    layer, x = nn.Linear(5, 12, bias), torch.randn(2, 4, 5, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    expected, parts = layer(x).chunk(chunks, dim=-1), linear_chunks(x, layer, chunks)
+    assert len(parts) == chunks
+    for ours, theirs in zip(parts, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    gradients = [
+        torch.autograd.grad(sum(x.square().sum() * k for k, x in enumerate(some, 1)), inputs)
+        for some in (parts, expected)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
