@@ -1,4 +1,4 @@
-"""GPT-2, minGPT, the quantisers, VQGAN and DALL-E's dVAE: official numbers, wrong ones, other sizes,
+"""GPT-2, minGPT, quantisers, VQGAN and DALL-E's dVAE: official numbers, wrong ones, other sizes,
 key maps.
 """
 
