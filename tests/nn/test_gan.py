@@ -150,8 +150,8 @@ def numbered(batch: int, side: int) -> Tensor:
 
 @pytest.mark.parametrize("side", [4, 8, 16, 24])
 def test_every_picture_is_shifted_and_has_a_hole(side: int) -> None:
-    """Each pixel is one of the same picture, by one shift for all of it (the edge repeats), or in the
-    hole, a square of half the side that may be half outside.
+    """Each pixel is one of the same picture, by one shift for all of it (the edge repeats), or is
+    in the hole, a square of half the side that may be half outside.
 
     Over many pictures every shift up to an eighth of the side occurs, and none beyond.
     """
