@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from lineage.diffusion.networks.attention_blocks import JointAttentionBlock, SelfAttentionBlock
 from lineage.diffusion.networks.unet import UNet, UNetConfig, make_unet
 from lineage.official.dalle import count_indices
 from lineage.official.verify import NotComputed, Verifier, output
@@ -121,15 +122,15 @@ def unet_state(
     unet: UNet, official: Mapping[str, Tensor], heads_first: bool = True
 ) -> dict[str, Tensor]:
     """Weights of an official UNet under our names, but for the layer of the sentence."""
-    state: dict[str, Tensor] = {}
-    for key, name in official_names(unet.state_dict()).items():
-        block = re.match(r"(.*\.attentions\.\d+)\.(self|joint)_attn\.to_q\.weight", key)
-        if block is not None:  # one official layer of queries, keys and values
-            theirs = name.partition(".attn1.")[0].partition(".joint_attn.")[0]
-            own = attention_state(unet.config, official, theirs, heads_first)
-            state |= {f"{block[1]}.{inner}": tensor for inner, tensor in own.items()}
-        elif name in official:
-            state[key] = official[name]
+    names = official_names(unet.state_dict())
+    joined = SelfAttentionBlock | JointAttentionBlock  # queries, keys, values are one layer there
+    blocks = [path for path, module in unet.named_modules() if isinstance(module, joined)]
+    elsewhere = tuple(f"{path}." for path in (*blocks, "sentence_proj"))
+    state = {key: official[name] for key, name in names.items() if not key.startswith(elsewhere)}
+    for path in blocks:
+        block = names[f"{path}.norm.weight"].removesuffix(".norm.weight")
+        own = attention_state(unet.config, official, block, heads_first)
+        state |= {f"{path}.{key}": tensor for key, tensor in own.items()}
     return state
 
 

@@ -84,6 +84,11 @@ def bert_name(key: str) -> str:
     return f"attn_layers.layers.{layer}.{inner}.{kind}"
 
 
+def bert_state(encoder: BertEncoder, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of `TransformerWrapper` under our names."""
+    return {key: official[bert_name(key)] for key in encoder.state_dict()}
+
+
 # --- outputs --------------------------------------------------------------------------------------
 
 
@@ -104,15 +109,12 @@ class LdmUNetOutputs(Verifier):
     def module(self, of_output: str, default: str) -> nn.Module:
         """Our module for the official one that the file's sentence about an output names."""
         sentence = str(self.reference.sentences.get(f"output/{of_output}", ""))
-        named = [word.strip(".,()") for word in sentence.split() if "_blocks." in word]
-        official = f"{named[0] if named else default}."
+        stated = re.search(r"(in|out)put_blocks\.\d+\.\d+|middle_block\.\d+", sentence)
+        official = f"{stated[0] if stated else default}."
         names = official_names(self.unet.state_dict())
-        ours, theirs = next(pair for pair in names.items() if pair[1].startswith(official))
-        if official.count(".") == 3:  # a block and a part of it
-            path = re.match(r"(down|up)\.\d+\.(resnets\.\d+|attentions\.\d+|resample)", ours)
-        else:
-            path = re.match(r"mid\.(resnets|attentions)\.\d+", ours)
-        assert path is not None, theirs
+        key = next(ours for ours, theirs in names.items() if theirs.startswith(official))
+        path = re.match(r"mid\.\w+\.\d+|\w+\.\d+\.(resample|\w+\.\d+)", key)
+        assert path is not None
         return self.unet.get_submodule(path[0])
 
     # --- the network ---
@@ -321,8 +323,7 @@ class LdmBertOutputs(Verifier):
             num_layers=self.config["n_layer"],
         )
         encoder = BertEncoder(config, tokenizer_of_size(self.config["vocab_size"]))
-        keys = encoder.state_dict()
-        encoder.load_state_dict({key: self.weights[bert_name(key)] for key in keys})
+        encoder.load_state_dict(bert_state(encoder, self.weights))
         return encoder.eval()
 
     @output("z")
