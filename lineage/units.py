@@ -1,10 +1,10 @@
-"""Numbers for people: three digits and a unit."""
+"""Numbers as text with three digits and a unit."""
 
 from __future__ import annotations
 
 
 def _with_unit(value: float, units: tuple[str, ...]) -> str:
-    """Three digits and a unit, each a thousand times the one before it."""
+    """`value` in the largest fitting unit; each unit is a thousand times the one before it."""
     power = 0
     while float(f"{value:.3g}") >= 1000 and power < len(units) - 1:
         value, power = value / 1000, power + 1

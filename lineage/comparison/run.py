@@ -1,15 +1,13 @@
-"""The comparison: the named systems on the same data, the same budget and the same captions, and a
-report.
+"""`lineage compare`: the named systems on the same data, budget and captions, and a report.
 
 Each system is trained by a process of its own (`lineage train`), so that its peak memory is its
-own, and in a folder of its own, so that a comparison that was stopped goes on where it was when the
-same command is given again.
+own, and in a folder of its own, so that the same command continues a comparison that was stopped.
 
     OUT/<key>/         the run folder of each system
     OUT/report.html    the page: one file, no network
-    OUT/report.json    the same facts
+    OUT/report.json    its data
     OUT/sheet.png      the same captions across systems
-    OUT/<key>_failed.png, <key>_nearest.png    prompts that were not met, and the pictures that lie
+    OUT/<key>_failed.png, <key>_nearest.png    pictures that do not show their prompt, and pictures
                        nearest to training pictures
 """
 
@@ -27,21 +25,21 @@ from typing import Any
 from torch import Tensor
 
 from lineage.catalog import CATALOG, lookup, working
-from lineage.comparison.report import write_report
+from lineage.comparison.report import SystemPage, write_report
 from lineage.config import to_dict
 from lineage.data.contract import Example, to_bytes
 from lineage.errors import CheckFailed, Interrupted, UserError
 from lineage.evaluation.cost import machine
 from lineage.evaluation.real import unseen_split
-from lineage.evaluation.run import Scored, Setting, score_runs, write_sheets
+from lineage.evaluation.run import EvalConfig, ScoredRun, score_runs, write_sheets
 from lineage.runs import configure, load, read_config, save_picture
 from lineage.sheets import sheet
-from lineage.system import Named
+from lineage.system import LabelledImage, Visualises
 from lineage.training.log import read_log
 from lineage.training.store import write_json
 
 CAPTIONS = 12  # rows of the sheet
-SEEDS = (0, 1)  # pictures of each caption and system
+SEEDS = (0, 1)  # of the pictures of each caption and system
 
 
 def compare(
@@ -60,104 +58,75 @@ def compare(
     """Train each system on the same budget, score it and write the report; returns its path.
 
     Args:
-        keys: the systems; all that work if none are named.
-        data, minutes, steps, preset, seed, device, settings: as for `lineage.train`; the same for
+        keys: Keys of the systems; None for all that work.
+        data, minutes, steps, preset, seed, device, settings: As for `lineage.train`; the same for
             every system.
-        out: the folder for runs and report. Finished runs in it are not trained again.
-        pictures: drawn for the scores of each, at most; see `lineage.evaluate`.
+        out: Folder for runs and report. Finished runs in it are not trained again.
+        pictures: Largest number of pictures for the scores of each; see `lineage.evaluate`.
 
     Raises:
-        UserError: what was given does not fit some system; told before any is trained.
+        UserError: an argument does not fit some system; raised before any is trained.
         CheckFailed: a system could not be trained.
-        Interrupted: asked to stop; the same command goes on.
+        Interrupted: a request to stop; the same command goes on.
     """
-    folder, chosen = Path(out), list(dict.fromkeys(keys or working()))
-    for key in chosen:
+    folder, keys = Path(out), list(dict.fromkeys(keys or working()))
+    options = {"data": data, "minutes": minutes, "steps": steps, "seed": seed, "device": device}
+    for key in keys:
         lookup(key)
-    options: dict[str, Any] = {
-        "data": data,
-        "minutes": minutes,
-        "steps": steps,
-        "seed": seed,
-        "device": device,
-    }
-    configs = {
-        key: configure(key, preset_name=preset, settings=settings, **options) for key in chosen
-    }
-    sizes = {config.size for config in configs.values()}
-    if len(sizes) > 1:
+    configs: list[Any] = [
+        configure(key, preset_name=preset, settings=settings, **options)  # type: ignore[arg-type]
+        for key in keys
+    ]
+    if len({config.size for config in configs}) > 1:
         raise UserError(
             f"The systems draw at different sizes at preset {preset}; set one with --set size=..."
         )
-    config = configs[chosen[0]]
-    shown = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
+    config = configs[0]
+    scoring = EvalConfig(pictures=pictures, device=config.train.device)
+    examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
+    flags = ["--preset", preset, *_flags(options, settings or {})]
 
-    for number, key in enumerate(chosen, start=1):
-        print(f"[{number}/{len(chosen)}] {key}: {CATALOG[key].title}", file=sys.stderr)
-        _train(key, folder / key, preset, options, settings or {})
-
-    setting = Setting(pictures=pictures, device=config.train.device)
-    scores, scored = score_runs([folder / key for key in chosen], setting)
-    columns, facts, inside = {}, {}, {}
-    for key, one in zip(chosen, scored, strict=True):
-        columns[key], inside[key] = _draw(folder / key, shown)
-        facts[key] = _facts(key, folder / key, one)
-        write_sheets(one, folder, key)
+    for number, key in enumerate(keys, start=1):
+        print(f"[{number}/{len(keys)}] {key}: {CATALOG[key].title}", file=sys.stderr)
+        _train(key, ["--out", str(folder / key), "--resume", *flags])
+    scores, scored = score_runs([folder / key for key in keys], scoring)
+    runs = dict(zip(keys, scored, strict=True))
+    for key, run in runs.items():
+        write_sheets(run, folder, key)
+    pages = {key: _page(folder / key, examples, run) for key, run in runs.items()}
     summary = {
-        "systems": facts,
+        "systems": {key: _system_facts(key, folder / key, run) for key, run in runs.items()},
         "scores": scores,
-        "order": chosen,
-        "captions": [example.captions[0] for example in shown],
+        "order": keys,
+        "captions": [example.captions[0] for example in examples],
         "seeds": list(SEEDS),
         "data": config.data,
         "size": config.size,
         "preset": preset,
-        "budget": {"minutes": config.train.minutes, "steps": config.train.steps},
+        "budget": {"minutes": config.train.minutes, "steps": config.train.max_steps},
         "machine": machine(),
-        "reproduce": _command(chosen, preset, options, settings or {}, pictures, folder),
+        "reproduce": _commands(keys, flags, pictures, folder.name),
     }
     write_json(folder / "report.json", summary)
-    real = [example.image for example in shown]
-    _write_sheet(folder / "sheet.png", summary, real, columns)
-    write_report(
-        folder / "report.html",
-        summary,
-        real,
-        columns,
-        inside,
-        {k: read_log(folder / k / "metrics.jsonl") for k in chosen},
-        {k: one.failed for k, one in zip(chosen, scored, strict=True)},
-    )
+    real = [example.image for example in examples]
+    _write_sheet(folder / "sheet.png", summary["captions"], real, pages)
+    write_report(folder / "report.html", summary, real, pages)
     return folder / "report.html"
 
 
-def _train(
-    key: str, folder: Path, preset: str, options: dict[str, Any], settings: Mapping[str, Any]
-) -> None:
-    """Train one system in a process of its own, or go on with what its folder holds."""
-    command = [
-        sys.executable,
-        "-m",
-        "lineage",
-        "train",
-        key,
-        "--out",
-        str(folder),
-        "--resume",
-        "--preset",
-        preset,
-    ]
-    command += _flags(options, settings)
+def _train(key: str, flags: Sequence[str]) -> None:
+    """Train one system in a process of its own, or continue its run."""
+    command = [sys.executable, "-m", "lineage", "train", key, *flags]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
-    def pass_on(number: int, frame: object) -> None:
+    def terminate(number: int, frame: object) -> None:
         child.terminate()
 
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, pass_on) if main else None
+    before = signal.signal(signal.SIGTERM, terminate) if main else None
     try:
         code = child.wait()
-    except KeyboardInterrupt:  # the terminal has told the child as well
+    except KeyboardInterrupt:  # the terminal has sent it to the child as well
         code = child.wait() or 130
     finally:
         if main:
@@ -171,47 +140,40 @@ def _train(
 
 
 def _flags(options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    flags = [
-        part
-        for name, value in options.items()
-        if value is not None
-        for part in (f"--{name}", str(value))
-    ]
-    return flags + [
-        part for name, value in settings.items() for part in ("--set", f"{name}={value}")
-    ]
+    """Options and settings as arguments of the command line."""
+    pairs = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
+    pairs += [("--set", f"{name}={value}") for name, value in settings.items()]
+    return [part for pair in pairs for part in pair]
 
 
-def _command(
-    keys: list[str],
-    preset: str,
-    options: dict[str, Any],
-    settings: Mapping[str, Any],
-    pictures: int,
-    folder: Path,
-) -> list[str]:
-    """What to type to get this report again, and each run alone."""
-    flags = ["--preset", preset, *_flags(options, settings)]
-    drawn = ["--pictures", str(pictures)] if pictures != Setting.pictures else []
-    lines = [["lineage", "compare", *keys, *flags, *drawn, "--out", folder.name]]
-    lines += [["lineage", "train", key, *flags, "--out", f"{folder.name}/{key}"] for key in keys]
+def _commands(keys: Sequence[str], flags: Sequence[str], pictures: int, out: str) -> list[str]:
+    """Commands that make this report again, and each run alone."""
+    scoring = ["--pictures", str(pictures)] if pictures != EvalConfig().pictures else []
+    lines = [["lineage", "compare", *keys, *flags, *scoring, "--out", out]]
+    lines += [["lineage", "train", key, *flags, "--out", f"{out}/{key}"] for key in keys]
     return [shlex.join(line) for line in lines]
 
 
-def _draw(folder: Path, shown: list[Example]) -> tuple[list[list[Tensor]], list[list[Named]]]:
-    """The pictures of one system, [caption][seed] of (3, S, S) uint8, and a look inside at the
-    longest caption.
-    """
-    captions = [example.captions[0] for example in shown]
+def _page(folder: Path, examples: Sequence[Example], scored: ScoredRun) -> SystemPage:
+    """Pictures of the captions, and a visualisation of the longest one."""
+    captions = [example.captions[0] for example in examples]
     system = load(folder, device=read_config(folder).train.device)
     by_seed = [to_bytes(system.generate(captions, seed=seed)).cpu() for seed in SEEDS]
-    rows = system.inside(max(captions, key=len), seed=SEEDS[0])
-    inside = [[(name, to_bytes(image).cpu()) for name, image in row] for row in rows]
-    return [[pictures[i] for pictures in by_seed] for i in range(len(captions))], inside
+    rows: list[list[LabelledImage]] = []
+    if isinstance(system, Visualises):
+        rows = system.visualise(max(captions, key=len), seed=SEEDS[0])
+    return SystemPage(
+        pictures=[list(pictures) for pictures in zip(*by_seed, strict=True)],
+        visualisation=[
+            [LabelledImage(label, to_bytes(image).cpu()) for label, image in row] for row in rows
+        ],
+        log=read_log(folder / "metrics.jsonl"),
+        failures=scored.failures,
+    )
 
 
-def _facts(key: str, folder: Path, scored: Scored) -> dict[str, Any]:
-    """What the report says of one system beside its scores."""
+def _system_facts(key: str, folder: Path, scored: ScoredRun) -> dict[str, Any]:
+    """The part of the report's data about one system, beside its scores."""
     row = CATALOG[key]
     return {
         "title": row.title,
@@ -224,12 +186,14 @@ def _facts(key: str, folder: Path, scored: Scored) -> dict[str, Any]:
 
 
 def _write_sheet(
-    path: Path, summary: dict[str, Any], real: list[Tensor], columns: dict[str, Any]
+    path: Path,
+    captions: Sequence[str],
+    real: Sequence[Tensor],
+    pages: Mapping[str, SystemPage],
 ) -> None:
-    """Two captions a row, each behind its real picture; for the README and for slides."""
-    keys = list(columns)
+    """Two captions a row, each after its real picture; for the README and for slides."""
     pictures = [
-        p for i, truth in enumerate(real) for p in (truth, *(columns[key][i][0] for key in keys))
+        p for i, r in enumerate(real) for p in (r, *(s.pictures[i][0] for s in pages.values()))
     ]
-    texts = [t for caption in summary["captions"] for t in (caption, *keys)]
-    save_picture(sheet(pictures, texts, columns=2 * (1 + len(keys)), side=96), path)
+    labels = [label for caption in captions for label in (caption, *pages)]
+    save_picture(sheet(pictures, labels, columns=2 * (1 + len(pages)), side=96), path)

@@ -1,5 +1,7 @@
-"""The best of several: pictures of a caption are drawn, and one that sees both keeps the best
+"""The best of several pictures: a scorer ranks the candidates of each caption and keeps the best
 (Ramesh et al. 2021, section 2.6: CLIP ranks 512 pictures of DALL-E).
+
+Axes: B captions, N candidates of each, S side.
 """
 
 from __future__ import annotations
@@ -28,38 +30,41 @@ def best_of(
     candidates: int,
     *,
     seed: int = 0,
-    **knobs: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """For each caption, the picture that the scorer finds most fitting.
+    """For each caption, the candidate with the highest cosine to it.
 
     Args:
-        captions: C captions.
-        candidates: N, pictures drawn of each; the first of them is what `generate` gives alone.
+        system: System that draws.
+        captions: B captions.
+        scorer: Scorer that ranks the candidates.
+        candidates: N; the first B pictures are those that `generate` draws of `captions`.
+        seed: Seed of the noise.
+        **options: Options of the system's `sample`; a picture option serves all captions.
 
     Returns:
-        Pictures (C, 3, S, S) uint8 on the CPU, and the cosines (C, N) of all candidates.
+        Pictures (B, 3, S, S) uint8 on the CPU, and the cosines (B, N) of all candidates.
     """
     if candidates < 1:
         raise UserError(f"{candidates} candidates are too few: 1 or more.")
-    every = [caption for _ in range(candidates) for caption in captions]
-    drawn = [to_bytes(part).cpu() for part in system.generate_in_parts(every, seed=seed, **knobs)]
-    images = torch.cat(drawn)
-    fit = (scorer.image(images) * scorer.text(every)).sum(1)
+    repeated = [caption for _ in range(candidates) for caption in captions]
+    images = to_bytes(system.generate(repeated, seed=seed, **options)).cpu()
+    cosines = (scorer.image(images) * scorer.text(repeated)).sum(1)
     shape = (candidates, len(captions))
-    images, fit = images.unflatten(0, shape).transpose(0, 1), fit.view(shape).T
-    return images[torch.arange(len(captions)), fit.argmax(1)], fit
+    images, cosines = images.unflatten(0, shape).transpose(0, 1), cosines.view(shape).T
+    return images[torch.arange(len(captions)), cosines.argmax(1)], cosines
 
 
 def scorer_of_run(name: str, run: Path, device: torch.device) -> Scorer:
-    """The scorer called `name`, as `lineage evaluate` knows it, for the data of a run.
+    """The scorer `name` of `lineage evaluate`, for the data of a run.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no scorer of that name.
     """
     config = read_config(run)
     train = load_dataset(config.data, "train", config.size, config.seed)
     unseen = unseen_split(config.data, config.size, config.seed)
     scorer = find_scorer(name, config.data, train, unseen, device)
     if scorer is None:
-        raise UserError("--best-of needs one who chooses: --scorer auto, hub:MODEL or damsm:RUN.")
+        raise UserError("--best-of needs a scorer: --scorer auto, hub:MODEL or damsm:RUN.")
     return scorer

@@ -1,11 +1,10 @@
-"""What a system costs: parameters, arithmetic, seconds and bytes.
+"""Cost of a system: parameters, arithmetic, seconds and bytes; and the machine it was measured on.
 
-    measure         all of it for a run, in a process of its own, so that peak memory is that of
-                    drawing and of nothing else
-    measured_once   the same, kept in the run folder: seconds differ from one time to the next, and
-                    a run that is scored twice should have one score
-
-`python -m lineage.evaluation.cost RUN` prints it.
+measure        the cost of a run, in a process of its own, so that its peak memory is that of
+               sampling alone
+cached_cost    the same, stored in the run folder: seconds differ from one time to the next, and
+               a run that is scored twice should have one score
+machine        processor, versions, and the commit of this package
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from lineage.system import System
 from lineage.training.machine import peak_memory
 from lineage.training.store import read_json, write_json
 
-TOGETHER = 16  # pictures drawn at once, beside one alone
+PACKAGE = Path(lineage.__file__).parent
 
 
 def parameters(system: System) -> dict[str, int]:
-    """How many numbers the system has learnt, in all and in each group that training moves."""
+    """Number of parameters, in all and in each group that training updates."""
     groups = {
         name: sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
         for name, modules in system.groups().items()
@@ -43,8 +42,7 @@ def parameters(system: System) -> dict[str, int]:
 
 
 def flops_per_picture(system: System, caption: str) -> int:
-    """Floating-point operations of drawing one picture, as torch counts them: products and sums of
-    matrix products, convolutions and attention."""
+    """Floating-point operations of matrix products, convolutions and attention for one picture."""
     from torch.utils.flop_counter import FlopCounterMode  # late: it alone takes 200 MB
 
     plain = sdpa_kernel(SDPBackend.MATH)  # the CPU's fused attention is not counted
@@ -54,14 +52,13 @@ def flops_per_picture(system: System, caption: str) -> int:
 
 
 def seconds_per_picture(system: System, captions: list[str], repeats: int = 3) -> float:
-    """Seconds for one picture when all `captions` are drawn together.
-
-    The median of `repeats`, after one more.
+    """Seconds per picture when all `captions` are drawn together: the median of `repeats`, after
+    one more to warm up.
     """
     times = []
-    for number in range(repeats + 1):
+    for seed in range(repeats + 1):
         started = time.perf_counter()
-        system.generate(captions, seed=number)
+        system.generate(captions, seed=seed)
         if system.device.type == "cuda":
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / len(captions))
@@ -69,18 +66,13 @@ def seconds_per_picture(system: System, captions: list[str], repeats: int = 3) -
 
 
 def sampling_cost(system: System, captions: list[str], weights: Path) -> dict[str, Any]:
-    """All of the above for a trained system whose weights lie in `weights`.
+    """All of the above for a trained system, with the size of its file of `weights`.
 
     Peak memory is that of the whole process so far: the allocator's on a GPU, resident on a CPU.
     """
-    together = (captions * TOGETHER)[:TOGETHER]
-    alone, of_many = (
-        seconds_per_picture(system, captions[:1]),
-        seconds_per_picture(system, together),
-    )
     return {
-        "sampling_seconds_per_picture_at_1": alone,
-        "sampling_seconds_per_picture_at_16": of_many,
+        "sampling_seconds_per_picture_at_1": seconds_per_picture(system, captions[:1]),
+        "sampling_seconds_per_picture_at_16": seconds_per_picture(system, (captions * 16)[:16]),
         "sampling_peak_memory_bytes": peak_memory(system.device),
         "flops_per_picture": flops_per_picture(system, captions[0]),
         "parameters": parameters(system),
@@ -92,41 +84,46 @@ def measure(run: Path, captions: Sequence[str], device: str = "auto") -> dict[st
     """`sampling_cost` of a run, in a fresh process.
 
     Raises:
-        CheckFailed: that process failed; what it said stands on standard error.
+        CheckFailed: that process failed; its message is on standard error.
     """
-    command = [sys.executable, "-m", "lineage.evaluation.cost", str(run), "--device", device]
-    done = subprocess.run(
-        command, input=json.dumps(list(captions)), stdout=subprocess.PIPE, text=True, check=False
+    process = subprocess.run(
+        [sys.executable, "-m", "lineage.evaluation.cost", str(run), device],
+        input=json.dumps(list(captions)),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
-    if done.returncode:
+    if process.returncode:
         raise CheckFailed(f"The cost of {run} could not be measured, for the reason above.")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    cost: dict[str, Any] = json.loads(process.stdout)
+    return cost
 
 
-def measured_once(run: Path, captions: Sequence[str], device: str = "auto") -> dict[str, Any]:
-    """`measure`, kept in `evaluation/cost.json` of the run folder until model or machine change."""
+def cached_cost(run: Path, captions: Sequence[str], device: str = "auto") -> dict[str, Any]:
+    """`measure`, stored in the run's `evaluation/cost.json` until model or machine change."""
     weights = (run / "model.safetensors").read_bytes()
-    key = {
+    measured_on = {
         "model": hashlib.blake2b(weights, digest_size=16).hexdigest(),
         "machine": machine(),
         "device": device,
     }
     path = run / "evaluation" / "cost.json"
-    if path.exists():
-        kept = read_json(path)
-        if kept.get("measured_on") == key:
-            return dict(kept["cost"])
+    cached = read_json(path) if path.exists() else {}
+    if cached.get("measured_on") == measured_on:
+        return dict(cached["cost"])
     cost = measure(run, captions, device)
     try:
-        write_json(path, {"measured_on": key, "cost": cost})
-    except UserError as error:
-        print(f"lineage: {error}", file=sys.stderr)  # a run that can only be read is scored as well
+        write_json(path, {"measured_on": measured_on, "cost": cost})
+    except UserError as error:  # a run in a read-only folder can be scored as well
+        print(f"lineage: {error}", file=sys.stderr)
     return cost
 
 
+# --- machine ----------------------------------------------------------------------------------
+
+
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """What numbers were measured on and with."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -135,11 +132,32 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lineage": lineage.__version__,
+        **source(PACKAGE),
     }
 
 
+def source(folder: Path) -> dict[str, Any]:
+    """The git commit of the files in `folder`, and whether they are unchanged since (`clean`).
+
+    Both are None without git, or if no repository tracks the folder.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", ".")  # a copy may be installed in another repository
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", ".")
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "clean": None}
+    return {"commit": commit, "clean": not changes}
+
+
 def _processor() -> str:
-    """The processor's name, as well as the system tells it."""
+    """Name of the processor, as exact as the system states it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -149,18 +167,12 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """Print the sampling cost of a run as JSON; captions come on standard input as a JSON list."""
-    import argparse
-
+    """Print the cost of a run as JSON: `RUN DEVICE`, with a JSON list of captions as input."""
     from lineage.runs import load
 
-    parser = argparse.ArgumentParser(prog="python -m lineage.evaluation.cost")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    captions = json.load(sys.stdin)
-    system = load(options.run, options.device)
-    print(json.dumps(sampling_cost(system, captions, options.run / "model.safetensors")))
+    run, device = sys.argv[1:]
+    cost = sampling_cost(load(run, device), json.load(sys.stdin), Path(run) / "model.safetensors")
+    print(json.dumps(cost))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""The judge: reads the things in a picture of `shapes`, and decides whether a prompt's scene is
-there.
+"""The judge: detects the objects in a picture of `shapes`, and decides whether they are the scene
+of a prompt.
 
-GenEval (Ghosh et al. 2023) reads pictures with a large detector; the world of `shapes` is closed,
-so a small network reads it almost without error, and how well it does is measured on real pictures
-wherever it judges (`lineage.evaluation.exam`).
+GenEval (Ghosh et al. 2023) uses a large object detector. The world of `shapes` is closed, so a
+small network detects its objects almost without error; `lineage.evaluation.exam` measures how well,
+on real pictures, wherever it is used.
 
-    Judge       a convolutional network on a 16 x 16 grid of cells, in the manner of CenterNet (Zhou
-                et al. 2019, "Objects as points"): where is the centre of a thing, and which shape,
-                colour and radius has it
-    read        the things that it sees: cells that more likely than not hold a centre, and more so
-                than their neighbours
-    verdict     strict: exactly the scene asked for; and in parts: objects, colours, count, relation
+    Judge       a convolutional network on a 16 x 16 grid of cells, after CenterNet (Zhou et al.
+                2019, "Objects as points"): a heatmap of object centres, and the shape, colour and
+                radius of the object in each cell
+    detect      the objects: cells whose centre is more likely than not, and a maximum of the
+                heatmap among their neighbours
+    verdict     strict: exactly the scene of the prompt; and in parts: objects, colours, count,
+                relation
 
-A ninth shape, `?`, is for things that are none of the eight: halves, ghosts and crossbreeds of
+A ninth shape, `?`, is for objects that are none of the eight: halves, overlays and mixtures of
 shapes, of which generated pictures are full. Training shows them (`judge_training`), so that a blob
 is not called a circle.
 
@@ -40,15 +41,16 @@ from lineage.evaluation.prompts import (
     GROUNDS,
     RELATION_NAMES,
     SHAPES,
+    ObjectSpec,
     Prompt,
-    Wanted,
 )
 from lineage.nn.blocks import ResidualBlock
 from lineage.training.store import fingerprint, load_tensors
 
-SIDE = 64  # pictures of any size are brought to this one first
-CELL = 4  # pixels of it along a cell
-ROWS = 64  # pictures are read so many at a time, so that none depends on how many there are
+SIDE = 64  # pictures of any size are resized to this one
+CELL = 4  # pixels along a cell
+CELLS = SIDE // CELL
+ROWS = 64  # pictures in one pass, always as many, so that no result depends on their number
 LARGE_RADIUS = 0.23  # between the small and the large sizes of every level
 THIRDS = (0.41, 0.59)  # between left, middle and right
 UNKNOWN = "?"
@@ -56,8 +58,8 @@ KINDS = (*SHAPES, UNKNOWN)
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One thing that the judge sees; x, y and radius are shares of the side, y downward."""
+class DetectedObject:
+    """One object; x, y and radius are shares of the side, y points downward."""
 
     shape: str
     colour: str
@@ -67,34 +69,34 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """All that the judge sees in one picture."""
+class Detections:
+    """All objects in one picture, and the colour of its background."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[DetectedObject, ...]
     background: str
 
     def __str__(self) -> str:
-        """`red circle, blue ?` for a red circle and a blue thing that is no shape."""
-        return ", ".join(f"{thing.colour} {thing.shape}" for thing in self.things) or "nothing"
+        """`red circle, blue ?` for a red circle and a blue object of no known shape."""
+        return ", ".join(f"{o.colour} {o.shape}" for o in self.objects) or "nothing"
 
 
 @dataclass
-class Maps:
-    """What the network says of B pictures, before anything is decided.
+class DetectionMaps:
+    """Outputs of the network for B pictures.
 
     Attributes:
-        heat: (B, G, G) logit of a thing's centre in this cell.
+        heatmap: (B, G, G) logit of an object's centre in this cell.
         shape: (B, 9, G, G) logits, the last for "none of these".
         colour: (B, 8, G, G) logits.
-        place: (B, 3, G, G) the centre's offset from the cell's, in cells, and the radius in cells.
+        geometry: (B, 3, G, G) offset of the centre from the cell's centre, and radius, in cells.
         background: (B, 3) logits.
-        features: (B, D) what it has seen, averaged over the picture.
+        features: (B, D) features, averaged over the picture.
     """
 
-    heat: Tensor
+    heatmap: Tensor
     shape: Tensor
     colour: Tensor
-    place: Tensor
+    geometry: Tensor
     background: Tensor
     features: Tensor
 
@@ -102,7 +104,7 @@ class Maps:
 class Judge(nn.Module):
     """The network. `Judge.load()` is the trained one that comes with the package."""
 
-    def __init__(self, width: int = 64, blocks: int = 4) -> None:
+    def __init__(self, width: int = 64, num_blocks: int = 4) -> None:
         super().__init__()
         self.width = width
         self.stem = nn.Sequential(
@@ -111,19 +113,20 @@ class Judge(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(),
         )
-        self.body = nn.Sequential(*(ResidualBlock(width, 1 + i % 2) for i in range(blocks)))
-        self.parts = (1, len(KINDS), len(COLOUR_NAMES), 3)
-        first, last = nn.Conv2d(width, width, 1), nn.Conv2d(width, sum(self.parts), 1)
+        self.body = nn.Sequential(*(ResidualBlock(width, 1 + i % 2) for i in range(num_blocks)))
+        self.head_channels = (1, len(KINDS), len(COLOUR_NAMES), 3)
+        first, last = nn.Conv2d(width, width, 1), nn.Conv2d(width, sum(self.head_channels), 1)
         nn.init.constant_(last.bias[:1], -4.0)  # type: ignore[index]  # most cells hold no centre
         self.head = nn.Sequential(first, nn.ReLU(), last)
         self.ground = nn.Linear(width, len(GROUNDS))
 
-    def forward(self, images: Tensor) -> Maps:
-        """(B, 3, 64, 64) in [-1, 1] -> what it sees."""
+    def forward(self, images: Tensor) -> DetectionMaps:
+        """Pictures (B, 3, 64, 64) in [-1, 1] -> maps."""
         x = self.body(self.stem(images))  # (B, D, G, G)
-        heat, shape, colour, place = self.head(x).split(self.parts, dim=1)
+        heatmap, shape, colour, geometry = self.head(x).split(self.head_channels, dim=1)
         features = x.mean((2, 3))
-        return Maps(heat[:, 0], shape, colour, place, self.ground(features), features)
+        background = self.ground(features)
+        return DetectionMaps(heatmap[:, 0], shape, colour, geometry, background, features)
 
     @staticmethod
     @lru_cache(maxsize=1)
@@ -138,13 +141,10 @@ class Judge(nn.Module):
 
     @staticmethod
     def from_file(path: Path) -> Judge:
-        """A judge from its weights (halves of 16 bits, computed with in 32)."""
+        """A judge from a file of weights; it computes in float32."""
         judge = Judge()
         try:
-            tensors = load_tensors(path)
-            judge.load_state_dict(
-                {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-            )
+            judge.load_state_dict(load_tensors(path))
         except RuntimeError as error:
             raise UserError(
                 f"{path} does not hold the judge: install the package again."
@@ -152,132 +152,129 @@ class Judge(nn.Module):
         return judge.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
-        """A short name for its weights, which stands beside every score."""
+        """A short hash of the weights, which is stated with every score."""
         parts = [t.cpu().numpy().tobytes() for t in self.state_dict().values()]
         return fingerprint(b"".join(parts))
 
     @torch.no_grad()
-    def maps(self, images: Tensor) -> Maps:
-        """(B, 3, S, S) uint8, B at least 1 -> what the network says, `ROWS` pictures at a time."""
+    def detection_maps(self, images: Tensor) -> DetectionMaps:
+        """Maps of uint8 pictures (B, 3, S, S), B at least 1, computed in chunks of `ROWS`."""
         parts = []
         for chunk in images.split(ROWS):
             full = chunk[torch.arange(ROWS).clamp(max=len(chunk) - 1)]
             maps = self(resized(to_unit(full), SIDE))
             parts.append({k: v[: len(chunk)] for k, v in vars(maps).items()})
-        return Maps(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]})
+        return DetectionMaps(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]})
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D) float32, for FID and its kin."""
-        return self.maps(images).features
+        """Features (B, D) float32 of uint8 pictures (B, 3, S, S), for FID and similar metrics."""
+        return self.detection_maps(images).features
 
-    def read(self, images: Tensor) -> list[Reading]:
-        """The things in pictures (B, 3, S, S) uint8, from the surest to the least sure."""
-        maps = self.maps(images)
-        heat = maps.heat
-        highest = F.max_pool2d(heat[:, None], 3, stride=1, padding=1)[:, 0]
-        found = (heat == highest) & (heat > 0)  # (B, G, G), more likely than not
-        readings = []
+    def detect(self, images: Tensor) -> list[Detections]:
+        """Objects in uint8 pictures (B, 3, S, S), the most certain first."""
+        maps = self.detection_maps(images)
+        maxima = F.max_pool2d(maps.heatmap[:, None], 3, stride=1, padding=1)[:, 0]
+        is_centre = (maps.heatmap == maxima) & (maps.heatmap > 0)  # (B, G, G), more likely than not
+        detections = []
         for row, background in enumerate(maps.background.argmax(1).tolist()):
-            cells = found[row].nonzero()  # (N, 2) y and x
-            order = heat[row][found[row]].argsort(descending=True)
-            things = tuple(_thing(maps, row, *cells[i].tolist()) for i in order)
-            readings.append(Reading(things, GROUNDS[background]))
-        return readings
+            cells = is_centre[row].nonzero()  # (N, 2) y and x
+            order = maps.heatmap[row][is_centre[row]].argsort(descending=True)
+            objects = tuple(_object_in_cell(maps, row, *cells[i].tolist()) for i in order)
+            detections.append(Detections(objects, GROUNDS[background]))
+        return detections
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """(B, 3, S, S) float -> (B, 3, side, side), bilinear, antialiased where it shrinks."""
+    """(B, 3, S, S) float -> (B, 3, side, side), bilinear, antialiased if it shrinks."""
     if images.shape[-1] == side:
         return images
     return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
-def _thing(maps: Maps, row: int, y: int, x: int) -> Thing:
-    cells = SIDE // CELL
-    right, down, radius = maps.place[row, :, y, x].tolist()
-    return Thing(
+def _object_in_cell(maps: DetectionMaps, row: int, y: int, x: int) -> DetectedObject:
+    right, down, radius = maps.geometry[row, :, y, x].tolist()
+    return DetectedObject(
         KINDS[int(maps.shape[row, :, y, x].argmax())],
         COLOUR_NAMES[int(maps.colour[row, :, y, x].argmax())],
-        (x + 0.5 + right) / cells,
-        (y + 0.5 + down) / cells,
-        radius / cells,
+        (x + 0.5 + right) / CELLS,
+        (y + 0.5 + down) / CELLS,
+        radius / CELLS,
     )
 
 
-# --- the verdict -----------------------------------------------------------
+# --- the verdict ------------------------------------------------------------------------------
 
 PARTS = ("object", "colour", "count", "relation")
 
 
-def verdict(reading: Reading, prompt: Prompt) -> dict[str, bool]:
+def verdict(detections: Detections, prompt: Prompt) -> dict[str, bool]:
     """Whether a picture shows a prompt's scene.
 
     Returns:
-        `strict`: exactly the things asked for, each as asked, and nothing else. In parts, so that
-        progress shows before that: `object`, each shape is there; `colour`, each colour is there,
-        on a thing of whatever shape, and no other where the prompt names them all; `count`, there
-        are as many things as asked for; `relation`, some things of these shapes stand as asked.
-        `colour` and `relation` are left out where the prompt says nothing of them.
+        `strict`: exactly the prompt's objects with their attributes, and nothing else. The parts
+        show progress before that. `object`: each shape is there. `colour`: each colour is there, on
+        an object of any shape, and no other colour if the prompt names them all. `count`: the
+        number of objects is right. `relation`: objects of these shapes have the right relation.
+        `colour` and `relation` are left out if the prompt does not mention them.
     """
-    shapes = {thing.shape for thing in reading.things}
-    colours = {thing.colour for thing in reading.things}
-    named = {w.colour for w in prompt.include}
-    result = {"object": all(w.shape in shapes for w in prompt.include)}
+    shapes = {o.shape for o in detections.objects}
+    colours = {o.colour for o in detections.objects}
+    named = {entry.colour for entry in prompt.include}
+    result = {"object": all(entry.shape in shapes for entry in prompt.include)}
     if named != {None}:
         result["colour"] = named - {None} <= colours if None in named else named == colours
-    result["count"] = len(reading.things) == prompt.total
-    if any(w.position for w in prompt.include):
-        result["relation"] = _stands_as_asked(reading, prompt)
-    return {"strict": _strict(reading, prompt), **result}
+    result["count"] = len(detections.objects) == prompt.num_objects
+    if any(entry.position for entry in prompt.include):
+        result["relation"] = _relations_hold(detections, prompt)
+    return {"strict": _strict(detections, prompt), **result}
 
 
-def _strict(reading: Reading, prompt: Prompt) -> bool:
-    wanted = Counter({w.shape: 0 for w in prompt.include})
-    coloured: Counter[tuple[str, str]] = Counter()
-    for w in prompt.include:
-        wanted[w.shape] += w.count
-        if w.colour:
-            coloured[w.shape, w.colour] += w.count
-    if Counter(thing.shape for thing in reading.things) != wanted:
+def _strict(detections: Detections, prompt: Prompt) -> bool:
+    shapes: Counter[str] = Counter()
+    pairs: Counter[tuple[str, str]] = Counter()
+    for entry in prompt.include:
+        shapes[entry.shape] += entry.count
+        if entry.colour:
+            pairs[entry.shape, entry.colour] += entry.count
+    if Counter(o.shape for o in detections.objects) != shapes:
         return False
-    if coloured - Counter((thing.shape, thing.colour) for thing in reading.things):
+    if pairs - Counter((o.shape, o.colour) for o in detections.objects):
         return False
-    if prompt.background not in (None, reading.background):
+    if prompt.background not in (None, detections.background):
         return False
-    for w in prompt.include:
-        for thing in _those(reading, w):
-            if w.size and (thing.radius > LARGE_RADIUS) != (w.size == "large"):
+    for entry in prompt.include:
+        for o in _candidates(detections, entry):
+            if entry.size and (o.radius > LARGE_RADIUS) != (entry.size == "large"):
                 return False
-            if w.place and place_name(thing.x, thing.y) != w.place:
+            if entry.place and place_name(o.x, o.y) != entry.place:
                 return False
-    return _stands_as_asked(reading, prompt)
+    return _relations_hold(detections, prompt)
 
 
-def _those(reading: Reading, wanted: Wanted) -> list[Thing]:
-    """The things that an entry may mean: of its shape and, where it names one, its colour."""
-    shape, colours = wanted.shape, (wanted.colour,) if wanted.colour else COLOUR_NAMES
-    return [t for t in reading.things if t.shape == shape and t.colour in colours]
+def _candidates(detections: Detections, entry: ObjectSpec) -> list[DetectedObject]:
+    """Objects that an entry may refer to: those of its shape and, if it names one, its colour."""
+    return [
+        o for o in detections.objects if o.shape == entry.shape and entry.colour in (None, o.colour)
+    ]
 
 
-def _stands_as_asked(reading: Reading, prompt: Prompt) -> bool:
-    """Whether, for each relation asked for, there is such a pair of things and all of them stand
-    so.
-    """
-    for wanted in prompt.include:
-        if wanted.position:
-            name, to = wanted.position
-            others = _those(reading, prompt.include[to])
-            pairs = [(a, b) for a in _those(reading, wanted) for b in others if a is not b]
+def _relations_hold(detections: Detections, prompt: Prompt) -> bool:
+    """Whether, for each relation of the prompt, such a pair exists and all such pairs have it."""
+    for entry in prompt.include:
+        if entry.position:
+            name, to = entry.position
+            others = _candidates(detections, prompt.include[to])
+            pairs = [(a, b) for a in _candidates(detections, entry) for b in others if a is not b]
             if not pairs or not all(RELATION_NAMES[name] in relations(a, b) for a, b in pairs):
                 return False
     return True
 
 
-def relations(one: Thing, other: Thing) -> set[str]:
-    """How one thing stands to another, by GenEval's rule.
+def relations(one: DetectedObject, other: DetectedObject) -> set[str]:
+    """Relations of one object to another, by GenEval's rule.
 
-    The distance of the centres, less a tenth of both sizes on each axis, as a share of the whole
-    distance; what has a component above one half counts, so a diagonal may be two relations.
+    The distance of the centres on each axis, less a tenth of both sizes, as a share of the whole
+    distance: a component above one half counts, so a diagonal may be two relations.
     """
     distances = (one.x - other.x, one.y - other.y)
     length = math.hypot(*distances)
@@ -287,11 +284,11 @@ def relations(one: Thing, other: Thing) -> set[str]:
     right, down = (
         math.copysign(max(abs(distance) - margin, 0.0), distance) / length for distance in distances
     )
-    facts = {"left": right < -0.5, "right": right > 0.5, "above": down < -0.5, "below": down > 0.5}
-    return {name for name, holds in facts.items() if holds}
+    holds = {"left": right < -0.5, "right": right > 0.5, "above": down < -0.5, "below": down > 0.5}
+    return {name for name in holds if holds[name]}
 
 
 def place_name(x: float, y: float) -> str:
-    """(x, y) as shares of the side -> the phrase of that ninth of the picture."""
+    """The phrase for the ninth of the picture that contains (x, y), shares of the side."""
     column, row = (sum(value > border for border in THIRDS) for value in (x, y))
     return PLACES[row][column]

@@ -1,15 +1,14 @@
-"""Metrics of generated pictures, from features that some network has taken.
-
-No network is known here.
+"""Metrics of generated pictures, computed from features that some network has extracted.
 
     quality        `frechet_distance` (FID), `kernel_distance` (KID), `inception_score`
     fidelity and   `precision_recall` (improved precision and recall), `density_coverage`
     diversity
     text fit       `clip_score`, `r_precision`
-    copying        `nearest_distance`, `nearer`; and `spread` among samples of one caption
+    copying        `nearest_distance`, `data_copying`; and `spread` among samples of one caption
 
-Everything is computed in float64, whatever comes in. A number means something only with its
-protocol: which network took the features, of how many real and how many generated pictures.
+A metric that is a mean over pictures returns its value for each picture, so that an interval can be
+taken of them. Everything is computed in float64. A number means something only with its protocol:
+which network took the features, of how many real and how many generated pictures.
 
 Axes: N real, M generated pictures, D features, K candidates, C classes.
 """
@@ -17,6 +16,7 @@ Axes: N real, M generated pictures, D features, K candidates, C classes.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lineage.errors import UserError
@@ -24,22 +24,24 @@ from lineage.errors import UserError
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
     """(N, D) -> mean (D,), unbiased covariance (D, D)."""
-    rows = _rows(features, at_least=2)
+    rows = _checked(features, min_rows=2)
     return rows.mean(0), torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """FID (Heusel et al. 2017, equation 6) between features (N, D) and (M, D).
 
-    |mu - mu'|^2 + Tr(S + S' - 2 (S S')^(1/2)). The trace of the root is the sum of the roots of the
-    eigenvalues of S^(1/2) S' S^(1/2), which is symmetric, so singular covariances do no harm.
+    |mu_r - mu_f|^2 + Tr(S_r + S_f - 2 (S_r S_f)^(1/2)). The trace of the root is the sum of the
+    roots of the eigenvalues of S_r^(1/2) S_f S_r^(1/2). This matrix is symmetric, so singular
+    covariances do no harm.
     """
-    (mean, covariance), (mean_f, covariance_f) = map(mean_and_covariance, (real, fake))
-    root = _root(covariance)
-    eigenvalues = torch.linalg.eigvalsh(root @ covariance_f @ root)
-    shared = eigenvalues.clamp(min=0).sqrt().sum()
-    apart = (mean - mean_f).square().sum()
-    return float(apart + covariance.trace() + covariance_f.trace() - 2 * shared)
+    (mu_r, sigma_r), (mu_f, sigma_f) = map(mean_and_covariance, (real, fake))
+    root = _matrix_sqrt(sigma_r)
+    eigenvalues = torch.linalg.eigvalsh(root @ sigma_f @ root)
+    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
+    return float(
+        (mu_r - mu_f).square().sum() + sigma_r.trace() + sigma_f.trace() - 2 * trace_of_root
+    )
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
@@ -51,28 +53,29 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
 def kernel_distances(
     real: Tensor, fake: Tensor, real_counts: Tensor, fake_counts: Tensor
 ) -> Tensor:
-    """KID of T resampled pairs of sets, of which each kernel is computed once.
+    """KID of T resampled pairs of sets; each kernel is computed only once.
 
     Args:
-        real_counts: (T, N) how often each real picture is in each set; rows have one sum.
-        fake_counts: (T, M) likewise.
+        real_counts: (T, N) number of times that a set holds each real picture; rows have one sum.
+        fake_counts: (T, M) the same for generated pictures.
 
     Returns:
         (T,) float64.
     """
-    x, y = _rows(real, at_least=2), _rows(fake, at_least=2)
+    x, y = _checked(real, min_rows=2), _checked(fake, min_rows=2)
     w, v = real_counts.double(), fake_counts.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def without_self(square: Tensor, counts: Tensor) -> Tensor:
+    def mean_of_pairs(square: Tensor, counts: Tensor) -> Tensor:
+        """The mean over all pairs of a set, without a row's pair with itself."""
         count = counts.sum(1)
-        every = ((counts @ square) * counts).sum(1) - counts @ square.diagonal()
-        return every / (count * (count - 1))
+        total = ((counts @ square) * counts).sum(1) - counts @ square.diagonal()
+        return total / (count * (count - 1))
 
     across = ((w @ kernel(x, y)) * v).sum(1) / (w.sum(1) * v.sum(1))
-    return without_self(kernel(x, x), w) + without_self(kernel(y, y), v) - 2 * across
+    return mean_of_pairs(kernel(x, x), w) + mean_of_pairs(kernel(y, y), v) - 2 * across
 
 
 def kernel_distance_with_error(
@@ -81,140 +84,123 @@ def kernel_distance_with_error(
     """Mean of `kernel_distance` over random subsets, and the standard error of that mean.
 
     Args:
-        subsets: how many.
-        size: rows of each, of both sides; at most what there is.
+        subsets: Number of subsets.
+        size: Number of rows of each subset, of both sides; at most the number of rows there are.
     """
     size = min(size, len(real), len(fake))
     generator = torch.Generator().manual_seed(seed)
 
-    def some(rows: Tensor) -> Tensor:
+    def subset(rows: Tensor) -> Tensor:
         return rows[torch.randperm(len(rows), generator=generator)[:size]]
 
-    values = torch.tensor([kernel_distance(some(real), some(fake)) for _ in range(subsets)])
+    values = torch.tensor([kernel_distance(subset(real), subset(fake)) for _ in range(subsets)])
     return float(values.mean()), float(values.std() / subsets**0.5)
 
 
-def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Improved precision (M,) and recall (N,), 1 or 0 for each picture (Kynkaanniemi et al. 2019,
+    equations 1 and 2).
 
-    Precision: the share of generated pictures inside the ball of some real one; its radius is the
-    distance to that picture's `neighbours`-th other real neighbour. Recall: the same, exchanged.
+    Precision: whether a generated picture lies inside the ball of some real one; the ball's radius
+    is the distance to that picture's `k`-th real neighbour. Recall: the same, exchanged.
     """
-    precise, recalled = inside_balls(real, fake, neighbours)
-    return float(precise.mean()), float(recalled.mean())
+    x, y = _checked(real, k + 1), _checked(fake, k + 1)
+    distance = _distances(x, y)  # (N, M)
+    precision = (distance < _radii(x, k)[:, None]).any(0)
+    recall = (distance < _radii(y, k)[None, :]).any(1)
+    return precision.double(), recall.double()
 
 
-def inside_balls(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[Tensor, Tensor]:
-    """What precision and recall are the means of: (M,) and (N,) float64, 1 or 0 a picture."""
-    x, y = _rows(real, neighbours + 1), _rows(fake, neighbours + 1)
-    apart = _distances(x, y)  # (N, M)
-    precise = (apart < _radii(x, neighbours)[:, None]).any(0)
-    recalled = (apart < _radii(y, neighbours)[None, :]).any(1)
-    return precise.double(), recalled.double()
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
+    """Density (M,) and coverage (N,) in the same balls (Naeem et al. 2020, equations 3 and 4).
 
-
-def density_coverage(real: Tensor, fake: Tensor, neighbours: int = 5) -> tuple[float, float]:
-    """Density and coverage (Naeem et al. 2020, equations 3 and 4), in the same balls.
-
-    Density: in how many balls of real pictures a generated one lies, divided by `neighbours`.
-    Coverage: the share of real pictures with a generated one in their ball.
+    Density: number of real pictures' balls that a generated one lies in, divided by `k`.
+    Coverage: whether a generated picture lies in the ball of a real one, 1 or 0.
     """
-    dense, covered = ball_counts(real, fake, neighbours)
-    return float(dense.mean()), float(covered.mean())
-
-
-def ball_counts(real: Tensor, fake: Tensor, neighbours: int = 5) -> tuple[Tensor, Tensor]:
-    """What density and coverage are the means of: (M,) and (N,) float64."""
-    x, y = _rows(real, neighbours + 1), _rows(fake, at_least=1)
-    inside = _distances(x, y) < _radii(x, neighbours)[:, None]  # (N, M)
-    return inside.double().sum(0) / neighbours, inside.any(1).double()
+    x, y = _checked(real, k + 1), _checked(fake, min_rows=1)
+    inside = _distances(x, y) < _radii(x, k)[:, None]  # (N, M)
+    return inside.double().sum(0) / k, inside.any(1).double()
 
 
 def spread(groups: Tensor) -> Tensor:
-    """How far apart the samples of one caption lie: (G, K, D) -> (G,) mean distance of pairs."""
+    """Mean distance between two samples of one caption: (G, K, D) -> (G,)."""
     count = groups.shape[1]
-    apart = torch.cdist(groups.double(), groups.double())
-    return apart.sum((1, 2)) / (count * (count - 1))
+    distance = torch.cdist(groups.double(), groups.double())
+    return distance.sum((1, 2)) / (count * (count - 1))
 
 
 def nearest_distance(rows: Tensor, others: Tensor) -> Tensor:
-    """(M, D), (N, D) -> (M,) the distance of each row to the nearest of the others."""
+    """Distance of each row to the nearest of `others`: (M, D), (N, D) -> (M,)."""
     parts = [_distances(part, others.double()).amin(1) for part in rows.double().split(256)]
     return torch.cat(parts)
 
 
-def nearer(fake: Tensor, real: Tensor) -> Tensor:
-    """(M,) and (N,) distances -> (M,) float64, the share of the real ones that each lies below,
-    ties counting half.
+def data_copying(fake: Tensor, real: Tensor) -> Tensor:
+    """Share of real distances that each generated distance lies below: (M,) and (N,) -> (M,).
 
-    The mean is the Mann-Whitney statistic. Of distances to the nearest training picture it is the
-    test for copying of Meehan et al. (2020, section 3): 0.5 where generated pictures lie as near as
-    real ones that training never saw, towards 1 where they are copies.
+    Ties count half; the mean is the Mann-Whitney statistic. Of distances to the nearest training
+    picture it is the test for copying of Meehan et al. (2020, section 3): 0.5 where generated
+    pictures lie as near as unseen real ones, towards 1 where they are copies.
     """
-    apart = fake.double()[:, None] - real.double()[None, :]
-    return ((apart < 0).double() + (apart == 0).double() / 2).mean(1)
+    difference = fake.double()[:, None] - real.double()[None, :]
+    return ((difference < 0).double() + (difference == 0).double() / 2).mean(1)
 
 
-def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Inception score (Salimans et al. 2016): mean and population deviation over consecutive parts.
+def inception_score(probabilities: Tensor, splits: int = 10) -> Tensor:
+    """Inception score exp(mean KL(p(y | x) || p(y))) of consecutive parts (Salimans et al. 2016).
 
     Args:
-        probabilities: (M, C) of classes, rows that sum to 1.
-        splits: number of parts; each scores exp(mean KL(p(y | x) || p(y))).
+        probabilities: (M, C) of classes; each row sums to 1.
+        splits: Number of parts; papers state the mean of their scores and its deviation.
+
+    Returns:
+        (splits,) float64.
     """
-    rows = _rows(probabilities, at_least=splits)
-    scores = torch.stack([_split_score(part) for part in torch.tensor_split(rows, splits)])
-    return float(scores.mean()), float(scores.std(correction=0))
+    rows = _checked(probabilities, min_rows=splits)
+
+    def score(part: Tensor) -> Tensor:
+        marginal = part.mean(0, keepdim=True)
+        divergence = torch.xlogy(part, part) - torch.xlogy(part, marginal)
+        return divergence.sum(1).mean().exp()
+
+    return torch.stack([score(part) for part in torch.tensor_split(rows, splits)])
 
 
-def clip_score(image: Tensor, text: Tensor) -> float:
-    """CLIPScore (Hessel et al. 2021) as torchmetrics scales it, clipped at each pair.
+def clip_score(image: Tensor, text: Tensor) -> Tensor:
+    """CLIPScore max(100 cosine, 0) of each pair, as torchmetrics scales it (Hessel et al. 2021).
 
-    Features (M, D) of pictures and of their captions -> mean of max(100 cosine, 0).
+    Features (M, D) of pictures and of their captions -> (M,) float64.
     """
-    return float(clip_scores(image, text).mean())
+    return (100 * cosine(image, text)).clamp(min=0)
 
 
-def clip_scores(image: Tensor, text: Tensor) -> Tensor:
-    """What the CLIP score is the mean of: (M,) float64."""
-    return (100 * _cosine(image, text)).clamp(min=0)
+def r_precision(image: Tensor, candidates: Tensor) -> Tensor:
+    """R-precision (Xu et al. 2018, section 4): 1 where the true caption is the nearest.
 
-
-def r_precision(image: Tensor, candidates: Tensor) -> float:
-    """R-precision (Xu et al. 2018, section 4): how often the true caption is the nearest.
+    Where k captions are equally near and the true one is among them, it is 1 / k.
 
     Args:
         image: (M, D) embeddings of pictures.
         candidates: (M, K, D) embeddings of captions; number 0 is the true one.
-    """
-    return float(found_first(image, candidates).mean())
 
-
-def found_first(image: Tensor, candidates: Tensor) -> Tensor:
-    """What R-precision is the mean of: (M,) float64, 1 where the true caption is the nearest, and
-    1 / k where k captions are equally near and the true one is among them.
+    Returns:
+        (M,) float64.
     """
-    near = _cosine(image[:, None], candidates)  # (M, K)
-    nearest = near == near.amax(1, keepdim=True)
+    similarity = cosine(image[:, None], candidates)  # (M, K)
+    nearest = similarity == similarity.amax(1, keepdim=True)
     return nearest[:, 0].double() / nearest.sum(1)
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
+def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosines along the last axis, in float64."""
-    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
+    return F.cosine_similarity(a.double(), b.double(), dim=-1)
 
 
-def _split_score(rows: Tensor) -> Tensor:
-    marginal = rows.mean(0, keepdim=True)
-    divergence = torch.xlogy(rows, rows) - torch.xlogy(rows, marginal)
-    return divergence.sum(1).mean().exp()
-
-
-def _radii(rows: Tensor, neighbours: int) -> Tensor:
-    """(N, D) -> (N,) distance of each row to its `neighbours`-th nearest other row."""
-    apart = _distances(rows, rows)
-    apart.fill_diagonal_(torch.inf)
-    return apart.kthvalue(neighbours, dim=1).values
+def _radii(rows: Tensor, k: int) -> Tensor:
+    """Distance of each row to its `k`-th nearest other row: (N, D) -> (N,)."""
+    distance = _distances(rows, rows)
+    distance.fill_diagonal_(torch.inf)
+    return distance.kthvalue(k, dim=1).values
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
@@ -222,16 +208,17 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _root(square: Tensor) -> Tensor:
+def _matrix_sqrt(square: Tensor) -> Tensor:
     """The symmetric root of a symmetric positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(square)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def _rows(features: Tensor, at_least: int) -> Tensor:
-    if features.dim() != 2 or len(features) < at_least:
+def _checked(features: Tensor, min_rows: int) -> Tensor:
+    """`features` in float64; `UserError` if they have fewer than `min_rows` rows."""
+    if features.dim() != 2 or len(features) < min_rows:
         raise UserError(
-            f"A metric needs {at_least} rows of features or more, not a tensor of shape "
+            f"A metric needs {min_rows} rows of features or more, not a tensor of shape "
             f"{tuple(features.shape)}."
         )
     return features.double()

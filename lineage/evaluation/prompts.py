@@ -1,15 +1,15 @@
-"""The prompts of the six tasks, in the line schema of GenEval (Ghosh et al. 2023).
+"""The prompts of GenEval's six tasks, in its line format (Ghosh et al. 2023).
 
     {"tag": "position", "include": [{"class": "square", "count": 1},
      {"class": "circle", "count": 1, "position": ["left of", 0]}],
      "prompt": "a circle left of a square", "level": "easy", "split": "test"}
 
-`include` says what must be there; `position` gives a relation and the number of the entry it is
-to. Beside GenEval's own keys an entry may have a `size` (small, large) and a `place` ("in the top
-left"), and a line a `background`; `level` and `split` say to which world a line belongs and whether
-training shows such scenes (`test`) or never does (`heldout`). Departure: GenEval lets other things
-stand beside what was asked for, except in counting, and says so with `exclude`; here the strict
-verdict allows nothing else (see `judge`), and `exclude` is written where GenEval writes it.
+`include` lists the objects of the scene; `position` is a relation and the number of the entry it
+relates to. Beside GenEval's keys an entry may have a `size` (small, large) and a `place` ("in the
+top left"), and a line a `background`. `level` is the level of `shapes`; `split` says whether
+training shows such scenes (`test`) or never does (`heldout`). Departure: GenEval allows further
+objects beside those of the prompt, except in counting, where `exclude` forbids them; here the
+strict verdict allows none (see `judge`), and `exclude` is written where GenEval writes it.
 
     single_object   a circle            | held out: an unseen pair, by size or place
     two_object      a circle and a star | both with colours, one of them an unseen pair
@@ -40,8 +40,7 @@ from lineage.errors import UserError, nearest
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("test", "heldout")
-MOST = {"test": 60, "heldout": 30}
-"""Prompts of a task, at most."""
+MAX_PROMPTS = {"test": 60, "heldout": 30}  # of a task
 
 SHAPES, COLOUR_NAMES, GROUNDS = tuple(SDF), tuple(COLOURS), tuple(BACKGROUNDS)
 PLACE_NAMES = tuple(place for row in PLACES for place in row)
@@ -51,8 +50,8 @@ RELATION_NAMES = {"left of": "left", "right of": "right", "above": "above", "bel
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One entry of `include`: `count` things of a shape, and what else is said of them."""
+class ObjectSpec:
+    """One entry of `include`: `count` objects of a shape, with further attributes."""
 
     shape: str
     count: int = 1
@@ -61,47 +60,49 @@ class Wanted:
     size: str | None = None
     place: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """The entry, in GenEval's format."""
+        attributes = {
+            "color": self.colour,
+            "position": list(self.position) if self.position else None,
+            "size": self.size,
+            "place": self.place,
+        }
+        named = {name: value for name, value in attributes.items() if value}
+        return {"class": self.shape, "count": self.count, **named}
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line: a caption and the scene that it asks for."""
+    """One line: a caption and the scene that it describes."""
 
     tag: str
     prompt: str
-    include: tuple[Wanted, ...]
+    include: tuple[ObjectSpec, ...]
     level: str
     split: str
     background: str | None = None
 
     @property
-    def total(self) -> int:
-        """How many things it asks for."""
-        return sum(wanted.count for wanted in self.include)
+    def num_objects(self) -> int:
+        """Number of objects in the scene."""
+        return sum(spec.count for spec in self.include)
 
     def to_json(self) -> dict[str, Any]:
-        """The line, in GenEval's schema."""
-        line: dict[str, Any] = {"tag": self.tag, "include": [_entry(w) for w in self.include]}
+        """The line, in GenEval's format."""
+        line: dict[str, Any] = {"tag": self.tag, "include": [o.to_json() for o in self.include]}
         if self.tag == "counting":
-            line["exclude"] = [{"class": w.shape, "count": w.count + 1} for w in self.include]
+            line["exclude"] = [{"class": o.shape, "count": o.count + 1} for o in self.include]
         if self.background:
             line["background"] = self.background
         return {**line, "prompt": self.prompt, "level": self.level, "split": self.split}
 
 
-def _entry(wanted: Wanted) -> dict[str, Any]:
-    entry: dict[str, Any] = {"class": wanted.shape, "count": wanted.count}
-    if wanted.colour:
-        entry["color"] = wanted.colour
-    if wanted.position:
-        entry["position"] = list(wanted.position)
-    return entry | {k: v for k in ("size", "place") if (v := getattr(wanted, k))}
-
-
-# --- making them -----------------------------------------------------------
+# --- making prompts ---------------------------------------------------------------------------
 
 
 def make_prompts(level_name: str) -> list[Prompt]:
-    """The prompts of a level: every task, in distribution and held out, always the same ones."""
+    """The prompts of a level: every task, in distribution and held out; always the same."""
     level = LEVELS[level_name]
     prompts = []
     for (tag, candidates), split in product(_CANDIDATES.items(), SPLITS):
@@ -109,18 +110,18 @@ def make_prompts(level_name: str) -> list[Prompt]:
             (rank, Prompt(tag, text, include, level_name, split, ground))
             for rank, text, include, ground in candidates(level, split == "heldout")
         ]
-        ranked.sort(key=lambda pair: (pair[0], _shuffled(pair[1])))
-        prompts += [prompt for _, prompt in ranked[: MOST[split]]]
+        ranked.sort(key=lambda pair: (pair[0], _shuffle_key(pair[1])))
+        prompts += [prompt for _, prompt in ranked[: MAX_PROMPTS[split]]]
     return prompts
 
 
-def _shuffled(prompt: Prompt) -> bytes:
-    """Orders prompts at random, alike on every machine."""
+def _shuffle_key(prompt: Prompt) -> bytes:
+    """Key of a random order that is the same on every machine."""
     return hashlib.blake2b(f"{prompt.tag}/{prompt.prompt}".encode()).digest()
 
 
-Candidate = tuple[int, str, tuple[Wanted, ...], str | None]
-"""(rank: plain wordings come first, caption, include, background)."""
+Candidate = tuple[int, str, tuple[ObjectSpec, ...], str | None]
+"""(rank: plain wordings come first; caption; include; background)."""
 
 
 def _a(*words: str | None) -> str:
@@ -128,8 +129,8 @@ def _a(*words: str | None) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def _framed(rank: int, what: str, include: tuple[Wanted, ...]) -> Iterator[Candidate]:
-    """A caption as it is, and in the frames that training captions stand in."""
+def _framed(rank: int, what: str, include: tuple[ObjectSpec, ...]) -> Iterator[Candidate]:
+    """A caption alone, and in the frames that training captions have."""
     there = "there is" if what.startswith(("a ", "an ", "one ")) else "there are"
     frames = (what, f"a picture of {what}", f"a drawing of {what}", f"{there} {what}")
     for number, text in enumerate(frames):
@@ -137,7 +138,7 @@ def _framed(rank: int, what: str, include: tuple[Wanted, ...]) -> Iterator[Candi
 
 
 def _pairs(level: Level, unseen: bool) -> list[tuple[str, str]]:
-    """The (shape, colour) that training shows, or those that it never does."""
+    """The pairs (shape, colour) that training shows, or those that it never shows."""
     return [
         (SHAPES[s], COLOUR_NAMES[c])
         for s, c in product(range(level.shapes), range(level.colours))
@@ -148,44 +149,51 @@ def _pairs(level: Level, unseen: bool) -> list[tuple[str, str]]:
 def _single(level: Level, unseen: bool) -> Iterator[Candidate]:
     if unseen:
         for (shape, colour), size in product(_pairs(level, True), SIZES):
-            yield from _framed(0, _a(size, colour, shape), (Wanted(shape, 1, colour, size=size),))
+            yield from _framed(
+                0, _a(size, colour, shape), (ObjectSpec(shape, 1, colour, size=size),)
+            )
         for (shape, colour), place in product(_pairs(level, True), PLACE_NAMES):
             text = f"{_a(colour, shape)} {place}"
-            yield 0, text, (Wanted(shape, 1, colour, place=place),), None
+            yield 0, text, (ObjectSpec(shape, 1, colour, place=place),), None
     else:
         for shape in SHAPES[: level.shapes]:
-            yield from _framed(0, _a(shape), (Wanted(shape),))
+            yield from _framed(0, _a(shape), (ObjectSpec(shape),))
         for shape, place in product(SHAPES[: level.shapes], PLACE_NAMES):
-            yield 2, f"{_a(shape)} {place}", (Wanted(shape, place=place),), None
+            yield 2, f"{_a(shape)} {place}", (ObjectSpec(shape, place=place),), None
 
 
 def _two(level: Level, unseen: bool) -> Iterator[Candidate]:
     names = SHAPES[: level.shapes]
     if unseen:  # training captions name the colours of both or of neither
-        for (shape, colour), (other, its) in product(_pairs(level, True), _pairs(level, False)):
-            include = (Wanted(shape, 1, colour), Wanted(other, 1, its))
-            if shape != other and colour != its:
-                one, two = _a(colour, shape), _a(its, other)
+        for (shape, colour), (other, other_colour) in product(
+            _pairs(level, True), _pairs(level, False)
+        ):
+            include = (ObjectSpec(shape, 1, colour), ObjectSpec(other, 1, other_colour))
+            if shape != other and colour != other_colour:
+                one, two = _a(colour, shape), _a(other_colour, other)
                 yield from _framed(0, f"{one} next to {two}", include)
                 yield from _framed(0, f"{two} next to {one}", include[::-1])
     else:
         for (one, two), joint in product(permutations(names, 2), ("and", "next to")):
-            yield from _framed(0, f"{_a(one)} {joint} {_a(two)}", (Wanted(one), Wanted(two)))
+            yield from _framed(
+                0, f"{_a(one)} {joint} {_a(two)}", (ObjectSpec(one), ObjectSpec(two))
+            )
 
 
 def _counting(level: Level, unseen: bool) -> Iterator[Candidate]:
-    coloured = [(shape, colour) for shape, colour in _pairs(level, unseen)]
-    plain = [] if unseen else [(shape, None) for shape in SHAPES[: level.shapes]]
-    for (shape, colour), count in product([*plain, *coloured], (2, 3, 4)):
+    pairs: list[tuple[str, str | None]] = [*_pairs(level, unseen)]
+    if not unseen:
+        pairs = [*((shape, None) for shape in SHAPES[: level.shapes]), *pairs]
+    for (shape, colour), count in product(pairs, (2, 3, 4)):
         plural = shape + ("es" if shape.endswith("s") else "s")
         for rank, number in enumerate((NUMBERS[count], str(count))):
             what = " ".join(filter(None, (number, colour, plural)))
-            yield from _framed(rank, what, (Wanted(shape, count, colour),))
+            yield from _framed(rank, what, (ObjectSpec(shape, count, colour),))
 
 
 def _colours(level: Level, unseen: bool) -> Iterator[Candidate]:
     for shape, colour in _pairs(level, unseen):
-        include = (Wanted(shape, 1, colour),)
+        include = (ObjectSpec(shape, 1, colour),)
         forms = (_a(colour, shape), f"{_a(shape)} that is {colour}", f"one {colour} {shape}")
         for rank, form in enumerate(forms):
             yield from _framed(rank, form, include)
@@ -201,18 +209,22 @@ def _position(level: Level, unseen: bool) -> Iterator[Candidate]:
         left, above = heldout_relation(level, np.array(first), np.array(second))
         if bool(left if ours in ("left", "right") else above) != unseen:
             continue
-        include = (Wanted(SHAPES[b]), Wanted(SHAPES[a], position=(name, 0)))
+        include = (ObjectSpec(SHAPES[b]), ObjectSpec(SHAPES[a], position=(name, 0)))
         for rank, words in enumerate(RELATIONS[ours]):
             yield from _framed(rank, f"{_a(SHAPES[a])} {words} {_a(SHAPES[b])}", include)
 
 
 def _attribution(level: Level, unseen: bool) -> Iterator[Candidate]:
-    for (shape, colour), (other, its) in product(_pairs(level, unseen), _pairs(level, False)):
-        if shape != other and colour != its:
-            include = (Wanted(shape, 1, colour), Wanted(other, 1, its))
-            yield from _framed(0, f"{_a(colour, shape)} and {_a(its, other)}", include)
-            if unseen:  # else the other order comes by itself
-                yield from _framed(0, f"{_a(its, other)} and {_a(colour, shape)}", include[::-1])
+    for (shape, colour), (other, other_colour) in product(
+        _pairs(level, unseen), _pairs(level, False)
+    ):
+        if shape != other and colour != other_colour:
+            include = (ObjectSpec(shape, 1, colour), ObjectSpec(other, 1, other_colour))
+            yield from _framed(0, f"{_a(colour, shape)} and {_a(other_colour, other)}", include)
+            if unseen:  # otherwise the loop produces this order as well
+                yield from _framed(
+                    0, f"{_a(other_colour, other)} and {_a(colour, shape)}", include[::-1]
+                )
 
 
 _CANDIDATES = {
@@ -230,14 +242,14 @@ def to_lines(prompts: Iterable[Prompt]) -> str:
     return "".join(json.dumps(prompt.to_json()) + "\n" for prompt in prompts)
 
 
-# --- reading them ----------------------------------------------------------
+# --- reading prompts --------------------------------------------------------------------------
 
 
 def read_prompts(path: Path, level: str = "hard") -> list[Prompt]:
-    """Prompts from a file of such lines; those that name no level are of `level`.
+    """Prompts from a file of such lines; a line without a level is of `level`.
 
     Raises:
-        UserError: the file is missing, or a line asks for what this world does not have; the
+        UserError: the file is missing, or a line describes what its level does not have; the
             sentence names the line.
     """
     try:
@@ -248,11 +260,11 @@ def read_prompts(path: Path, level: str = "hard") -> list[Prompt]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                prompts.append(_from_json(json.loads(line), level))
+                prompts.append(_prompt_from_json(json.loads(line), level))
             except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, line {number}, is not a prompt: {_said(error)}."
-                ) from error
+                reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{error}"
+                reason = reason.rstrip(".") or type(error).__name__
+                raise UserError(f"{path}, line {number}, is not a prompt: {reason}.") from error
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
     return prompts
@@ -262,26 +274,20 @@ _LINE_KEYS = ("tag", "include", "exclude", "prompt", "level", "split", "backgrou
 _ENTRY_KEYS = ("class", "count", "color", "position", "size", "place")
 
 
-def _said(error: Exception) -> str:
-    """What was wrong with a line, without a final stop."""
-    if isinstance(error, KeyError):
-        return f"it lacks {error}"
-    return f"{error}".rstrip(".") or type(error).__name__
-
-
-def _from_json(line: Any, default: str) -> Prompt:
+def _prompt_from_json(line: Any, default_level: str) -> Prompt:
     """One line, checked."""
     if not isinstance(line, dict) or not isinstance(line["include"], list):
         raise ValueError("it is no JSON object with a list `include`")
-    _known(line, _LINE_KEYS)
-    level_name = _one_of(line.get("level", default), tuple(LEVELS))
+    _check_keys(line, _LINE_KEYS)
+    level_name = _one_of(line.get("level", default_level), tuple(LEVELS))
     level = LEVELS[level_name]
     include = tuple(
-        _wanted(entry, n, line["include"], level) for n, entry in enumerate(line["include"])
+        _object_from_json(entry, n, line["include"], level)
+        for n, entry in enumerate(line["include"])
     )
     for name in ("tag", "prompt"):
         if not isinstance(line[name], str) or not line[name]:
-            raise ValueError(f"its {name} is {line[name]!r}, no text")
+            raise ValueError(f"its {name} is {line[name]!r}, not text")
     prompt = Prompt(
         line["tag"],
         line["prompt"],
@@ -290,19 +296,20 @@ def _from_json(line: Any, default: str) -> Prompt:
         _one_of(line.get("split", "test"), SPLITS),
         _one_of(line.get("background"), (None, *GROUNDS[: level.backgrounds])),
     )
-    if not 1 <= prompt.total <= 4:
-        raise ValueError(f"it asks for {prompt.total} things, not for 1 to 4")
-    particular = [w for w in include if w.size or w.place]
-    if particular and (prompt.total > 1 or (particular[0].size and particular[0].place)):
-        raise ValueError("a size or a place (not both) can be asked of a single thing only")
-    if any(w.position for w in include) and (prompt.total != 2 or len(include) != 2):
-        raise ValueError("a position can be asked of two things only")
+    if not 1 <= prompt.num_objects <= 4:
+        raise ValueError(f"it has {prompt.num_objects} objects, not 1 to 4")
+    if any(o.size or o.place for o in include) and prompt.num_objects > 1:
+        raise ValueError("only a single object can have a size or a place")
+    if include[0].size and include[0].place:
+        raise ValueError("an object can have a size or a place, not both")
+    if any(o.position for o in include) and (prompt.num_objects != 2 or len(include) != 2):
+        raise ValueError("a position needs exactly two objects")
     return prompt
 
 
-def _wanted(entry: Any, number: int, entries: list[Any], level: Level) -> Wanted:
+def _object_from_json(entry: Any, number: int, entries: list[Any], level: Level) -> ObjectSpec:
     """One entry of `include`, checked against what its level has."""
-    _known(entry, _ENTRY_KEYS)
+    _check_keys(entry, _ENTRY_KEYS)
     count = entry.get("count", 1)
     if type(count) is not int or count < 1:
         raise ValueError(f"its count is {count!r}, not 1 or more")
@@ -312,7 +319,7 @@ def _wanted(entry: Any, number: int, entries: list[Any], level: Level) -> Wanted
         if type(to) is not int or not 0 <= to < len(entries) or to == number:
             raise ValueError(f"its position {position!r} points to no other entry")
         position = (_one_of(relation, tuple(RELATION_NAMES)), to)
-    return Wanted(
+    return ObjectSpec(
         _one_of(entry["class"], SHAPES[: level.shapes]),
         count,
         _one_of(entry.get("color"), (None, *COLOUR_NAMES[: level.colours])),
@@ -322,7 +329,7 @@ def _wanted(entry: Any, number: int, entries: list[Any], level: Level) -> Wanted
     )
 
 
-def _known(entry: dict[str, Any], keys: tuple[str, ...]) -> None:
+def _check_keys(entry: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in entry:
         if key not in keys:
             raise ValueError(f"it has an unknown key {key!r}: {nearest(key, keys)}")

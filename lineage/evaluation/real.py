@@ -1,7 +1,7 @@
-"""The frame of an evaluation: real pictures of a data set, and all that is known of them.
+"""Real pictures of a data set, and the two rows of scores that they give to every table.
 
-Every table stands between two rows made here: real pictures with their own captions, the ceiling,
-and real pictures with the captions of others, the floor.
+Real pictures with their own captions are the ceiling, real pictures with captions of others the
+floor.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ from lineage.data.shapes import LEVELS, Shapes
 from lineage.errors import UserError
 from lineage.evaluation import sections
 from lineage.evaluation.exam import exam
-from lineage.evaluation.features import Features, kept_json, kept_tensors
-from lineage.evaluation.judge import Judge, Reading, verdict
+from lineage.evaluation.features import FeatureNetwork, cached_json, cached_tensors
+from lineage.evaluation.judge import Detections, Judge, verdict
 from lineage.evaluation.prompts import Prompt, make_prompts, read_prompts, to_lines
-from lineage.evaluation.scenes import draw, plan
+from lineage.evaluation.scenes import draw_scenes, scene_spec
 from lineage.evaluation.scorer import Scorer
 from lineage.runs import fingerprint_of
 from lineage.training.store import fingerprint
 
-TRAINING_PICTURES = 5000  # among which the nearest is looked for, at most
+TRAINING_PICTURES = 5000  # most pictures among which the nearest is searched
 SPREAD_CAPTIONS, SPREAD_SAMPLES = 16, 4
 EXAM_REPEATS = 3
-_PART = 500  # real pictures loaded at once
+CHUNK = 500  # real pictures loaded at once
+
+Rows = tuple[dict[str, Any], dict[str, Any]]
+"""Sections of real pictures: with their own captions, and with captions of others."""
 
 
 @dataclass
-class Composition:
-    """The prompts of a level and the judge who reads pictures of them.
+class PromptSet:
+    """The prompts of a level, real pictures of them, and the judge.
 
     Attributes:
-        prompts: every one is drawn once.
-        source: where they come from.
-        size: of the pictures, in pixels.
-        seed: of the real pictures.
+        prompts: Prompts; one picture of each is drawn.
+        source: Where they come from, for the protocol.
+        size: Side of the pictures in pixels.
+        seed: Seed of the real pictures.
     """
 
     judge: Judge
@@ -53,74 +56,74 @@ class Composition:
     size: int
     seed: int
 
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(to_lines(self.prompts).encode())
+
     @cached_property
     def pictures(self) -> Tensor:
         """Real pictures of the prompts, (P, 3, S, S) uint8."""
-        return self._drawn(np.random.default_rng(self.seed))
+        return self._draw(np.random.default_rng(self.seed))
 
-    def _drawn(self, chance: np.random.Generator) -> Tensor:
-        plans = [plan(prompt, chance) for prompt in self.prompts]
+    def _draw(self, rng: np.random.Generator) -> Tensor:
+        specs = [scene_spec(prompt, rng) for prompt in self.prompts]
         level = LEVELS[self.prompts[0].level]
-        return torch.from_numpy(draw(level, plans, self.seed, self.size))
+        return torch.from_numpy(draw_scenes(level, specs, self.seed, self.size))
 
-    @cached_property
-    def _verdicts(self) -> tuple[list[dict[str, bool]], list[dict[str, bool]]]:
-        """Of real pictures with their own prompts, and with another of the same task."""
-        chance = np.random.default_rng(self.seed)
-        readings = self.judge.read(self._drawn(chance))
-        own = self.verdicts(readings)
-        others = []
-        for reading, prompt in zip(readings, self.prompts, strict=True):
+    def verdicts(self, detections: Sequence[Detections]) -> list[dict[str, bool]]:
+        """Verdicts on one picture of each prompt."""
+        return [verdict(d, p) for d, p in zip(detections, self.prompts, strict=True)]
+
+    def rows(self) -> Rows:
+        """The section `composition` of real pictures of each prompt, and of real pictures with
+        another prompt of the same task.
+        """
+        rng = np.random.default_rng(self.seed)
+        detections = self.judge.detect(self._draw(rng))
+        shuffled = []
+        for one, prompt in zip(detections, self.prompts, strict=True):
             rest = [p for p in self.prompts if p.include != prompt.include]
-            same = [p for p in rest if (p.tag, p.split) == (prompt.tag, prompt.split)] or rest
-            others.append(verdict(reading, same[chance.integers(len(same))] if same else prompt))
-        return own, others
-
-    def verdicts(self, readings: Sequence[Reading]) -> list[dict[str, bool]]:
-        """What the judge saw in a picture of each prompt, held against it."""
-        return [verdict(r, p) for r, p in zip(readings, self.prompts, strict=True)]
-
-    def real(self) -> dict[str, Any]:
-        """The ceiling."""
-        return sections.composition(self.prompts, self._verdicts[0])
-
-    def shuffled(self) -> dict[str, Any]:
-        """The floor."""
-        return sections.composition(self.prompts, self._verdicts[1])
+            task = [p for p in rest if (p.tag, p.split) == (prompt.tag, prompt.split)] or rest
+            shuffled.append(verdict(one, task[rng.integers(len(task))] if task else prompt))
+        real = sections.composition(self.prompts, self.verdicts(detections))
+        return real, sections.composition(self.prompts, shuffled)
 
     def judge_exam(self) -> dict[str, Any]:
-        """How well the judge judges pictures of this size; see `exam`."""
-        what = {
+        """Result of the judge's `exam` on pictures of this size."""
+        inputs = {
             "exam": self.judge.fingerprint(),
-            "prompts": fingerprint(to_lines(self.prompts).encode()),
+            "prompts": self.fingerprint,
             "size": self.size,
             "repeats": EXAM_REPEATS,
         }
         return dict(
-            kept_json(what, lambda: exam(self.judge, self.prompts, self.size, EXAM_REPEATS))
+            cached_json(inputs, lambda: exam(self.judge, self.prompts, self.size, EXAM_REPEATS))
         )
 
     def protocol(self) -> dict[str, Any]:
         return {
             "prompts": self.source,
-            "prompts_fingerprint": fingerprint(to_lines(self.prompts).encode()),
+            "prompts_fingerprint": self.fingerprint,
             "level": self.prompts[0].level,
             "pictures_of_each_prompt": 1,
             "size": self.size,
             "judge": self.judge.fingerprint(),
-            "strict": "exactly the things asked for, as asked, and nothing else",
+            "strict": "exactly the prompt's objects with their attributes, and nothing else",
             "real": "real pictures of the prompts",
             "shuffled": "real pictures, each with another prompt of its task",
         }
 
 
-def composition_of(
+def prompt_set(
     data: CaptionedDataset, prompts: str | None, judge: Judge, seed: int
-) -> Composition | None:
-    """The prompts that fit a data set; None where it is not `shapes`, which alone the judge reads.
+) -> PromptSet | None:
+    """The prompts for a data set; None if it is not `shapes`, the only data that the judge reads.
+
+    Args:
+        prompts: File of prompts; None for the package's own.
 
     Raises:
-        UserError: the file of prompts cannot be read, or holds those of several levels.
+        UserError: the file cannot be read, or holds no prompts of the data's level.
     """
     if not isinstance(data, Shapes):
         if prompts:
@@ -128,62 +131,66 @@ def composition_of(
         return None
     level = data.name.partition(":")[2]
     if prompts is None:
-        return Composition(
-            judge, make_prompts(level), "lineage.evaluation.prompts", data.size, seed
-        )
+        return PromptSet(judge, make_prompts(level), "lineage.evaluation.prompts", data.size, seed)
     fitting = [prompt for prompt in read_prompts(Path(prompts), level) if prompt.level == level]
     if not fitting:
-        raise UserError(f"{prompts} holds no prompts of level {level}, which {data.name} is of.")
-    return Composition(judge, fitting, Path(prompts).name, data.size, seed)
+        raise UserError(f"{prompts} holds no prompts of level {level}, the level of {data.name}.")
+    return PromptSet(judge, fitting, Path(prompts).name, data.size, seed)
 
 
 class RealPictures:
-    """Real pictures that training does not see, and their features.
+    """Unseen real pictures, training pictures, and their features.
+
+    Args:
+        data: Split that training does not use.
+        train: Training split.
+        max_pictures: Largest number of pictures taken from `data`.
+        network: Network of the features.
+        scorer: Model of the text fit, if any.
+        seed: Seed of the shuffled captions.
 
     Attributes:
-        data: the split they come from.
         images: (N, 3, S, S) uint8.
-        captions: N, the first of each.
+        captions: N captions, the first of each picture.
     """
 
     def __init__(
         self,
         data: CaptionedDataset,
         train: CaptionedDataset,
-        most: int,
-        features: Features,
+        max_pictures: int,
+        network: FeatureNetwork,
         scorer: Scorer | None,
         seed: int,
     ) -> None:
         self.data, self.train = data, train
-        self.network, self.scorer, self.seed = features, scorer, seed
-        examples = [self.data[i] for i in spaced(len(self.data), most)]
+        self.network, self.scorer, self.seed = network, scorer, seed
+        examples = [data[i] for i in evenly_spaced(len(data), max_pictures)]
         self.images = torch.stack([example.image for example in examples])
         self.captions = [example.captions[0] for example in examples]
+        self.train_indices = evenly_spaced(len(train), TRAINING_PICTURES)
 
     @cached_property
     def features(self) -> Tensor:
         """(N, D)."""
-        return self._kept(self.data, lambda: self.images, len(self.images))
+        return self._cached(self.data, lambda: self.images, len(self.images))
 
     @cached_property
     def train_features(self) -> Tensor:
         """(T, D) of training pictures."""
-        numbers = spaced(len(self.train), TRAINING_PICTURES)
 
         def load() -> Tensor:
+            starts = range(0, len(self.train_indices), CHUNK)
+            parts = [self.train_indices[i : i + CHUNK] for i in starts]
             return torch.cat(
-                [
-                    to_bytes(self.train.batch(part, [0] * len(part), 0).image)
-                    for part in (numbers[i : i + _PART] for i in range(0, len(numbers), _PART))
-                ]
+                [to_bytes(self.train.batch(part, [0] * len(part), 0).image) for part in parts]
             )
 
-        return self._kept(self.train, load, len(numbers))
+        return self._cached(self.train, load, len(self.train_indices))
 
-    def _kept(self, data: CaptionedDataset, images: Callable[[], Tensor], count: int) -> Tensor:
-        """The features of `count` pictures of `data`, computed once."""
-        what = {
+    def _cached(self, data: CaptionedDataset, load: Callable[[], Tensor], count: int) -> Tensor:
+        """Features of the `count` pictures that `load` returns, computed once."""
+        inputs = {
             "features": self.network.name,
             "data": data.name,
             "fingerprint": fingerprint_of(data),
@@ -192,40 +199,38 @@ class RealPictures:
             "size": data.size,
             "pictures": count,
         }
-        return kept_tensors(what, lambda: {"features": self.network(images())})["features"]
+        return cached_tensors(inputs, lambda: {"features": self.network(load())})["features"]
 
     def nearest(self, features: Tensor) -> tuple[Tensor, list[int]]:
-        """(M, D) -> (M,) distance to the nearest training picture, and its number in the split."""
-        numbers = spaced(len(self.train), TRAINING_PICTURES)
-        apart, at = torch.cdist(features, self.train_features).min(1)
-        return apart, [numbers[i] for i in at.tolist()]
+        """(M, D) -> (M,) distance to the nearest training picture, and its index in the split."""
+        distance, row = torch.cdist(features, self.train_features).min(1)
+        return distance, [self.train_indices[i] for i in row.tolist()]
 
     def shared_captions(self) -> tuple[list[str], Tensor | None]:
         """Captions for the spread among samples, and features (G, K, D) of real pictures of each.
 
-        Those that K real pictures share; where the data has fewer than two of these, any captions,
-        and None.
+        These are captions that K real pictures share; if the data has fewer than two of them, any
+        captions, and None.
         """
         rows: dict[str, list[int]] = {}
-        for number, caption in enumerate(self.captions):
-            rows.setdefault(caption, []).append(number)
-        shared = [c for c, of in rows.items() if len(of) >= SPREAD_SAMPLES][:SPREAD_CAPTIONS]
+        for row, caption in enumerate(self.captions):
+            rows.setdefault(caption, []).append(row)
+        shared = [c for c in rows if len(rows[c]) >= SPREAD_SAMPLES][:SPREAD_CAPTIONS]
         if len(shared) < 2:
             return list(rows)[:SPREAD_CAPTIONS], None
         return shared, self.features[torch.tensor([rows[c][:SPREAD_SAMPLES] for c in shared])]
 
-    def frame(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The sections of real pictures, with their own captions and with those of others."""
-        again = self.train_features[spaced(len(self.train_features), len(self.images))]
-        real: dict[str, Any] = {"quality": sections.quality(self.features, again)}
+    def rows(self) -> Rows:
+        """The sections `quality` (of training pictures) and `text_fit`."""
+        sample = self.train_features[evenly_spaced(len(self.train_features), len(self.images))]
+        real: dict[str, Any] = {"quality": sections.quality(self.features, sample)}
         shuffled: dict[str, Any] = {}
         if self.scorer:
             image, text = self.scorer.image(self.images), self.scorer.text(self.captions)
+            order = mismatched(self.captions, self.seed)
+            captions = [self.captions[i] for i in order]
             real["text_fit"] = self.text_fit(image, text, self.captions)
-            order = others(self.captions, self.seed)
-            shuffled["text_fit"] = self.text_fit(
-                image, text[order], [self.captions[i] for i in order]
-            )
+            shuffled["text_fit"] = self.text_fit(image, text[order], captions)
         return real, shuffled
 
     def text_fit(self, image: Tensor, text: Tensor, captions: Sequence[str]) -> dict[str, Any]:
@@ -243,18 +248,18 @@ def unseen_split(spec: str, size: int, seed: int) -> CaptionedDataset:
     return load_dataset(spec, "train", size, seed)
 
 
-def spaced(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers below `count`, evenly spaced."""
-    chosen = min(count, most)
-    return [i * count // chosen for i in range(chosen)] if chosen else []
+def evenly_spaced(count: int, at_most: int) -> list[int]:
+    """At most `at_most` of the numbers below `count`, evenly spaced."""
+    chosen = min(count, at_most)
+    return [i * count // chosen for i in range(chosen)]
 
 
-def others(captions: Sequence[str], seed: int) -> list[int]:
-    """For each caption the number of one with other words, or its own where there is none."""
+def mismatched(captions: Sequence[str], seed: int) -> list[int]:
+    """For each caption the index of one with other words, or its own if there is none."""
     order = np.random.default_rng(seed).permutation(len(captions)).tolist()
-    place = {number: at for at, number in enumerate(order)}
+    position = {index: at for at, index in enumerate(order)}
     result = []
-    for number, caption in enumerate(captions):
-        turned = order[place[number] + 1 :] + order[: place[number]]
-        result.append(next((other for other in turned if captions[other] != caption), number))
+    for index, caption in enumerate(captions):
+        rotated = order[position[index] + 1 :] + order[: position[index]]
+        result.append(next((other for other in rotated if captions[other] != caption), index))
     return result

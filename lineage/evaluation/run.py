@@ -1,115 +1,125 @@
-"""`lineage evaluate`: every score of a run, between the best and the worst there could be.
+"""`lineage evaluate`: every score of a run, between those of real pictures and a floor.
 
     {"runs": [{"run", "system", "composition", "quality", "diversity", "memorisation", "stages",
                "text_fit", "cost", "failed"}, ...],
      "real": {...}, "shuffled": {...},      the same sections for real pictures, with their own
                                             captions and with those of others
-     "judge": {...},                        how well the judge judges, measured
-     "protocol": {section: {...}},          how each number came about
+     "judge": {...},                        the judge's exam
+     "protocol": {section: {...}},          how the scores of each section were made
      "warnings": [...]}
 
-The real pictures come from a split that training does not see, and as many are drawn as there are
-real ones, from the same captions. What is known of real pictures is computed once for each data
-set, size and network, and kept.
+The real pictures come from a split that training does not use. As many pictures are generated, from
+the same captions. Results for real pictures are cached for each data set, size and network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lineage.config import RunConfig
+from lineage.config import NonNegativeInt, PositiveInt, RunConfig, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes, to_unit
-from lineage.data.shapes import Shapes
 from lineage.errors import UserError
 from lineage.evaluation import sections
-from lineage.evaluation.cost import machine, measured_once
+from lineage.evaluation.cost import cached_cost, machine
 from lineage.evaluation.features import find_features, find_scorer
-from lineage.evaluation.judge import Judge, Reading
+from lineage.evaluation.judge import Detections, Judge
 from lineage.evaluation.real import (
     SPREAD_SAMPLES,
-    Composition,
+    PromptSet,
     RealPictures,
-    composition_of,
+    prompt_set,
     unseen_split,
 )
 from lineage.runs import load, read_config, save_picture
 from lineage.sheets import sheet
-from lineage.system import System
+from lineage.system import Reconstructs, ScoresStages, System
 from lineage.training.machine import pick_device
 from lineage.training.store import read_json, write_json
 
-FAILED = 24  # pictures on the sheet of failures
-NEAREST = 12  # pictures on the sheet of those nearest to training pictures
+MAX_FAILURES = 24  # pictures on the sheet of failures
+MAX_NEAREST = 12  # pairs on the sheet of pictures nearest to training pictures
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What an evaluation is asked for.
+@configuration
+class EvalConfig:
+    """Settings of an evaluation.
 
     Attributes:
-        data: score on this data set instead of the one they were trained on.
-        pictures: drawn for quality and text fit, at most; never more than there are real ones.
-        seed: of the drawn pictures and of all chance in the scores.
-        prompts: a file of prompts, in place of the package's.
-        features: `judge`, `scorer`, `inception:FILE`, or `auto`: the judge for `shapes`, else the
-            scorer.
-        scorer: `auto`, `none`, `hub:MODEL`, a CLIP of the Hugging Face hub or a local path, or
-            `damsm:RUN`, the matching model of an AttnGAN's run.
-        batch: pictures drawn at once; the system's own number if None. Changes no score.
+        data: Data set of the scores; None for the one the runs were trained on.
+        pictures: Largest number of pictures for quality and text fit; never more than there are
+            real ones.
+        seed: Seed of the pictures and of all chance in the scores.
+        prompts: File of prompts; None for the package's own.
+        features: `judge`, `scorer`, `inception:FILE`, or `auto`: the judge for `shapes`, otherwise
+            the scorer.
+        scorer: `auto`, `none`, `hub:MODEL` (a CLIP of the Hugging Face hub or a local path), or
+            `damsm:RUN` (the matching model of an AttnGAN's run).
+        device: As in `TrainConfig`.
+        batch_size: Number of pictures drawn at once; the system's own if None. It changes no score.
     """
 
     data: str | None = None
-    pictures: int = 1000
-    seed: int = 0
-    prompts: str | None = None
+    pictures: PositiveInt = 1000
+    seed: NonNegativeInt = 0
+    prompts: str | Path | None = None
     features: str = "auto"
     scorer: str = "auto"
     device: str = "auto"
-    batch: int | None = None
+    batch_size: PositiveInt | None = None
+
+
+class Failure(NamedTuple):
+    """A picture (3, S, S) uint8 that does not show its prompt, and what the judge detects."""
+
+    tag: str
+    prompt: str
+    detected: str
+    picture: Tensor
 
 
 @dataclass
-class Scored:
-    """One evaluated run: its part of the document, and pictures for eyes.
+class ScoredRun:
+    """One evaluated run.
 
     Attributes:
-        scores: its part of the JSON.
-        failed: (tag, caption, what the judge sees, picture) of prompts that were not met.
+        scores: Its part of the JSON.
+        failures: Pictures that do not show their prompts.
         nearest: (generated picture, nearest training picture), the nearest pair first.
     """
 
     scores: dict[str, Any]
-    failed: list[tuple[str, str, str, Tensor]]
+    failures: list[Failure]
     nearest: list[tuple[Tensor, Tensor]]
 
 
 def evaluate(
-    runs: str | Path | Sequence[str | Path], *, out: str | Path | None = None, **setting: Any
+    runs: str | Path | Sequence[str | Path], *, out: str | Path | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Score one run or several on the same data.
 
     Args:
-        runs: run folders.
-        out: where to write `scores.json`, and for each run the sheets `<run>_failed.png` and
+        runs: Run folders.
+        out: Folder for `scores.json` and, for each run, the sheets `<run>_failed.png` and
             `<run>_nearest.png`; nothing is written if None.
-        **setting: see `Setting`.
+        **settings: Fields of `EvalConfig`.
 
     Returns:
         The document at the head of this module.
 
     Raises:
-        UserError: a folder is no run, or the runs differ in data or size.
+        UserError: a folder is no run, a setting is wrong, or the runs differ in data or size.
     """
     folders = [Path(runs)] if isinstance(runs, (str, Path)) else [Path(run) for run in runs]
-    document, scored = score_runs(folders, Setting(**setting))
+    document, scored = score_runs(folders, EvalConfig(**settings))
     if out is not None:
         write_json(Path(out) / "scores.json", document)
         for folder, one in zip(folders, scored, strict=True):
@@ -117,255 +127,256 @@ def evaluate(
     return document
 
 
-def score_runs(folders: Sequence[Path], setting: Setting) -> tuple[dict[str, Any], list[Scored]]:
+def score_runs(
+    folders: Sequence[Path], config: EvalConfig
+) -> tuple[dict[str, Any], list[ScoredRun]]:
     """`evaluate`, with the pictures."""
     if not folders:
         raise UserError("There is nothing to evaluate: name at least one run folder.")
-    if setting.pictures < 1 or (setting.batch or 1) < 1:
-        raise UserError("--pictures and --batch must be 1 or more.")
-    configs = [read_config(folder) for folder in folders]
-    spec, size, data_seed = _common(folders, configs, setting.data)
-    world, prompts = _frame(spec, size, data_seed, setting)
+    run_configs = [read_config(folder) for folder in folders]
+    spec, size, data_seed = _common_data(folders, run_configs, config.data)
+    pictures, prompts = _real_pictures(spec, size, data_seed, config)
     scored = [
-        _score(folder, config, world, prompts, setting)
-        for folder, config in zip(folders, configs, strict=True)
+        _score(folder, run_config, pictures, prompts, config)
+        for folder, run_config in zip(folders, run_configs, strict=True)
     ]
-    real, shuffled = world.frame()
+    runs = [one.scores for one in scored]
+    real, shuffled = pictures.rows()
     document: dict[str, Any] = {
-        "data": world.data.name,
+        "data": pictures.data.name,
         "size": size,
-        "seed": setting.seed,
-        "runs": [one.scores for one in scored],
+        "seed": config.seed,
+        "runs": runs,
         "real": real,
         "shuffled": shuffled,
-        "protocol": _protocol(world, setting, [one.scores for one in scored]),
+        "protocol": _protocol(pictures, config.seed),
         "warnings": [],
     }
+    if not any("stages" in run for run in runs):
+        del document["protocol"]["stages"]
     if prompts:
-        real["composition"], shuffled["composition"] = prompts.real(), prompts.shuffled()
+        real["composition"], shuffled["composition"] = prompts.rows()
         document["judge"] = prompts.judge_exam()
-        document["protocol"]["composition"] = {"seed": setting.seed, **prompts.protocol()}
-    document["warnings"] = _warnings(world, document)
+        document["protocol"]["composition"] = {"seed": config.seed, **prompts.protocol()}
+    document["warnings"] = _warnings(pictures, document)
     return document, scored
 
 
-def _common(
+def _common_data(
     folders: Sequence[Path], configs: Sequence[RunConfig], data: str | None
 ) -> tuple[str, int, int]:
-    """(data, size, seed of the data) that all runs share."""
-    facts = {(data or config.data, config.size, config.seed) for config in configs}
-    if len(facts) > 1 and len({fact[:2] for fact in facts}) > 1:
-        told = ", ".join(
+    """(data, size, seed of the data) of all runs."""
+    sources = {(data or config.data, config.size) for config in configs}
+    if len(sources) > 1:
+        listed = ", ".join(
             f"{folder}: {data or config.data} at {config.size} pixels"
             for folder, config in zip(folders, configs, strict=True)
         )
-        raise UserError(f"These runs cannot stand in one table ({told}): evaluate them apart.")
-    return min(facts)
+        raise UserError(f"These runs cannot stand in one table ({listed}): evaluate them apart.")
+    ((spec, size),) = sources
+    return spec, size, min(config.seed for config in configs)
 
 
-def _frame(
-    spec: str, size: int, data_seed: int, setting: Setting
-) -> tuple[RealPictures, Composition | None]:
-    """The real pictures, and the prompts if the data has a judge."""
-    device = pick_device(setting.device)
+def _real_pictures(
+    spec: str, size: int, data_seed: int, config: EvalConfig
+) -> tuple[RealPictures, PromptSet | None]:
+    """The real pictures, and the prompts if the judge can read the data."""
+    device = pick_device(config.device)
     unseen = unseen_split(spec, size, data_seed)
-    prompts = composition_of(unseen, setting.prompts, Judge.load(), setting.seed)
+    prompts_file = None if config.prompts is None else str(config.prompts)
+    prompts = prompt_set(unseen, prompts_file, Judge.load(), config.seed)
     train = load_dataset(spec, "train", size, data_seed)
-    scorer = find_scorer(setting.scorer, spec, train, unseen, device)
-    judged = isinstance(unseen, Shapes)
-    name = ("judge" if judged else "scorer") if setting.features == "auto" else setting.features
+    scorer = find_scorer(config.scorer, spec, train, unseen, device)
+    name = config.features
+    if name == "auto":
+        name = "judge" if prompts else "scorer"
     if name == "scorer" and scorer is None:
         raise UserError(
             "This data needs a feature network: leave out --scorer none, or give --features."
         )
-    features = find_features(name, scorer, device)
-    world = RealPictures(unseen, train, setting.pictures, features, scorer, setting.seed)
-    return world, prompts
+    network = find_features(name, scorer, device)
+    return RealPictures(unseen, train, config.pictures, network, scorer, config.seed), prompts
+
+
+# --- one run ----------------------------------------------------------------------------------
 
 
 def _score(
     folder: Path,
-    config: RunConfig,
-    world: RealPictures,
-    prompts: Composition | None,
-    setting: Setting,
-) -> Scored:
+    run_config: RunConfig,
+    real: RealPictures,
+    prompts: PromptSet | None,
+    config: EvalConfig,
+) -> ScoredRun:
     """All sections of one run."""
-    system = load(folder, setting.device)
-    system.at_once = setting.batch or system.at_once
-    shared, real_groups = world.shared_captions()
-    groups = [caption for caption in shared for _ in range(SPREAD_SAMPLES)]
-    asked = [prompt.prompt for prompt in prompts.prompts] if prompts else []
-    total = len(asked) + len(world.captions) + len(groups)
+    system = load(folder, config.device)
+    system.sample_batch_size = config.batch_size or system.sample_batch_size
+    shared, real_groups = real.shared_captions()
+    captions = (
+        [prompt.prompt for prompt in prompts.prompts] if prompts else [],
+        real.captions,
+        [caption for caption in shared for _ in range(SPREAD_SAMPLES)],
+    )
+    total = sum(map(len, captions))
     with tqdm(total=total, desc=f"drawing {folder.name}", unit="picture", leave=False) as bar:
-        of_prompts = _draw(system, asked, setting.seed, bar)
-        pictures = _draw(system, world.captions, setting.seed + 1, bar)
-        samples = _draw(system, groups, setting.seed + 2, bar)
-    features = world.network(pictures)
-    scores: dict[str, Any] = {"run": str(folder), "system": config.key}
-    failed: list[tuple[str, str, str, Tensor]] = []
-    if prompts:
-        readings = prompts.judge.read(of_prompts)
-        scores["composition"], failed = _judged(prompts, readings, of_prompts)
-        scores["failed"] = [
-            {"tag": tag, "prompt": prompt, "seen": seen} for tag, prompt, seen, _ in failed
-        ]
-    scores["quality"] = sections.quality(world.features, features)
-    spread = world.network(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
-    scores["diversity"] = sections.diversity(spread, real_groups)
-    scores["memorisation"] = sections.memorisation(world.train_features, world.features, features)
-    of_stages = _stages(system, world, prompts)
-    if of_stages:
-        scores["stages"] = of_stages
-    if world.scorer:
-        scores["text_fit"] = world.text_fit(
-            world.scorer.image(pictures), world.scorer.text(world.captions), world.captions
+        of_prompts, pictures, samples = (
+            to_bytes(system.generate(c, seed=config.seed + i, progress=bar.update)).cpu()
+            if c
+            else torch.empty(0)
+            for i, c in enumerate(captions)
         )
+    features = real.network(pictures)
+    scores: dict[str, Any] = {"run": str(folder), "system": run_config.key}
+    failures: list[Failure] = []
+    if prompts:
+        detections = prompts.judge.detect(of_prompts)
+        verdicts = prompts.verdicts(detections)
+        scores["composition"] = sections.composition(prompts.prompts, verdicts)
+        failures = _failures(prompts, detections, verdicts, of_prompts)
+        scores["failed"] = [
+            {"tag": f.tag, "prompt": f.prompt, "detected": f.detected} for f in failures
+        ]
+    scores["quality"] = sections.quality(real.features, features)
+    groups = real.network(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
+    scores["diversity"] = sections.diversity(groups, real_groups)
+    scores["memorisation"] = sections.memorisation(real.train_features, real.features, features)
+    if stages := _stages(system, real, prompts):
+        scores["stages"] = stages
+    if real.scorer:
+        image, text = real.scorer.image(pictures), real.scorer.text(real.captions)
+        scores["text_fit"] = real.text_fit(image, text, real.captions)
     scores["cost"] = {
         "training": read_json(folder / "cost.json"),
-        "sampling": measured_once(folder, world.captions[:16], setting.device),
+        "sampling": cached_cost(folder, real.captions[:16], config.device),
     }
-    return Scored(scores, failed, _nearest(world, pictures, features))
+    return ScoredRun(scores, failures, _nearest(real, pictures, features))
 
 
-@torch.no_grad()
-def _stages(system: System, world: RealPictures, prompts: Composition | None) -> dict[str, Any]:
-    """The section of systems whose stages can be measured apart; else empty."""
-    numbers = range(len(world.images))
-    whole = Batch(to_unit(world.images), world.captions, None, [str(i) for i in numbers])
-    parts = [system.stage_scores(part.to(system.device)) for part in whole.split(system.at_once)]
-    values = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
+def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> dict[str, Any]:
+    """The section of a system whose stages can be measured apart; empty for others."""
+    if not isinstance(system, ScoresStages):
+        return {}
+    rows, device = system.sample_batch_size, system.device
+    ids = [str(i) for i in range(len(real.images))]
+    batches = Batch(to_unit(real.images), real.captions, None, ids).split(rows)
     verdicts: list[dict[str, bool]] = []
-    if values and prompts:
-        given = to_unit(prompts.pictures).to(system.device).split(system.at_once)
-        back = [system.reconstruct(part) for part in given]
-        seen = [to_bytes(part).cpu() for part in back if part is not None]
-        verdicts = prompts.verdicts(prompts.judge.read(torch.cat(seen))) if seen else []
+    with system.inference():
+        parts = [system.stage_scores(batch.to(device)) for batch in batches]
+        if prompts and isinstance(system, Reconstructs):
+            images = to_unit(prompts.pictures).to(device).split(rows)
+            decoded = torch.cat([to_bytes(system.reconstruct(part)).cpu() for part in images])
+            verdicts = prompts.verdicts(prompts.judge.detect(decoded))
+    values = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
     return sections.stages(values, prompts.prompts if prompts else [], verdicts)
 
 
-@torch.no_grad()
-def _draw(system: System, captions: Sequence[str], seed: int, bar: tqdm[Any]) -> Tensor:
-    """(N, 3, S, S) uint8 on the CPU."""
-    parts = []
-    for part in system.generate_in_parts(captions, seed=seed) if captions else ():
-        parts.append(to_bytes(part).cpu())
-        bar.update(len(part))
-    return torch.cat(parts) if parts else torch.empty(0)
-
-
-def _judged(
-    prompts: Composition, readings: Sequence[Reading], pictures: Tensor
-) -> tuple[dict[str, Any], list[tuple[str, str, str, Tensor]]]:
-    """The section, and the pictures that failed, the tasks in turn."""
-    verdicts = prompts.verdicts(readings)
-    queues: dict[tuple[str, str], list[int]] = {}
-    for number, (prompt, result) in enumerate(zip(prompts.prompts, verdicts, strict=True)):
+def _failures(
+    prompts: PromptSet,
+    detections: Sequence[Detections],
+    verdicts: Sequence[dict[str, bool]],
+    pictures: Tensor,
+) -> list[Failure]:
+    """Pictures that failed, from each task in turn."""
+    queues: dict[tuple[str, str], list[Failure]] = {}
+    for prompt, one, result, picture in zip(
+        prompts.prompts, detections, verdicts, pictures, strict=True
+    ):
         if not result["strict"]:
-            queues.setdefault((prompt.split, prompt.tag), []).append(number)
-    turns = range(max(map(len, queues.values()), default=0))
-    order = [queue[turn] for turn in turns for queue in queues.values() if turn < len(queue)]
-    failed = [
-        (prompts.prompts[i].tag, prompts.prompts[i].prompt, str(readings[i]), pictures[i])
-        for i in order
-    ]
-    return sections.composition(prompts.prompts, verdicts), failed
+            failure = Failure(prompt.tag, prompt.prompt, str(one), picture)
+            queues.setdefault((prompt.split, prompt.tag), []).append(failure)
+    return [one for turn in zip_longest(*queues.values()) for one in turn if one is not None]
 
 
-def _nearest(
-    world: RealPictures, pictures: Tensor, features: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """The pictures that lie nearest to training pictures, with these."""
-    apart, numbers = world.nearest(features)
-    order = apart.argsort(stable=True)[:NEAREST].tolist()
-    return [(pictures[i], world.train[numbers[i]].image) for i in order]
+def _nearest(real: RealPictures, pictures: Tensor, features: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The generated pictures nearest to training pictures, with these."""
+    distance, indices = real.nearest(features)
+    order = distance.argsort(stable=True)[:MAX_NEAREST].tolist()
+    return [(pictures[i], real.train[indices[i]].image) for i in order]
 
 
-def write_sheets(one: Scored, folder: Path, name: str) -> None:
-    """The pictures that failed and those nearest to training pictures, as sheets in `folder`."""
-    if one.failed:
-        some = one.failed[:FAILED]
-        texts = [f"{prompt}: seen {seen}" for _, prompt, seen, _ in some]
-        save_picture(sheet([p for *_, p in some], texts), folder / f"{name}_failed.png")
-    pairs = [picture for pair in one.nearest for picture in pair]
-    texts = ["drawn", "nearest in training"] * len(one.nearest)
-    save_picture(sheet(pairs, texts), folder / f"{name}_nearest.png")
+def write_sheets(run: ScoredRun, folder: Path, name: str) -> None:
+    """Write the sheets of failed pictures and of those nearest to training pictures."""
+    if failures := run.failures[:MAX_FAILURES]:
+        labels = [f"{one.prompt}: {one.detected}" for one in failures]
+        save_picture(
+            sheet([one.picture for one in failures], labels), folder / f"{name}_failed.png"
+        )
+    pairs = [picture for pair in run.nearest for picture in pair]
+    labels = ["generated", "nearest in training"] * len(run.nearest)
+    save_picture(sheet(pairs, labels), folder / f"{name}_nearest.png")
 
 
-def _protocol(
-    world: RealPictures, setting: Setting, runs: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """How the numbers of each section came about."""
-    count = len(world.images)
-    drawn = {
-        "features": world.network.name,
-        "width": world.network.width,
-        "real": count,
-        "generated": count,
-        "real_split": world.data.split,
+# --- protocol and warnings --------------------------------------------------------------------
+
+
+def _protocol(real: RealPictures, seed: int) -> dict[str, Any]:
+    """How the scores of each section were made."""
+    features = {"features": real.network.name, "width": real.network.width}
+    sample = {
+        **features,
+        "real": len(real.images),
+        "generated": len(real.images),
+        "real_split": real.data.split,
         "captions": "the first of each real picture",
-        "size": world.data.size,
-        "seed": setting.seed + 1,
+        "size": real.data.size,
+        "seed": seed + 1,
     }
     protocol: dict[str, Any] = {
-        "intervals": "95 %, bootstrap over pictures; Wilson's where all have one verdict",
+        "intervals": "95 %, bootstrap over pictures; Wilson's if all have one verdict",
         "quality": {
-            **drawn,
+            **sample,
             "neighbours_of_precision_and_recall": sections.PRECISION_NEIGHBOURS,
             "neighbours_of_density_and_coverage": sections.DENSITY_NEIGHBOURS,
             "kid": "unbiased, polynomial kernel of degree 3, all pictures",
             "real_row": "training pictures against the unseen ones",
         },
         "diversity": {
-            "features": world.network.name,
-            "captions": len(world.shared_captions()[0]),
+            "features": real.network.name,
+            "captions": len(real.shared_captions()[0]),
             "samples_of_each": SPREAD_SAMPLES,
             "distance": "mean Euclidean distance of two samples",
-            "seed": setting.seed + 2,
+            "seed": seed + 2,
         },
-        "memorisation": {**drawn, "training_pictures": len(world.train_features)},
+        "memorisation": {**sample, "training_pictures": len(real.train_features)},
         "stages": {
-            "pictures": count,
-            "real_split": world.data.split,
-            "nats_per_code": "of the true codes, each given the caption and all before it",
+            "pictures": len(real.images),
+            "real_split": real.data.split,
+            "nats_per_code": "of the true codes, each given the caption and all codes before it",
             "bits_per_dim": "of bytes: the prior's, and the decoder's density given the codes",
             "reconstruction": "real pictures of the prompts, encoded, decoded and judged",
         },
         "cost": {"machine": machine(), "captions": "of real pictures"},
     }
-    if not any("stages" in run for run in runs):
-        del protocol["stages"]
-    if world.scorer:
+    if real.scorer:
         protocol["text_fit"] = {
-            "scorer": world.scorer.name,
-            "kind": world.scorer.kind,
-            "scorer_made": world.scorer.protocol,
+            "scorer": real.scorer.name,
+            "kind": real.scorer.kind,
+            "scorer_protocol": real.scorer.protocol,
             "used_in_training": False,
             "wrong_captions": sections.WRONG_CAPTIONS,
             "wrong_captions_from": "other pictures, all with other words",
-            "pictures": count,
-            "seed": setting.seed,
+            "pictures": len(real.images),
+            "seed": seed,
         }
     return protocol
 
 
-def _warnings(world: RealPictures, document: dict[str, Any]) -> list[str]:
-    """What a reader of the numbers must know."""
-    told = []
-    if world.data.split == "train":
-        told.append(
-            f"{world.data.name} has no validation or test split: real pictures are training "
+def _warnings(real: RealPictures, document: dict[str, Any]) -> list[str]:
+    """What a reader of the scores must know."""
+    warnings = []
+    if real.data.split == "train":
+        warnings.append(
+            f"{real.data.name} has no validation or test split: real pictures are training "
             "pictures, so memorisation says nothing."
         )
-    for one in (document["real"], *document["runs"]):
-        quality = one["quality"]
-        told += [quality[key] for key in ("warning", "reason") if key in quality]
+    for row in (document["real"], *document["runs"]):
+        warnings += [row["quality"][key] for key in ("warning", "reason") if key in row["quality"]]
     ceiling = document["real"].get("text_fit", {}).get("r_precision", {}).get("value", 1.0)
     if ceiling < 0.5:
-        told.append(
-            f"The scorer finds the true caption of {ceiling:.0%} of unseen real pictures only: "
+        warnings.append(
+            f"The scorer finds the true caption of only {ceiling:.0%} of unseen real pictures: "
             "R-precision and CLIP score say little here; --scorer hub:MODEL names a better one."
         )
-    if world.scorer is None:
-        told.append("No scorer was asked for, so text fit was not measured.")
-    return list(dict.fromkeys(told))
+    if real.scorer is None:
+        warnings.append("Text fit was not measured, because no scorer was named.")
+    return list(dict.fromkeys(warnings))

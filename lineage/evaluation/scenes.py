@@ -1,35 +1,28 @@
-"""Scenes for prompts: real pictures of what a prompt asks for, and of what it just does not.
+"""Scenes for prompts: real pictures that show a prompt's scene, and pictures that just miss it.
 
-The judge is measured on them. A real picture of a prompt shows exactly what it asks for and leaves
-the rest (colours, sizes, places, ground) to chance within its level. A near miss differs in one
-attribute that the prompt names, and is left to the same chance otherwise (with another count,
-size or place comes another layout).
+The judge is measured on them. A real picture of a prompt shows exactly its scene; what the prompt
+does not mention (colours, sizes, places, background) is random within the prompt's level. A near
+miss differs in one attribute that the prompt names, and has the same random rest (except that
+another count, size or place needs another layout).
 
-    shape       one thing has another shape
-    colour      one thing has another colour, where the prompt names its colour
-    binding     two things have exchanged their colours, where the prompt names both
-    count       one thing more, or one less
-    relation    they stand the other way round, or at a right angle
-    size, place, background    likewise, where the prompt names them
+    shape       one object has another shape
+    colour      one object has another colour, if the prompt names its colour
+    binding     two objects have exchanged their colours, if the prompt names both
+    count       one object more, or one less
+    relation    the two objects stand the other way round, or at a right angle
+    size, place, background    another one, if the prompt names it
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lineage.data.shapes import (
-    LEVELS,
-    Level,
-    Scenes,
-    layout,
-    render,
-    scene_words,
-    uniforms,
-)
+from lineage.data.shapes import LEVELS, Level, Scenes, layout, render, scene_words, uniforms
 from lineage.data.shapes_captions import RELATIONS
 from lineage.errors import UserError
 from lineage.evaluation.prompts import (
@@ -43,144 +36,143 @@ from lineage.evaluation.prompts import (
 )
 
 ATTRIBUTES = ("shape", "colour", "binding", "count", "relation", "size", "place", "background")
-_TRIES = 512  # layouts drawn for one prompt, of which the first that fits is taken
+_LAYOUTS = 512  # layouts for one prompt; the first that fits is used
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a scene must be; None leaves it to chance.
+class SceneSpec:
+    """Attributes that a scene must have; None leaves one to chance.
 
     Attributes:
-        things: (shape, colour) of each.
-        relation: of two things, how the first stands to the second: left, right, above, below.
+        objects: (shape, colour) of each.
+        relation: Place of the first of two objects: left, right, above or below the second.
     """
 
-    things: tuple[tuple[str, str], ...]
+    objects: tuple[tuple[str, str], ...]
     relation: str | None = None
     size: str | None = None
     place: str | None = None
     background: str | None = None
 
 
-def plan(prompt: Prompt, chance: np.random.Generator) -> Plan:
-    """A scene that a prompt asks for; unnamed colours are drawn from its level.
+def scene_spec(prompt: Prompt, rng: np.random.Generator) -> SceneSpec:
+    """A scene that a prompt describes; colours without a name are drawn from its level.
 
     Raises:
-        UserError: the prompt places more than two things, or two of a kind.
+        UserError: the prompt places more than two objects, or two of a kind.
     """
     names = COLOUR_NAMES[: LEVELS[prompt.level].colours]
-    things: list[tuple[str, str]] = []
+    objects: list[tuple[str, str]] = []
+    for entry in prompt.include:
+        colour = entry.colour or names[rng.integers(len(names))]
+        objects += [(entry.shape, colour)] * entry.count
     relation = None
-    for wanted in prompt.include:
-        colour = wanted.colour or names[chance.integers(len(names))]
-        things += [(wanted.shape, colour)] * wanted.count
-    placed = [(i, w.position) for i, w in enumerate(prompt.include) if w.position]
+    placed = [(i, entry.position) for i, entry in enumerate(prompt.include) if entry.position]
     if placed:
-        if len(things) != 2 or len(placed) != 1 or len(prompt.include) != 2:
+        if len(objects) != 2 or len(placed) != 1 or len(prompt.include) != 2:
             raise UserError(
-                f"No scene can be drawn for {prompt.prompt!r}: it places other things "
-                "than one of two."
+                f"No scene can be drawn for {prompt.prompt!r}: a position needs exactly two "
+                "objects, one of them placed."
             )
         ((number, (name, _)),) = placed
         relation = RELATION_NAMES[name]
-        things = [things[number], things[1 - number]]
-    one = prompt.include[0]
-    return Plan(tuple(things), relation, one.size, one.place, prompt.background)
+        objects = [objects[number], objects[1 - number]]
+    single = prompt.include[0]
+    return SceneSpec(tuple(objects), relation, single.size, single.place, prompt.background)
 
 
 def attributes(prompt: Prompt) -> list[str]:
-    """The attributes in which a picture can miss a prompt."""
-    things = [w for w in prompt.include for _ in range(w.count)]
+    """Attributes in which a picture can miss a prompt."""
+    colours = [entry.colour for entry in prompt.include for _ in range(entry.count)]
     named = {
         "shape": True,
-        "colour": any(w.colour for w in prompt.include),
-        "binding": len(things) == 2
-        and len({w.shape for w in things}) == 2
-        and len({w.colour for w in things} - {None}) == 2,
+        "colour": any(colours),
+        "binding": len(colours) == 2
+        and len({entry.shape for entry in prompt.include}) == 2
+        and len(set(colours) - {None}) == 2,
         "count": True,
-        "relation": any(w.position for w in prompt.include),
-        "size": any(w.size for w in prompt.include),
-        "place": any(w.place for w in prompt.include),
+        "relation": any(entry.position for entry in prompt.include),
+        "size": any(entry.size for entry in prompt.include),
+        "place": any(entry.place for entry in prompt.include),
         "background": prompt.background is not None,
     }
     return [name for name in ATTRIBUTES if named[name]]
 
 
-def missed(prompt: Prompt, right: Plan, attribute: str, chance: np.random.Generator) -> Plan:
-    """The plan with one attribute wrong. `right` is a plan of `prompt`."""
+def near_miss(
+    prompt: Prompt, spec: SceneSpec, attribute: str, rng: np.random.Generator
+) -> SceneSpec:
+    """`spec`, a scene of `prompt`, with one attribute wrong."""
     level = LEVELS[prompt.level]
-    things = list(right.things)
+    objects = list(spec.objects)
 
-    def other(than: str, names: tuple[str, ...]) -> str:
-        rest = [name for name in names if name != than]
-        return rest[chance.integers(len(rest))]
+    def choose(names: Sequence[str]) -> str:
+        return names[int(rng.integers(len(names)))]
 
+    def another(value: str | None, names: Sequence[str]) -> str:
+        return choose([name for name in names if name != value])
+
+    if attribute == "count":
+        fewer = len(objects) > 1 and (len(objects) == 4 or rng.random() < 0.5)
+        objects = objects[:-1] if fewer else [*objects, objects[-1]]
+        return SceneSpec(tuple(objects), background=spec.background)
+    if attribute in ("relation", "size", "place", "background"):
+        names = {"relation": tuple(RELATIONS), "size": SIZES, "place": PLACE_NAMES}
+        changed: Any = {attribute: another(getattr(spec, attribute), names.get(attribute, GROUNDS))}
+        return replace(spec, **changed)
     if attribute == "shape":
-        at = int(chance.integers(len(things)))
-        present = {shape for shape, _ in things}
-        rest = [s for s in SHAPES[: level.shapes] if s not in present] or [
-            s for s in SHAPES if s not in present
-        ]
-        things[at] = (rest[chance.integers(len(rest))], things[at][1])
+        i = int(rng.integers(len(objects)))
+        present = {shape for shape, _ in objects}
+        absent = [shape for shape in SHAPES if shape not in present]
+        in_level = [shape for shape in SHAPES[: level.shapes] if shape in absent]
+        objects[i] = (choose(in_level or absent), objects[i][1])
     elif attribute == "colour":
-        named = [c for w in prompt.include for c in [w.colour] * w.count]
-        if right.relation:  # the placed thing stands first in the plan
-            named = named[::-1] if prompt.include[1].position else named
-        at = int(chance.choice([i for i, colour in enumerate(named) if colour]))
-        things[at] = (things[at][0], other(things[at][1], COLOUR_NAMES[: level.colours]))
-    elif attribute == "binding":
-        shapes, colours = zip(*things, strict=True)
-        things = list(zip(shapes, colours[::-1], strict=True))
-    elif attribute == "count":
-        fewer = len(things) > 1 and (len(things) == 4 or chance.random() < 0.5)
-        things = things[:-1] if fewer else [*things, things[-1]]
-        return replace(right, things=tuple(things), relation=None, size=None, place=None)
-    elif attribute == "relation":
-        return replace(right, relation=other(str(right.relation), tuple(RELATIONS)))
-    elif attribute == "size":
-        return replace(right, size=other(str(right.size), SIZES))
-    elif attribute == "place":
-        return replace(right, place=other(str(right.place), PLACE_NAMES))
-    else:
-        return replace(right, background=other(str(right.background), GROUNDS))
-    return replace(right, things=tuple(things))
+        named = [entry.colour for entry in prompt.include for _ in range(entry.count)]
+        if spec.relation and prompt.include[1].position:  # the placed object is first in the spec
+            named = named[::-1]
+        i = int(rng.choice([i for i, colour in enumerate(named) if colour]))
+        objects[i] = (objects[i][0], another(objects[i][1], COLOUR_NAMES[: level.colours]))
+    else:  # binding
+        shapes, colours = zip(*objects, strict=True)
+        objects = list(zip(shapes, colours[::-1], strict=True))
+    return replace(spec, objects=tuple(objects))
 
 
-def draw(
-    level: Level, plans: list[Plan], seed: int, size: int, rows: Sequence[int] | None = None
+def draw_scenes(
+    level: Level, specs: list[SceneSpec], seed: int, size: int, rows: Sequence[int] | None = None
 ) -> NDArray[np.uint8]:
-    """Pictures (B, 3, S, S) of `plans`.
+    """Pictures (B, 3, S, S) of `specs`.
 
     Args:
-        rows: (B,) with the same seed and row, chance decides alike what two plans leave to it; 0,
-            1, 2, ... if None.
+        rows: (B,) numbers; equal seed and row make equal random choices for two specs. None is
+            0, 1, 2, ...
     """
-    numbers = range(len(plans)) if rows is None else rows
-    drawn = [_scene(level, plan, seed, row) for row, plan in zip(numbers, plans, strict=True)]
-    fields = vars(drawn[0]).keys()
+    numbers = range(len(specs)) if rows is None else rows
+    scenes = [_scene(level, spec, seed, row) for row, spec in zip(numbers, specs, strict=True)]
+    fields = vars(scenes[0])
     return render(
-        Scenes(**{f: np.concatenate([getattr(d, f) for d in drawn]) for f in fields}), size
+        Scenes(**{f: np.concatenate([getattr(scene, f) for scene in scenes]) for f in fields}), size
     )
 
 
-def _scene(level: Level, plan: Plan, seed: int, row: int) -> Scenes:
-    """One scene that fits a plan: layouts are drawn until one has its size and place."""
-    tries = _TRIES if plan.size or plan.place else 1
-    u = uniforms(seed, "prompts", np.arange(tries) + row * _TRIES, 32)
-    count = len(plan.things)
-    pair = count == 2 and plan.things[0] != plan.things[1]
+def _scene(level: Level, spec: SceneSpec, seed: int, row: int) -> Scenes:
+    """One scene that fits a spec: the first of many layouts that has its size and place."""
+    tries = _LAYOUTS if spec.size or spec.place else 1
+    u = uniforms(seed, "prompts", np.arange(tries) + row * _LAYOUTS, 32)
+    count = len(spec.objects)
+    pair = count == 2 and spec.objects[0] != spec.objects[1]
     kind = np.full(tries, 0 if count == 1 else 1 if pair else 2)
     axis, swapped = (u[:, 5] * 5).astype(np.int64), u[:, 6] < 0.5
-    if plan.relation:
-        axis[:] = 0 if plan.relation in ("left", "right") else 2
-        swapped[:] = plan.relation in ("right", "below")
+    if spec.relation:
+        axis[:] = 0 if spec.relation in ("left", "right") else 2
+        swapped[:] = spec.relation in ("right", "below")
     centre, radius, anchor = layout(level, u, kind, np.full(tries, count), axis, swapped)
-    shapes = [SHAPES.index(shape) for shape, _ in plan.things]
-    colours = [COLOUR_NAMES.index(colour) for _, colour in plan.things]
+    shapes = [SHAPES.index(shape) for shape, _ in spec.objects]
+    colours = [COLOUR_NAMES.index(colour) for _, colour in spec.objects]
     padding = [0] * (4 - count)
     ground = (u[:, 10] * level.backgrounds).astype(np.int64)
-    if plan.background:
-        ground[:] = GROUNDS.index(plan.background)
+    if spec.background:
+        ground[:] = GROUNDS.index(spec.background)
     scenes = Scenes(
         kind=kind,
         count=np.full(tries, count),
@@ -196,9 +188,8 @@ def _scene(level: Level, plan: Plan, seed: int, row: int) -> Scenes:
         phase=u[:, 12:14],
     )
     fits = [
-        (plan.size is None or plan.size == SIZES[words.large])
-        and (plan.place is None or plan.place == words.place)
+        spec.size in (None, SIZES[words.large]) and spec.place in (None, words.place)
         for words in scene_words(scenes)
     ]
-    best = fits.index(True)
-    return Scenes(**{name: value[best : best + 1] for name, value in vars(scenes).items()})
+    i = fits.index(True)
+    return Scenes(**{name: value[i : i + 1] for name, value in vars(scenes).items()})

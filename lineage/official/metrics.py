@@ -2,66 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lineage.evaluation import metrics
-from lineage.official.verify import Outcome, Reference
+from lineage.official.verify import NotComputed, Verifier, output
 
 
-def verify_metrics(reference: Reference) -> Mapping[str, Outcome]:
-    """Every metric on the file's features, by the name of its output."""
-    given = reference.inputs
-    real, fake = given["real"], given["fake"]
-    mean, covariance = metrics.mean_and_covariance(real)
-    outcomes: dict[str, Outcome] = {
-        "mu_real": mean,
-        "sigma_real": covariance,
-        "fid": lambda: metrics.frechet_distance(real, fake),
-        "fid_self": lambda: metrics.frechet_distance(real, real),
-        "fid_first10": lambda: metrics.frechet_distance(real[:10], fake[:10]),
-        "kid_unbiased": lambda: metrics.kernel_distance(real, fake),
-        "kid_unbiased_first_180": lambda: metrics.kernel_distance(real[:180], fake[:180]),
-    }
-    for k in _neighbours(reference):
-        precision, recall = metrics.precision_recall(real, fake, k)
-        density, coverage = metrics.density_coverage(real, fake, k)
-        outcomes |= {
-            f"k{k}/precision": precision,
-            f"k{k}/recall": recall,
-            f"k{k}/density": density,
-            f"k{k}/coverage": coverage,
-        }
-    if "is_probs" in given:
-        splits = reference.outputs["inception_score_splits"].numel()
-        outcomes["inception_score_mean_std"] = lambda: torch.tensor(
-            metrics.inception_score(given["is_probs"], splits), dtype=torch.float64
-        )
-        outcomes["inception_score_splits"] = lambda: _split_scores(given["is_probs"], splits)
-    if "clip_text" in given:
-        text = given["clip_text"]
-        pictures = real[: len(text)]
-        cosine = torch.nn.functional.cosine_similarity(pictures.double(), text.double())
-        outcomes["clip_score"] = metrics.clip_score(pictures, text)
-        outcomes["clip_score_torchmetrics_order"] = float((100 * cosine).mean().clamp(min=0))
-    if "rprec_image" in given:
-        image, candidates = given["rprec_image"], given["rprec_candidates"]
-        outcomes["r_precision"] = metrics.r_precision(image, candidates)
-        outcomes["rprec_cosine"] = torch.nn.functional.cosine_similarity(
-            image[:, None].double(), candidates.double(), dim=-1
-        )
-    return outcomes
+class Metrics(Verifier):
+    """Metrics of two sets of features, of class probabilities, and of pairs of embeddings."""
 
+    name = "metrics"
+    source = ("pytorch-fid", "torchmetrics")
 
-def _neighbours(reference: Reference) -> list[int]:
-    """The k of every `k<number>/...` among the outputs."""
-    heads = {name.split("/")[0] for name in reference.outputs if "/" in name}
-    return sorted(int(head[1:]) for head in heads if head[1:].isdigit())
+    @output("mu_(real|fake)")
+    def mean(self, side: str) -> Tensor:
+        return metrics.mean_and_covariance(self.inputs[side])[0]
 
+    @output("sigma_(real|fake)")
+    def covariance(self, side: str) -> Tensor:
+        return metrics.mean_and_covariance(self.inputs[side])[1]
 
-def _split_scores(probabilities: Tensor, splits: int) -> Tensor:
-    parts = torch.tensor_split(probabilities, splits)
-    scores = [metrics.inception_score(part, 1)[0] for part in parts]
-    return torch.tensor(scores, dtype=torch.float64)
+    @output("fid", r"fid_first_?(\d+)")
+    def fid(self, count: str | None = None) -> float:
+        return metrics.frechet_distance(*self._first(count))
+
+    @output("fid_self")
+    def fid_self(self) -> float:
+        return metrics.frechet_distance(self.inputs["real"], self.inputs["real"])
+
+    @output("kid_unbiased", r"kid_unbiased_first_?(\d+)")
+    def kid(self, count: str | None = None) -> float:
+        return metrics.kernel_distance(*self._first(count))
+
+    def _first(self, count: str | None) -> tuple[Tensor, Tensor]:
+        """The first `count` rows of real and of generated features, or all."""
+        rows = None if count is None else int(count)
+        return self.inputs["real"][:rows], self.inputs["fake"][:rows]
+
+    @output(r"k(\d+)/(precision|recall)")
+    def precision_recall(self, k: str, which: str) -> Tensor:
+        values = metrics.precision_recall(self.inputs["real"], self.inputs["fake"], int(k))
+        return values[which == "recall"].mean()
+
+    @output(r"k(\d+)/(density|coverage)")
+    def density_coverage(self, k: str, which: str) -> Tensor:
+        values = metrics.density_coverage(self.inputs["real"], self.inputs["fake"], int(k))
+        return values[which == "coverage"].mean()
+
+    @cached_property
+    def split_scores(self) -> Tensor:
+        """The inception score of each part; the file says how many parts there are."""
+        if "inception_score_splits" in self.outputs:
+            splits = self.outputs["inception_score_splits"].numel()
+        elif "splits" in self.config:
+            splits = int(self.config["splits"])
+        else:
+            raise NotComputed("neither config nor outputs say the number of splits")
+        return metrics.inception_score(self.inputs["is_probs"], splits)
+
+    @output("inception_score_splits")
+    def inception_score_splits(self) -> Tensor:
+        return self.split_scores
+
+    @output("inception_score_mean_std")
+    def inception_score(self) -> Tensor:
+        return torch.stack([self.split_scores.mean(), self.split_scores.std(correction=0)])
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Features of the first pictures and of their captions."""
+        text = self.inputs["clip_text"]
+        return self.inputs["real"][: len(text)], text
+
+    @output("clip_score")
+    def clip_score(self) -> Tensor:
+        return metrics.clip_score(*self._pairs()).mean()
+
+    @output("clip_score_torchmetrics_order")
+    def clip_score_clamped_last(self) -> Tensor:
+        return (100 * metrics.cosine(*self._pairs())).mean().clamp(min=0)
+
+    @output("r_precision")
+    def r_precision(self) -> Tensor:
+        return metrics.r_precision(
+            self.inputs["rprec_image"], self.inputs["rprec_candidates"]
+        ).mean()
+
+    @output("rprec_cosine")
+    def r_precision_cosine(self) -> Tensor:
+        return metrics.cosine(self.inputs["rprec_image"][:, None], self.inputs["rprec_candidates"])

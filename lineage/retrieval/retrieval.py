@@ -3,7 +3,7 @@
 The problem: to show a sentence as a picture, before any network could generate one. "A Text-to-
 Picture Synthesis System for Augmenting Communication" (Zhu, Goldberg, Eldawy, Dyer and Strock) is
 the first answer for general text: find a picture for each object that the sentence names, and lay
-the pictures out as the sentence says. Four years later Im2Text (Ordonez, Kulkarni and Berg 2011,
+the pictures out as it describes. Four years later Im2Text (Ordonez, Kulkarni and Berg 2011,
 NIPS) showed that with enough captioned pictures the nearest neighbour alone goes far. This file has
 both. Nothing is learnt by gradient: training stores pictures, and an unseen scene can only be
 pasted together.
@@ -28,9 +28,9 @@ picture.
 Departures. Zhu et al. learn with logistic regression which phrases can be pictured, find pictures
 by web search, choose among them by clustering their segments, and optimise the layout (important
 objects large and central, little overlap). Ours splits at connectives and number words, searches
-the training set, segments with one mask (the colour of the corners is background) and counts cells;
-it knows English function words but no noun and no colour. Im2Text compares pictures to find
-captions; ours compares captions.
+the training set, segments with one mask (the colour of the corners is background) and counts cells.
+It has a list of English function words, but of no nouns or colours. Im2Text compares pictures to
+find captions; ours compares captions.
 
 Axes: B captions, N stored pictures, S side, L words, W stored token ids of a caption, T tokens.
 """
@@ -222,7 +222,7 @@ def cut_out(picture: Tensor, threshold: float) -> Tensor:
 
     With d, the largest channel's distance from the background in [0, 2], alpha grows from 0 at 3/4
     of `threshold` to 1 at `threshold`: outlines stay smooth, and a faint texture is background. A
-    picture in which nothing stands out is taken whole.
+    picture without a foreground is taken whole.
     """
     distance = (picture - background(picture)[:, None, None]).abs().amax(0)  # (S, S)
     alpha = (4 * distance / threshold - 3).clamp(0, 1)

@@ -207,7 +207,9 @@ def test_unknown_words_give_any_picture() -> None:
     ("relation", "axis", "first_is_less"),
     [("left of", 0, True), ("to the right of", 0, False), ("above", 1, True), ("under", 1, False)],
 )
-def test_pasted_objects_stand_in_their_relation(relation: str, axis: int, first_is_less: bool) -> None:
+def test_pasted_objects_stand_in_their_relation(
+    relation: str, axis: int, first_is_less: bool
+) -> None:
     picture = of_blocks().generate(f"a red square {relation} a blue square")[0]
     red, blue = centre(picture, "red"), centre(picture, "blue")
     assert (red[axis] < blue[axis] - 8) == first_is_less

@@ -21,9 +21,7 @@ SHORT = "a red circle"
 LONG = "two small yellow stars to the left of a large purple ring"
 CAPTIONS = [SHORT, LONG, "", "a zorp circle"]
 WIDTH, MAX_WORDS = 12, 10
-CONFIG = TextConfig(
-    width=WIDTH, max_words=MAX_WORDS, num_layers=2, num_heads=2, conv_channels=12
-)
+CONFIG = TextConfig(width=WIDTH, max_words=MAX_WORDS, num_layers=2, num_heads=2, conv_channels=12)
 ORDERED = [name for name in ENCODERS if name != "bag"]
 CHARACTERS = "char_cnn_rnn"  # its own tests are in test_char_cnn_rnn.py
 TOKENS = [name for name in ENCODERS if name != CHARACTERS]

@@ -69,7 +69,11 @@ def untrained(kind: str) -> Any:
 
     known, end = token_ids(kind), token_ids(kind).get(SPECIAL[kind][1])
     sizes = {"vocab_size": len(known), "hidden_size": WIDTH, "intermediate_size": 24}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": MAX_POSITIONS}
+    sizes |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+    }
     if kind == "clip":
         config = library.CLIPTextConfig(
             **sizes, attention_dropout=0.3, pad_token_id=0, bos_token_id=2, eos_token_id=end
@@ -331,14 +335,18 @@ def test_another_width_raises_a_sentence(kind: str, width: int, folders: dict[st
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert"])
-def test_more_words_than_the_model_reads_raise_a_sentence(kind: str, folders: dict[str, Path]) -> None:
+def test_more_words_than_the_model_reads_raise_a_sentence(
+    kind: str, folders: dict[str, Path]
+) -> None:
     """T5 has no limit: its positions are relative."""
     sentence = error_of(lambda: make(folders[kind], max_words=MAX_POSITIONS + 1).null(1))
     assert f"encoder.max_words={MAX_POSITIONS}" in sentence and str(MAX_POSITIONS + 1) in sentence
     assert make(folders["t5"], max_words=40).encode([LONG]).mask.sum() == 13
 
 
-def test_a_folder_without_a_model_raises_a_sentence(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_without_a_model_raises_a_sentence(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     """Missing, empty, without weights, without a tokeniser, with a broken file."""
     (tmp_path / "empty").mkdir()
     broken: dict[str, Path] = {"missing": tmp_path / "missing", "empty": tmp_path / "empty"}
@@ -389,7 +397,7 @@ def test_without_transformers_the_error_names_the_extra(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A data set of a few pictures, whose captions are read quickly."""
+    """A data set of a few pictures."""
     folder = tmp_path_factory.mktemp("data")
     export(load_dataset("shapes", "train", 16), folder, 12)
     return f"imagefolder:{folder}"
@@ -402,7 +410,9 @@ def test_a_missing_model_raises_before_anything_is_written(
     """Not after the autoencoder's share of the budget."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     out, settings = tmp_path / "run", {"text": f"pretrained:{tmp_path / 'none'}"}
-    error_of(lambda: runs.train(key, preset="smoke", data=data, out=out, steps=3, settings=settings))
+    error_of(
+        lambda: runs.train(key, preset="smoke", data=data, out=out, steps=3, settings=settings)
+    )
     assert not out.exists()
 
 

@@ -209,7 +209,7 @@ def test_bpe_merges_in_the_order_of_training_not_of_the_word() -> None:
     byte = 3
     a, b, c = (byte + ord(x) for x in "abc")
     one = BPETokenizer([(b, c), (a, b)])
-    assert one.encode("abc")[1:] == [a, 259]  # the merge of `bc` comes first, so that `ab` never forms
+    assert one.encode("abc")[1:] == [a, 259]  # `bc` is merged first, so that `ab` never is
 
 
 def test_bpe_stops_when_no_pair_occurs_twice() -> None:
