@@ -1,10 +1,10 @@
-"""How few steps a sampler needs: the judge's score of a trained run against steps and seconds.
+"""Number of steps that a sampler needs: the judge's score of a trained run against steps and time.
 
     python benchmarks/samplers.py runs/ddpm --out results/ddpm/samplers
 
-NoiseStreams the 352 prompts of seen combinations with each sampler at each number of steps, the same seed
-for all, and writes a JSON document, its table and the curves. Ancestral sampling with 100 steps is
-what the others are held against.
+Draws the 352 prompts of the test split with each sampler and number of steps, from the same seed,
+and writes a JSON document, its table and its curves. Ancestral sampling in 100 steps is the
+yardstick.
 """
 
 from __future__ import annotations
@@ -34,35 +34,34 @@ CURVES = {
     ("dpmpp_2m_sde", "exponential"): (5, 10, 20),
     ("heun", "karras"): (5, 10),
 }
-"""(sampler, spacing, which is its own where there is none): numbers of steps."""
-TWICE = ("heun",)  # evaluate the network twice a step
+"""(sampler, spacing, or None for the run's own): numbers of steps."""
+TWO_EVALUATIONS = ("heun",)
 
 
-def scored(system: Any, judge: Judge, prompts: list[Prompt], **knobs: Any) -> dict[str, float]:
-    """The share of exact pictures of each task, their mean, and the seconds of the drawing."""
-    started = time.perf_counter()
-    pictures: Tensor = system.generate([p.prompt for p in prompts], **knobs)
-    seconds = time.perf_counter() - started
-    readings = judge.read(to_bytes(pictures).cpu())
-    right: dict[str, list[bool]] = {}
-    for prompt, reading in zip(prompts, readings, strict=True):
-        right.setdefault(prompt.tag, []).append(verdict(reading, prompt)["strict"])
-    tasks = {tag: float(np.mean(values)) for tag, values in right.items()}
+def score(system: Any, judge: Judge, prompts: list[Prompt], **options: Any) -> dict[str, float]:
+    """Share of exact pictures in each task, their mean, and the seconds of sampling."""
+    start = time.perf_counter()
+    pictures: Tensor = system.generate([p.prompt for p in prompts], **options)
+    seconds = time.perf_counter() - start
+    exact: dict[str, list[bool]] = {}
+    for prompt, detections in zip(prompts, judge.detect(to_bytes(pictures).cpu()), strict=True):
+        exact.setdefault(prompt.tag, []).append(verdict(detections, prompt)["strict"])
+    tasks = {tag: float(np.mean(values)) for tag, values in exact.items()}
     return {**tasks, "mean": float(np.mean(list(tasks.values()))), "seconds": seconds}
 
 
-def drawing(rows: list[dict[str, Any]], out: Path) -> None:
-    """The curves."""
+def plot(rows: list[dict[str, Any]], out: Path) -> None:
+    """Curves of the mean score against evaluations and seconds."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for sampler, spacing in CURVES:
-        own = [r for r in rows if (r["sampler"], r["spacing"]) == (sampler, spacing)]
+        curve = [r for r in rows if (r["sampler"], r["spacing"]) == (sampler, spacing)]
         name = f"{sampler}, {spacing}" if spacing else sampler
-        for axis, what in zip(axes, ("evaluations", "seconds"), strict=True):
-            axis.plot([r[what] for r in own], [r["mean"] for r in own], "o-", label=name)
+        for axis, key in zip(axes, ("evaluations", "seconds"), strict=True):
+            axis.plot([r[key] for r in curve], [r["mean"] for r in curve], "o-", label=name)
     for axis, label in zip(
         axes, ("evaluations of the network", "seconds for 352 pictures"), strict=True
     ):
@@ -76,34 +75,40 @@ def drawing(rows: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def table(rows: list[dict[str, Any]], spacing: str) -> str:
+    """The rows as Markdown; `spacing` is the run's own."""
+    head = ["sampler", "spacing", "steps", "evaluations", "mean of six tasks", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [row["sampler"], row["spacing"] or f"{spacing} (the run's)", row["steps"]]
+        cells += [row["evaluations"], f"{row['mean']:.3f}", f"{row['seconds']:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
-    options = parser.parse_args()
-    system, judge = lineage.load(options.run), Judge.load()
+    arguments = parser.parse_args()
+    system, judge = lineage.load(arguments.run), Judge.load()
     prompts = [p for p in make_prompts("easy") if p.split == "test"]
     rows: list[dict[str, Any]] = []
     for (sampler, spacing), counts in CURVES.items():
         for steps in counts:
-            knobs = {"sampler": sampler, "steps": steps, "spacing": spacing}
-            row: dict[str, Any] = {**knobs, "evaluations": steps * (2 if sampler in TWICE else 1)}
-            row |= scored(system, judge, prompts, **{k: v for k, v in knobs.items() if v})
+            row: dict[str, Any] = {"sampler": sampler, "steps": steps, "spacing": spacing}
+            row["evaluations"] = steps * (2 if sampler in TWO_EVALUATIONS else 1)
+            options = {"sampler": sampler, "sampling_steps": steps, "spacing": spacing}
+            row |= score(system, judge, prompts, **options)
             rows.append(row)
             print(sampler, steps, spacing or "", round(row["mean"], 3), round(row["seconds"], 1))
     write_json(
-        options.out.with_suffix(".json"),
-        {"run": options.run.name, "prompts": len(prompts), "machine": machine(), "rows": rows},
+        arguments.out.with_suffix(".json"),
+        {"run": arguments.run.name, "prompts": len(prompts), "machine": machine(), "rows": rows},
     )
-    drawing(rows, options.out.with_suffix(".png"))
-    head = ["sampler", "spacing", "steps", "evaluations", "mean of six tasks", "seconds"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    own = f"{system.config.spacing} (the run's)"
-    for row in rows:
-        cells = [row["sampler"], row["spacing"] or own, row["steps"], row["evaluations"]]
-        cells += [f"{row['mean']:.3f}", f"{row['seconds']:.1f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    write_bytes(options.out.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
+    plot(rows, arguments.out.with_suffix(".png"))
+    text = table(rows, system.config.spacing)
+    write_bytes(arguments.out.with_suffix(".md"), text.encode())
 
 
 if __name__ == "__main__":

@@ -1,145 +1,138 @@
-"""`attngan`: every region looks at the words it needs (Xu et al. 2018, arXiv:1711.10485).
+"""`attngan`: pictures whose regions attend to words (Xu et al. 2018, arXiv:1711.10485).
 
-The problem: a sentence squeezed into one vector forgets which colour belongs to which thing. What
-is new: a picture is drawn at several scales, and from the second on each place of the picture
-attends to the words and is drawn anew with what it read; and a matching model that was trained
-before, DAMSM, tells the generator how well each word is to be seen (lineage/attngan/damsm.py).
+The problem: one vector for a whole sentence loses which colour belongs to which thing. What is new:
+pictures are drawn at several scales, and from the second on each place of the picture attends to
+the words and is refined with them; and a similarity model of words and regions, DAMSM, which is
+trained before (lineage/attngan/damsm.py), adds a loss that tests each word.
 
-    section 3.1, eq. 1   `FirstStage` F_0, `NextStage` F_i, `picture` G_i; `Generator` is all of it
-      eq. 2              `WordAttention` F_attn
-      eq. 3              the generator's turn in `AttnGAN.losses`
-      eq. 4 to 6         `pair_logits`, `discriminator_terms`, `generator_terms` of
-                         lineage/nn/conditional_discriminator.py: one discriminator a scale, pictures with their
-                         captions and alone
-    section 3.2          `matching`, the DAMSM term, weighted by lambda
+    eq. 1      `Generator`, of `FirstStage` F_0 and `NextStage` F_i
+    eq. 2      `WordAttention` F^attn
+    eq. 3, 4   `AttnGAN.generator_terms`; L_DAMSM is `damsm_terms`
+    eq. 5      the discriminators' turns in `AttnGAN.losses`
 
-Where the authors' code differs from the paper, it is followed: gated linear units in the generator;
-attention without a scale; wrong pairs beside the two of equation 5; discriminators told the
-sentence; the DAMSM term of the largest picture only; a KL term that is a mean; orthogonal weights.
+With noise z, sentence e-bar, words e, hidden states h_i of places j, and pictures x^_i = G_i(h_i):
+
+    h_0 = F_0(z, F^ca(e-bar)),  h_i = F_i(h_(i-1), F^attn(e, h_(i-1)))                    (eq. 1)
+    F^attn: c_j = sum_k beta_jk e'_k,  beta_jk ~ exp(h_j^T e'_k),  e' = U e               (eq. 2)
+    L = sum_i L_Gi + lambda L_DAMSM                                                       (eq. 3)
+    L_Gi = -E log D_i(x^_i) - E log D_i(x^_i, e-bar)                                      (eq. 4)
+    L_Di = -(E log D_i(x_i) + E log D_i(x_i, e-bar)) / 2
+           - (E log(1 - D_i(x^_i)) + E log(1 - D_i(x^_i, e-bar))
+              + E log(1 - D_i(x_i, another e-bar))) / 3                                   (eq. 5)
+
+Where the authors' code differs from the paper, this file follows the code: the weights and the
+mismatched pairs of equations 4 and 5, as above; gated linear units in the generator; attention
+without a scale; the sentence as the discriminators' condition; the DAMSM loss of the largest
+picture only; a KL term of the condition's Gaussian, a mean; orthogonal initial weights.
 
 The public code (and DM-GAN's and MirrorGAN's, which copied it) lays out its scores picture after
-picture but repeats its word masks row after row, so that in a batch a picture may attend to the
-padding of its own caption and not to words that it has. Here a picture has the mask of its own
-caption. `official_mask` brings the defect back, for numbers of models trained with it.
+picture but repeats its word masks row after row, so that a picture may attend to padding and not to
+words of its caption. Here a picture has the mask of its own caption; `official_mask` restores the
+defect, for numbers of models that were trained with it.
 
-Departures: a wrong caption that says the same as the right one does not count; padding has no
-share in attention at training either. `AttnGANConfig` has changes of later work as switches, off in
-the paper: `loss` hinge, `r1`, `norm` spectral, as in `stackgan`.
+Departures: a next row with the same caption does not count as mismatched; attention excludes
+padding in training too. `AttnGANConfig` has changes of later work as switches, off in the paper:
+`loss` hinge, `r1_weight`, `norm` spectral, as in `stackgan`.
 
-What follows attaches here. DM-GAN: a `NextStage` of its own, with a memory in place of
-`WordAttention`, given to `Generator` as `next_stage`, and `norm` spectral. MirrorGAN: a `NextStage`
-that looks at the sentence too, and a captioner's term added to the generator's turn by overriding
-`AttnGAN.drawing_terms`.
+Extension points: `Generator` takes another `next_stage` (DM-GAN's has a memory, MirrorGAN's also
+attends to the sentence); `AttnGAN.generator_terms` can be overridden (MirrorGAN's captioner).
 
-Axes: B pictures, L words, D width of words and sentence, C of the condition, Z noise, G channels of
-the hidden states, H W places, S side.
+Axes: B pictures, L words, D width of words and of sentence, C of the condition, Z of the noise, G
+channels of the hidden states, H W places, S side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, starmap
-from typing import Any, cast
+from itertools import pairwise
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.attngan.damsm import DAMSM, matching
-from lineage.config import at_least, one_of
+from lineage.attngan.damsm import DAMSM, damsm_terms
+from lineage.config import Int, NonNegativeFloat, NonNegativeInt, PositiveInt, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
-from lineage.nn.blocks import conv3x3, doublings, halvings, up
-from lineage.nn.conditional_discriminator import (
-    Discriminator,
-    discriminator_turn,
-    generator_terms,
-    kl_term,
-)
+from lineage.nn.blocks import conv3x3, halved_channels, num_doublings, upsample_block
+from lineage.nn.conditional_discriminator import ConditionalDiscriminator
 from lineage.nn.gan import (
-    different,
-    gan_health,
-    gan_remark,
+    ADVERSARIAL_LOSSES,
+    diagnose_gan,
+    downsample,
+    gan_metrics,
+    is_mismatched,
+    masked_mean,
     orthogonal_weights,
-    penalty_weight,
-    smaller,
+    r1_is_due,
+    r1_penalty,
 )
 from lineage.nn.noise import NoiseStreams
-from lineage.system import Named, System, Turn
+from lineage.system import LabelledImage, System, Turn
 from lineage.text.contract import TextFeatures
 
 
-@dataclass(frozen=True)
+@configuration
 class AttnGANConfig:
-    """Sizes under the paper's names in brackets, weights of the losses, and the switches.
+    """Sizes (the authors' names in brackets), weights of losses, and switches.
 
     Attributes:
-        scales: pictures that are drawn, each twice the side of the one before [BRANCH_NUM].
-        noise, condition: Z [Z_DIM] and C [CONDITION_DIM].
-        generator: G [GF_DIM].
-        discriminator: channels next to the picture [DF_DIM].
-        residual: residual blocks of every scale but the first [R_NUM].
-        damsm, kl: weight of the DAMSM term [LAMBDA], and of the KL term.
-        loss: `log`, as in the paper, or `hinge`.
-        r1: weight of the gradient penalty on real pictures; 0 leaves it out.
-        r1_every: steps between penalties, each weighted by as many.
-        norm: of the discriminators: `batch`, as in the paper, or `spectral`.
-        official_mask: mix up the word masks of a batch as the public code does.
+        num_scales: Number of pictures, each twice the side of the one before [BRANCH_NUM].
+        z_dim: Width Z of the noise [Z_DIM].
+        cond_dim: Width C of the condition [CONDITION_DIM].
+        gen_channels: Number of channels G of the hidden states [GF_DIM].
+        disc_channels: Number of discriminator channels next to the picture [DF_DIM].
+        num_res_blocks: Number of residual blocks of every scale but the first [R_NUM].
+        damsm_weight: Weight of the DAMSM loss [LAMBDA].
+        kl_weight: Weight of the KL term.
+        loss: Adversarial loss: `log`, as in the paper, or `hinge`.
+        r1_weight: Weight of the gradient penalty on real pictures; 0 leaves it out.
+        r1_every: Number of steps between penalties, each weighted by as many.
+        norm: Normalisation of the discriminators: `batch`, as in the paper, or `spectral`.
+        official_mask: If true, the word masks of a batch are mixed up as in the public code.
     """
 
-    scales: int = 3
-    noise: int = 100
-    condition: int = 100
-    generator: int = 32
-    discriminator: int = 64
-    residual: int = 2
-    damsm: float = 5.0
-    kl: float = 1.0
-    loss: str = "log"
-    r1: float = 0.0
-    r1_every: int = 16
-    norm: str = "batch"
+    num_scales: Annotated[Int, Field(ge=2)] = 3
+    z_dim: PositiveInt = 100
+    cond_dim: PositiveInt = 100
+    gen_channels: PositiveInt = 32
+    disc_channels: PositiveInt = 64
+    num_res_blocks: NonNegativeInt = 2
+    damsm_weight: NonNegativeFloat = 5.0
+    kl_weight: NonNegativeFloat = 1.0
+    loss: Literal["log", "hinge"] = "log"
+    r1_weight: NonNegativeFloat = 0.0
+    r1_every: PositiveInt = 16
+    norm: Literal["batch", "spectral"] = "batch"
     official_mask: bool = False
 
-    def __post_init__(self) -> None:
-        at_least("model.scales", self.scales, 2)
-        for name in ("noise", "condition", "generator", "discriminator", "r1_every"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        for name in ("residual", "damsm", "kl", "r1"):
-            at_least(f"model.{name}", getattr(self, name), 0)
-        one_of("model.loss", self.loss, ("log", "hinge"))
-        one_of("model.norm", self.norm, ("batch", "spectral"))
-
     def sides(self, size: int) -> list[int]:
-        """The sides of the pictures, of which the largest is `size`."""
-        first = size // 2 ** (self.scales - 1)
-        if first < 8 or first * 2 ** (self.scales - 1) != size:
+        """Sides of the pictures, the largest of which is `size`."""
+        smallest = size // 2 ** (self.num_scales - 1)
+        if smallest < 8 or smallest * 2 ** (self.num_scales - 1) != size:
             raise UserError(
-                f"{self.scales} scales up to {size} pixels would begin at {first}: choose "
-                "model.scales and size so that the smallest is 8 or more, by doubling."
+                f"{self.num_scales} scales up to {size} pixels would begin at {smallest}: choose "
+                "model.num_scales and size so that the smallest is 8 or more, by doubling."
             )
-        return [first * 2**i for i in range(self.scales)]
+        return [smallest * 2**i for i in range(self.num_scales)]
 
 
-# --- section 3.1: blocks ------------------------------------------------------
+# --- section 3.1: blocks --------------------------------------------------------------------------
 
 
-def glu_up(inputs: int, outputs: int) -> nn.Sequential:
-    """Twice the side: nearest neighbours, a convolution, a gate."""
-    return up(inputs, 2 * outputs, nn.GLU(dim=1))
-
-
-class GatedResidual(nn.Module):
-    """x + norm(conv(gate(norm(conv(x))))), with nothing after the sum."""
+class GatedResidualBlock(nn.Module):
+    """x + norm(conv(glu(norm(conv(x))))), with no activation after the sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
             conv3x3(channels, 2 * channels),
             nn.BatchNorm2d(2 * channels),
-            nn.GLU(dim=1),
+            nn.GLU(1),
             conv3x3(channels, channels),
             nn.BatchNorm2d(channels),
         )
@@ -149,49 +142,47 @@ class GatedResidual(nn.Module):
 
 
 class ConditioningAugmentation(nn.Module):
-    """F_ca: the Gaussian around a sentence. Unlike StackGAN's, it may have any mean and spread."""
+    """F^ca: samples the condition from a Gaussian around the sentence, with mu of any sign."""
 
-    def __init__(self, sentence: int, condition: int) -> None:
+    def __init__(self, sentence_dim: int, cond_dim: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(sentence, 4 * condition)
+        self.fc = nn.Linear(sentence_dim, 4 * cond_dim)
 
     def forward(self, sentence: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sentence (B, D), eps (B, C) standard normal -> c, mu, log sigma^2, each (B, C)."""
-        mu, log_variance = F.glu(self.fc(sentence), dim=1).chunk(2, dim=1)
-        return mu + (log_variance / 2).exp() * eps, mu, log_variance
+        mu, logvar = F.glu(self.fc(sentence), dim=1).chunk(2, dim=1)
+        return mu + (logvar / 2).exp() * eps, mu, logvar
 
 
 class WordAttention(nn.Module):
-    """Equation 2: each place of the picture reads the words it fits.
+    """F^attn, equation 2: each place of the picture attends to the words.
 
     Args:
-        width: D of the words.
-        channels: G of the picture's hidden state.
-        official_mask: see the header.
+        official_mask: If true, word masks are mixed up as in the public code.
     """
 
-    def __init__(self, width: int, channels: int, official_mask: bool = False) -> None:
+    def __init__(self, word_dim: int, channels: int, official_mask: bool = False) -> None:
         super().__init__()
-        self.project = nn.Linear(width, channels, bias=False)  # U: words as the picture's places
+        self.project_words = nn.Linear(word_dim, channels, bias=False)  # U
         self.official_mask = official_mask
 
     def forward(self, hidden: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, G, H, W), words (B, L, D), mask (B, L) True where there is a word -> what each
-        place read (B, G, H, W), and of which word how much (B, L, H, W), which sums to 1 over L.
+        """hidden (B, G, H, W), words (B, L, D), mask (B, L) True where there is a word -> contexts
+        (B, G, H, W), and attention (B, L, H, W), which sums to 1 over L.
         """
         height, width = hidden.shape[2:]
-        keys = self.project(words)  # (B, L, G)
-        scores = torch.einsum("bghw,blg->bhwl", hidden, keys)
-        looked = mask[:, None, None, :]  # (B, 1, 1, L)
+        projected = self.project_words(words)  # (B, L, G)
+        scores = torch.einsum("bghw,blg->bhwl", hidden, projected)
+        place_mask = mask[:, None, None, :]  # (B, 1, 1, L)
         if self.official_mask:
             rows = torch.arange(len(mask) * height * width, device=mask.device) % len(mask)
-            looked = rearrange(mask[rows], "(b h w) l -> b h w l", h=height, w=width)
-        weights = scores.masked_fill(~looked, -torch.inf).softmax(-1)
-        read = torch.einsum("bhwl,blg->bghw", weights, keys)
-        return read, rearrange(weights, "b h w l -> b l h w")
+            place_mask = rearrange(mask[rows], "(b h w) l -> b h w l", h=height, w=width)
+        attention = scores.masked_fill(~place_mask, -torch.inf).softmax(-1)  # beta
+        context = torch.einsum("bhwl,blg->bghw", attention, projected)
+        return context, rearrange(attention, "b h w l -> b l h w")
 
 
-# --- section 3.1: the generator -------------------------------------------------
+# --- section 3.1: the generator -------------------------------------------------------------------
 
 
 class FirstStage(nn.Module):
@@ -199,242 +190,261 @@ class FirstStage(nn.Module):
 
     def __init__(self, config: AttnGANConfig, side: int) -> None:
         super().__init__()
-        times = doublings(4, side)
-        channels = config.generator * 2**times
+        times = num_doublings(4, side)
+        channels = config.gen_channels * 2**times
         self.fc = nn.Sequential(
-            nn.Linear(config.condition + config.noise, 2 * channels * 16, bias=False),
+            nn.Linear(config.cond_dim + config.z_dim, 2 * channels * 16, bias=False),
             nn.BatchNorm1d(2 * channels * 16),
-            nn.GLU(dim=1),
+            nn.GLU(1),
         )
-        self.upsample = nn.Sequential(*starmap(glu_up, pairwise(halvings(channels, times))))
+        widths = pairwise(halved_channels(channels, times))
+        self.upsample = nn.Sequential(*(upsample_block(a, 2 * b, nn.GLU(1)) for a, b in widths))
 
-    def forward(self, noise: Tensor, code: Tensor) -> Tensor:
-        """noise (B, Z), code (B, C) -> (B, G, s, s)."""
-        x = self.fc(torch.cat([code, noise], dim=1)).unflatten(1, (-1, 4, 4))
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """z (B, Z), c (B, C) -> (B, G, s, s)."""
+        x = self.fc(torch.cat([c, z], dim=1)).unflatten(1, (-1, 4, 4))
         return self.upsample(x)
 
 
 class NextStage(nn.Module):
-    """F_i: a hidden state, and what its places read, to one of twice the side."""
+    """F_i: a hidden state and the words that its places attend to, to one of twice the side.
 
-    def __init__(self, config: AttnGANConfig, width: int) -> None:
+    Args:
+        word_dim: Width of the words.
+        sentence_dim: Width of the sentence, for stages that attend to it.
+    """
+
+    def __init__(self, config: AttnGANConfig, word_dim: int, sentence_dim: int) -> None:
         super().__init__()
-        channels = config.generator
-        self.attention = WordAttention(width, channels, config.official_mask)
-        self.residual = nn.Sequential(
-            *(GatedResidual(2 * channels) for _ in range(config.residual))
-        )
-        self.upsample = glu_up(2 * channels, channels)
+        channels = config.gen_channels
+        self.attention = WordAttention(word_dim, channels, config.official_mask)
+        res_blocks = (GatedResidualBlock(2 * channels) for _ in range(config.num_res_blocks))
+        self.residual = nn.Sequential(*res_blocks)
+        self.upsample = upsample_block(2 * channels, 2 * channels, nn.GLU(1))
 
-    def forward(self, hidden: Tensor, text: TextFeatures, code: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, G, s, s), code (B, C), which is not used here -> (B, G, 2s, 2s), attention (B,
-        L, s, s).
-        """
-        read, weights = self.attention(hidden, text.words, text.mask)
-        return self.upsample(self.residual(torch.cat([hidden, read], dim=1))), weights
-
-
-def picture(channels: int) -> nn.Sequential:
-    """G_i: a hidden state to a picture."""
-    return nn.Sequential(conv3x3(channels, 3), nn.Tanh())
+    def forward(self, hidden: Tensor, text: TextFeatures, c: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, G, s, s), c (B, C), unused here -> (B, G, 2s, 2s), attention (B, L, s, s)."""
+        context, attention = self.attention(hidden, text.words, text.mask)
+        return self.upsample(self.residual(torch.cat([hidden, context], dim=1))), attention
 
 
 @dataclass
-class Drawn:
-    """What the generator gives.
+class GeneratorOutput:
+    """Pictures of all scales, attention, and the Gaussians of the conditions.
 
     Attributes:
         images: (B, 3, S, S) in [-1, 1] for each scale, the smallest first.
         attention: (B, L, s, s) for each scale but the first, at the side of the one before.
-        mu, log_variance: (B, C) of the Gaussians that the conditions came from.
+        mu, logvar: (B, C) mean and log sigma^2.
     """
 
     images: list[Tensor]
     attention: list[Tensor]
     mu: Tensor
-    log_variance: Tensor
+    logvar: Tensor
 
 
 class Generator(nn.Module):
-    """All scales.
+    """Equation 1: all scales.
 
     Args:
-        width: D of the text.
-        size: S of the largest picture.
-        next_stage: what every scale but the first is made of.
+        word_dim, sentence_dim: Widths of words and sentence.
+        size: Side S of the largest picture.
+        next_stage: Class of every scale but the first.
     """
 
     def __init__(
         self,
         config: AttnGANConfig,
-        width: int,
+        word_dim: int,
+        sentence_dim: int,
         size: int,
         next_stage: type[NextStage] = NextStage,
     ) -> None:
         super().__init__()
         sides = config.sides(size)
-        self.ca_net = ConditioningAugmentation(width, config.condition)
-        self.first = FirstStage(config, sides[0])
-        self.next = nn.ModuleList(next_stage(config, width) for _ in sides[1:])
-        self.pictures = nn.ModuleList(picture(config.generator) for _ in sides)
+        self.ca_net = ConditioningAugmentation(sentence_dim, config.cond_dim)
+        self.first_stage = FirstStage(config, sides[0])
+        stages = (next_stage(config, word_dim, sentence_dim) for _ in sides[1:])
+        self.next_stages = nn.ModuleList(stages)
+        heads = (nn.Sequential(conv3x3(config.gen_channels, 3), nn.Tanh()) for _ in sides)
+        self.image_heads = nn.ModuleList(heads)  # G_i
 
-    def forward(self, text: TextFeatures, noise: Tensor, eps: Tensor) -> Drawn:
-        """B captions, noise (B, Z), eps (B, C) -> pictures of every scale."""
-        code, mu, log_variance = self.ca_net(text.sentence, eps)
-        hidden = self.first(noise, code)
-        images, attention = [self.pictures[0](hidden)], []
-        for stage, head in zip(self.next, self.pictures[1:], strict=True):
-            hidden, weights = stage(hidden, text, code)
+    def forward(self, text: TextFeatures, z: Tensor, eps: Tensor) -> GeneratorOutput:
+        """B captions, z (B, Z), eps (B, C) -> pictures of every scale."""
+        c, mu, logvar = self.ca_net(text.sentence, eps)
+        hidden = self.first_stage(z, c)
+        images, attention = [self.image_heads[0](hidden)], []
+        for stage, head in zip(self.next_stages, self.image_heads[1:], strict=True):
+            hidden, weights = stage(hidden, text, c)
             images.append(head(hidden))
             attention.append(weights)
-        return Drawn(images, attention, mu, log_variance)
+        return GeneratorOutput(images, attention, mu, logvar)
 
 
-# --- the training step ------------------------------------------------------------
+# --- the training step ----------------------------------------------------------------------------
 
 
 class AttnGAN(System):
-    """The system on a trained DAMSM, which is left as it is.
+    """Generator and one discriminator a scale, on a trained DAMSM, which stays as it is.
 
     Args:
-        size: S of the largest picture.
+        size: Side S of the largest picture.
     """
 
     def __init__(self, config: AttnGANConfig, damsm: DAMSM, size: int) -> None:
         super().__init__()
-        self.config, self.sides = config, config.sides(size)
-        self.text, self.matcher = damsm.text.requires_grad_(False), damsm.image
-        self.matcher.requires_grad_(False)
-        self.matching = damsm.config
-        width = self.text.width
-        self.generator: Generator = Generator(config, width, size)
+        self.config, self.size, self.sides = config, size, config.sides(size)
+        self.text = damsm.text.requires_grad_(False)
+        self.image_encoder = damsm.image_encoder.requires_grad_(False)
+        self.damsm_config = damsm.config
+        dims = self.text.word_dim, self.text.sentence_dim
+        self.generator: Generator = Generator(config, *dims, size)
         self.discriminators = nn.ModuleList(
-            Discriminator(config.discriminator, width, side, alone=True, norm=config.norm)
+            ConditionalDiscriminator(config.disc_channels, dims[1], side, True, config.norm)
             for side in self.sides
         )
-        for part in (self.generator, self.discriminators):
-            part.apply(orthogonal_weights)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.steps: Tensor
+        for network in (self.generator, self.discriminators):
+            network.apply(orthogonal_weights)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.step: Tensor
 
     def train(self, mode: bool = True) -> AttnGAN:
         """The DAMSM's image encoder stays in evaluation mode."""
         super().train(mode)
-        self.matcher.eval()
+        self.image_encoder.eval()
         return self
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        named: dict[str, list[nn.Module]] = {
-            f"discriminator{side}": [look] for side, look in self.looks()
-        }
-        return {**named, "generator": [self.generator]}
+        pairs = zip(self.sides, self.discriminators, strict=True)
+        groups: dict[str, list[nn.Module]] = {f"discriminator{side}": [d] for side, d in pairs}
+        return {**groups, "generator": [self.generator]}
 
-    def looks(self) -> list[tuple[int, Discriminator]]:
-        """The side of each scale and its discriminator."""
-        return list(zip(self.sides, cast(list[Discriminator], self.discriminators), strict=True))
+    def discs(self) -> list[ConditionalDiscriminator]:
+        """The discriminator of each scale, the smallest first."""
+        return cast(list[ConditionalDiscriminator], list(self.discriminators))
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-        """A turn for each discriminator, then the generator's; the pictures are drawn once."""
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+        """A turn for each discriminator, then the generator's, with the same pictures."""
         if len(batch) < 2:
-            raise UserError("attngan needs a wrong caption in the batch: --set train.batch=2.")
-        text = text.detach()
-        noise, eps = draws.randn(self.config.noise), draws.randn(self.config.condition)
-        drawn: Drawn = self.generator(text, noise, eps)
-        mismatched = different(batch.caption, batch.image.device)[1:]  # (B - 1,)
-        r1 = penalty_weight(self.config.r1, self.config.r1_every, self.steps)
-        self.steps += 1
-        for (side, look), fake in zip(self.looks(), drawn.images, strict=True):
-            real = smaller(batch.image, side)
-            terms, logits = discriminator_turn(
-                look, real, fake, text.sentence, mismatched, self.config.loss, r1=r1
-            )
-            yield f"discriminator{side}", terms
-        if self.watched:
-            self.facts = gan_health(logits, mismatched, fake, real)  # of the largest pictures
-        yield "generator", self.drawing_terms(drawn, batch, text)
+            raise UserError("attngan needs a mismatched caption: --set train.batch_size=2.")
+        config, loss = self.config, ADVERSARIAL_LOSSES[self.config.loss]
+        penalise = r1_is_due(config.r1_weight, config.r1_every, self.step)
+        self.step += 1
 
-    def drawing_terms(self, drawn: Drawn, batch: Batch, text: TextFeatures) -> dict[str, Tensor]:
-        """Equation 3: what each discriminator says, the DAMSM's term, and the Gaussians' KL."""
-        config = self.config
+        text = text.detach()
+        z, eps = noise.randn(config.z_dim), noise.randn(config.cond_dim)
+        output: GeneratorOutput = self.generator(text, z, eps)
+        mismatched = is_mismatched(batch.caption, batch.image.device)[1:]  # (B - 1,)
+        for side, disc, fake in zip(self.sides, self.discs(), output.images, strict=True):
+            real = downsample(batch.image, side).detach().requires_grad_(penalise)
+            real_features, fake_features = disc.features(real), disc.features(fake.detach())
+            real_logits = disc.cond_logits(real_features, text.sentence)
+            wrong_logits = disc.cond_logits(real_features[:-1], text.sentence[1:])
+            fake_logits = disc.cond_logits(fake_features, text.sentence)
+            real_uncond, fake_uncond = map(disc.uncond_logits, (real_features, fake_features))
+            terms = {  # equation 5
+                "real": 1 / 2 * loss.real(real_logits).mean(),
+                "real_uncond": 1 / 2 * loss.real(real_uncond).mean(),
+                "wrong": 1 / 3 * masked_mean(loss.fake(wrong_logits), mismatched),
+                "fake": 1 / 3 * loss.fake(fake_logits).mean(),
+                "fake_uncond": 1 / 3 * loss.fake(fake_uncond).mean(),
+            }
+            if penalise:
+                terms["r1"] = config.r1_every * config.r1_weight / 2 * r1_penalty(real_logits, real)
+            yield Turn(f"discriminator{side}", terms)
+        logits = real_logits, wrong_logits, fake_logits  # of the largest pictures
+        yield Turn(
+            "generator",
+            self.generator_terms(output, batch, text),
+            metrics=lambda: gan_metrics(*logits, mismatched, real=real, fake=fake),
+        )
+
+    def generator_terms(
+        self, output: GeneratorOutput, batch: Batch, text: TextFeatures
+    ) -> dict[str, Tensor]:
+        """Equation 3 and the KL term, of the updated discriminators."""
+        config, loss = self.config, ADVERSARIAL_LOSSES[self.config.loss]
         terms: dict[str, Tensor] = {}
-        for (side, look), fake in zip(self.looks(), drawn.images, strict=True):
-            found = generator_terms(look, fake, text.sentence, config.loss)
-            terms |= {f"{name}{side}": value for name, value in found.items()}
-        if config.damsm > 0:
-            regions = self.matcher(drawn.images[-1])
-            found = matching(self.matching, text, regions, batch.alike(self.matching.same))
-            terms |= {f"damsm_{name}": config.damsm * value for name, value in found.items()}
-        if config.kl > 0:
-            terms["kl"] = config.kl * kl_term(drawn.mu, drawn.log_variance)
+        for side, disc, fake in zip(self.sides, self.discs(), output.images, strict=True):
+            features = disc.features(fake)  # equation 4
+            cond_logits = disc.cond_logits(features, text.sentence)
+            terms[f"cond{side}"] = loss.generator(cond_logits).mean()
+            terms[f"uncond{side}"] = loss.generator(disc.uncond_logits(features)).mean()
+        if config.damsm_weight > 0:
+            image = self.image_encoder(output.images[-1])
+            same = batch.same_pairs(self.damsm_config.same)
+            for name, term in damsm_terms(self.damsm_config, text, image, same).items():
+                terms[f"damsm_{name}"] = config.damsm_weight * term
+        if config.kl_weight > 0:
+            mu, logvar = output.mu, output.logvar
+            terms["kl"] = -config.kl_weight / 2 * (1 + logvar - mu**2 - logvar.exp()).mean()
         return terms
 
-    def remark(self, means: dict[str, float]) -> str:
-        return gan_remark(means)
+    def diagnose(self, means: Mapping[str, float]) -> str:
+        return diagnose_gan(means)
 
-    # --- pictures ---------------------------------------------------------------
+    # --- pictures ---------------------------------------------------------------------------------
 
-    def drawn(self, captions: list[str], draws: NoiseStreams, truncation: float = 1.0) -> Drawn:
-        """Pictures of every scale, and what their places looked at."""
-        text = self.text.encode(captions)
-        noise, eps = draws.randn(self.config.noise), draws.randn(self.config.condition)
-        return self.generator(text, truncation * noise, truncation * eps)
+    def generator_output(
+        self, captions: list[str], noise: NoiseStreams, truncation: float = 1.0
+    ) -> GeneratorOutput:
+        """Pictures of every scale, and their attention."""
+        z, eps = noise.randn(self.config.z_dim), noise.randn(self.config.cond_dim)
+        return self.generator(self.text.encode(captions), truncation * z, truncation * eps)
 
-    def generate(
-        self,
-        captions: str | Sequence[str],
-        *,
-        seed: int = 0,
-        return_attention: bool = False,
-        **knobs: Any,
-    ) -> Any:
-        """As of every system; with `return_attention` a pair of the pictures and, for each scale
-        but the first, what its places looked at: (B, L, s, s), which sums to 1 over the L words.
-        What they are, `text.pieces` says.
-        """
-        if not return_attention:
-            return super().generate(captions, seed=seed, **knobs)
-        if "scale" in knobs:
-            raise UserError("Attention is given for all scales: leave out scale=.")
-        knobs = self.typed_knobs(knobs)
-        parts = list(self.in_parts(captions, seed, lambda c, d: self.drawn(c, d, **knobs)))
-        longest = max(part.attention[0].shape[1] for part in parts)
-        attention = []
-        for of_scale in zip(*(part.attention for part in parts), strict=True):
-            padded = [F.pad(w, (0, 0, 0, 0, 0, longest - w.shape[1])).float() for w in of_scale]
-            attention.append(torch.cat(padded))
-        return torch.cat([part.images[-1].float() for part in parts]).clamp(-1, 1), attention
-
-    def picture_vectors(self, images: Tensor) -> Tensor:
-        return self.matcher(images).whole
-
-    def inside(self, caption: str, *, seed: int = 0) -> list[list[Named]]:
-        """The pictures of all scales; then, for each scale but the first, the picture as each word
-        lights it: the brighter a place, the more it looked at the word.
-        """
-        (drawn,) = self.in_parts(caption, seed, self.drawn)
-        words, size = self.text.pieces(caption), drawn.images[-1].shape[-2:]
-        large = [F.interpolate(i, size, mode="nearest")[0].clamp(-1, 1) for i in drawn.images]
-        rows = [[(f"at {side}", image) for side, image in zip(self.sides, large, strict=True)]]
-        for side, image, weights in zip(self.sides[1:], large[1:], drawn.attention, strict=True):
-            most = weights.amax((2, 3), keepdim=True).clamp(min=1e-12)  # (1, L, 1, 1)
-            light = F.interpolate(weights / most, size, mode="nearest")[0]
-            lit = [(image + 1) * part - 1 for part in light]
-            rows.append([(f"{word} ({side})", i) for word, i in zip(words, lit, strict=False)])
-        return rows
-
-    def draw(
-        self, captions: list[str], draws: NoiseStreams, truncation: float = 1.0, scale: int = 0
+    def sample(
+        self, captions: list[str], noise: NoiseStreams, truncation: float = 1.0, scale: int = 0
     ) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
 
         Args:
-            truncation: factor on all noise; below 1 draws more typical pictures that differ less.
-            scale: 1, 2, ... shows that scale's picture instead, enlarged; 0 is the largest.
+            truncation: Factor on all noise; below 1, pictures are more typical and differ less.
+            scale: 1, 2, ... for the picture of that scale, enlarged; 0 for the largest.
         """
-        if not 0 <= scale <= self.config.scales:
-            raise UserError(f"scale={scale} must be from 0 to {self.config.scales}.")
-        images = self.drawn(captions, draws, truncation).images
-        return F.interpolate(images[scale - 1], images[-1].shape[-2:], mode="nearest")
+        if not 0 <= scale <= self.config.num_scales:
+            raise UserError(f"scale={scale} must be from 0 to {self.config.num_scales}.")
+        image = self.generator_output(captions, noise, truncation).images[scale - 1]
+        return F.interpolate(image, (self.size, self.size), mode="nearest")
 
     def variants(self) -> dict[str, dict[str, Any]]:
         return {f"at {side}": {"scale": k} for k, side in enumerate(self.sides, 1)}
+
+    def attention(
+        self, captions: str | Sequence[str], *, seed: int = 0, truncation: float = 1.0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The pictures of `generate`, and for each scale but the first the attention (B, L, s, s)
+        of its places to the words, which sums to 1 over the L words of `text.tokens`.
+        """
+        outputs: list[GeneratorOutput] = []
+        for part, noise, own in self.sample_batches(captions, seed, {"truncation": truncation}):
+            with self.inference():
+                outputs.append(self.generator_output(part, noise, **own))
+        longest = max(output.attention[0].shape[1] for output in outputs)
+        attention = [
+            torch.cat([F.pad(w, (0, 0, 0, 0, 0, longest - w.shape[1])).float() for w in weights])
+            for weights in zip(*(output.attention for output in outputs), strict=True)
+        ]
+        pictures = torch.cat([output.images[-1].float() for output in outputs])
+        return pictures.clamp(-1, 1), attention
+
+    def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
+        """The pictures of all scales; then, for each scale but the first, the picture under the
+        attention of each word: the brighter a place, the more it attends to the word.
+        """
+        with self.inference():
+            noise = NoiseStreams.for_pictures(seed, 1, self.device)
+            output = self.generator_output([caption], noise)
+        size, words = (self.size, self.size), self.text.tokens(caption)
+        large = [F.interpolate(i, size, mode="nearest")[0].clamp(-1, 1) for i in output.images]
+        rows = [[LabelledImage(f"at {s}", i) for s, i in zip(self.sides, large, strict=True)]]
+        for side, image, weights in zip(self.sides[1:], large[1:], output.attention, strict=True):
+            most = weights.amax((2, 3), keepdim=True).clamp(min=1e-12)  # (1, L, 1, 1)
+            light = F.interpolate(weights / most, size, mode="nearest")[0]  # (L, S, S)
+            pairs = zip(words, (image + 1) * light[:, None] - 1, strict=False)
+            rows.append([LabelledImage(f"{word} ({side})", i) for word, i in pairs])
+        return rows
+
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) -> global vectors (B, D), compared with sentences by cosine."""
+        return self.image_encoder(images).global_vector

@@ -1,88 +1,84 @@
-"""`gan_int_cls`: the first GAN that drew from captions (Reed et al. 2016, arXiv:1605.05396).
+"""`gan_int_cls`: the first GAN that drew pictures from captions (Reed et al. 2016,
+arXiv:1605.05396).
 
-The problem: a discriminator that only asks "is this picture real?" teaches a generator to draw
-well, not to draw what the caption says. What is new: a third kind of pair. Beside (real picture,
-its caption) and (fake picture, its caption) the discriminator sees (real picture, another caption)
-and must reject it, so that it learns to read. And the text of two captions, mixed, is a caption
-nobody wrote, on which the generator can be trained as well.
+The problem: a discriminator that only separates real from generated pictures teaches a generator to
+draw well, but not to draw what the caption says. What is new: a third kind of pair. Beside (real
+picture, its caption) and (generated picture, its caption), the discriminator takes (real picture,
+another caption) and must reject it, so that it learns to compare picture and caption (GAN-CLS). And
+a mixture of two captions is a caption without a picture, on which the generator can be trained as
+well (GAN-INT).
 
-    figure 2             `Generator`, `Discriminator`: a DCGAN (Radford et al. 2016) that is told
-                         the sentence
-    algorithm 1, line 8  s_r = D(x, h)          real picture, right caption
-    line 9               s_w = D(x, h_wrong)    real picture, wrong caption
-    line 10, 11          s_f = D(G(z, h), h)    fake picture, right caption
-    line 12              L_D = log s_r + (log(1 - s_w) + log(1 - s_f)) / 2: `discriminator_terms`
-    line 14              L_G = log s_f: `generator_terms`
-    equation 5           text interpolation: L_G also at beta h1 + (1 - beta) h2, beta = 1/2
+    figure 2       `Generator`, `Discriminator`: a DCGAN (Radford et al. 2016) with the sentence as
+                   condition
+    algorithm 1    `GanIntCls.losses`, line by line
+    equation 5     text interpolation, in the generator's turn of `GanIntCls.losses`
 
-Losses are on logits: -log sigmoid(s) = softplus(-s), and every term is a mean over its pairs.
+With picture x, sentence h, another sentence h^, and x^ = G(z, h), the losses to be minimised are
 
-The sentence comes from an encoder that was trained beforehand (`joint_embedding.py`) and is left as
+    L_D = -log D(x, h) - (log(1 - D(x, h^)) + log(1 - D(x^, h))) / 2         (algorithm 1, line 10)
+    L_G = -log D(x^, h)                                                      (algorithm 1, line 12)
+
+The sentence comes from an encoder that was trained beforehand (`joint_embedding.py`) and stays as
 it is.
 
-Departures: a wrong caption that says the same as the right one, which happens where captions are
-short, does not count; and `r1`, off in the paper, is the gradient penalty on real pictures of
+Departures: a mismatched caption with the same words, which happens where captions are short, does
+not count; `r1_weight`, 0 in the paper, is the weight of the gradient penalty on real pictures of
 Mescheder et al. (2018), taken every `r1_every` steps.
 
-Axes: B pictures, D width of the sentence, Z noise, C channels.
+Axes: B pictures, D width of the sentence, T of its projection, Z of the noise, C channels, S side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import at_least
+from lineage.config import NonNegativeFloat, PositiveInt, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.gan import (
     dcgan_weights,
-    different,
-    gan_health,
-    gan_remark,
-    gradient_penalty,
-    penalty_weight,
+    diagnose_gan,
+    gan_metrics,
+    is_mismatched,
+    masked_mean,
+    r1_is_due,
+    r1_penalty,
 )
 from lineage.nn.noise import NoiseStreams
 from lineage.system import System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
-@dataclass(frozen=True)
+@configuration
 class GANConfig:
-    """Sizes of the pair and weights of its losses.
+    """Sizes of both networks and weights of the losses.
 
     Attributes:
-        noise: Z.
-        text: width that the sentence is projected to.
-        generator, discriminator: channels next to the picture; they double as the side halves, to 8
-            times.
-        interpolation: weight of the generator's loss on mixed captions; 0 leaves them out.
-        r1: weight of the gradient penalty; 0 leaves it out.
-        r1_every: steps between penalties, each weighted by as many.
+        z_dim: Width Z of the noise.
+        text_dim: Width T to which both networks project the sentence.
+        gen_channels: Number of generator channels next to the picture; they double as the side
+            halves, to 8 times as many.
+        disc_channels: Number of discriminator channels next to the picture; they double likewise.
+        interpolation_weight: Weight of the generator's loss on mixed captions; 0 leaves it out.
+        r1_weight: Weight of the gradient penalty; 0 leaves it out.
+        r1_every: Number of steps between penalties, each weighted by as many.
     """
 
-    noise: int = 100
-    text: int = 128
-    generator: int = 64
-    discriminator: int = 64
-    interpolation: float = 1.0
-    r1: float = 0.0
-    r1_every: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("noise", "text", "generator", "discriminator", "r1_every"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        for name in ("interpolation", "r1"):
-            at_least(f"model.{name}", getattr(self, name), 0)
+    z_dim: PositiveInt = 100
+    text_dim: PositiveInt = 128
+    gen_channels: PositiveInt = 64
+    disc_channels: PositiveInt = 64
+    interpolation_weight: NonNegativeFloat = 1.0
+    r1_weight: NonNegativeFloat = 0.0
+    r1_every: PositiveInt = 16
 
 
-def widths(channels: int, size: int) -> list[int]:
-    """Channels at sides `size` / 2 down to 4: doubling, at most 8 times `channels`."""
+def dcgan_channels(channels: int, size: int) -> list[int]:
+    """Numbers of channels at sides `size` / 2 down to 4: doubling, at most 8 times `channels`."""
     levels = (size // 4).bit_length() - 1
     if size != 4 * 2**levels or levels < 1:
         raise UserError(
@@ -92,166 +88,152 @@ def widths(channels: int, size: int) -> list[int]:
 
 
 class TextProjection(nn.Sequential):
-    """Sentence to a smaller vector: linear, leaky ReLU (section 4.1)."""
+    """Section 4.1: sentence (B, D) to a smaller vector (B, T)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(nn.Linear(inputs, outputs), nn.LeakyReLU(0.2))
+    def __init__(self, sentence_dim: int, text_dim: int) -> None:
+        super().__init__(nn.Linear(sentence_dim, text_dim), nn.LeakyReLU(0.2))
 
 
 class Generator(nn.Module):
-    """Noise and sentence to a picture, by transposed convolutions from 4 x 4 up."""
+    """G: noise and sentence to a picture, by transposed convolutions from 4 x 4 up."""
 
-    def __init__(self, config: GANConfig, sentence: int, size: int) -> None:
+    def __init__(self, config: GANConfig, sentence_dim: int, size: int) -> None:
         super().__init__()
-        *rest, deepest = widths(config.generator, size)
-        self.text = TextProjection(sentence, config.text)
-        self.start = nn.Sequential(
-            nn.ConvTranspose2d(config.noise + config.text, deepest, 4, bias=False),
-            nn.BatchNorm2d(deepest),
+        *rest, width = dcgan_channels(config.gen_channels, size)
+        self.text_projection = TextProjection(sentence_dim, config.text_dim)
+        self.conv_in = nn.Sequential(
+            nn.ConvTranspose2d(config.z_dim + config.text_dim, width, 4, bias=False),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
         )
         layers: list[nn.Module] = []
         for channels in reversed(rest):
             layers += [
-                nn.ConvTranspose2d(deepest, channels, 4, stride=2, padding=1, bias=False),
+                nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(channels),
                 nn.ReLU(),
             ]
-            deepest = channels
-        self.grow = nn.Sequential(*layers)
-        self.paint = nn.Sequential(
-            nn.ConvTranspose2d(deepest, 3, 4, stride=2, padding=1), nn.Tanh()
+            width = channels
+        self.upsample = nn.Sequential(*layers)
+        self.conv_out = nn.Sequential(
+            nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1), nn.Tanh()
         )
 
-    def forward(self, noise: Tensor, sentence: Tensor) -> Tensor:
-        """noise (B, Z), sentence (B, D) -> (B, 3, S, S) in [-1, 1]."""
-        seed = torch.cat([noise, self.text(sentence)], dim=1)[:, :, None, None]  # (B, Z + T, 1, 1)
-        return self.paint(self.grow(self.start(seed)))
+    def forward(self, z: Tensor, h: Tensor) -> Tensor:
+        """z (B, Z), sentence h (B, D) -> (B, 3, S, S) in [-1, 1]."""
+        x = torch.cat([z, self.text_projection(h)], dim=1)[:, :, None, None]  # (B, Z + T, 1, 1)
+        return self.conv_out(self.upsample(self.conv_in(x)))
 
 
 class Discriminator(nn.Module):
-    """Picture and sentence to a logit: real and fitting is high. The sentence joins at 4 x 4."""
+    """D: picture and sentence to a logit; a real picture with its own caption is high. The sentence
+    joins at 4 x 4.
+    """
 
-    def __init__(self, config: GANConfig, sentence: int, size: int) -> None:
+    def __init__(self, config: GANConfig, sentence_dim: int, size: int) -> None:
         super().__init__()
-        first, *rest = widths(config.discriminator, size)
-        layers: list[nn.Module] = [nn.Conv2d(3, first, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width, *rest = dcgan_channels(config.disc_channels, size)
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for channels in rest:
             layers += [
-                nn.Conv2d(first, channels, 4, stride=2, padding=1, bias=False),
+                nn.Conv2d(width, channels, 4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(channels),
                 nn.LeakyReLU(0.2),
             ]
-            first = channels
-        self.look = nn.Sequential(*layers)
-        self.text = TextProjection(sentence, config.text)
-        self.judge = nn.Sequential(
-            nn.Conv2d(first + config.text, first, 1, bias=False),
-            nn.BatchNorm2d(first),
+            width = channels
+        self.encode_img = nn.Sequential(*layers)
+        self.text_projection = TextProjection(sentence_dim, config.text_dim)
+        self.cond_head = nn.Sequential(
+            nn.Conv2d(width + config.text_dim, width, 1, bias=False),
+            nn.BatchNorm2d(width),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(first, 1, 4),
+            nn.Conv2d(width, 1, 4),
         )
 
-    def features(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, C, 4, 4), without a look at the caption."""
-        return self.look(image)
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, C, 4, 4)."""
+        return self.encode_img(x)
 
-    def score(self, features: Tensor, sentence: Tensor) -> Tensor:
-        """(B, C, 4, 4), (B, D) -> logits (B,)."""
-        text = self.text(sentence)[:, :, None, None].expand(-1, -1, 4, 4)
-        return self.judge(torch.cat([features, text], dim=1)).flatten()
+    def cond_logits(self, features: Tensor, h: Tensor) -> Tensor:
+        """(B, C, 4, 4), sentence h (B, D) -> logits (B,)."""
+        text = self.text_projection(h)[:, :, None, None].expand(-1, -1, 4, 4)
+        return self.cond_head(torch.cat([features, text], dim=1)).flatten()
 
-    def forward(self, image: Tensor, sentence: Tensor) -> Tensor:
-        """(B, 3, S, S), (B, D) -> logits (B,)."""
-        return self.score(self.features(image), sentence)
-
-
-def discriminator_terms(
-    real: Tensor, wrong: Tensor, fake: Tensor, mismatched: Tensor
-) -> dict[str, Tensor]:
-    """Line 12, from the logits (B,) of the three kinds of pair.
-
-    `mismatched` (B,) is 0 where the wrong caption is right.
-    """
-    rejected = F.softplus(wrong) * mismatched
-    return {
-        "real": F.softplus(-real).mean(),
-        "wrong": 0.5 * rejected.sum() / mismatched.sum().clamp(min=1.0),
-        "fake": 0.5 * F.softplus(fake).mean(),
-    }
-
-
-def generator_terms(fake: Tensor) -> Tensor:
-    """Line 14, in the form that does not saturate: logits (B,) -> -log sigmoid, a mean."""
-    return F.softplus(-fake).mean()
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """(B, 3, S, S), sentence h (B, D) -> logits (B,)."""
+        return self.cond_logits(self.features(x), h)
 
 
 class GanIntCls(System):
-    """Generator and discriminator, both told the sentence.
+    """Generator and discriminator, both conditioned on the sentence.
 
     Args:
-        config: sizes and weights.
-        text: trained encoder of the captions; left as it is.
-        size: S, side of the pictures in pixels, a power of 2 from 8 up.
+        config: Sizes and weights.
+        text: Trained text encoder, which stays as it is.
+        size: Side S of the pictures, a power of 2 from 8 up.
     """
 
     def __init__(self, config: GANConfig, text: TextEncoder, size: int) -> None:
         super().__init__()
         self.config, self.text, self.size = config, text.requires_grad_(False), size
-        self.generator = Generator(config, text.width, size)
-        self.discriminator = Discriminator(config, text.width, size)
-        for part in (self.generator, self.discriminator):
-            part.apply(dcgan_weights)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.steps: Tensor
+        self.generator = Generator(config, text.sentence_dim, size)
+        self.discriminator = Discriminator(config, text.sentence_dim, size)
+        for network in (self.generator, self.discriminator):
+            network.apply(dcgan_weights)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.step: Tensor
 
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"discriminator": [self.discriminator], "generator": [self.generator]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-        """Algorithm 1.
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+        """Algorithm 1 and equation 5.
 
-        The fake picture is computed once; the generator's turn sees the updated discriminator.
+        The symbols are the paper's, but s_r, s_w and s_f are logits: log D = -softplus(-s) and
+        log(1 - D) = -softplus(s).
         """
-        real, right = batch.image, text.sentence.detach()
-        wrong = right.roll(1, 0)  # (B, D) the caption of the row before
-        mismatched = different(batch.caption, real.device)  # (B,)
-        noise = draws.randn(self.config.noise)  # (B, Z)
-        fake = self.generator(noise, right)
+        config, disc = self.config, self.discriminator
+        penalise = r1_is_due(config.r1_weight, config.r1_every, self.step)
+        self.step += 1
 
-        r1 = penalty_weight(self.config.r1, self.config.r1_every, self.steps)
-        self.steps += 1
-        if r1 > 0:
-            real = real.detach().requires_grad_()
-        seen = self.discriminator.features(real)
-        real_logits = self.discriminator.score(seen, right)
-        wrong_logits = self.discriminator.score(seen, wrong)
-        fake_logits = self.discriminator(fake.detach(), right)
-        terms = discriminator_terms(real_logits, wrong_logits, fake_logits, mismatched)
-        if r1 > 0:
-            terms["r1"] = r1 * gradient_penalty(real_logits, real)
-        if self.watched:
-            logits = {"real": real_logits, "wrong": wrong_logits, "fake": fake_logits}
-            self.facts = gan_health(logits, mismatched, drawn=fake, shown=real)
-        yield "discriminator", terms
+        x = batch.image.detach().requires_grad_(penalise)
+        h = text.sentence.detach()  # line 3
+        h_wrong = h.roll(1, 0)  # line 4: the caption of the row before
+        mismatched = is_mismatched(batch.caption, x.device)  # (B,)
+        z = noise.randn(config.z_dim)  # line 5
+        x_fake = self.generator(z, h)  # line 6
+        x_features = disc.features(x)
+        s_r = disc.cond_logits(x_features, h)  # line 7: real picture, right text
+        s_w = disc.cond_logits(x_features, h_wrong)  # line 8: real picture, wrong text
+        s_f = disc(x_fake.detach(), h)  # line 9: generated picture, right text
+        terms = {  # line 10
+            "real": F.softplus(-s_r).mean(),
+            "wrong": 1 / 2 * masked_mean(F.softplus(s_w), mismatched),
+            "fake": 1 / 2 * F.softplus(s_f).mean(),
+        }
+        if penalise:
+            terms["r1"] = config.r1_every * config.r1_weight / 2 * r1_penalty(s_r, x)
+        yield Turn(  # line 11
+            "discriminator",
+            terms,
+            metrics=lambda: gan_metrics(s_r, s_w, s_f, mismatched, real=x, fake=x_fake),
+        )
 
-        terms = {"right": generator_terms(self.discriminator(fake, right))}
-        if self.config.interpolation > 0:
-            mixed = 0.5 * right + 0.5 * wrong  # equation 5, beta = 1/2
-            between = self.generator(noise, mixed)
-            terms["between"] = self.config.interpolation * generator_terms(
-                self.discriminator(between, mixed)
-            )
-        yield "generator", terms
+        terms = {"cond": F.softplus(-disc(x_fake, h)).mean()}  # line 12, of the updated D
+        if config.interpolation_weight > 0:
+            h_mixed = 1 / 2 * h + 1 / 2 * h_wrong  # equation 5, beta = 1 / 2
+            s_mixed = disc(self.generator(z, h_mixed), h_mixed)
+            terms["interpolated"] = config.interpolation_weight * F.softplus(-s_mixed).mean()
+        yield Turn("generator", terms)  # line 13
 
-    def remark(self, means: dict[str, float]) -> str:
-        return gan_remark(means)
+    def diagnose(self, means: Mapping[str, float]) -> str:
+        return diagnose_gan(means)
 
-    def draw(self, captions: list[str], draws: NoiseStreams, truncation: float = 1.0) -> Tensor:
+    def sample(self, captions: list[str], noise: NoiseStreams, truncation: float = 1.0) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
 
         Args:
-            truncation: factor on the noise; below 1 draws more typical pictures that differ less.
+            truncation: Factor on the noise; below 1, pictures are more typical and differ less.
         """
-        noise = draws.randn(self.config.noise) * truncation
-        return self.generator(noise, self.text.encode(captions).sentence)
+        z = noise.randn(self.config.z_dim) * truncation
+        return self.generator(z, self.text.encode(captions).sentence)

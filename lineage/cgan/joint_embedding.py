@@ -1,24 +1,26 @@
-"""Text that matches pictures: the structured joint embedding (Reed et al. 2016, arXiv:1605.05395).
+"""The structured joint embedding of text and pictures (Reed et al. 2016, arXiv:1605.05395).
 
-How the text encoder of GAN-INT-CLS and StackGAN is trained, before any picture is drawn. A picture
-and its caption shall be more compatible than the picture and another caption, and than the caption
-and another picture, by a margin of one.
+It trains the text encoder of GAN-INT-CLS and StackGAN before any picture is drawn. A picture and
+its caption shall be more compatible than the picture and another caption, and than the caption and
+another picture, by a margin of one. With picture v_i and caption t_i of pair i:
 
-    equation 1         F(v, t) = <theta(v), phi(t)>: `JointEmbedding.losses`
-    equations 3 to 5   `embedding_terms`: the margin losses over captions and over pictures
+    F(v, t) = <theta(v), phi(t)>                                              (equation 1)
+    max(0, 1 + F(v_i, t_j) - F(v_i, t_i)), a mean over j that are rivals      (equation 4)
+    max(0, 1 + F(v_i, t_j) - F(v_j, t_j)), a mean over i that are rivals      (equation 5)
 
-Departures: theta, which was a published network's features, is a small convolutional network that
-is trained along; compatibility is of single captions, not of a class's mean; pairs of one class
-(unless `same` is caption), or of the same words, are nobody's rivals.
+`embedding_terms` computes these, `JointEmbedding.losses` is the training step.
 
-Axes: B pictures, D width.
+Departures: theta, the features of a published network in the paper, is a small convolutional
+network that is trained with the text encoder; compatibility is of single captions, not of the mean
+of a class; pairs of one class (unless `same` is caption), or with the same words, are no rivals.
+
+Axes: B pictures, D width of the sentence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,31 +30,32 @@ from lineage.system import Trainable, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 
-def embedding_terms(pictures: Tensor, captions: Tensor, rivals: Tensor) -> dict[str, Tensor]:
-    """Margin losses, each a mean over pairs of rivals.
+def embedding_terms(images: Tensor, captions: Tensor, rivals: Tensor) -> dict[str, Tensor]:
+    """Equations 4 and 5, each a mean over pairs of rivals.
 
     Args:
-        pictures, captions: (B, D), row i of the one belongs to row i of the other.
+        images, captions: (B, D) embeddings; row i of one belongs to row i of the other.
         rivals: (B, B) True where picture i and caption j do not belong together.
     """
-    fit = pictures @ captions.T  # (B, B)
-    own = fit.diagonal()
-    pairs = rivals.sum().clamp(min=1)
+    scores = images @ captions.T  # (B, B), equation 1
+    own = scores.diagonal()
+    num_rivals = rivals.sum().clamp(min=1)
     return {
-        "captions": (F.relu(1 + fit - own[:, None]) * rivals).sum() / pairs,
-        "pictures": (F.relu(1 + fit - own[None, :]) * rivals).sum() / pairs,
+        "captions": (F.relu(1 + scores - own[:, None]) * rivals).sum() / num_rivals,
+        "images": (F.relu(1 + scores - own[None, :]) * rivals).sum() / num_rivals,
     }
 
 
 class JointEmbedding(Trainable):
-    """A text encoder and, to teach it, a picture encoder.
+    """A text encoder and an image encoder that is trained with it.
 
     Args:
-        text: what is trained.
-        size: side of the pictures.
-        same: pairs that are no rivals beside those of one caption: of the same `class`, or none
+        text: Text encoder that is trained.
+        size: Side of the pictures.
+        same: Pairs that are no rivals beside those of one caption: of the same `class`, or none
             (`caption`), which is right where a class says less than a caption.
-        channels: of the picture encoder next to the picture; they double as the side halves.
+        channels: Number of channels of the image encoder next to the picture; they double as the
+            side halves.
     """
 
     def __init__(
@@ -61,24 +64,27 @@ class JointEmbedding(Trainable):
         super().__init__()
         self.text, self.same = text, same
         layers: list[nn.Module] = []
-        inputs = 3
+        in_channels = 3
         while size > 4:
             layers += [
-                nn.Conv2d(inputs, channels, 4, stride=2, padding=1, bias=False),
+                nn.Conv2d(in_channels, channels, 4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(channels),
                 nn.LeakyReLU(0.2),
             ]
-            inputs, channels, size = channels, min(2 * channels, 256), size // 2
-        self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * size**2, text.width))
+            in_channels, channels, size = channels, min(2 * channels, 256), size // 2
+        to_sentence = nn.Linear(in_channels * size**2, text.sentence_dim)
+        self.image_encoder = nn.Sequential(*layers, nn.Flatten(), to_sentence)
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        return {"embedding": [self.text, self.image]}
+        return {"embedding": [self.text, self.image_encoder]}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-        """One turn. `facts` has the share of pictures whose nearest caption belongs to them."""
-        pictures, captions = self.image(batch.image), text.sentence
-        same = batch.alike(self.same)
-        with torch.no_grad():
-            nearest = (pictures @ captions.T).argmax(1)
-            self.facts = {"matched": same.gather(1, nearest[:, None]).float().mean()}
-        yield "embedding", embedding_terms(pictures, captions, ~same)
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+        """One turn. Its metric is the share of pictures whose nearest caption belongs to them."""
+        images, captions = self.image_encoder(batch.image), text.sentence
+        same = batch.same_pairs(self.same)
+
+        def metrics() -> dict[str, Tensor]:
+            nearest = (images @ captions.T).argmax(1)
+            return {"matched": same.gather(1, nearest[:, None]).float().mean()}
+
+        yield Turn("embedding", embedding_terms(images, captions, ~same), metrics)

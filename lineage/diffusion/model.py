@@ -22,11 +22,10 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import field
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from lineage.config import Float, Floats, Fraction, NonNegativeFloat, PositiveInt, configuration
@@ -47,7 +46,6 @@ MAX_BATCH_VALUES = 2**22
 EVENLY_SPACED = ("ddpm", "ddim", "flow_euler")
 """Samplers whose steps are even in t unless `spacing` is set; those of the others are Karras'."""
 
-Finite = Annotated[Float, Field(allow_inf_nan=False)]
 SpacingOption = Literal["auto", Spacing]
 
 
@@ -65,7 +63,7 @@ class DiffusionConfig:
     process: ProcessConfig = field(default_factory=ProcessConfig)
     cond_drop_prob: Fraction = 0.1
     sampling_steps: PositiveInt = 50
-    guidance: Finite = 2.0
+    guidance: Float = 2.0
     sampler: str = "ddim"
     spacing: SpacingOption = "auto"
     threshold: Threshold = "clip"
@@ -190,12 +188,12 @@ class DiffusionModel(System):
         captions: list[str],
         noise: NoiseStreams,
         sampling_steps: PositiveInt | None = None,
-        guidance: Finite | None = None,
+        guidance: Float | None = None,
         sampler: str | None = None,
         negative: str = "",
         spacing: SpacingOption | None = None,
         eta: NonNegativeFloat | None = None,
-        rescale: Finite = 0.0,
+        rescale: Float = 0.0,
         interval: Floats = (),
         threshold: Literal["", Threshold] = "",
         image: Tensor | None = None,
@@ -232,8 +230,9 @@ class DiffusionModel(System):
             negative,
         )
         if image is None:
-            if mask is not None or strength is not None:
-                raise UserError("mask and strength need an image to start from.")
+            for name, value in (("mask", mask), ("strength", strength)):
+                if value is not None:
+                    raise UserError(f"{name} has no effect without an image to start from.")
             x = noise.randn(*self.space.shape)
             return self.space.decode(run(denoise, x, schedule, noise))
 

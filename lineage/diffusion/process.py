@@ -129,13 +129,13 @@ class Prediction(ABC):
     def to_x0(self, output: Tensor, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         """Estimate of x_0 that the output implies."""
 
-    @abstractmethod
     def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Squared error of x_0 for each squared error of the output."""
+        """Squared error of x_0 for a squared error of 1 of the output; `to_x0` is linear in it."""
+        return self.to_x0(torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma) ** 2
 
 
 class NoisePrediction(Prediction):
-    """eps."""
+    """The noise eps."""
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return eps
@@ -143,12 +143,9 @@ class NoisePrediction(Prediction):
     def to_x0(self, output: Tensor, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return (x - sigma * output) / alpha
 
-    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (sigma / alpha) ** 2
-
 
 class X0Prediction(Prediction):
-    """x_0."""
+    """The picture x_0."""
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return x0
@@ -156,12 +153,9 @@ class X0Prediction(Prediction):
     def to_x0(self, output: Tensor, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return output
 
-    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return torch.ones_like(alpha)
-
 
 class VPrediction(Prediction):
-    """v = alpha eps - sigma x_0."""
+    """The velocity v = alpha eps - sigma x_0."""
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return alpha * eps - sigma * x0
@@ -169,21 +163,15 @@ class VPrediction(Prediction):
     def to_x0(self, output: Tensor, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return (alpha * x - sigma * output) / (alpha * alpha + sigma * sigma)
 
-    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (sigma / (alpha * alpha + sigma * sigma)) ** 2
-
 
 class FlowPrediction(Prediction):
-    """eps - x_0."""
+    """The velocity eps - x_0 of the straight line."""
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return eps - x0
 
     def to_x0(self, output: Tensor, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         return (x - sigma * output) / (alpha + sigma)
-
-    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (sigma / (alpha + sigma)) ** 2
 
 
 class EDMPrediction(Prediction):
@@ -203,9 +191,6 @@ class EDMPrediction(Prediction):
     def to_x0(self, output: Tensor, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         c_skip, c_out = self.c_skip_and_out(alpha, sigma)
         return c_skip * x + c_out * output
-
-    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return self.c_skip_and_out(alpha, sigma)[1] ** 2
 
 
 PREDICTIONS: dict[str, type[Prediction]] = {

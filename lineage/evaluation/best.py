@@ -1,5 +1,7 @@
-"""Best of N: several pictures of each caption are drawn, and a scorer selects the best one (Ramesh
-et al. 2021, section 2.6: CLIP ranks 512 pictures of DALL-E).
+"""The best of several pictures: a scorer ranks the candidates of each caption and keeps the best
+(Ramesh et al. 2021, section 2.6: CLIP ranks 512 pictures of DALL-E).
+
+Axes: B captions, N candidates of each, S side.
 """
 
 from __future__ import annotations
@@ -30,15 +32,18 @@ def best_of(
     seed: int = 0,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """For each caption, the picture with the highest cosine to it.
+    """For each caption, the candidate with the highest cosine to it.
 
     Args:
-        captions: C captions.
-        candidates: N, number of pictures of each; the first is what `generate` draws alone.
-        **options: Options of the system.
+        system: System that draws.
+        captions: B captions.
+        scorer: Scorer that ranks the candidates.
+        candidates: N; the first B pictures are those that `generate` draws of `captions`.
+        seed: Seed of the noise.
+        **options: Options of the system's `sample`; a picture option serves all captions.
 
     Returns:
-        Pictures (C, 3, S, S) uint8 on the CPU, and the cosines (C, N) of all candidates.
+        Pictures (B, 3, S, S) uint8 on the CPU, and the cosines (B, N) of all candidates.
     """
     if candidates < 1:
         raise UserError(f"{candidates} candidates are too few: 1 or more.")
@@ -51,10 +56,10 @@ def best_of(
 
 
 def scorer_of_run(name: str, run: Path, device: torch.device) -> Scorer:
-    """The scorer called `name`, as in `lineage evaluate`, for the data of a run.
+    """The scorer `name` of `lineage evaluate`, for the data of a run.
 
     Raises:
-        UserError: the name is unknown, or `none`.
+        UserError: there is no scorer of that name.
     """
     config = read_config(run)
     train = load_dataset(config.data, "train", config.size, config.seed)

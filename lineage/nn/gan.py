@@ -1,5 +1,5 @@
-"""What adversarial training shares: initial weights, losses, penalty, spectral normalisation,
-augmentation, health.
+"""Parts of adversarial training that several systems share: initial weights, the two losses of a
+logit, mismatched captions, gradient penalty, spectral normalisation, augmentation, metrics.
 
 Axes: B pictures, S side.
 """
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-WON, COLLAPSED = 0.98, 0.3  # accuracy above which, spread below which training is in trouble
+# --- initial weights ------------------------------------------------------------------------------
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    """What the optimiser moves: under spectral norm `layer.weight` is only computed from it."""
+    """The parameter behind `layer.weight`, which under spectral norm is computed from it."""
     normed = getattr(layer, "parametrizations", None)
     return cast(Tensor, layer.weight if normed is None else normed.weight.original)
 
@@ -53,63 +53,101 @@ def orthogonal_weights(layer: nn.Module) -> None:
         dcgan_weights(layer)
 
 
-def different(captions: list[str], device: torch.device) -> Tensor:
-    """(B,) 1 where a caption and the one of the row before (of the last row, for the first) differ;
-    0 where they say the same, so that a picture with the other's caption is no wrong pair.
-    """
-    before = [captions[-1], *captions[:-1]]
-    return torch.tensor([float(a != b) for a, b in zip(captions, before, strict=True)]).to(device)
-
-
-def accepted(logits: Tensor, loss: str) -> Tensor:
-    """(B,) What each logit lacks of "real": -log sigmoid(s), or max(0, 1 - s)."""
-    return F.softplus(-logits) if loss == "log" else F.relu(1 - logits)
-
-
-def rejected(logits: Tensor, loss: str) -> Tensor:
-    """(B,) What each logit lacks of "not real": -log(1 - sigmoid(s)), or max(0, 1 + s)."""
-    return F.softplus(logits) if loss == "log" else F.relu(1 + logits)
-
-
-def convinced(fake: Tensor, loss: str = "log") -> Tensor:
-    """The generator's loss in the form that does not saturate: what the logits (B,) of its pictures
-    lack of "real", a mean.
-    """
-    return F.softplus(-fake).mean() if loss == "log" else -fake.mean()
-
-
-def gradient_penalty(logits: Tensor, image: Tensor) -> Tensor:
-    """R1 (Mescheder et al. 2018, equation 9): the squared norm of the logits' gradient in the real
-    picture, a mean over rows.
-
-    Args:
-        logits: (B,), computed from `image` with gradient.
-        image: (B, 3, S, S) that requires a gradient.
-    """
-    (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
-    return gradient.float().square().sum(dim=(1, 2, 3)).mean()
-
-
-def penalty_weight(weight: float, every: int, step: Tensor) -> float:
-    """What the penalty weighs in a step: `every` * `weight` / 2 in steps 0, `every`, 2 `every`, ...
-    and 0 in the others, so that the mean over steps is `weight` / 2 (Karras et al. 2020,
-    arXiv:1912.04958, section 3.1).
-    """
-    return every * weight / 2 if weight > 0 and int(step) % every == 0 else 0.0
-
-
-def spectral(network: nn.Module) -> None:
+def apply_spectral_norm(network: nn.Module) -> None:
     """Divide every kernel of `network` by its largest singular value (Miyato et al. 2018)."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             spectral_norm(layer)
 
 
-def diff_augment(image: Tensor) -> Tensor:
-    """Differentiable augmentation (Zhao et al. 2020): each picture shifted by up to an eighth of
-    its side, with a square hole of half of it.
+# --- losses ---------------------------------------------------------------------------------------
 
-    Its changes of colour are left out: captions name colours. (B, 3, S, S) -> the same shape.
+
+class LogLoss:
+    """Losses of logits s, where D = sigmoid(s) (Goodfellow et al. 2014), one number per logit.
+
+    The generator's is the form that does not saturate.
+    """
+
+    @staticmethod
+    def real(logits: Tensor) -> Tensor:
+        return F.softplus(-logits)  # -log D
+
+    @staticmethod
+    def fake(logits: Tensor) -> Tensor:
+        return F.softplus(logits)  # -log(1 - D)
+
+    @staticmethod
+    def generator(logits: Tensor) -> Tensor:
+        return F.softplus(-logits)  # -log D
+
+
+class HingeLoss:
+    """Losses of logits s with a margin (Lim and Ye 2017), one number per logit."""
+
+    @staticmethod
+    def real(logits: Tensor) -> Tensor:
+        return F.relu(1 - logits)
+
+    @staticmethod
+    def fake(logits: Tensor) -> Tensor:
+        return F.relu(1 + logits)
+
+    @staticmethod
+    def generator(logits: Tensor) -> Tensor:
+        return -logits
+
+
+ADVERSARIAL_LOSSES: dict[str, type[LogLoss] | type[HingeLoss]] = {
+    "log": LogLoss,
+    "hinge": HingeLoss,
+}
+
+
+def is_mismatched(captions: list[str], device: torch.device) -> Tensor:
+    """(B,) 1 where a caption differs from that of the row before (for the first row: the last).
+
+    Where it is 0 both captions are equal, so that either fits both pictures.
+    """
+    previous = [captions[-1], *captions[:-1]]
+    differs = [float(a != b) for a, b in zip(captions, previous, strict=True)]
+    return torch.tensor(differs).to(device)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` (N,) where `mask` (N,) is 1; 0 if it is 1 nowhere."""
+    return (values * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def r1_penalty(logits: Tensor, image: Tensor) -> Tensor:
+    """R1 (Mescheder et al. 2018, equation 9): |d logits / d image|^2, a mean over rows.
+
+    Args:
+        logits: (B,) logits of real pictures, computed from `image`.
+        image: (B, 3, S, S) real pictures that require a gradient.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
+    return gradient.float().square().sum(dim=(1, 2, 3)).mean()
+
+
+def r1_is_due(weight: float, every: int, step: Tensor) -> bool:
+    """Whether step 0, 1, ... has a gradient penalty: every `every`-th has.
+
+    The penalty is then multiplied by `every`, so that its mean over steps has the weight `weight`
+    (lazy regularisation: Karras et al. 2020, arXiv:1912.04958, section 3.1).
+    """
+    return weight > 0 and int(step) % every == 0
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def diff_augment(image: Tensor) -> Tensor:
+    """Differentiable augmentation (Zhao et al. 2020): a shift by up to an eighth of the side, and a
+    square hole of half the side.
+
+    Its changes of colour are left out, because captions name colours. (B, 3, S, S) -> the same
+    shape.
     """
     batch, _, side, _ = image.shape
     most = max(1, side // 8)
@@ -120,12 +158,12 @@ def diff_augment(image: Tensor) -> Tensor:
     padded = F.pad(image, (most,) * 4, mode="replicate").permute(0, 2, 3, 1)  # (B, S', S', 3)
     number = torch.arange(batch, device=image.device)[:, None, None]
     shifted = padded[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    inside = [(at >= c) & (at < c + side // 2) for c in corner]  # rows and columns of the hole
-    hole = inside[0][:, :, None] & inside[1][:, None, :]  # (B, S, S)
+    in_rows, in_columns = [(at >= c) & (at < c + side // 2) for c in corner]  # (B, S) of the hole
+    hole = in_rows[:, :, None] & in_columns[:, None, :]  # (B, S, S)
     return shifted * (~hole)[:, None]
 
 
-def smaller(image: Tensor, side: int) -> Tensor:
+def downsample(image: Tensor, side: int) -> Tensor:
     """(B, 3, S, S) -> (B, 3, side, side), each pixel a mean; S must be a multiple of `side`."""
     while image.shape[-1] % (2 * side) == 0:  # sums of halves: faster on a CPU than pooling
         rows = image[..., ::2, :] + image[..., 1::2, :]
@@ -133,41 +171,56 @@ def smaller(image: Tensor, side: int) -> Tensor:
     return image if image.shape[-1] == side else F.avg_pool2d(image, image.shape[-1] // side)
 
 
+# --- metrics --------------------------------------------------------------------------------------
+
+WON = 0.98
+"""Accuracy of the discriminator from which on the generator learns nothing."""
+
+COLLAPSED = 0.3
+"""Spread below which the generator draws one picture."""
+
+
 @torch.no_grad()
-def gan_health(
-    logits: Mapping[str, Tensor], mismatched: Tensor, drawn: Tensor, shown: Tensor
+def gan_metrics(
+    real_logits: Tensor,
+    wrong_logits: Tensor,
+    fake_logits: Tensor,
+    mismatched: Tensor,
+    *,
+    real: Tensor,
+    fake: Tensor,
 ) -> dict[str, Tensor]:
-    """How the two sides stand, from one step.
+    """Balance of the two networks in one step.
 
     Args:
-        logits: of pairs: `real` and `fake` (B,), `wrong` (N,).
-        mismatched: (N,) 1 where the pair is wrong indeed.
-        drawn, shown: (B, 3, S, S) generated and real pictures.
+        real_logits, fake_logits: (B,) logits of real and generated pictures with their captions.
+        wrong_logits: (N,) logits of real pictures with other captions.
+        mismatched: (N,) 1 where the other caption differs.
+        real, fake: (B, 3, S, S) pictures.
 
     Returns:
-        Scalars: the discriminator's accuracy on each kind of pair, and `spread`, the deviation of a
-        pixel over the generated pictures as a share of that over the real ones.
+        Scalars: the discriminator's accuracy on each kind of pair, and `spread`, the deviation over
+        the generated pictures as a share of that over the real ones.
     """
-    right = ((logits["wrong"] < 0) * mismatched).sum() / mismatched.sum().clamp(min=1.0)
     return {
-        "accuracy_real": (logits["real"] > 0).float().mean(),
-        "accuracy_wrong": right,
-        "accuracy_fake": (logits["fake"] < 0).float().mean(),
-        "spread": deviation(drawn) / deviation(shown).clamp(min=1e-6),
+        "accuracy_real": (real_logits > 0).float().mean(),
+        "accuracy_wrong": masked_mean((wrong_logits < 0).float(), mismatched),
+        "accuracy_fake": (fake_logits < 0).float().mean(),
+        "spread": _deviation(fake) / _deviation(real).clamp(min=1e-6),
     }
 
 
-def deviation(images: Tensor) -> Tensor:
-    """(B, 3, S, S) -> the standard deviation over the batch, a mean over 8 x 8 pixels."""
+def _deviation(images: Tensor) -> Tensor:
+    """(B, 3, S, S) -> standard deviation over the batch, a mean over 8 x 8 pixels."""
     every = max(1, images.shape[-1] // 8)
     return images[..., ::every, ::every].float().std(0, correction=0).mean()
 
 
-def gan_remark(means: dict[str, float]) -> str:
-    """What the means of `gan_health` over some steps say, in a few words; empty if all is well."""
-    remarks = []
+def diagnose_gan(means: Mapping[str, float]) -> str:
+    """A few words on the means of `gan_metrics` over some steps; empty if all is well."""
+    faults = []
     if min(means.get("accuracy_real", 0), means.get("accuracy_fake", 0)) > WON:
-        remarks.append("the discriminator has won: it tells all fakes from real pictures")
+        faults.append("the discriminator has won: it separates all fakes from real pictures")
     if means.get("spread", 1) < COLLAPSED:
-        remarks.append("collapse: the pictures hardly differ")
-    return "; ".join(remarks)
+        faults.append("collapse: the pictures hardly differ")
+    return "; ".join(faults)

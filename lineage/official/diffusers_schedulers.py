@@ -35,33 +35,47 @@ from lineage.official.verify import NotComputed, Verifier, output
 
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
 
+DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "variance_type": "fixed_small",
+    "set_alpha_to_one": True,
+    "use_karras_sigmas": False,
+    "final_sigmas_type": "zero",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+}
+"""Keyword arguments of the official classes that have a counterpart here."""
+
 
 class Scheduler:
     """A scheduler of diffusers, of the package's parts.
 
     Attributes:
-        defaults: Keyword arguments of the official class that are known here, with their defaults.
+        defaults: Defaults of this class that are not those of `DEFAULTS`.
 
     Args:
-        case: The file's entry: class, keyword arguments, number of steps n.
+        case: The file's entry: class, keyword arguments, number of steps n, arguments of `step`.
         model: The two numbers of the model.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {
-        "num_train_timesteps": 1000,
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        "prediction_type": "epsilon",
-        "timestep_spacing": "linspace",
-        "steps_offset": 0,
-        "rescale_betas_zero_snr": False,
-    }
+    defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, case: Mapping[str, Any], model: Sequence[float]) -> None:
-        if unknown := sorted(case["kwargs"].keys() - self.defaults.keys()):
+        if unknown := sorted(case["kwargs"].keys() - DEFAULTS.keys()):
             raise NotComputed(f"{', '.join(unknown)} of {case['cls']} has no counterpart here")
-        self.settings = self.defaults | case["kwargs"]
+        self.settings = DEFAULTS | self.defaults | case["kwargs"]
         self.case, self.model, self.n = case, model, case["steps"]
         self.num_timesteps: int = self.settings["num_train_timesteps"]
 
@@ -120,12 +134,7 @@ class Scheduler:
 class DDPMScheduler(Scheduler):
     """Each step leads to the next timestep in the list."""
 
-    defaults: ClassVar[dict[str, Any]] = Scheduler.defaults | {
-        "timestep_spacing": "leading",
-        "variance_type": "fixed_small",
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-    }
+    defaults: ClassVar[dict[str, Any]] = {"timestep_spacing": "leading"}
 
     def rescaled(self, betas: Tensor) -> Tensor:
         return rescale_zero_terminal_snr(betas)
@@ -155,13 +164,6 @@ class DDPMScheduler(Scheduler):
 class DDIMScheduler(DDPMScheduler):
     """Each step leads T // n timesteps down, whether or not the model is evaluated there."""
 
-    defaults: ClassVar[dict[str, Any]] = Scheduler.defaults | {
-        "timestep_spacing": "leading",
-        "set_alpha_to_one": True,
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-    }
-
     def sample(self, denoise: Denoise, x: Tensor, noise: NoiseStreams) -> Tensor:
         eta = self.case.get("step_kwargs", {}).get("eta", 0.0)
         end = NO_NOISE if self.settings["set_alpha_to_one"] else self.process.level(0)
@@ -176,20 +178,16 @@ class DDIMScheduler(DDPMScheduler):
 class EulerDiscreteScheduler(Scheduler):
     """x = x_0 + sigma eps, which is divided by sqrt(1 + sigma^2) for the model."""
 
-    defaults: ClassVar[dict[str, Any]] = Scheduler.defaults | {
-        "use_karras_sigmas": False,
-        "final_sigmas_type": "zero",
-    }
     sampler: ClassVar[Sampler] = staticmethod(samplers.euler)
 
     @cached_property
     def levels(self) -> list[NoiseLevel]:
         timesteps = self.spaced_timesteps().tolist()
         sigmas = self.interpolated_sigmas(timesteps)
-        if self.settings.get("use_karras_sigmas"):
+        if self.settings["use_karras_sigmas"]:
             sigmas = karras_sigmas(self.n, sigmas[-1], sigmas[0])
             timesteps = [self.process.level_at(sigma).timestep for sigma in sigmas]
-        zero = self.settings.get("final_sigmas_type", "zero") == "zero"
+        zero = self.settings["final_sigmas_type"] == "zero"
         sigmas.append(0.0 if zero else self.process.level(0).karras_sigma)
         return [NoiseLevel(1.0, *pair) for pair in zip(sigmas, [*timesteps, 0.0], strict=True)]
 
@@ -205,29 +203,16 @@ class EulerDiscreteScheduler(Scheduler):
 
 
 class EulerAncestralDiscreteScheduler(EulerDiscreteScheduler):
-    defaults: ClassVar[dict[str, Any]] = Scheduler.defaults
     sampler: ClassVar[Sampler] = staticmethod(samplers.euler_ancestral)
 
 
 class HeunDiscreteScheduler(EulerDiscreteScheduler):
-    defaults: ClassVar[dict[str, Any]] = Scheduler.defaults | {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "use_karras_sigmas": False,
-    }
+    defaults: ClassVar[dict[str, Any]] = {"beta_start": 0.00085, "beta_end": 0.012}
     sampler: ClassVar[Sampler] = staticmethod(samplers.heun)
 
 
 class DPMSolverMultistepScheduler(Scheduler):
     """n + 1 timesteps, of which the last is dropped."""
-
-    defaults: ClassVar[dict[str, Any]] = Scheduler.defaults | {
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "use_karras_sigmas": False,
-        "final_sigmas_type": "zero",
-    }
 
     def spaced_timesteps(self) -> np.ndarray:
         points = self.n + 1
@@ -271,12 +256,6 @@ class DPMSolverMultistepScheduler(Scheduler):
 class FlowMatchEulerDiscreteScheduler(Scheduler):
     """x = (1 - sigma) x_0 + sigma eps; the timestep is sigma T."""
 
-    defaults: ClassVar[dict[str, Any]] = {
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
-        "use_dynamic_shifting": False,
-    }
-
     @cached_property
     def process(self) -> Process:
         return Process(ProcessConfig(schedule="flow", prediction="flow"))
@@ -296,7 +275,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         return samplers.flow_euler(denoise, x, self.schedule, noise)
 
 
-SCHEDULERS: tuple[type[Scheduler], ...] = (
+KINDS: tuple[type[Scheduler], ...] = (
     DDPMScheduler,
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -305,6 +284,7 @@ SCHEDULERS: tuple[type[Scheduler], ...] = (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+SCHEDULERS = {kind.__name__: kind for kind in KINDS}
 
 
 class DiffusersSchedulerOutputs(Verifier):
@@ -315,10 +295,9 @@ class DiffusersSchedulerOutputs(Verifier):
 
     def scheduler(self, name: str) -> Scheduler:
         case = self.config[name]
-        for kind in SCHEDULERS:
-            if kind.__name__ == case["cls"]:
-                return kind(case, self.inputs["model"].tolist())
-        raise NotComputed(f"{case['cls']} has no counterpart here")
+        if case["cls"] not in SCHEDULERS:
+            raise NotComputed(f"{case['cls']} has no counterpart here")
+        return SCHEDULERS[case["cls"]](case, self.inputs["model"].tolist())
 
     @output(r"(betas|alphas_cumprod)/(.+)")
     def table(self, kind: str, key: str) -> Tensor:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineage.diffusion.process import EDMPrediction, Process, ProcessConfig
+from lineage.diffusion.process import EDMPrediction, Process, ProcessConfig, VPrediction
 from lineage.diffusion.samplers import SAMPLERS
 from lineage.diffusion.samplers.base import Estimate
 from lineage.diffusion.schedules import (
@@ -178,76 +177,84 @@ class KDiffusionOutputs(Verifier):
         timesteps = torch.linspace(process.num_timesteps - 1, 0, int(n), dtype=torch.float64)
         return torch.tensor([*(t_to_sigma(process, t) for t in timesteps.tolist()), 0.0])
 
-    def rows(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """x, noise (1, C, H, W) and sigma of each row."""
-        x, noise, sigmas = (self.inputs[f"wrap_{name}"] for name in ("x", "noise", "sigma"))
-        return zip(x.split(1), noise.split(1), sigmas.tolist(), strict=True)
+    @cached_property
+    def wrapped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, noise (B, C, H, W) and sigma (B, 1, 1, 1) of the wrappers."""
+        sigma = self.inputs["wrap_sigma"][:, None, None, None]
+        return self.inputs["wrap_x"], self.inputs["wrap_noise"], sigma
+
+    def levels(self, process: Process) -> list[Tensor]:
+        """alpha, sigma and t, (B, 1, 1, 1) each, of the rows' karras_sigmas."""
+        levels = [process.level_at(sigma) for sigma in self.inputs["wrap_sigma"].tolist()]
+        names = ("alpha", "sigma", "timestep")
+        rows = (torch.tensor([getattr(level, name) for level in levels]) for name in names)
+        return [row[:, None, None, None] for row in rows]
 
     @output(r"wrap/(eps|v)_denoised")
     def wrap_denoised(self, kind: str) -> Tensor:
-        process, denoised = self.discrete(kind), []
-        for x, _, sigma in self.rows():
-            level = process.level_at(sigma)
-            x = x * level.alpha
-            denoised.append(process.to_x0(linear_model(x, level.timestep / 100), x, level))
-        return torch.cat(denoised)
+        process = self.discrete(kind)
+        alpha, sigma, t = self.levels(process)
+        x = self.inputs["wrap_x"] * alpha
+        return process.prediction.to_x0(linear_model(x, t / 100), x, alpha, sigma)
 
     @output(r"wrap/(eps|v)_loss")
     def wrap_loss(self, kind: str) -> Tensor:
-        process, losses = self.discrete(kind), []
-        for x0, eps, sigma in self.rows():
-            level = process.level_at(sigma)
-            x = process.add_noise(x0, eps, level)
-            predicted = linear_model(x, level.timestep / 100)
-            losses.append(F.mse_loss(predicted, process.target(x0, eps, level)))
-        return torch.stack(losses)
+        process, (x0, eps, _) = self.discrete(kind), self.wrapped
+        alpha, sigma, t = self.levels(process)
+        predicted = linear_model(alpha * x0 + sigma * eps, t / 100)
+        return mean_squared_error(predicted, process.prediction.target(x0, eps, alpha, sigma))
 
     # --- models of a sigma ---
 
-    @output("edm/scalings")
-    def edm_scalings(self) -> Tensor:
-        return torch.tensor([self.edm_coefficients(sigma) for _, _, sigma in self.rows()]).T
-
-    def edm_coefficients(self, sigma: float) -> tuple[float, float, float]:
+    def edm_coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out and c_in."""
         sigma_data = self.config["sigma_data"]
-        c_skip, c_out = EDMPrediction(sigma_data).c_skip_and_out(1.0, sigma)
-        return c_skip, c_out, 1 / math.hypot(sigma, sigma_data)
+        c_skip, c_out = EDMPrediction(sigma_data).c_skip_and_out(torch.ones_like(sigma), sigma)
+        return c_skip, c_out, (sigma**2 + sigma_data**2).rsqrt()
+
+    @output("edm/scalings")
+    def edm_scalings(self) -> Tensor:
+        return torch.stack(self.edm_coefficients(self.inputs["wrap_sigma"]))
 
     @output("edm/denoised")
     def edm_denoised(self) -> Tensor:
-        edm, denoised = EDMPrediction(self.config["sigma_data"]), []
-        for x, _, sigma in self.rows():
-            predicted = linear_model(self.edm_coefficients(sigma)[2] * x, sigma)
-            denoised.append(edm.to_x0(predicted, x, 1.0, sigma))
-        return torch.cat(denoised)
+        x, _, sigma = self.wrapped
+        predicted = linear_model(self.edm_coefficients(sigma)[2] * x, sigma)
+        return EDMPrediction(self.config["sigma_data"]).to_x0(
+            predicted, x, torch.ones_like(sigma), sigma
+        )
 
     @output(r"edm/loss_(karras|snr|soft-min-snr)")
     def edm_loss(self, weighting: str) -> Tensor:
-        edm, losses = EDMPrediction(self.config["sigma_data"]), []
-        for x0, eps, sigma in self.rows():
-            c_skip, c_out, c_in = self.edm_coefficients(sigma)
-            predicted = linear_model(c_in * (x0 + sigma * eps), sigma)
-            weight = {"karras": 1.0, "snr": c_skip, "soft-min-snr": (c_out * c_in) ** 2}
-            error = F.mse_loss(predicted, edm.target(x0, eps, 1.0, sigma))
-            losses.append(weight[weighting] * error)
-        return torch.stack(losses)
+        x0, eps, sigma = self.wrapped
+        c_skip, c_out, c_in = self.edm_coefficients(sigma)
+        weights = {
+            "karras": torch.ones_like(sigma),
+            "snr": c_skip,
+            "soft-min-snr": (c_out * c_in) ** 2,
+        }
+        predicted = linear_model(c_in * (x0 + sigma * eps), sigma)
+        edm = EDMPrediction(self.config["sigma_data"])
+        target = edm.target(x0, eps, torch.ones_like(sigma), sigma)
+        return weights[weighting].flatten() * mean_squared_error(predicted, target)
 
     @output("vdiff/sigma_to_t")
     def vdiff_timesteps(self) -> Tensor:
-        return torch.tensor([math.atan(sigma) * 2 / math.pi for _, _, sigma in self.rows()])
+        return self.inputs["wrap_sigma"].atan() * 2 / math.pi
 
     @output("vdiff/denoised")
     def vdiff_denoised(self) -> Tensor:
-        process, denoised = Process(ProcessConfig(prediction="v")), []
-        for x, _, sigma in self.rows():
-            alpha = 1 / math.hypot(1, sigma)
-            level = NoiseLevel(alpha, sigma * alpha, math.atan(sigma) * 2 / math.pi)
-            x = x * alpha
-            denoised.append(process.to_x0(linear_model(x, level.timestep), x, level))
-        return torch.cat(denoised)
+        x, _, sigma = self.wrapped
+        alpha = (1 + sigma**2).rsqrt()
+        predicted = linear_model(x * alpha, sigma.atan() * 2 / math.pi)
+        return VPrediction(1.0).to_x0(predicted, x * alpha, alpha, sigma * alpha)
 
 
-def linear_model(x: Tensor, t: float) -> Tensor:
+def linear_model(x: Tensor, t: Tensor) -> Tensor:
     """The inner model of all wrappers."""
-    return 0.3 * x + 0.1 * math.sin(t)
+    return 0.3 * x + 0.1 * t.sin()
+
+
+def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """(B,)"""
+    return F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)

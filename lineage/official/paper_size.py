@@ -1,9 +1,8 @@
-"""Verifier of the networks at the papers' sizes, whose weights and inputs come from a formula.
+"""Networks at the papers' sizes, whose weights and inputs come from a formula.
 
-A reference file of this kind holds only some outputs. Every weight is a function of its official
-name and its place in the tensor, so each network here is filled by official names, which are ours
-turned back; the inputs are made likewise. Networks are built when one of their outputs is asked
-for, one after the other.
+A reference file of this kind holds a few outputs and no weights: every weight is a function of its
+official name and its position in the tensor. Each network here is filled under official names, and
+the inputs are computed likewise. One network is in memory at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -29,13 +28,10 @@ from lineage.diffusion.ldm import KLAutoencoder
 from lineage.diffusion.networks.dit import SIZES
 from lineage.diffusion.networks.unet import UNet
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder
-from lineage.nn.conditional_discriminator import Discriminator
-from lineage.official import Outcome, Outputs
+from lineage.nn.conditional_discriminator import ConditionalDiscriminator
 from lineage.official.attngan import text_encoder
-from lineage.official.latent import dit_names, dit_network, dit_rest
-from lineage.official.unets import Names, told, unet_names
-from lineage.official.verify import Reference
-from lineage.official.vqvae import gpt2_state
+from lineage.official.gpt2 import gpt2_state
+from lineage.official.verify import NotComputed, Verifier, output
 from lineage.recipes import ldm
 from lineage.recipes.attngan import PRESETS
 from lineage.text.contract import TextFeatures
@@ -43,16 +39,17 @@ from lineage.vqvae.dalle import DVAEConfig, DVAEDecoder, DVAEEncoder, map_pixels
 from lineage.vqvae.quantise import QuantiserConfig, VectorQuantiser
 from lineage.vqvae.transformer import GPT, TransformerConfig
 
-Made = Callable[["Formula"], Mapping[str, Tensor]]
+Network = Callable[["Formula"], Mapping[str, Tensor]]
+"""Function that builds and fills a network and returns its outputs by name."""
 
 
 class Formula:
     """Numbers from names.
 
     Args:
-        salt: makes other numbers of the same names.
-        gains: factor on the weights of each network.
-        config: what else the file says, such as the time that a network is told.
+        salt: Number that gives other numbers for the same names.
+        gains: Factor on the weights of each network.
+        config: Further inputs of the networks, such as timesteps.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class Formula:
         self.salt, self.gains, self.config = salt, gains, config or {}
 
     def numbers(self, name: str, *shape: int) -> Tensor:
-        """float64 in [-1, 1), a function of the name and the place alone."""
+        """float64 in [-1, 1), a function of name and position alone."""
         start = (zlib.crc32(name.encode()) + self.salt) % 2**32
         x = (np.arange(math.prod(shape), dtype=np.uint64) * 2654435761 + start) % 2**32
         for _ in range(2):
@@ -69,12 +66,12 @@ class Formula:
         x ^= x >> np.uint64(16)
         return torch.from_numpy(x.astype(np.float64) / 2**31 - 1).view(shape)
 
-    def given(self, name: str, *shape: int) -> Tensor:
+    def input(self, name: str, *shape: int) -> Tensor:
         """An input of unit variance, float32."""
         return (math.sqrt(3) * self.numbers(f"input/{name}", *shape)).float()
 
     def weight(self, key: str, shape: torch.Size, gain: float) -> Tensor:
-        """The tensor of an official key."""
+        """The weight with an official key."""
         u = self.numbers(key, *shape)
         if key.endswith("running_var"):
             return 1 + 0.5 * u
@@ -86,7 +83,7 @@ class Formula:
 
     @torch.no_grad()
     def fill(self, network: nn.Module, name: str, official: Callable[[str], str]) -> None:
-        """Set the weights of a network, whose keys `official` turns back, to evaluation mode."""
+        """Fill a network under the names `official(our key)`, and set it to evaluation mode."""
         for key, tensor in network.state_dict().items():
             if tensor.is_floating_point():
                 tensor.copy_(self.weight(official(key), tensor.shape, self.gains[name]))
@@ -103,22 +100,23 @@ def of_stackgan(key: str) -> str:
 
 def of_generator(key: str) -> str:
     """A key of AttnGAN's generator."""
-    key = re.sub(r"^first\.upsample\.(\d)\.", lambda m: f"h_net1.upsample{int(m[1]) + 1}.", key)
-    key = key.replace("first.", "h_net1.")
-    key = re.sub(r"^next\.(\d)\.", lambda m: f"h_net{int(m[1]) + 2}.", key)
-    key = key.replace("attention.project", "att.conv_context")
-    return re.sub(r"^pictures\.(\d)\.", lambda m: f"img_net{int(m[1]) + 1}.img.", key)
+    key = re.sub(
+        r"^first_stage\.upsample\.(\d)\.", lambda m: f"h_net1.upsample{int(m[1]) + 1}.", key
+    )
+    key = key.replace("first_stage.", "h_net1.")
+    key = re.sub(r"^next_stages\.(\d)\.", lambda m: f"h_net{int(m[1]) + 2}.", key)
+    key = key.replace("attention.project_words", "att.conv_context")
+    return re.sub(r"^image_heads\.(\d)\.", lambda m: f"img_net{int(m[1]) + 1}.img.", key)
 
 
 def of_discriminator(key: str, side: int) -> str:
     """A key of AttnGAN's discriminator of `side` pixels."""
-    key = key.replace("alone.", "UNCOND_DNET.outlogits.0.")
-    key = key.replace("joint.3.", "COND_DNET.outlogits.0.").replace(
-        "joint.", "COND_DNET.jointConv."
-    )
+    key = key.replace("uncond_head.", "UNCOND_DNET.outlogits.0.")
+    key = key.replace("cond_head.3.", "COND_DNET.outlogits.0.")
+    key = key.replace("cond_head.", "COND_DNET.jointConv.")
 
-    def block(found: re.Match[str]) -> str:
-        layer, more = int(found[1]), side.bit_length() - 7  # halvings after those to a sixteenth
+    def block(match: re.Match[str]) -> str:
+        layer, more = int(match[1]), side.bit_length() - 7  # halvings after those to a sixteenth
         if layer < 11:
             return f"img_code_s16.{layer}."
         number, inner = divmod(layer - 11, 3)
@@ -131,7 +129,7 @@ def of_discriminator(key: str, side: int) -> str:
 
 def of_text(key: str) -> str:
     """A key of AttnGAN's text encoder."""
-    return key.replace("table.", "encoder.").replace("lstm.", "rnn.")
+    return key.replace("token_emb.", "encoder.")
 
 
 def of_regions(key: str) -> str:
@@ -144,8 +142,8 @@ def of_dvae(key: str) -> str:
     key = re.sub(
         r"^groups\.(\d)\.(\d)\.", lambda m: f"group_{int(m[1]) + 1}.block_{int(m[2]) + 1}.", key
     )
-    key = re.sub(r"\.path\.(\d)\.", lambda m: f".res_path.conv_{(int(m[1]) + 1) // 2}.", key)
-    key = key.replace(".identity.", ".id_path.").replace("output.", "output.conv.")
+    key = re.sub(r"\.res_path\.(\d)\.", lambda m: f".res_path.conv_{(int(m[1]) + 1) // 2}.", key)
+    key = key.replace("output.", "output.conv.")
     return "blocks." + re.sub(r"\.weight$", ".w", re.sub(r"\.bias$", ".b", key))
 
 
@@ -162,40 +160,41 @@ def of_autoencoder(key: str, levels: int, part: str) -> str:
 
 def attngan_generator(formula: Formula) -> dict[str, Tensor]:
     paper = PRESETS["paper"]
-    generator = Generator(paper.model, 256, paper.size)
+    generator = Generator(paper.model, 256, 256, paper.size)
     formula.fill(generator, "attngan_bird_G_NET", of_generator)
-    words = formula.given("attngan/words", 1, 256, 12).mT
+    words = formula.input("attngan/words", 1, 256, 12).mT
     mask = torch.ones(1, 12, dtype=torch.bool)
-    text = TextFeatures(words, mask, formula.given("attngan/sent", 1, 256), mask.long())
-    noise, eps = formula.given("attngan/z", 1, 100), formula.given("attngan/eps", 1, 100)
-    drawn = generator(text, noise, eps)
-    small, middle, large = drawn.images
+    text = TextFeatures(words, mask, formula.input("attngan/sent", 1, 256), mask.long())
+    z, eps = formula.input("attngan/z", 1, 100), formula.input("attngan/eps", 1, 100)
+    out = generator(text, z, eps)
+    small, middle, large = out.images
     return {
         "img64": small[..., ::2, ::2],
         "img128": middle[..., ::4, ::4],
         "img256": large[..., ::8, ::8],
-        "att2": drawn.attention[1][..., ::16, ::16],
-        "mu": drawn.mu,
+        "att2": out.attention[1][..., ::16, ::16],
+        "mu": out.mu,
     }
 
 
 def attngan_discriminator(formula: Formula) -> dict[str, Tensor]:
-    look = Discriminator(64, 256, 256, alone=True)
-    formula.fill(look, "attngan_bird_D_NET256", lambda key: of_discriminator(key, 256))
-    seen = look.features(formula.given("attngan/image256", 1, 3, 256, 256))
-    told = formula.given("attngan/sent", 1, 256)
+    disc = ConditionalDiscriminator(64, 256, 256, unconditional=True)
+    formula.fill(disc, "attngan_bird_D_NET256", lambda key: of_discriminator(key, 256))
+    features = disc.features(formula.input("attngan/image256", 1, 3, 256, 256))
+    sentence = formula.input("attngan/sent", 1, 256)
     return {
-        "feat": seen,
-        "cond": look.score(seen, told).sigmoid(),
-        "uncond": look.score_alone(seen).sigmoid(),
+        "feat": features,
+        "cond": disc.cond_logits(features, sentence).sigmoid(),
+        "uncond": disc.uncond_logits(features).sigmoid(),
     }
 
 
 def attngan_regions(formula: Formula) -> dict[str, Tensor]:
-    encoder = InceptionRegions(256)
+    encoder = InceptionRegions(256, 256)
     formula.fill(encoder, "attngan_CNN_ENCODER", of_regions)
-    regions = encoder(formula.given("cnn_encoder/image299", 1, 3, 299, 299))
-    return {"regions": regions.local.mT.unflatten(2, (17, 17)), "code": regions.whole}
+    features = encoder(formula.input("cnn_encoder/image299", 1, 3, 299, 299))
+    regions = features.regions.mT.unflatten(2, (17, 17))
+    return {"regions": regions, "code": features.global_vector}
 
 
 def attngan_text(formula: Formula) -> dict[str, Tensor]:
@@ -207,13 +206,13 @@ def attngan_text(formula: Formula) -> dict[str, Tensor]:
 
 
 def stackgan_generator(formula: Formula) -> dict[str, Tensor]:
-    config = replace(StackGANConfig(), generator=192, discriminator=96, residual=2)
+    config = StackGANConfig(gen_channels=192, disc_channels=96, num_res_blocks=2)
     one, two = StageOneGenerator(config, 1024), StageTwoGenerator(config, 1024, 256)
     name = "stackgan_coco_STAGE2_G"
     formula.fill(one, name, lambda key: f"STAGE1_G.{of_stackgan(key)}")
     formula.fill(two, name, of_stackgan)
-    text, zero = formula.given("stackgan/text", 1, 1024), torch.zeros(1, config.condition)
-    small = one(text, formula.given("stackgan/z", 1, 100), zero)
+    text, zero = formula.input("stackgan/text", 1, 1024), torch.zeros(1, config.cond_dim)
+    small = one(text, formula.input("stackgan/z", 1, 100), zero)
     large = two(small.image, text, zero)
     return {
         "img64": small.image[..., ::2, ::2],
@@ -223,8 +222,8 @@ def stackgan_generator(formula: Formula) -> dict[str, Tensor]:
 
 
 def gpt2_small(formula: Formula) -> dict[str, Tensor]:
-    """The matrices are filled as the official ones lie, (in, out), and then turned."""
-    config = TransformerConfig(768, 12, 12)
+    """The official matrices are (in, out): they are filled so, and then transposed."""
+    config = TransformerConfig(width=768, num_layers=12, num_heads=12)
     with torch.device("meta"):
         model = GPT(config, 50257, 1024)
     shapes = {
@@ -235,7 +234,7 @@ def gpt2_small(formula: Formula) -> dict[str, Tensor]:
     }
     parts = {"attn.c_attn": (768, 2304), "attn.c_proj": (768, 768), "mlp.c_fc": (768, 3072)}
     parts |= {"mlp.c_proj": (3072, 768)}
-    for layer in range(config.layers):
+    for layer in range(config.num_layers):
         for part, shape in parts.items():
             shapes[f"transformer.h.{layer}.{part}.weight"] = shape
             shapes[f"transformer.h.{layer}.{part}.bias"] = shape[1:]
@@ -254,7 +253,7 @@ def dalle_dvae(formula: Formula) -> dict[str, Tensor]:
     encoder, decoder = DVAEEncoder(DVAEConfig()), DVAEDecoder(DVAEConfig())
     for network in (encoder, decoder):
         formula.fill(network, "dalle_dvae", of_dvae)
-    logits = encoder(map_pixels(0.5 + 0.28 * formula.given("dalle/image", 1, 3, 64, 64)))
+    logits = encoder(map_pixels(0.5 + 0.28 * formula.input("dalle/image", 1, 3, 64, 64)))
     ids = (131 * torch.arange(64) + formula.salt) % 8192
     mixture = F.one_hot(ids.view(1, 8, 8), 8192).float().movedim(-1, 1)
     return {
@@ -266,27 +265,28 @@ def dalle_dvae(formula: Formula) -> dict[str, Tensor]:
 
 def taming_vqgan(formula: Formula) -> dict[str, Tensor]:
     config, name = AutoencoderConfig(), "taming_vqgan_f16_1024"
-    levels = len(config.multipliers)
-    encoder, decoder = Encoder(config, config.latent), Decoder(config)
+    levels = len(config.channel_mult)
+    encoder, decoder = Encoder(config, config.z_channels), Decoder(config)
     before, after = nn.Conv2d(256, 256, 1), nn.Conv2d(256, 256, 1)
     for prefix, network in (("encoder", encoder), ("decoder", decoder)):
         formula.fill(network, name, partial(of_autoencoder, levels=levels, part=prefix))
     formula.fill(before, name, lambda key: f"quant_conv.{key}")
     formula.fill(after, name, lambda key: f"post_quant_conv.{key}")
-    settings = QuantiserConfig(1024, 256, codebook="loss", start="normal", restart=0.0)
-    quantiser = VectorQuantiser(settings).eval()
-    weights = formula.weight(
-        "quantize.embedding.weight", quantiser.codes.shape, formula.gains[name]
+    settings = QuantiserConfig(
+        num_codes=1024, code_dim=256, update="loss", init="normal", restart_threshold=0.0
     )
+    quantiser = VectorQuantiser(settings).eval()
+    embedding = quantiser.embedding
+    weight = formula.weight("quantize.embedding.weight", embedding.shape, formula.gains[name])
     with torch.no_grad():
-        quantiser.codes.copy_(weights)
-    z = before(encoder(formula.given("vqgan/image", 1, 3, 64, 64)))
-    found = quantiser(rearrange(z, "b d h w -> b h w d"))
-    image = decoder(after(rearrange(found.values, "b h w d -> b d h w")))
+        embedding.copy_(weight)
+    z = before(encoder(formula.input("vqgan/image", 1, 3, 64, 64)))
+    codes = quantiser(rearrange(z, "b d h w -> b h w d"))
+    image = decoder(after(rearrange(codes.z_q, "b h w d -> b d h w")))
     return {
         "z_e": z,
-        "indices": found.ids.flatten(),
-        "loss": torch.stack(list(found.terms.values())).sum(),
+        "indices": codes.ids.flatten(),
+        "loss": torch.stack(list(codes.terms.values())).sum(),
         "decode_z_q": image[..., ::2, ::2],
     }
 
@@ -305,7 +305,7 @@ def sd_unet(formula: Formula) -> dict[str, Tensor]:
     name, config = "sd_v1_unet", ldm.PRESETS["paper"].model.unet
     unet = UNet(config, 768, 4)
     gathered_by(formula, name, unet, unet_names(unet))
-    x, context = formula.given("unet/x", 1, 4, 32, 32), formula.given("unet/context", 1, 77, 768)
+    x, context = formula.input("unet/x", 1, 4, 32, 32), formula.input("unet/context", 1, 77, 768)
     return {"eps": unet.eval()(x, torch.full((1,), formula.config["sd_v1_unet_t"]), told(context))}
 
 
@@ -320,7 +320,7 @@ def sd_autoencoder(formula: Formula) -> dict[str, Tensor]:
     for prefix in ("quant_conv", "post_quant_conv"):
         part = autoencoder.get_submodule(prefix)
         formula.fill(part, name, lambda key, p=prefix: f"{p}.{key}")  # type: ignore[misc]
-    image = formula.given("vae/image", 1, 3, 64, 64)
+    image = formula.input("vae/image", 1, 3, 64, 64)
     found = autoencoder.encode(image)
     moments = autoencoder.quant_conv(autoencoder.encoder(image))
     return {"moments": moments, "decode_mean": autoencoder.decode(found.mean)}
@@ -341,7 +341,7 @@ def dit_xl(formula: Formula) -> dict[str, Tensor]:
     net.load_state_dict(dit_rest(net, made), strict=False)
     one_hot = F.one_hot(torch.tensor([formula.config["dit_y"]]), count).float()
     time = torch.full((1,), formula.config["dit_t"])
-    x = formula.given("dit/x", 1, 4, 32, 32)
+    x = formula.input("dit/x", 1, 4, 32, 32)
     return {"out": net(x, time, told(one_hot[:, None], one_hot))}
 
 
@@ -360,7 +360,7 @@ def dit_xl_sizes() -> dict[str, int]:
     }
 
 
-NETWORKS: dict[str, Made] = {
+NETWORKS: dict[str, Network] = {
     "attngan_bird_G_NET": attngan_generator,
     "attngan_bird_D_NET256": attngan_discriminator,
     "attngan_CNN_ENCODER": attngan_regions,
@@ -373,27 +373,29 @@ NETWORKS: dict[str, Made] = {
     "sd_v1_vae": sd_autoencoder,
     "DiT-XL/2": dit_xl,
 }
-"""Those that we have, by the name before the last `/` of their outputs."""
+"""Networks by the name before the last `/` of their outputs."""
 
 
-def paper_size(reference: Reference) -> Outputs:
-    """Every output of a network that we have; of the others, why not."""
-    config = reference.config
-    formula = Formula(config["salt"], config["gains"], config)
-    made: dict[str, Mapping[str, Tensor]] = {}
+class PaperSizeOutputs(Verifier):
+    """Outputs of the networks that we have."""
 
-    def output(network: str, name: str) -> Tensor:
-        if network not in made:
-            made.clear()  # one network at a time in memory
-            with torch.no_grad():
-                made[network] = NETWORKS[network](formula)
-        return made[network][name]
+    name = "paper_size"
+    source = ("official repositories",)
 
-    outcomes: dict[str, Outcome] = {}
-    for full in reference.outputs:
-        network, _, name = full.rpartition("/")
-        if network in NETWORKS:
-            outcomes[full] = partial(output, network, name)
-        else:
-            outcomes[full] = f"{network} is not here yet"
-    return outcomes
+    @cached_property
+    def formula(self) -> Formula:
+        return Formula(self.config["salt"], self.config["gains"], self.config)
+
+    @cached_property
+    def results(self) -> dict[str, Mapping[str, Tensor]]:
+        """Outputs of the last network, by its name."""
+        return {}
+
+    @output("(.+)/([^/]+)")
+    def part(self, network: str, part: str) -> Tensor:
+        if network not in NETWORKS:
+            raise NotComputed(f"{network} is not here yet")
+        if network not in self.results:
+            self.results.clear()
+            self.results[network] = NETWORKS[network](self.formula)
+        return self.results[network][part]

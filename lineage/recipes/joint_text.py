@@ -1,67 +1,60 @@
-"""What GAN-INT-CLS and StackGAN share: an optimiser, and first a stage of text."""
+"""Shared parts of the recipes `gan_int_cls` and `stackgan`: their optimiser and their first stage,
+which trains the text encoder.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Literal
 
 from lineage.cgan.joint_embedding import JointEmbedding
-from lineage.config import OptimConfig, RunConfig, one_of, to_dict
-from lineage.text.contract import TextEncoder
-from lineage.text.encoders import make_encoder
+from lineage.config import OptimConfig, RunConfig, configuration
+from lineage.text.encoders import EncoderSpec
 from lineage.text.tokenizer import Tokenizer
-from lineage.training.stage import Made, Stage
+from lineage.training.stage import Stage
 
-NAME = "text"
+# Short and steep: the encoder takes each caption a few times only, and is frozen after that.
+_TEXT_OPTIM = OptimConfig(lr=1e-3, warmup=50, ema_decay=0.99)
 
-# Short and steep: the encoder sees each caption a few times only, and is left as it is after that.
-_OPTIM = OptimConfig(lr=1e-3, warmup=50, average=0.99)
-
-
-# Radford et al. 2016, section 4: Adam, rate 0.0002, momentum 0.5; nothing is averaged, clipped or
-# decayed.
+# Radford et al. 2016, section 4: Adam, learning rate 0.0002, momentum 0.5; no average, no clipping
+# and no decay.
 DCGAN_OPTIM = OptimConfig(
-    "adam",
+    name="adam",
     lr=2e-4,
     beta1=0.5,
     beta2=0.999,
     weight_decay=0.0,
     warmup=0,
     decay="none",
-    clip=0.0,
-    average=0.0,
+    grad_clip=0.0,
+    ema_decay=0.0,
 )
 
 
-@dataclass(frozen=True)
+@configuration
 class JointTextConfig(RunConfig):
     """A run that begins with a stage of text.
 
     Attributes:
-        same: which pairs are no rivals in it; see `JointEmbedding`.
+        same: Pairs of picture and caption that are no rivals in it; see `JointEmbedding`.
     """
 
-    same: str = "class"
+    same: Literal["class", "caption"] = "class"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("same", self.same, ("class", "caption"))
+
+def joint_embedding(encoder: EncoderSpec, size: int, same: str) -> JointEmbedding:
+    """The untrained system of the stage `text`."""
+    return JointEmbedding(encoder.build(), size, same)
 
 
 def text_stage(config: JointTextConfig, tokenizer: Tokenizer, share: float) -> Stage:
-    """Trains the encoder that `config` names, whichever it is, for `share` of the budget."""
-    settings = to_dict(config)
+    """The stage `text`, with `share` of the budget."""
+    encoder = EncoderSpec(config.text, config.encoder, tokenizer)
     return Stage(
-        name=NAME,
-        build=lambda made: JointEmbedding(
-            make_encoder(config.text, config.encoder, tokenizer), config.size, config.same
-        ),
-        optim=_OPTIM,
+        "text",
+        joint_embedding,
+        {"encoder": encoder, "size": config.size, "same": config.same},
+        optim=_TEXT_OPTIM,
         train=replace(config.train, sample_every=0),
-        settings={name: settings[name] for name in ("text", "encoder", "same")},
         share=share,
     )
-
-
-def trained_text(made: Made) -> TextEncoder:
-    """The finished encoder, which is not trained further."""
-    return made[NAME].text.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The part that the recipes `ldm` and `dit` share: an autoencoder, then a denoiser of its latents."""
+"""Stages that the recipes `ldm` and `dit` share: an autoencoder, then a denoiser of its latents."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def autoencoder(config: KLConfig, size: int) -> KLAutoencoder:
     discriminates = config.disc_weight > 0 or (config.perceptual_weight > 0 and not config.lpips)
     if discriminates and size < smallest:
         raise UserError(
-            f"size={size} is too small for autoencoder.disc_layers={layers}, which needs {smallest} "
-            "pixels: choose fewer layers."
+            f"size={size} is too small for autoencoder.disc_layers={layers}, which needs "
+            f"{smallest} pixels: choose fewer layers."
         )
     return KLAutoencoder(config)
 

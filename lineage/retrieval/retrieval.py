@@ -1,35 +1,38 @@
 """`retrieval`: the nearest caption's picture, or a collage (Zhu et al. 2007, AAAI).
 
-The problem: to show a sentence as a picture, before any network could draw one. "A Text-to-Picture
-Synthesis System for Augmenting Communication" (Zhu, Goldberg, Eldawy, Dyer and Strock) is the first
-answer for general text: find a picture for each thing that the sentence names, and lay the pictures
-out as the sentence says. Four years later Im2Text (Ordonez, Kulkarni and Berg 2011, NIPS) showed
-that with enough captioned pictures the nearest neighbour alone goes far. Here are both. Nothing is
-learnt by gradient: to train is to remember, and what was never seen can only be pasted together.
+The problem: to show a sentence as a picture, before any network could generate one. "A Text-to-
+Picture Synthesis System for Augmenting Communication" (Zhu, Goldberg, Eldawy, Dyer and Strock) is
+the first answer for general text: find a picture for each object that the sentence names, and lay
+the pictures out as it describes. Four years later Im2Text (Ordonez, Kulkarni and Berg 2011,
+NIPS) showed that with enough captioned pictures the nearest neighbour alone goes far. This file has
+both. Nothing is learnt by gradient: training stores pictures, and an unseen scene can only be
+pasted together.
 
-    memory              `Retrieval.losses`: pictures, token ids and captions fill buffers
-    keyphrases          `parse`: caption -> parts (phrase, count, relation)
-    picture selection   `Index.nearest`: cosine of TF-IDF over the token ids of any text encoder
-    segmentation        `cut_out`: what differs from the colour of the corners
-    layout              `lay_out`: places that follow "left of", "above", a count, or side by side
-    composition         `collage`
+    memory              pictures, token ids and captions fill buffers          `Retrieval.losses`
+    keyphrases          caption -> parts (phrase, count, relation)             `parse`
+    picture selection   cosine of TF-IDF over any encoder's token ids          `Index.nearest`
+    segmentation        what differs from the colour of the corners            `cut_out`
+    layout              boxes from "left of", "above", counts; or in a grid    `lay_out`
+    composition         objects over the background, shrunk to their boxes     `collage`
 
-Which of the two answers a caption (`Retrieval.draw`):
-    1. a remembered caption that says the same (equal `parse`) gives its own picture;
-    2. else, if the caption names one thing, the nearest caption that names one thing does;
-    3. else the parts are pasted, unless the worst-served part has a cosine that is more than
-       `favour` below that of the nearest whole caption, which then gives its picture. The handicap
-       is there because a bag of words cannot tell "a red square left of a blue circle" from "a blue
-       square left of a red circle", so a cosine flatters whole captions.
-Pictures that tie are drawn by lot, each row from its own stream; so is one for a caption of which
-nothing is known.
+A caption is answered by the first rule that fits (`Retrieval.answer`):
+    1. a stored caption with an equal `parse` gives its own picture;
+    2. a caption that names one object gets the picture of the nearest caption that names one;
+    3. the parts are pasted, unless the cosine of the worst part is more than `paste_margin` below
+       that of the nearest whole caption: then that caption's picture is the answer. The margin is
+       needed because a bag of words cannot tell "a red square left of a blue circle" from "a blue
+       square left of a red circle", so that a cosine overrates whole captions.
+Ties are broken at random, from each row's own stream; a caption without any match gets a random
+picture.
 
 Departures. Zhu et al. learn with logistic regression which phrases can be pictured, find pictures
 by web search, choose among them by clustering their segments, and optimise the layout (important
-things large and central, little overlap). Ours splits at connectives and number words, searches the
-training set, cuts by one mask (the colour of the corners is background) and counts cells; it knows
-English function words but not one noun or colour. Im2Text compares pictures to find captions; ours
-compares captions.
+objects large and central, little overlap). Ours splits at connectives and number words, searches
+the training set, segments with one mask (the colour of the corners is background) and counts cells.
+It has a list of English function words, but of no nouns or colours. Im2Text compares pictures to
+find captions; ours compares captions.
+
+Axes: B captions, N stored pictures, S side, L words, W stored token ids of a caption, T tokens.
 """
 
 from __future__ import annotations
@@ -38,33 +41,35 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from lineage.config import Float, PositiveInt, configuration
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
 from lineage.system import System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
-SPECIAL = 3  # token ids below this (padding, unknown, null) stand for no word
-MOST = 9  # parts of a caption, and things that a number word can count
+NUM_SPECIAL = 3  # token ids below this (padding, unknown, null) are no words
+MAX_PARTS = 9  # of a caption
 
-# --------------------------------------------------------------------------------------- keyphrases
+# --- keyphrases -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Part:
-    """One sort of thing in a caption.
+    """One kind of object in a caption.
 
     Attributes:
-        phrase: what it is, in the singular: `a red star`.
-        count: how many of it.
-        relation: how the part before stands to this one: `left`, `right`, `above`, `below`, or
-            `beside` where nothing is said.
+        phrase: The object in the singular: `a red star`.
+        count: Number of such objects.
+        relation: Where the previous part is from this one: `left`, `right`, `above`, `below`, or
+            `beside` where the caption states nothing.
     """
 
     phrase: str
@@ -74,12 +79,12 @@ class Part:
 
 _NAMES = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMBERS = {word: n for n, name in enumerate(_NAMES, start=2) for word in (name, str(n))}
-_FIRST = re.compile(rf"(?:an?|the|one|1|another|some|{'|'.join(NUMBERS)})\s+")
+_ARTICLE = re.compile(rf"(?:an?|the|one|1|another|some|{'|'.join(NUMBERS)})\s+")
 _LEAD = re.compile(
     r"^(?:there (?:is|are)\s+"
     r"|(?:(?:an?|the)\s+)?(?:\w+\s+)?(?:picture|photo|image|drawing|painting|emoji) of\s+)+"
 )
-_JOINT = re.compile(
+_CONNECTIVE = re.compile(
     r"\s*\b(?:"
     r"(?P<left>(?:(?:to|on) the )?left of)|(?P<right>(?:(?:to|on) the )?right of)"
     r"|(?P<above>on top of|above|over)|(?P<below>below|under|beneath)"
@@ -90,32 +95,32 @@ _JOINT = re.compile(
 def parse(caption: str) -> tuple[Part, ...]:
     """`two stars and a ring above a heart` -> 2 of a star, a ring beside, a heart, ring above it.
 
-    "and" and a comma join things only before an article or a number ("a flag, in black and white"
-    is one thing), unless the caption goes without from its start ("red heart and blue star").
+    "and" and a comma join objects only before an article or a number ("a flag, in black and white"
+    is one object), unless the caption starts without one ("red heart and blue star").
     """
     text = _LEAD.sub("", " ".join(caption.lower().split()).rstrip(" .!"), count=1)
-    bare = _FIRST.match(text) is None
+    without_article = _ARTICLE.match(text) is None
     parts: list[Part] = []
     start, relation = 0, "beside"
-    for joint in _JOINT.finditer(text):
-        joins = joint.lastgroup or bare or _FIRST.match(text, joint.end())
-        if joins and start < joint.start() and joint.end() < len(text):
-            parts.append(_part(text[start : joint.start()], relation))
-            start, relation = joint.end(), joint.lastgroup or "beside"
+    for match in _CONNECTIVE.finditer(text):
+        joins = match.lastgroup or without_article or _ARTICLE.match(text, match.end())
+        if joins and start < match.start() and match.end() < len(text):
+            parts.append(_part(text[start : match.start()], relation))
+            start, relation = match.end(), match.lastgroup or "beside"
     parts.append(_part(text[start:], relation))
-    return tuple(parts[:MOST])
+    return tuple(parts[:MAX_PARTS])
 
 
 def _part(phrase: str, relation: str) -> Part:
-    first = _FIRST.match(phrase)
-    count = NUMBERS.get(first.group().strip(), 1) if first else 1
-    noun = phrase[first.end() :] if first else phrase
+    article = _ARTICLE.match(phrase)
+    count = NUMBERS.get(article.group().strip(), 1) if article else 1
+    noun = phrase[article.end() :] if article else phrase
     noun = _singular(noun) if count > 1 else noun
     return Part(f"{'an' if noun[:1] in tuple('aeiou') else 'a'} {noun}", count, relation)
 
 
 def _singular(noun: str) -> str:
-    """The first plural word made singular: `red crosses on grass` -> `red cross on grass`."""
+    """The first plural word in the singular: `red crosses on grass` -> `red cross on grass`."""
     words = noun.split(" ")
     for i, word in enumerate(words):
         if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
@@ -125,23 +130,23 @@ def _singular(noun: str) -> str:
     return " ".join(words)
 
 
-# -------------------------------------------------------------------------------- picture selection
+# --- picture selection ----------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """A remembered picture, and the cosine of its caption with what was asked for."""
+class Neighbour(NamedTuple):
+    """A stored picture, and the cosine between its caption and the query."""
 
     row: int
     cosine: float
 
 
 class Index:
-    """What is searched: N remembered captions of W token ids each.
+    """Search index of N stored captions of W token ids each.
 
     A caption is the vector of tf * idf over tokens, idf(t) = log((N + 1) / (df(t) + 1/2)): a token
-    in every caption weighs almost nothing, one that no caption has weighs most. Vectors are never
-    written out: the product of a query with caption n is the sum over its W places of
-    tf_query * idf^2, looked up by token.
+    of every caption weighs almost nothing, a token of no caption weighs most. The vectors are never
+    built: the product of a query with caption n is the sum of tf_query * idf^2 over the W positions
+    of the caption, looked up by token.
 
     Args:
         ids: (N, W) int64, 0 on padding.
@@ -150,50 +155,51 @@ class Index:
 
     def __init__(self, ids: Tensor, captions: list[str]) -> None:
         self.ids, self.count = ids, len(captions)
-        word = ids >= SPECIAL  # (N, W)
+        is_word = ids >= NUM_SPECIAL  # (N, W)
         tf = torch.stack([(ids == column[:, None]).sum(1) for column in ids.unbind(1)], 1)  # (N, W)
-        df = torch.zeros(int(ids.max()) + 1).index_add_(0, ids[word], 1.0 / tf[word])  # (T,)
-        self.unseen = math.log((self.count + 1) / 0.5)
+        df = torch.zeros(int(ids.max()) + 1).index_add_(0, ids[is_word], 1.0 / tf[is_word])  # (T,)
         self.idf = torch.log((self.count + 1) / (df + 0.5))  # (T,)
-        self.norm = (tf * self.idf[ids] ** 2 * word).sum(1).sqrt().clamp_min(1e-6)  # (N,)
+        self.idf_unseen = math.log((self.count + 1) / 0.5)
+        self.norm = (tf * self.idf[ids] ** 2 * is_word).sum(1).sqrt().clamp_min(1e-6)  # (N,)
         parses = [parse(caption) for caption in captions]
         self.single = torch.tensor([len(p) == 1 and p[0].count == 1 for p in parses])  # (N,)
-        self.said: dict[tuple[Part, ...], list[int]] = {}
+        self.rows_of: dict[tuple[Part, ...], list[int]] = {}
         for row, parts in enumerate(parses):
-            self.said.setdefault(parts, []).append(row)
+            self.rows_of.setdefault(parts, []).append(row)
 
     def cosines(self, query: Tensor) -> Tensor:
         """(W,) token ids -> (N,) cosines. Unknown words match nothing but lengthen the query."""
         tokens, tf = query[query != 0].unique(return_counts=True)
-        known = (tokens >= SPECIAL) & (tokens < len(self.idf))
-        idf = torch.full(tokens.shape, self.unseen)
+        known = (tokens >= NUM_SPECIAL) & (tokens < len(self.idf))
+        idf = torch.full(tokens.shape, self.idf_unseen)
         idf[known] = self.idf[tokens[known]]
         product = torch.zeros_like(self.idf)  # (T,)
         product[tokens[known]] = tf[known] * idf[known] ** 2
         return product[self.ids].sum(1) / (self.norm * (tf * idf).norm().clamp_min(1e-6))
 
-    def nearest(self, query: Tensor, chance: float, least: float, single: bool) -> Found:
-        """One of the nearest captions, by lot; any caption where the best cosine is below `least`.
+    def nearest(self, query: Tensor, u: float, min_cosine: float, single: bool) -> Neighbour:
+        """One of the nearest captions; a random one if the best cosine is below `min_cosine`.
 
         Args:
             query: (W,) token ids.
-            chance: the lot, in [0, 1).
-            least: cosines below this mean that nothing was found.
-            single: search only captions that name one thing, if there are any.
+            u: Uniform number in [0, 1) that breaks ties.
+            min_cosine: Smallest cosine that counts as a match.
+            single: If true, only captions that name one object are searched, if there are any.
         """
         cosines = self.cosines(query)  # (N,)
         if single and self.single.any():
             cosines = cosines.masked_fill(~self.single, -1.0)
         best = float(cosines.max())
-        ties = (cosines >= (best - 1e-5 if best >= least else 0.0)).nonzero().flatten().tolist()
-        return Found(_lot(ties, chance), best)
+        ties = (cosines >= (best - 1e-5 if best >= min_cosine else 0.0)).nonzero().flatten()
+        return Neighbour(_choose(ties.tolist(), u), best)
 
 
-def _lot(rows: list[int], chance: float) -> int:
-    return rows[min(int(chance * len(rows)), len(rows) - 1)]
+def _choose(rows: list[int], u: float) -> int:
+    """The row at `u` in [0, 1) of the list."""
+    return rows[min(int(u * len(rows)), len(rows) - 1)]
 
 
-# ---------------------------------------------------------------- segmentation, layout, composition
+# --- segmentation, layout, composition ------------------------------------------------------------
 
 
 class Box(NamedTuple):
@@ -205,30 +211,30 @@ class Box(NamedTuple):
 
 
 def background(picture: Tensor) -> Tensor:
-    """(3, S, S) -> (3,) median over the four corners, which a thing reaches last."""
+    """(3, S, S) -> (3,) median over the four corners, which an object reaches last."""
     c = max(1, picture.shape[-1] // 32)
     ends = torch.cat([picture[..., :c], picture[..., -c:]], 2)  # (3, S, 2c)
     return torch.cat([ends[:, :c], ends[:, -c:]], 1).flatten(1).median(1).values
 
 
 def cut_out(picture: Tensor, threshold: float) -> Tensor:
-    """The thing in a picture: (3, S, S) in [-1, 1] -> (4, h, w), colour times alpha, then alpha.
+    """The object in a picture: (3, S, S) in [-1, 1] -> (4, h, w), colour times alpha, then alpha.
 
-    By d, the largest channel's distance from the background in [0, 2], alpha grows from 0 at 3/4
-    of `threshold` to 1 at `threshold`, so outlines stay smooth and a faint texture stays behind. A
-    picture in which nothing stands out is taken whole.
+    With d, the largest channel's distance from the background in [0, 2], alpha grows from 0 at 3/4
+    of `threshold` to 1 at `threshold`: outlines stay smooth, and a faint texture is background. A
+    picture without a foreground is taken whole.
     """
     distance = (picture - background(picture)[:, None, None]).abs().amax(0)  # (S, S)
     alpha = (4 * distance / threshold - 3).clamp(0, 1)
     rows, columns = alpha.amax(1).nonzero().flatten(), alpha.amax(0).nonzero().flatten()
     if not len(rows):
         return torch.cat([picture, torch.ones_like(picture[:1])])
-    thing = torch.cat([picture * alpha, alpha[None]])
-    return thing[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    rgba = torch.cat([picture * alpha, alpha[None]])
+    return rgba[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def grid(count: int) -> list[tuple[float, float]]:
-    """`count` cells in rows, as square as can be, a short last row centred: 3 -> 2 above 1."""
+def grid_cells(count: int) -> list[tuple[float, float]]:
+    """`count` cells in rows, as square as possible, a short last row centred: 3 -> 2 above 1."""
     columns = math.ceil(math.sqrt(count))
     short = count % columns
     shift = [0.0] * (count - short) + [(columns - short) / 2] * short
@@ -238,8 +244,8 @@ def grid(count: int) -> list[tuple[float, float]]:
 _STEP = {"left": (1, 0), "right": (-1, 0), "above": (0, 1), "below": (0, -1), "beside": (1, 0)}
 
 
-def walk(parts: tuple[Part, ...]) -> list[tuple[float, float]]:
-    """A cell for each part, by steps from the part before as relations say, over cells in use."""
+def relation_cells(parts: tuple[Part, ...]) -> list[tuple[float, float]]:
+    """A cell for each part, one step from the previous part's cell; occupied cells are skipped."""
     cells: list[tuple[float, float]] = [(0, 0)]
     for part in parts[1:]:
         (x, y), (right, down) = cells[-1], _STEP[part.relation]
@@ -250,7 +256,7 @@ def walk(parts: tuple[Part, ...]) -> list[tuple[float, float]]:
 
 
 def fit(cells: list[tuple[float, float]], box: Box) -> list[Box]:
-    """Cells of side 1 scaled together into the middle of `box`."""
+    """Cells of side 1, scaled together into the middle of `box`."""
     xs, ys = zip(*cells, strict=True)
     side = box.side / (max(max(xs) - min(xs), max(ys) - min(ys)) + 1)
     left = box.x - side * (max(xs) + min(xs)) / 2
@@ -259,91 +265,91 @@ def fit(cells: list[tuple[float, float]], box: Box) -> list[Box]:
 
 
 def lay_out(parts: tuple[Part, ...], size: int) -> list[list[Box]]:
-    """For each part, a box for each of its things, on a canvas of `size` pixels."""
+    """A box for each object of each part, on a canvas of `size` pixels."""
     beside = all(part.relation == "beside" for part in parts)
-    cells = grid(len(parts)) if beside else walk(parts)
+    cells = grid_cells(len(parts)) if beside else relation_cells(parts)
     boxes = fit(cells, Box(size / 2, size / 2, size))
-    return [fit(grid(part.count), box) for part, box in zip(parts, boxes, strict=True)]
+    return [fit(grid_cells(part.count), box) for part, box in zip(parts, boxes, strict=True)]
 
 
-def collage(things: list[Tensor], places: list[list[Box]], canvas: Tensor, fill: float) -> Tensor:
-    """Things (4, h, w) pasted on `canvas` (3, S, S), shrunk to `fill` of a box, never enlarged."""
+def collage(objects: list[Tensor], boxes: list[list[Box]], canvas: Tensor, fill: float) -> Tensor:
+    """Objects (4, h, w) over `canvas` (3, S, S), shrunk to `fill` of a box, never enlarged."""
     canvas, size = canvas.clone(), canvas.shape[-1]
-    for thing, boxes in zip(things, places, strict=True):
-        for box in boxes:
-            shrink = min(1.0, fill * box.side / max(thing.shape[1:]))
-            h, w = (max(1, round(shrink * side)) for side in thing.shape[1:])
-            piece = F.interpolate(thing[None], (h, w), mode="bilinear", antialias=True)[0]
+    for rgba, places in zip(objects, boxes, strict=True):
+        for box in places:
+            shrink = min(1.0, fill * box.side / max(rgba.shape[1:]))
+            h, w = (max(1, round(shrink * side)) for side in rgba.shape[1:])
+            small = F.interpolate(rgba[None], (h, w), mode="bilinear", antialias=True)[0]
             top = min(max(round(box.y - h / 2), 0), size - h)
             left = min(max(round(box.x - w / 2), 0), size - w)
             under = canvas[:, top : top + h, left : left + w]
-            under.copy_(piece[:3] + (1 - piece[3:]) * under)
+            under.copy_(small[:3] + (1 - small[3:]) * under)
     return canvas
 
 
-# --------------------------------------------------------------------------------------- the system
+# --- the system -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@configuration
 class RetrievalConfig:
-    """A memory and its use.
+    """Sizes of the memory, and thresholds of its use.
 
     Attributes:
-        memory: the most pictures that are remembered; later ones are ignored.
-        words: tokens of a caption that count, from its start.
-        letters: bytes of a caption that are kept, in UTF-8.
-        threshold: how far, of 255, a thing's colour is from its background's.
-        fill: share of its cell that a pasted thing may take.
-        least: a cosine below this means that nothing was found.
-        favour: how far the worst part's cosine may lie below the nearest whole caption's for the
-            parts still to be pasted.
+        memory_size: Largest number of stored pictures; later ones are ignored.
+        max_words: W, number of stored token ids of a caption.
+        max_bytes: Number of stored bytes of a caption in UTF-8.
+        threshold: Distance, of 255, between the colours of an object and of its background.
+        fill: Share of its box's side that a pasted object may take.
+        min_cosine: Smallest cosine that counts as a match.
+        paste_margin: Number by which the worst part's cosine may be below that of the nearest whole
+            caption if the parts are to be pasted.
     """
 
-    memory: int = 4096
-    words: int = 32
-    letters: int = 192
-    threshold: int = 40
-    fill: float = 0.9
-    least: float = 0.1
-    favour: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name in ("memory", "words", "letters", "threshold"):
-            if getattr(self, name) < 1:
-                raise UserError(f"retrieval needs {name} of 1 or more, not {getattr(self, name)}.")
-        if not 0 < self.fill <= 1:
-            raise UserError(f"retrieval needs fill above 0 and up to 1, not {self.fill}.")
+    memory_size: PositiveInt = 4096
+    max_words: PositiveInt = 32
+    max_bytes: PositiveInt = 192
+    threshold: PositiveInt = 40
+    fill: Annotated[Float, Field(gt=0, le=1)] = 0.9
+    min_cosine: Float = 0.1
+    paste_margin: Float = 0.2
 
 
 class Retrieval(System):
     """A memory of captioned pictures, all in buffers, so that a saved run needs no data."""
 
-    pictures: Tensor  # (memory, 3, S, S) uint8
-    ids: Tensor  # (memory, W) int32
-    letters: Tensor  # (memory, letters) uint8
+    pictures: Tensor  # (memory_size, 3, S, S) uint8
+    ids: Tensor  # (memory_size, W) int32
+    captions: Tensor  # (memory_size, max_bytes) uint8
     count: Tensor  # () int64
 
     def __init__(self, config: RetrievalConfig, text: TextEncoder, size: int) -> None:
         super().__init__()
         self.config, self.text, self.size = config, text, size
-        n = config.memory
+        n = config.memory_size
         self.register_buffer("pictures", torch.zeros(n, 3, size, size, dtype=torch.uint8))
-        self.register_buffer("ids", torch.zeros(n, config.words, dtype=torch.int32))
-        self.register_buffer("letters", torch.zeros(n, config.letters, dtype=torch.uint8))
+        self.register_buffer("ids", torch.zeros(n, config.max_words, dtype=torch.int32))
+        self.register_buffer("captions", torch.zeros(n, config.max_bytes, dtype=torch.uint8))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self._index: Index | None = None
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_index", None))
 
     def extra_repr(self) -> str:
-        return f"{int(self.count)} of {self.config.memory} pictures remembered"
+        return f"{int(self.count)} of {self.config.memory_size} pictures stored"
+
+    # --- memory -------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Module]]:
         return {}
 
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+        """Store the batch. There is nothing to minimise, so that no turn is yielded."""
+        self._store(batch, text.ids)
+        yield from ()
+
     @torch.no_grad()
-    def _remember(self, batch: Batch, ids: Tensor) -> None:
+    def _store(self, batch: Batch, ids: Tensor) -> None:
         first = int(self.count)
-        rows = slice(first, min(first + len(batch), self.config.memory))
+        rows = slice(first, min(first + len(batch), self.config.memory_size))
         n = rows.stop - first
         if n == 0:
             return
@@ -353,71 +359,75 @@ class Retrieval(System):
                 f"{tuple(batch.image.shape[1:])}: load the data at size={self.size}."
             )
         self.pictures[rows] = to_bytes(batch.image[:n])
-        self.ids[rows] = self._cut(ids[:n]).to(self.ids)
-        width = self.config.letters
-        kept = [c.encode(errors="replace")[:width].ljust(width, b"\0") for c in batch.caption[:n]]
-        self.letters[rows] = torch.tensor([list(row) for row in kept]).to(self.letters)
+        self.ids[rows] = self._fixed_length(ids[:n]).to(self.ids)
+        length = self.config.max_bytes
+        utf8 = [c.encode(errors="replace")[:length].ljust(length, b"\0") for c in batch.caption[:n]]
+        self.captions[rows] = torch.tensor([list(row) for row in utf8]).to(self.captions)
         self.count += n
 
-    def _cut(self, ids: Tensor) -> Tensor:
-        """(B, L) -> (B, W): padded or cut to the width of the memory."""
-        return F.pad(ids, (0, max(0, self.config.words - ids.shape[1])))[:, : self.config.words]
-
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
-        """Remember the batch. There is nothing to minimise, so nothing is yielded."""
-        self._remember(batch, text.ids)
-        yield from ()
+    def _fixed_length(self, ids: Tensor) -> Tensor:
+        """(B, L) -> (B, W), padded or cut."""
+        length = self.config.max_words
+        return F.pad(ids, (0, max(0, length - ids.shape[1])))[:, :length]
 
     def index(self) -> Index:
-        """What is searched, built again when the memory has changed. It stays on the CPU."""
+        """Search index, on the CPU; built again when the memory has changed."""
         count = int(self.count)
         if count == 0:
             raise UserError(
-                "This retrieval system remembers no picture yet: train it first, if only a step."
+                "This retrieval system has stored no picture yet: train it first, if only a step."
             )
         if self._index is None or self._index.count != count:
-            rows = [bytes(row) for row in self.letters[:count].cpu().numpy()]
+            rows = [bytes(row) for row in self.captions[:count].cpu().numpy()]
             captions = [row.rstrip(b"\0").decode(errors="ignore") for row in rows]
             self._index = Index(self.ids[:count].cpu().long(), captions)
         return self._index
 
-    def draw(self, captions: list[str], draws: NoiseStreams, paste: bool = True) -> Tensor:
-        """Pictures (B, 3, S, S) of captions.
+    # --- answers ------------------------------------------------------------------------------
+
+    def sample(self, captions: list[str], noise: NoiseStreams, paste: bool = True) -> Tensor:
+        """Pictures of `captions`, (B, 3, S, S).
 
         Args:
-            paste: cut and paste as the header says; False gives the nearest caption's picture.
+            paste: If true, unseen scenes are pasted together; if false, the nearest caption's
+                picture is the answer.
         """
-        chances = draws.rand(1 + MOST).tolist()  # lots: one for the caption, one for each part
-        made = [self._answer(c, row, paste) for c, row in zip(captions, chances, strict=True)]
-        return torch.stack(made).to(self.device)
+        uniform = noise.rand(1 + MAX_PARTS).tolist()  # one for the caption, one for each part
+        pictures = [self.answer(c, u, paste) for c, u in zip(captions, uniform, strict=True)]
+        return torch.stack(pictures).to(self.device)
 
-    def _answer(self, caption: str, chances: list[float], paste: bool) -> Tensor:
-        """(3, S, S) by the three rules of the header."""
-        index, least, parts = self.index(), self.config.least, parse(caption)
-        if parts in index.said:
-            return self._picture(_lot(index.said[parts], chances[0]))
-        asked = [caption, *(part.phrase for part in parts)]
-        query, *phrases = self._cut(self.text.encode(asked).ids.cpu())  # (W,) each
+    def answer(self, caption: str, uniform: list[float], paste: bool) -> Tensor:
+        """The picture (3, S, S) of one caption, by the rules of the header."""
+        index, config, parts = self.index(), self.config, parse(caption)
+        u, *part_us = uniform
+        if parts in index.rows_of:
+            return self._picture(_choose(index.rows_of[parts], u))
+        phrases = [part.phrase for part in parts]
+        ids, *part_ids = self._fixed_length(self.text.encode([caption, *phrases]).ids.cpu())
         several = len(parts) > 1 or parts[0].count > 1
-        whole = index.nearest(query, chances[0], least, single=not several)
+        whole = index.nearest(ids, u, config.min_cosine, single=not several)
         if not (several and paste):
             return self._picture(whole.row)
-        found = [
-            Found(_lot(same, chance), 1.0)
-            if (same := index.said.get((Part(part.phrase),)))
-            else index.nearest(phrase, chance, least, single=True)
-            for part, phrase, chance in zip(parts, phrases, chances[1:], strict=False)
+        neighbours = [
+            self._neighbour(*row) for row in zip(phrases, part_ids, part_us, strict=False)
         ]
-        worst = min(f.cosine for f in found)
-        if worst < least or worst + self.config.favour < whole.cosine:
+        worst = min(neighbour.cosine for neighbour in neighbours)
+        if worst < config.min_cosine or worst + config.paste_margin < whole.cosine:
             return self._picture(whole.row)
-        return self._collage(parts, [self._picture(f.row) for f in found])
+        return self._collage(parts, [self._picture(neighbour.row) for neighbour in neighbours])
+
+    def _neighbour(self, phrase: str, ids: Tensor, u: float) -> Neighbour:
+        """A stored picture of one object."""
+        index = self.index()
+        if rows := index.rows_of.get((Part(phrase),)):
+            return Neighbour(_choose(rows, u), 1.0)
+        return index.nearest(ids, u, self.config.min_cosine, single=True)
 
     def _picture(self, row: int) -> Tensor:
         return to_unit(self.pictures[row].cpu())
 
     def _collage(self, parts: tuple[Part, ...], pictures: list[Tensor]) -> Tensor:
-        """The things in `pictures` on a canvas of the first one's background colour."""
-        things = [cut_out(picture, self.config.threshold / 127.5) for picture in pictures]
+        """The objects of `pictures` on a canvas of the first one's background colour."""
+        objects = [cut_out(picture, self.config.threshold / 127.5) for picture in pictures]
         canvas = background(pictures[0])[:, None, None].expand_as(pictures[0])
-        return collage(things, lay_out(parts, self.size), canvas, self.config.fill)
+        return collage(objects, lay_out(parts, self.size), canvas, self.config.fill)

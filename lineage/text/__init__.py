@@ -3,7 +3,7 @@
 make_tokenizer(kind, captions, vocab_size)   `word` or `bpe`, trained from captions
 make_encoder(name, config, tokenizer)        an untrained encoder
 EncoderSpec(name, config, tokenizer)         the same as an argument of a stage
-TextEncoder, TextFeatures                    the contract that every family reads
+TextEncoder, TextFeatures                    the contract of every encoder
 """
 
 from lineage.text.contract import TextEncoder, TextFeatures

@@ -1,9 +1,9 @@
 """`char_cnn_rnn`: captions character by character (Reed et al. 2016, arXiv:1605.05395, section 4).
 
-The text encoder of GAN-INT-CLS and StackGAN. A temporal convolutional network reads the characters
-and shortens the sequence to a few positions; a recurrent network reads these, and the sentence is
-the mean of its states. It needs no vocabulary: a new or misspelt word is a sequence of known
-characters. `lineage/cgan/joint_embedding.py` trains it.
+The text encoder of GAN-INT-CLS and StackGAN. A temporal convolutional network shortens the
+characters to a few positions, a recurrent network follows, and the sentence is the mean of its
+states. It needs no vocabulary: a new or misspelt word is a sequence of known characters.
+`lineage/cgan/joint_embedding.py` trains it.
 
     201 characters of 70, one-hot
     convolution of 4, ReLU, max pooling of 3         66 positions, 384 channels

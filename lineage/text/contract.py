@@ -42,7 +42,7 @@ class TextFeatures:
         return self._map(Tensor.detach)
 
     def __getitem__(self, rows: Tensor | slice) -> TextFeatures:
-        """Features of some rows, by number (from 0), slice or mask, in the order asked for."""
+        """Features of some rows, by number (from 0), slice or mask, in the order of `rows`."""
         if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1:
             return self._map(lambda part: part.index_select(0, rows))  # twice as fast
         return self._map(lambda part: part[rows])

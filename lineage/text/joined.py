@@ -13,7 +13,7 @@
 Departures: SDXL's sentence is that of its second encoder alone. SD3 joins its two CLIP models along
 the channels before T5 follows in the sequence, and takes the sentence from the CLIP models. In
 `sequence` the words of all encoders come first and the padding of all of them last, so that the
-mask stays one run of True; attention does not depend on that order.
+mask stays one run of True; attention without position embeddings ignores that order.
 
 Axes: B captions, L words, Dw width of a word, Ds width of a sentence.
 """

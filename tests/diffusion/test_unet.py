@@ -1,4 +1,4 @@
-"""The UNet's promises: shapes, the way in of text and time, and that all of it learns."""
+"""The UNet: shapes, the ways in which text and time enter, and that every part of it learns."""
 
 from __future__ import annotations
 
@@ -11,39 +11,48 @@ import torch
 from torch import Tensor
 
 from lineage.config import TextConfig
-from lineage.data.contract import CaptionedDataset
-from lineage.diffusion.ddpm import DDPM, DDPMConfig
-from lineage.diffusion.networks.unet import CONDITIONING, UNet, UNetConfig, time_embedding
+from lineage.diffusion.ddpm import DDPMConfig, build_ddpm
+from lineage.diffusion.networks.layers import timestep_embedding
+from lineage.diffusion.networks.unet import UNet, UNetConfig, make_unet
 from lineage.errors import UserError
 from lineage.text.contract import TextFeatures
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import WordTokenizer
 
-D = 6  # width of the text
-SMALL = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(1,), heads=2, dropout=0.0)
+D = 6  # width of words and sentence
+SMALL = UNetConfig(
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_levels=(1,),
+    num_heads=2,
+    dropout=0.0,
+)
 
+CONDITIONING = ("cross", "transformer", "joint", "sentence", "none")
 READS_WORDS = ("cross", "transformer", "joint")
 READS_SENTENCE = ("cross", "joint", "sentence")
+GLIDE = {"conditioning": "joint", "scale_shift_norm": True, "resblock_updown": True}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"conditioning": name} for name in CONDITIONING},
-    "shift": {"shift": True},
-    "block_resampling": {"block_resampling": True},
-    "patch": {"patch": 2},
-    "head_width": {"head_width": 4},
-    "depth": {"conditioning": "transformer", "depth": 3},
-    "padding": {"padding": True},
-    "groups": {"groups": 2},
-    "three levels": {"multipliers": (1, 2, 3), "attention": (0, 2), "blocks": 2},
-    "one level": {"multipliers": (2,), "attention": (0,)},
-    "no attention but the middle's": {"attention": ()},
-    "GLIDE": {"conditioning": "joint", "shift": True, "block_resampling": True, "padding": True},
-    "latent diffusion": {"conditioning": "transformer", "head_width": 4, "padding": True},
+    "scale_shift_norm": {"scale_shift_norm": True},
+    "resblock_updown": {"resblock_updown": True},
+    "patch_size": {"patch_size": 2},
+    "head_dim": {"head_dim": 4},
+    "transformer_depth": {"conditioning": "transformer", "transformer_depth": 3},
+    "attend_padding": {"attend_padding": True},
+    "norm_groups": {"norm_groups": 2},
+    "three levels": {"channel_mult": (1, 2, 3), "attention_levels": (0, 2), "num_res_blocks": 2},
+    "one level": {"channel_mult": (2,), "attention_levels": (0,)},
+    "no attention but the middle's": {"attention_levels": ()},
+    "GLIDE": {**GLIDE, "attend_padding": True},
+    "latent diffusion": {"conditioning": "transformer", "head_dim": 4, "attend_padding": True},
 }
 
 
 def features(lengths: list[int], seed: int = 0) -> TextFeatures:
-    """Random text of so many words a caption, with nonsense behind the words."""
+    """Random text with so many words per caption, and random vectors on the padding."""
     generator = torch.Generator().manual_seed(seed)
     count, length = len(lengths), max(lengths)
     mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
@@ -55,18 +64,22 @@ def features(lengths: list[int], seed: int = 0) -> TextFeatures:
     )
 
 
-def network(channels: int = 3, outputs: int | None = None, **changes: Any) -> UNet:
-    """A UNet whose layers that start at zero have been moved."""
+def new_unet(in_channels: int = 3, out_channels: int = 3, **changes: Any) -> UNet:
+    """A UNet with its initial weights."""
+    return make_unet(replace(SMALL, **changes), D, D, in_channels, out_channels)
+
+
+def moved_unet(in_channels: int = 3, out_channels: int = 3, **changes: Any) -> UNet:
+    """A UNet whose layers have moved away from the zeros at which they start."""
     torch.manual_seed(0)
-    unet = UNet(replace(SMALL, **changes), D, channels, outputs).eval()
+    unet = new_unet(in_channels, out_channels, **changes).eval()
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return unet
 
 
-def apart(one: Tensor, other: Tensor) -> float:
-    """The largest difference."""
+def largest_difference(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
@@ -74,10 +87,9 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_a_new_network_says_nothing(changes: dict[str, Any]) -> None:
+def test_a_new_network_predicts_zero(changes: dict[str, Any]) -> None:
     """Its last layer starts at zero, so the first loss is that of the mean, not of a random net."""
-    unet = UNet(replace(SMALL, **changes), D)
-    out = unet(torch.randn(2, 3, 8, 8), torch.tensor([0, 50]), features([2, 3]))
+    out = new_unet(**changes)(torch.randn(2, 3, 8, 8), torch.tensor([0, 50]), features([2, 3]))
     assert torch.equal(out, torch.zeros(2, 3, 8, 8))
 
 
@@ -85,8 +97,8 @@ def test_a_new_network_says_nothing(changes: dict[str, Any]) -> None:
 def test_every_block_of_a_new_network_is_the_identity(changes: dict[str, Any]) -> None:
     """Whatever the text and the time, until the layers at the end of each block have moved."""
     torch.manual_seed(0)
-    unet = UNet(replace(SMALL, **changes), D)
-    torch.nn.init.normal_(unet.leave.weight)
+    unet = new_unet(**changes)
+    torch.nn.init.normal_(unet.conv_out.weight)
     x = torch.randn(2, 3, 8, 8)
     one = unet(x, torch.tensor([0, 50]), features([2, 3]))
     other = unet(x, torch.tensor([70, 9]), features([4, 1], 1))
@@ -96,7 +108,7 @@ def test_every_block_of_a_new_network_is_the_identity(changes: dict[str, Any]) -
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_the_output_has_the_shape_of_the_input(changes: dict[str, Any]) -> None:
-    unet = network(**changes)
+    unet = moved_unet(**changes)
     for side in (8, 16):
         x = torch.randn(3, 3, side, side)
         out = unet(x, torch.tensor([0, 5, 99]), features([2, 1, 4]))
@@ -104,78 +116,94 @@ def test_the_output_has_the_shape_of_the_input(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONING)
-@pytest.mark.parametrize("patch", [1, 2])
-def test_other_channels_in_and_out(conditioning: str, patch: int) -> None:
-    unet = network(4, 8, conditioning=conditioning, patch=patch)
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_other_channels_in_and_out(conditioning: str, patch_size: int) -> None:
+    unet = moved_unet(4, 8, conditioning=conditioning, patch_size=patch_size)
     out = unet(torch.randn(2, 4, 8, 8), torch.tensor([0, 5]), features([2, 1]))
     assert out.shape == (2, 8, 8, 8) and out.abs().min(1).values.max() > 0
 
 
 def test_a_patch_is_folded_and_unfolded_in_one_order() -> None:
     """A network that passes the folded channels on gives the picture back."""
-    unet = UNet(replace(SMALL, width=12, heads=2, patch=2), D)
+    unet = new_unet(channels=12, patch_size=2)
     with torch.no_grad():
-        for layer in (unet.enter, unet.leave):
+        for layer in (unet.conv_in, unet.conv_out):
             layer.weight.zero_()
             layer.bias.zero_()
-    torch.nn.init.dirac_(unet.leave.weight)
-    seen: list[Tensor] = []
-    unet.enter.register_forward_hook(lambda module, given, out: seen.append(given[0]))
-    unet.norm = torch.nn.Identity()  # what the last layer gets is SiLU of what the first saw
-    unet.leave.register_forward_pre_hook(lambda module, given: (seen[0],))
+    torch.nn.init.dirac_(unet.conv_out.weight)
+    inputs: list[Tensor] = []
+    unet.conv_in.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    unet.norm_out = torch.nn.Identity()  # type: ignore[assignment]
+    unet.conv_out.register_forward_pre_hook(lambda module, args: (inputs[0],))
     x = torch.randn(1, 3, 8, 8)
     assert torch.equal(unet(x, torch.tensor([3]), features([2])), x)
-    assert seen[0].shape == (1, 12, 4, 4)
+    assert inputs[0].shape == (1, 12, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("change", "heads"),
-    [({"heads": 2}, 2), ({"heads": 4}, 4), ({"head_width": 4}, 4), ({"head_width": 16}, 1)],
+    ("change", "num_heads"),
+    [({"num_heads": 2}, 2), ({"num_heads": 4}, 4), ({"head_dim": 4}, 4), ({"head_dim": 16}, 1)],
     ids=str,
 )
 @pytest.mark.parametrize("conditioning", ["cross", "transformer"])
-def test_heads_are_as_many_as_is_said(
-    change: dict[str, Any], heads: int, conditioning: str
-) -> None:
-    """Of a level of 16 channels; no width of a head exceeds the level's."""
-    unet = UNet(replace(SMALL, conditioning=conditioning, **change), D)
-    found = {module.heads for module in unet.modules() if hasattr(module, "heads")}
-    assert found == {heads}
+def test_the_number_of_heads(change: dict[str, Any], num_heads: int, conditioning: str) -> None:
+    """Of a level of 16 channels; no head is wider than the level."""
+    unet = new_unet(conditioning=conditioning, **change)
+    numbers = {module.num_heads for module in unet.modules() if hasattr(module, "num_heads")}
+    assert numbers == {num_heads}
 
 
-def test_attention_stands_where_it_is_asked_for() -> None:
-    """By levels, the finest first; the middle has it always."""
-    config = replace(SMALL, multipliers=(1, 2, 4), attention=(0, 2))
-    unet = UNet(config, D)
-    widths = [part.attention.pixels.query.in_features for part in unet.down if attends(part)]
-    assert widths == [8, 32]
-    widths = [part.attention.pixels.query.in_features for part in unet.up if attends(part)]
-    assert widths == [32, 32, 8, 8]
-    assert [attends(part) for part in unet.middle] == [True, False]
+def test_attention_levels_have_attention() -> None:
+    """The finest level is 0; the middle always has attention."""
+    unet = new_unet(channel_mult=(1, 2, 4), attention_levels=(0, 2))
+
+    def widths(level: Any) -> list[int]:
+        return [block.self_attn.to_q.in_features for block in level.attentions]
+
+    assert [widths(level) for level in unet.down] == [[8], [], [32]]
+    assert [widths(level) for level in unet.up] == [[32, 32], [], [8, 8]]
+    assert widths(unet.mid) == [32] and len(unet.mid.resnets) == 2
 
 
-def attends(part: Any) -> bool:
-    return getattr(part, "attention", None) is not None
-
-
-def test_depth_is_the_number_of_blocks_of_a_transformer() -> None:
+def test_transformer_depth_is_the_number_of_blocks() -> None:
     for depth in (1, 3):
-        unet = UNet(replace(SMALL, conditioning="transformer", depth=depth), D)
-        assert len(unet.middle[0].attention.blocks) == depth
+        unet = new_unet(conditioning="transformer", transformer_depth=depth)
+        assert len(unet.mid.attentions[0].transformer_blocks) == depth  # type: ignore[arg-type]
+
+
+def test_a_unet_takes_any_attention_block() -> None:
+    """The factory is called with the channels of each level that has attention."""
+
+    class Double(torch.nn.Module):
+        def forward(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
+            return 2 * x
+
+    channels: list[int] = []
+
+    def attention(width: int) -> torch.nn.Module:
+        channels.append(width)
+        return Double()
+
+    unet = UNet(SMALL, attention)
+    assert channels == [16, 16, 16, 16]  # down, middle, and two on the way up
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 50])
+    torch.nn.init.normal_(unet.conv_out.weight)
+    one, other = (unet(x, t, features([2, 3], seed)) for seed in (0, 1))
+    assert torch.equal(one, other) and one.abs().max() > 0.1
 
 
 # --- text -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONING)
-def test_text_comes_in_by_the_way_that_is_named(conditioning: str) -> None:
-    unet, x, t = network(conditioning=conditioning), torch.randn(2, 3, 8, 8), torch.tensor([5, 50])
-    text = features([3, 3])
+def test_text_enters_as_conditioning_says(conditioning: str) -> None:
+    unet, x = moved_unet(conditioning=conditioning), torch.randn(2, 3, 8, 8)
+    t, text = torch.tensor([5, 50]), features([3, 3])
     plain = unet(x, t, text)
     words = unet(x, t, replace(text, words=features([3, 3], 1).words))
     sentence = unet(x, t, replace(text, sentence=features([3, 3], 1).sentence))
-    assert (apart(plain, words) > 1e-3) == (conditioning in READS_WORDS)
-    assert (apart(plain, sentence) > 1e-3) == (conditioning in READS_SENTENCE)
+    assert (largest_difference(plain, words) > 1e-3) == (conditioning in READS_WORDS)
+    assert (largest_difference(plain, sentence) > 1e-3) == (conditioning in READS_SENTENCE)
     if conditioning not in READS_WORDS:
         assert torch.equal(plain, words)
     if conditioning not in READS_SENTENCE:
@@ -183,10 +211,12 @@ def test_text_comes_in_by_the_way_that_is_named(conditioning: str) -> None:
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONING)
-@pytest.mark.parametrize("changes", [{}, {"shift": True, "block_resampling": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"scale_shift_norm": True, "resblock_updown": True}], ids=str
+)
 def test_padding_does_not_matter(conditioning: str, changes: dict[str, Any]) -> None:
-    """Words behind the mask must not be looked at, whatever they hold and however many."""
-    unet = network(conditioning=conditioning, **changes)
+    """Masked words are not attended to, whatever they hold and however many there are."""
+    unet = moved_unet(conditioning=conditioning, **changes)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 50])
     text = features([2, 4])
     plain = unet(x, t, text)
@@ -195,54 +225,54 @@ def test_padding_does_not_matter(conditioning: str, changes: dict[str, Any]) -> 
     torch.testing.assert_close(unet(x, t, longer), plain, atol=1e-5, rtol=1e-5)
     alone = unet(x[:1], t[:1], TextFeatures.cat([text[:1]]))
     torch.testing.assert_close(alone[0], plain[0], atol=1e-5, rtol=1e-5)
-    shorter = text[:1].shortened(2)
+    shorter = text[:1].truncated(2)
     torch.testing.assert_close(unet(x[:1], t[:1], shorter)[0], plain[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONING)
 def test_padding_matters_where_it_is_attended_to(conditioning: str) -> None:
-    """As in GLIDE and latent diffusion, whose encoders say something of each place."""
-    unet = network(conditioning=conditioning, padding=True)
+    """As in GLIDE and latent diffusion, whose encoders encode the padding too."""
+    unet = moved_unet(conditioning=conditioning, attend_padding=True)
     x, t, text = torch.randn(2, 3, 8, 8), torch.tensor([5, 50]), features([2, 4])
     plain = unet(x, t, text)
     other = replace(text, words=text.words.clone())
     other.words[~text.mask] += 1
     moved = (unet(x, t, other) - plain).abs().amax((1, 2, 3))
-    assert (moved[0] > 1e-3) == (conditioning in READS_WORDS)  # two words, two places behind
-    assert moved[1] < 1e-5  # no place behind
+    assert (moved[0] > 1e-3) == (conditioning in READS_WORDS)  # two words, two of padding
+    assert moved[1] < 1e-5  # no padding
     everywhere = replace(text, mask=torch.ones_like(text.mask))
     assert torch.equal(unet(x, t, everywhere), plain)
 
 
 @pytest.mark.parametrize("conditioning", READS_WORDS)
-def test_every_word_of_a_caption_is_looked_at(conditioning: str) -> None:
-    unet = network(conditioning=conditioning)
+def test_every_word_of_a_caption_is_attended_to(conditioning: str) -> None:
+    unet = moved_unet(conditioning=conditioning)
     x, t, text = torch.randn(1, 3, 8, 8), torch.tensor([5]), features([4])
     plain = unet(x, t, text)
-    for place in range(4):
+    for word in range(4):
         other = replace(text, words=text.words.clone())
-        other.words[:, place] += 1
-        assert apart(unet(x, t, other), plain) > 1e-4, place
+        other.words[:, word] += 1
+        assert largest_difference(unet(x, t, other), plain) > 1e-4, word
 
 
 # --- time -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_time_matters_and_is_told_apart(changes: dict[str, Any]) -> None:
-    unet, x, text = network(**changes), torch.randn(1, 3, 8, 8), features([2])
+def test_every_timestep_has_its_own_output(changes: dict[str, Any]) -> None:
+    unet, x, text = moved_unet(**changes), torch.randn(1, 3, 8, 8), features([2])
     outs = [unet(x, torch.tensor([t]), text) for t in (0, 1, 500, 501, 999)]
     for i, one in enumerate(outs):
         for other in outs[i + 1 :]:
-            assert apart(one, other) > 1e-5
-    between = unet(x, torch.tensor([500.5]), text)  # as the samplers that go by sigma ask for
-    assert apart(between, outs[2]) > 1e-6 and apart(between, outs[3]) > 1e-6
+            assert largest_difference(one, other) > 1e-5
+    between = unet(x, torch.tensor([500.5]), text)  # the samplers in sigma need such timesteps
+    assert min(largest_difference(between, outs[i]) for i in (2, 3)) > 1e-6
 
 
-def test_time_is_cosines_then_sines_of_falling_frequency() -> None:
+def test_the_timestep_embedding_is_cosines_then_sines_of_falling_frequency() -> None:
     """Term by term, with a frequency of 10,000^(-k / half)."""
     width, half = 32, 16
-    vectors = time_embedding(torch.arange(1000), width)
+    vectors = timestep_embedding(torch.arange(1000), width)
     assert vectors.shape == (1000, width)
     assert vectors[0].tolist() == [1.0] * half + [0.0] * half
     for t in (1, 17, 400):
@@ -250,7 +280,7 @@ def test_time_is_cosines_then_sines_of_falling_frequency() -> None:
         naive = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
         assert vectors[t].tolist() == pytest.approx(naive, abs=1e-4)
     assert torch.pdist(vectors).min() > 1e-2
-    middle = time_embedding(torch.tensor([0.5]), width)[0]
+    middle = timestep_embedding(torch.tensor([0.5]), width)[0]
     assert middle[0].item() == pytest.approx(math.cos(0.5))
 
 
@@ -259,11 +289,11 @@ def test_time_is_cosines_then_sines_of_falling_frequency() -> None:
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_each_row_has_its_own_time_and_text(changes: dict[str, Any]) -> None:
-    unet, x, t = network(**changes), torch.randn(3, 3, 8, 8), torch.tensor([5, 50, 500])
+    unet, x, t = moved_unet(**changes), torch.randn(3, 3, 8, 8), torch.tensor([5, 50, 500])
     text = features([2, 4, 1])
     plain = unet(x, t, text)
-    turned = unet(x.flip(0), t.flip(0), text[torch.tensor([2, 1, 0])])
-    torch.testing.assert_close(turned.flip(0), plain, atol=1e-5, rtol=1e-5)
+    reversed_rows = unet(x.flip(0), t.flip(0), text[torch.tensor([2, 1, 0])])
+    torch.testing.assert_close(reversed_rows.flip(0), plain, atol=1e-5, rtol=1e-5)
     for row in range(3):
         alone = unet(x[row : row + 1], t[row : row + 1], text[row : row + 1])
         torch.testing.assert_close(alone[0], plain[row], atol=1e-5, rtol=1e-5)
@@ -271,7 +301,7 @@ def test_each_row_has_its_own_time_and_text(changes: dict[str, Any]) -> None:
     changed[1] += 1
     others = unet(changed, t, text)
     torch.testing.assert_close(others[[0, 2]], plain[[0, 2]], atol=1e-5, rtol=1e-5)
-    assert apart(others[1], plain[1]) > 1e-3
+    assert largest_difference(others[1], plain[1]) > 1e-3
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -279,8 +309,8 @@ def test_each_row_has_its_own_time_and_text(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_gradients_reach_every_parameter_and_the_text(changes: dict[str, Any]) -> None:
-    """What no gradient reaches is either not wired in or has no business here."""
-    unet, text = network(**changes), features([2, 4])
+    """A parameter without gradient is either not wired in or has no business here."""
+    unet, text = moved_unet(**changes), features([2, 4])
     text.words.requires_grad_()
     text.sentence.requires_grad_()
     x = torch.randn(2, 3, 8, 8)
@@ -295,64 +325,61 @@ def test_gradients_reach_every_parameter_and_the_text(changes: dict[str, Any]) -
 
 
 def test_dropout_acts_in_training_alone() -> None:
-    unet = network(dropout=0.5)
+    unet = moved_unet(dropout=0.5)
     x, t, text = torch.randn(1, 3, 8, 8), torch.tensor([5]), features([2])
     assert torch.equal(unet(x, t, text), unet(x, t, text))
     unet.train()
-    assert apart(unet(x, t, text), unet(x, t, text)) > 1e-4
+    assert largest_difference(unet(x, t, text), unet(x, t, text)) > 1e-4
 
 
-# --- sizes that cannot be -------------------------------------------------------------------------
+# --- impossible sizes -----------------------------------------------------------------------------
 
 
-def test_wrong_names_and_sides_are_told(tokenizer: WordTokenizer, shapes: CaptionedDataset) -> None:
+def test_unknown_names_and_wrong_sides_are_named(tokenizer: WordTokenizer) -> None:
     with pytest.raises(UserError, match=r"'croos'.*'cross'"):
-        UNetConfig(conditioning="croos")
-    with pytest.raises(UserError, match="did you mean 'ddim'"):
-        DDPMConfig(sampler="ddin")
+        UNetConfig(conditioning="croos")  # type: ignore[arg-type]
     text = make_encoder("bag", TextConfig(width=16), tokenizer)
-    config = DDPMConfig(unet=replace(SMALL, patch=2))
+    config = DDPMConfig(unet=replace(SMALL, patch_size=2))
     for size in (15, 18, 2, 33):
         with pytest.raises(UserError, match=f"multiple of 4, not size={size}"):
-            DDPM(config, text, size)
-    assert DDPM(config, text, 20).size == 20
+            build_ddpm(config, text, size)
+    assert build_ddpm(config, text, 20).size == 20
 
 
 IMPOSSIBLE: list[dict[str, Any]] = [
-    {"heads": 3},
-    {"heads": 0},
-    {"multipliers": ()},
-    {"multipliers": (0, 1)},
-    {"width": 0},
-    {"width": 9, "heads": 1},  # time has pairs of a cosine and a sine
-    {"width": 1, "heads": 1},
-    {"blocks": 0},
-    {"patch": 0},
-    {"depth": 0},
-    {"groups": -1},
-    {"head_width": -1},
-    {"width": 10, "head_width": 6},  # 20 channels of the second level for 3 heads
-    {"attention": (2,)},  # there are levels 0 and 1
-    {"attention": (-1,)},
+    {"num_heads": 3},
+    {"num_heads": 0},
+    {"channel_mult": ()},
+    {"channel_mult": (0, 1)},
+    {"channels": 0},
+    {"channels": 9, "num_heads": 1},  # time has pairs of a cosine and a sine
+    {"channels": 1, "num_heads": 1},
+    {"num_res_blocks": 0},
+    {"patch_size": 0},
+    {"transformer_depth": 0},
+    {"norm_groups": -1},
+    {"head_dim": -1},
+    {"channels": 10, "head_dim": 6},  # 20 channels of the second level for 3 heads
+    {"attention_levels": (2,)},  # there are levels 0 and 1
+    {"attention_levels": (-1,)},
     {"dropout": 1.5},
     {"dropout": -0.1},
-    {"epsilon": -1.0},
+    {"norm_eps": -1.0},
 ]
 
 
 @pytest.mark.parametrize("change", IMPOSSIBLE, ids=str)
-def test_sizes_that_cannot_be_are_told(change: dict[str, Any], tokenizer: WordTokenizer) -> None:
-    """Each is reached by `--set model.unet.NAME=...`, so each deserves a sentence; one that says
-    nothing fails, or does nothing, where it is no longer understood."""
+def test_impossible_sizes_are_named(change: dict[str, Any], tokenizer: WordTokenizer) -> None:
+    """Each is reached by `--set model.unet.NAME=...`, so each deserves a sentence."""
     text = make_encoder("bag", TextConfig(width=16), tokenizer)
-    with pytest.raises(UserError) as told:
-        DDPM(DDPMConfig(unet=replace(SMALL, **change)), text, 16)
-    assert "\n" not in str(told.value) and str(told.value)[-1] in ".?"
+    with pytest.raises(UserError) as caught:
+        build_ddpm(DDPMConfig(unet=replace(SMALL, **change)), text, 16)
+    assert "\n" not in str(caught.value) and str(caught.value)[-1] in ".?"
 
 
-@pytest.mark.parametrize("width", [2, 6, 10, 12])
-def test_any_even_width_goes(width: int) -> None:
-    """Groups of the norms divide whatever there is."""
-    unet = network(width=width, heads=1)
+@pytest.mark.parametrize("channels", [2, 6, 10, 12])
+def test_any_even_number_of_channels_is_possible(channels: int) -> None:
+    """The groups of the norms divide whatever there is."""
+    unet = moved_unet(channels=channels, num_heads=1)
     out = unet(torch.randn(1, 3, 8, 8), torch.tensor([5]), features([2]))
     assert torch.isfinite(out).all()

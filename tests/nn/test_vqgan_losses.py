@@ -74,6 +74,12 @@ def test_adaptive_weight_depends_on_the_lengths_of_the_gradients_alone() -> None
     )
 
 
+def test_adaptive_weight_of_losses_in_half_precision() -> None:
+    kernel = torch.ones(2, requires_grad=True)
+    weight = adaptive_disc_weight(1e3 * kernel.sum(), kernel.sum().to(torch.bfloat16), kernel)
+    assert weight.item() == pytest.approx(1e3, rel=1e-3) and weight.dtype == torch.float32
+
+
 def test_adaptive_weight_is_a_constant_and_keeps_the_graph() -> None:
     kernel = torch.randn(3, 2, 3, 3, requires_grad=True)
     decoded = F.conv2d(torch.randn(1, 2, 5, 5), kernel)

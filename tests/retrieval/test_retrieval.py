@@ -1,11 +1,14 @@
-"""Retrieval: what it remembers and finds, how it reads a caption, where it pastes things."""
+"""Retrieval: its memory, its parse of a caption, and where it pastes objects."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lineage.config import TextConfig
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.data.shapes import Shapes
 from lineage.errors import UserError
@@ -16,11 +19,11 @@ from lineage.retrieval.retrieval import (
     Retrieval,
     RetrievalConfig,
     cut_out,
-    grid,
+    grid_cells,
     lay_out,
     parse,
 )
-from lineage.text.encoders import TextConfig, make_encoder
+from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import make_tokenizer
 
 SIZE = 32
@@ -29,7 +32,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 220)}
 
 
 def block(colour: str, left: int = 10, side: int = 12, on: tuple[int, int, int] = WHITE) -> Tensor:
-    """(3, S, S) uint8: one square on a plain ground."""
+    """(3, S, S) uint8: one square on a plain background."""
     picture = torch.tensor(on, dtype=torch.uint8)[:, None, None].repeat(1, SIZE, SIZE)
     rgb = torch.tensor(COLOURS[colour], dtype=torch.uint8)[:, None, None]
     picture[:, 8 : 8 + side, left : left + side] = rgb
@@ -37,30 +40,31 @@ def block(colour: str, left: int = 10, side: int = 12, on: tuple[int, int, int] 
 
 
 def make(
-    captions: list[str], memory: int = 64, kind: str = "bag", words: str = "word"
+    captions: list[str], memory_size: int = 64, encoder: str = "bag", tokenizer: str = "word"
 ) -> Retrieval:
-    tokenizer = make_tokenizer(words, captions, 512)
-    encoder = make_encoder(kind, TextConfig(width=8, heads=2), tokenizer)
-    return Retrieval(RetrievalConfig(memory=memory), encoder, SIZE)
+    config = TextConfig(width=8, num_heads=2)
+    text = make_encoder(encoder, config, make_tokenizer(tokenizer, captions, 512))
+    return Retrieval(RetrievalConfig(memory_size=memory_size), text, SIZE)
 
 
-def remember(system: Retrieval, pictures: list[Tensor], captions: list[str]) -> list[object]:
-    batch = Batch(to_unit(torch.stack(pictures)), captions, None, [str(i) for i in captions])
-    draws = NoiseStreams(range(len(captions)))
-    return list(system.losses(batch, system.text.encode(captions), draws))
+def store(system: Retrieval, pictures: list[Tensor], captions: list[str]) -> list[object]:
+    """One training step; returns its turns."""
+    batch = Batch(to_unit(torch.stack(pictures)), captions, None, list(captions))
+    noise = NoiseStreams(range(len(captions)))
+    return list(system.losses(batch, system.text.encode(captions), noise))
 
 
-def of_blocks(kind: str = "bag", words: str = "word") -> Retrieval:
+def of_blocks(encoder: str = "bag", tokenizer: str = "word") -> Retrieval:
     """A memory of one red, one green and one blue square."""
     captions = [f"a {colour} square" for colour in COLOURS]
     vocabulary = [*captions, "two three four left of right above below next to and zorp over"]
-    system = make(vocabulary, kind=kind, words=words)
-    remember(system, [block(colour) for colour in COLOURS], captions)
+    system = make(vocabulary, encoder=encoder, tokenizer=tokenizer)
+    store(system, [block(colour) for colour in COLOURS], captions)
     return system
 
 
 def covered(picture: Tensor, colour: str) -> Tensor:
-    """(S, S) bool: where a picture in [-1, 1] has `colour`."""
+    """(S, S) bool, True where a picture in [-1, 1] has `colour`."""
     rgb = to_unit(torch.tensor(COLOURS[colour]))[:, None, None]
     return (picture - rgb).abs().amax(0) < 0.2
 
@@ -72,16 +76,16 @@ def centre(picture: Tensor, colour: str) -> tuple[float, float]:
 
 
 def blobs(mask: Tensor) -> int:
-    """The number of connected regions."""
-    todo, count = set(map(tuple, mask.nonzero().tolist())), 0
-    while todo:
-        count, edge = count + 1, [todo.pop()]
-        while edge:
-            y, x = edge.pop()
-            for near in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
-                if near in todo:
-                    todo.remove(near)
-                    edge.append(near)
+    """Number of connected regions."""
+    rest, count = set(map(tuple, mask.nonzero().tolist())), 0
+    while rest:
+        count, queue = count + 1, [rest.pop()]
+        while queue:
+            y, x = queue.pop()
+            for neighbour in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if neighbour in rest:
+                    rest.remove(neighbour)
+                    queue.append(neighbour)
     return count
 
 
@@ -122,88 +126,90 @@ def test_any_caption_gives_a_picture(caption: str) -> None:
     assert picture.shape == (1, 3, SIZE, SIZE) and picture.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["bag", "lstm", "transformer"])
-@pytest.mark.parametrize("words", ["word", "bpe"])
-def test_finds_its_own_pictures_exactly(kind: str, words: str) -> None:
-    system = of_blocks(kind=kind, words=words)
-    made = system.generate([f"a {colour} square" for colour in COLOURS])
-    assert made.dtype == torch.float32
-    for picture, colour in zip(made, COLOURS, strict=True):
+@pytest.mark.parametrize(
+    "encoder", ["bag", "lstm", "transformer", "joined:bag+lstm", "joined:char_cnn_rnn+bag"]
+)
+@pytest.mark.parametrize("tokenizer", ["word", "bpe"])
+def test_a_stored_caption_gives_its_own_picture(encoder: str, tokenizer: str) -> None:
+    system = of_blocks(encoder, tokenizer)
+    pictures = system.generate([f"a {colour} square" for colour in COLOURS])
+    assert pictures.dtype == torch.float32
+    for picture, colour in zip(pictures, COLOURS, strict=True):
         assert torch.equal(to_bytes(picture), block(colour))
 
 
-def test_finds_its_own_pictures_among_many() -> None:
+def test_a_stored_caption_gives_its_own_picture_among_many() -> None:
     data = Shapes(size=SIZE)
-    system = make(list(data.all_captions(200)), memory=200)
+    system = make(list(data.all_captions(200)), memory_size=200)
     batch = data.batch(range(150), [0] * 150, 0)
-    assert (
-        list(system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(150))))
-        == []
-    )
-    made = to_bytes(system.generate(batch.caption))
-    for picture, caption in zip(made, batch.caption, strict=True):
+    turns = system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(150)))
+    assert list(turns) == []
+    pictures = to_bytes(system.generate(batch.caption))
+    for picture, caption in zip(pictures, batch.caption, strict=True):
         same = [i for i, other in enumerate(batch.caption) if parse(other) == parse(caption)]
         assert any(torch.equal(picture, to_bytes(batch.image[i])) for i in same)
 
 
 def test_losses_yield_nothing_and_the_memory_fills_up() -> None:
     captions = [f"a thing {i}" for i in range(5)]
-    system = make(captions, memory=4)
+    system = make(captions, memory_size=4)
     assert system.groups() == {}
-    assert remember(system, [block("red", left=i) for i in range(3)], captions[:3]) == []
+    assert store(system, [block("red", left=i) for i in range(3)], captions[:3]) == []
     assert int(system.count) == 3
-    remember(system, [block("blue", left=i) for i in range(2)], captions[3:])
-    remember(system, [block("green")], ["a thing 0"])
+    store(system, [block("blue", left=i) for i in range(2)], captions[3:])
+    store(system, [block("green")], ["a thing 0"])
     assert int(system.count) == 4
     assert torch.equal(to_bytes(system.generate("a thing 3"))[0], block("blue", left=0))
     assert torch.equal(to_bytes(system.generate("a thing 0"))[0], block("red", left=0))
 
 
-def test_what_is_remembered_later_is_found() -> None:
+def test_a_picture_stored_after_sampling_is_found() -> None:
     system = of_blocks()
     system.generate("a red square")
-    remember(system, [block("green", left=2)], ["a zorp"])
+    store(system, [block("green", left=2)], ["a zorp"])
     assert torch.equal(to_bytes(system.generate("a zorp"))[0], block("green", left=2))
 
 
 def test_ties_are_broken_by_the_seed() -> None:
     captions = ["a red square"] * 8
     system = make(captions)
-    remember(system, [block("red", left=i) for i in range(8)], captions)
-    made = [system.generate("a red square", seed=seed) for seed in range(12)]
-    assert len({bytes(to_bytes(picture).numpy().tobytes()) for picture in made}) > 3
-    assert torch.equal(made[5], system.generate("a red square", seed=5))
+    store(system, [block("red", left=i) for i in range(8)], captions)
+    pictures = [system.generate("a red square", seed=seed) for seed in range(12)]
+    assert len({bytes(to_bytes(picture).numpy().tobytes()) for picture in pictures}) > 3
+    assert torch.equal(pictures[5], system.generate("a red square", seed=5))
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:
     data = Shapes(size=SIZE)
-    system = make(list(data.all_captions(100)), memory=100)
+    system = make(list(data.all_captions(100)), memory_size=100)
     batch = data.batch(range(100), [0] * 100, 0)
     list(system.losses(batch, system.text.encode(batch.caption), NoiseStreams(range(100))))
-    asked = [
+    captions = [
         "a red circle",
         "two blue stars and a zorp",
         "four red circles above a green cross",
         "what",
     ]
-    together = system.generate(asked, seed=3)
-    others = system.generate(["x", asked[1], "a b c d e f g and a h", asked[3]], seed=3)
+    together = system.generate(captions, seed=3)
+    others = system.generate(["x", captions[1], "a b c d e f g and a h", captions[3]], seed=3)
     assert torch.equal(together[1], others[1]) and torch.equal(together[3], others[3])
-    system.at_once = 1
-    assert torch.equal(together, system.generate(asked, seed=3))
+    system.sample_batch_size = 1
+    assert torch.equal(together, system.generate(captions, seed=3))
 
 
 def test_unknown_words_give_any_picture() -> None:
     system = of_blocks()
-    made = {system.generate("blarg", seed=seed).numpy().tobytes() for seed in range(20)}
-    assert len(made) == 3
+    pictures = {system.generate("blarg", seed=seed).numpy().tobytes() for seed in range(20)}
+    assert len(pictures) == 3
 
 
 @pytest.mark.parametrize(
     ("relation", "axis", "first_is_less"),
     [("left of", 0, True), ("to the right of", 0, False), ("above", 1, True), ("under", 1, False)],
 )
-def test_pasted_things_stand_as_told(relation: str, axis: int, first_is_less: bool) -> None:
+def test_pasted_objects_stand_in_their_relation(
+    relation: str, axis: int, first_is_less: bool
+) -> None:
     picture = of_blocks().generate(f"a red square {relation} a blue square")[0]
     red, blue = centre(picture, "red"), centre(picture, "blue")
     assert (red[axis] < blue[axis] - 8) == first_is_less
@@ -213,13 +219,13 @@ def test_pasted_things_stand_as_told(relation: str, axis: int, first_is_less: bo
     assert torch.allclose(picture[:, 0, 0], to_unit(torch.tensor(WHITE)))
 
 
-def test_an_unfit_order_of_the_same_words_is_not_used() -> None:
-    told = "a red square left of a blue square"
+def test_the_same_words_in_another_order_are_not_used() -> None:
+    caption = "a red square left of a blue square"
     system = of_blocks()
-    remember(system, [block("green")], ["a blue square left of a red square"])
-    picture = system.generate(told)[0]
+    store(system, [block("green")], ["a blue square left of a red square"])
+    picture = system.generate(caption)[0]
     assert centre(picture, "red")[0] < centre(picture, "blue")[0]
-    whole = system.generate(told, paste=False)[0]
+    whole = system.generate(caption, paste=False)[0]
     assert torch.equal(to_bytes(whole), block("green"))
 
 
@@ -230,7 +236,7 @@ def test_counts(number: str, count: int) -> None:
     assert blobs(covered(picture, "red")) == 1
 
 
-def test_a_thing_never_heard_of_is_not_pasted() -> None:
+def test_an_unknown_object_is_not_pasted() -> None:
     picture = of_blocks().generate("a red square and a blarg")[0]
     assert torch.equal(to_bytes(picture), block("red"))
 
@@ -238,21 +244,21 @@ def test_a_thing_never_heard_of_is_not_pasted() -> None:
 def test_the_canvas_has_the_first_pictures_background() -> None:
     captions = ["a red square", "a blue square"]
     system = make([*captions, "and"])
-    remember(system, [block("red", on=(20, 20, 20)), block("blue")], captions)
+    store(system, [block("red", on=(20, 20, 20)), block("blue")], captions)
     picture = system.generate("a red square and a blue square")[0]
     dark = to_unit(torch.tensor((20.0, 20.0, 20.0)))
     assert ((picture - dark[:, None, None]).abs().amax(0) < 0.02).sum() > SIZE * SIZE / 2
     assert centre(picture, "red")[0] < centre(picture, "blue")[0]
 
 
-def test_cut_out_is_the_thing_alone() -> None:
-    thing = cut_out(to_unit(block("red", left=17, side=9)), 40 / 127.5)
-    assert thing.shape == (4, 9, 9) and (thing[3] == 1).all()
+def test_cut_out_is_the_object_alone() -> None:
+    rgba = cut_out(to_unit(block("red", left=17, side=9)), 40 / 127.5)
+    assert rgba.shape == (4, 9, 9) and (rgba[3] == 1).all()
     assert cut_out(torch.zeros(3, SIZE, SIZE), 0.3).shape == (4, SIZE, SIZE)
 
 
-def test_layout_keeps_inside_and_apart() -> None:
-    assert grid(3) == [(0, 0), (1, 0), (0.5, 1)]
+def test_boxes_are_inside_the_canvas_and_do_not_overlap() -> None:
+    assert grid_cells(3) == [(0, 0), (1, 0), (0.5, 1)]
     parts = parse("a cup left of a hat above three keys next to a jar")
     boxes = [box for boxes in lay_out(parts, SIZE) for box in boxes]
     assert len(boxes) == 6
@@ -262,7 +268,7 @@ def test_layout_keeps_inside_and_apart() -> None:
             assert max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.side + b.side) / 2 - 1e-6
 
 
-def test_cosines_are_those_of_written_out_vectors() -> None:
+def test_cosines_equal_those_of_explicit_vectors() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 20, (30, 6), generator=generator)
     ids[torch.rand(30, 6, generator=generator) < 0.3] = 0
@@ -273,26 +279,48 @@ def test_cosines_are_those_of_written_out_vectors() -> None:
     torch.testing.assert_close(index.cosines(ids[4]), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_all_is_in_the_state_dict() -> None:
+def test_the_state_dict_holds_the_whole_memory() -> None:
     system, fresh = of_blocks(), of_blocks()
-    remember(system, [block("red", left=1)], ["a zörp"])
-    remember(fresh, [block("blue", left=1)], ["a square"])
+    store(system, [block("red", left=1)], ["a zörp"])
+    store(fresh, [block("blue", left=1)], ["a square"])
     fresh.generate("a red square")  # builds the index of the old memory, which is as full
     fresh.load_state_dict(system.state_dict(), strict=True)
     for name, value in system.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name])
-    asked = ["a zörp", "a red square above two green squares", "a blue square", "blarg"]
-    assert torch.equal(system.generate(asked, seed=2), fresh.generate(asked, seed=2))
+    captions = ["a zörp", "a red square above two green squares", "a blue square", "blarg"]
+    assert torch.equal(system.generate(captions, seed=2), fresh.generate(captions, seed=2))
 
 
-def test_an_empty_memory_says_so() -> None:
+def test_an_empty_memory_raises_a_sentence() -> None:
     with pytest.raises(UserError, match="train it first"):
         make(["a cat"]).generate("a cat")
 
 
-def test_faults_of_the_user_are_named() -> None:
-    with pytest.raises(UserError, match="memory of 1 or more, not 0"):
-        RetrievalConfig(memory=0)
-    system = make(["a cat"])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"memory_size": 0}, "memory_size=0 must be at least 1"),
+        ({"max_words": 0}, "max_words=0 must be at least 1"),
+        ({"max_bytes": 0}, "max_bytes=0 must be at least 1"),
+        ({"threshold": 0}, "threshold=0 must be at least 1"),
+        ({"fill": 0.0}, "fill=0.0 must be above 0"),
+        ({"fill": 1.5}, "fill=1.5 must be at most 1"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_raise_a_sentence(change: dict[str, Any], error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        RetrievalConfig(**change)
+
+
+def test_pictures_of_another_size_raise_a_sentence() -> None:
     with pytest.raises(UserError, match="size=32"):
-        remember(system, [torch.zeros(3, 16, 16, dtype=torch.uint8)], ["a cat"])
+        store(make(["a cat"]), [torch.zeros(3, 16, 16, dtype=torch.uint8)], ["a cat"])
+
+
+def test_its_option_is_read_from_the_signature() -> None:
+    system = of_blocks()
+    assert list(system.options()) == ["paste"]
+    assert system.options()["paste"].default is True and system.options()["paste"].sentence
+    with pytest.raises(UserError, match="paste"):
+        system.generate("a red square", paste="perhaps")

@@ -1,4 +1,4 @@
-"""`char_cnn_rnn`: captions letter by letter, from places to padding."""
+"""`char_cnn_rnn`: captions character by character; its positions and its padding."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.char_cnn_rnn import ALPHABET, CharCNNRNN, places
+from lineage.text.char_cnn_rnn import ALPHABET, CharCNNRNN, num_positions
 from lineage.text.tokenizer import WordTokenizer
 
-SEEN = 66  # letters that one place sees
+FIELD = 66  # characters that one position covers
 LONG = "two small yellow stars to the left of a large purple ring, and a blue square " * 2
 
 
 def make(**sizes: int) -> CharCNNRNN:
     torch.manual_seed(0)
-    config = TextConfig(**{"width": 12, "channels": 18, **sizes})
+    config = TextConfig(**{"width": 12, "conv_channels": 18, **sizes})
     encoder = CharCNNRNN(config, WordTokenizer(["a"]))
-    with torch.no_grad():  # learnt weights are larger than those at the start
+    with torch.no_grad():  # trained weights are larger than initial ones
         for parameter in encoder.parameters():
             parameter.mul_(3.0)
     return encoder.eval()
@@ -34,68 +34,68 @@ def sentence(encoder: CharCNNRNN, caption: str) -> Tensor:
 # --- sizes ------------------------------------------------------------------------------------
 
 
-def test_201_letters_give_8_places() -> None:
-    """66 places of 384 channels, 21 of 512, 8 of 512, as Reed's network has them."""
+def test_201_characters_give_8_positions() -> None:
+    """66 positions of 384 channels, 21 of 512, 8 of 512, as in Reed's network."""
     shapes: list[tuple[int, ...]] = []
     encoder = CharCNNRNN(TextConfig(), WordTokenizer(["a"]))
-    for layer in [*encoder.convolutions[1:], encoder.recurrent]:
-        layer.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    for layer in [*encoder.convs[1:], encoder.rnn]:
+        layer.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     text = encoder.encode([LONG, ""])
     assert shapes == [(2, 384, 66), (2, 512, 21), (2, 8, 512)]
-    assert text.words.shape == (2, 8, 128) and places(201) == 8
+    assert text.words.shape == (2, 8, 128) and num_positions(201) == 8
 
 
-@pytest.mark.parametrize("letters", [SEEN, 80, 100, 120, 201, 256])
-def test_places_are_counted_as_the_network_counts_them(letters: int) -> None:
-    encoder = make(letters=letters)
-    assert encoder.encode([LONG * 2]).words.shape[1] == places(letters)
+@pytest.mark.parametrize("max_chars", [FIELD, 80, 100, 120, 201, 256])
+def test_num_positions_is_that_of_the_network(max_chars: int) -> None:
+    encoder = make(max_chars=max_chars)
+    assert encoder.encode([LONG * 2]).words.shape[1] == num_positions(max_chars)
 
 
-@pytest.mark.parametrize("letters", [1, 10, SEEN - 1])
-def test_a_line_that_is_too_short_is_told(letters: int) -> None:
-    """One letter less than a place sees; a word of PyTorch about kernels helps nobody."""
-    with pytest.raises(UserError, match=f"encoder.letters={letters} .*201"):
-        make(letters=letters)
+@pytest.mark.parametrize("max_chars", [1, 10, FIELD - 1])
+def test_too_few_characters_raise_a_sentence(max_chars: int) -> None:
+    """One less than a position covers; PyTorch's own error is about kernels."""
+    with pytest.raises(UserError, match=f"encoder.max_chars={max_chars} .*201"):
+        make(max_chars=max_chars)
 
 
 def test_the_alphabet_is_that_of_zhang_et_al() -> None:
-    """70 letters, the hyphen twice, and the blank; all small, since captions are made small."""
+    """70 characters, the hyphen twice, and the blank; lower case, as captions are lowered."""
     assert len(ALPHABET) == 70
-    assert {letter for letter, count in Counter(ALPHABET).items() if count > 1} == {"-"}
+    assert {char for char, count in Counter(ALPHABET).items() if count > 1} == {"-"}
     assert ALPHABET.lower() == ALPHABET and " " in ALPHABET
-    assert isinstance(make().convolutions[0], nn.Conv1d)
-    assert make().convolutions[0].in_channels == 70
+    assert isinstance(make().convs[0], nn.Conv1d)
+    assert make().convs[0].in_channels == 70
 
 
-# --- what a caption's features depend on ------------------------------------------------------
+# --- dependence of features on captions -------------------------------------------------------
 
 
-def test_neither_padding_nor_batch_mates_matter() -> None:
-    """A caption alone, among longer ones, and on a longer line."""
+def test_features_depend_neither_on_padding_nor_on_the_batch() -> None:
+    """A caption alone, among longer ones, and with more padding."""
     captions = ["a red circle", LONG, "", "a blue star on the left"]
-    encoder, longer = make(), make(letters=256)
+    encoder, longer = make(), make(max_chars=256)
     together = encoder.encode(captions)
     for row, caption in enumerate(captions):
         alone = encoder.encode([caption])
         for name in ("words", "mask", "sentence", "ids"):
             one, other = getattr(alone, name)[0], getattr(together, name)[row]
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-        if len(caption) < SEEN:
+        if len(caption) < FIELD:
             torch.testing.assert_close(
                 alone.sentence, longer.encode([caption]).sentence, atol=1e-5, rtol=0
             )
 
 
-def test_a_place_sees_its_letters_and_those_before() -> None:
-    """Place k sees letters 18 k to 18 k + 65, and through the recurrence what came before."""
+def test_a_position_depends_on_its_characters_and_those_before() -> None:
+    """Position k covers characters 18 k to 18 k + 65; the recurrence adds the earlier ones."""
     encoder = make()
     one = LONG[:140]
     other = one[:110] + "z" + one[111:]
-    apart = [
+    changes = [
         (a - b).abs().max().item() for a, b in zip(*encoder.encode([one, other]).words, strict=True)
     ]
-    first = next(k for k in range(8) if 18 * k + SEEN > 110)
-    assert max(apart[:first]) < 1e-6 < 1e-3 < min(apart[first + 1 : 8])
+    first = next(k for k in range(8) if 18 * k + FIELD > 110)
+    assert max(changes[:first]) < 1e-6 < 1e-3 < min(changes[first + 1 : 8])
 
 
 @pytest.mark.parametrize(
@@ -108,38 +108,38 @@ def test_a_place_sees_its_letters_and_those_before() -> None:
         ("3 stars", "4 stars"),
     ],
 )
-def test_other_letters_are_other_features(one: str, other: str) -> None:
-    """No word is unknown to it, not even one with a slip."""
+def test_other_characters_give_other_features(one: str, other: str) -> None:
+    """No word is unknown, not even a misspelt one."""
     encoder = make()
     assert (sentence(encoder, one) - sentence(encoder, other)).abs().max() > 1e-4
     assert encoder.unknown([one, "zorp"]) == []
 
 
-def test_letters_of_the_alphabet_differ_and_others_do_not() -> None:
-    """An accent or an emoji is no letter at all, and stops nothing."""
+def test_characters_outside_the_alphabet_are_all_the_same() -> None:
+    """An accent or an emoji is a column of zeros, and raises nothing."""
     encoder = make()
-    known = encoder.encode([f"a {letter} b" for letter in dict.fromkeys(ALPHABET)]).sentence
-    nearest = torch.cdist(known, known) + torch.eye(len(known))
-    assert len(known) == 69 and nearest.min() > 1e-4
-    strange = encoder.encode([f"a {letter} b" for letter in "éü个👩\x01"]).sentence
-    torch.testing.assert_close(strange, strange[:1].expand_as(strange))
+    inside = encoder.encode([f"a {char} b" for char in dict.fromkeys(ALPHABET)]).sentence
+    nearest = torch.cdist(inside, inside) + torch.eye(len(inside))
+    assert len(inside) == 69 and nearest.min() > 1e-4
+    outside = encoder.encode([f"a {char} b" for char in "éü个👩\x01"]).sentence
+    torch.testing.assert_close(outside, outside[:1].expand_as(outside))
 
 
-def test_capital_letters_are_small_ones() -> None:
+def test_capital_letters_are_lowered() -> None:
     encoder = make()
     assert torch.equal(sentence(encoder, "A RED Circle"), sentence(encoder, "a red circle"))
 
 
-def test_blanks_around_a_caption_say_nothing() -> None:
+def test_blanks_around_a_caption_are_stripped() -> None:
     encoder = make()
     assert torch.equal(sentence(encoder, " \ta ring \n"), sentence(encoder, "a ring"))
 
 
-def test_a_caption_is_read_to_the_end_of_the_line() -> None:
-    encoder = make(letters=100)
+def test_a_caption_is_cut_after_max_chars() -> None:
+    encoder = make(max_chars=100)
     line = (LONG * 2)[:100]
     assert torch.equal(sentence(encoder, line), sentence(encoder, line + " and what follows"))
-    last = 18 * (places(100) - 1) + SEEN - 1  # the last letter that a place sees
+    last = 18 * (num_positions(100) - 1) + FIELD - 1  # the last character that is covered
     assert not torch.equal(sentence(encoder, line), sentence(encoder, line[:last] + "#"))
 
 
@@ -147,11 +147,11 @@ def test_a_caption_is_read_to_the_end_of_the_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("letters", "count"), [(0, 1), (1, 1), (18, 1), (19, 2), (36, 2), (37, 3), (150, 8), (500, 8)]
+    ("num_chars", "count"), [(0, 1), (1, 1), (18, 1), (19, 2), (36, 2), (37, 3), (150, 8), (500, 8)]
 )
-def test_the_sentence_is_the_mean_of_places_that_see_a_letter(letters: int, count: int) -> None:
-    """Places behind the caption know nothing; with them, short captions would all look alike."""
-    text = make().encode([("red ring " * 60)[:letters]])
+def test_the_sentence_is_the_mean_of_positions_with_a_character(num_chars: int, count: int) -> None:
+    """With the positions behind the caption, short captions would all be alike."""
+    text = make().encode([("red ring " * 60)[:num_chars]])
     assert text.mask[0].tolist() == [True] * count + [False] * (8 - count)
     torch.testing.assert_close(text.sentence[0], text.words[0, :count].mean(0))
     assert not text.words[0, count:].any() and not text.ids[0, count:].any()
@@ -159,7 +159,7 @@ def test_the_sentence_is_the_mean_of_places_that_see_a_letter(letters: int, coun
 
 
 def test_the_empty_caption_is_null() -> None:
-    """What guidance and caption dropout use; attention always has one place to look at."""
+    """Guidance and caption dropout use it; attention always has one key."""
     encoder = make()
     empty, null = encoder.encode(["", ""]), encoder.null(2)
     for name in ("words", "mask", "sentence", "ids"):

@@ -1,7 +1,8 @@
-"""The text contract, held against every encoder."""
+"""The text contract, tested on every encoder."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,22 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from lineage.config import TextConfig
+from lineage.config import TextConfig, to_dict
 from lineage.errors import UserError
 from lineage.text.contract import TextEncoder, TextFeatures
-from lineage.text.encoders import ENCODERS, TokenEncoder, make_encoder
+from lineage.text.encoders import ENCODERS, EncoderSpec, TokenEncoder, make_encoder
 from lineage.text.padded import PaddedEncoder
 from lineage.text.tokenizer import NULL, PAD, UNK, WordTokenizer, make_tokenizer
 
 SHORT = "a red circle"
 LONG = "two small yellow stars to the left of a large purple ring"
 CAPTIONS = [SHORT, LONG, "", "a zorp circle"]
-WIDTH, WORDS = 12, 10
-CONFIG = TextConfig(width=WIDTH, words=WORDS, layers=2, heads=2, channels=12)
+WIDTH, MAX_WORDS = 12, 10
+CONFIG = TextConfig(width=WIDTH, max_words=MAX_WORDS, num_layers=2, num_heads=2, conv_channels=12)
 ORDERED = [name for name in ENCODERS if name != "bag"]
-LETTERS = "char_cnn_rnn"  # reads letters; what only it does is in test_char_cnn_rnn.py
-TOKENS = [name for name in ENCODERS if name != LETTERS]
-PADDED = ("bert", "glide")  # read the padding too; what only they do is in test_padded.py
+CHARACTERS = "char_cnn_rnn"  # its own tests are in test_char_cnn_rnn.py
+TOKENS = [name for name in ENCODERS if name != CHARACTERS]
+PADDED = ("bert", "glide")  # their own tests are in test_padded.py
 
 
 @pytest.fixture(params=list(ENCODERS))
@@ -35,7 +36,7 @@ def encoder(request: pytest.FixtureRequest) -> TextEncoder:
 def make(name: str, kind: str = "word", config: TextConfig = CONFIG) -> TextEncoder:
     torch.manual_seed(0)
     encoder = make_encoder(name, config, make_tokenizer(kind, [SHORT, LONG], 300))
-    with torch.no_grad():  # learnt weights are larger than those at the start
+    with torch.no_grad():  # trained weights are larger than initial ones
         for parameter in encoder.parameters():
             parameter.mul_(2.0)
     return encoder.eval()
@@ -46,10 +47,10 @@ def parts(text: TextFeatures) -> Iterable[Tensor]:
 
 
 def test_shapes(encoder: TextEncoder) -> None:
-    """LONG has 12 words and is cut; a line of letters has 8 places whatever stands in it."""
+    """LONG has 12 words and is cut; characters have 8 positions, whatever the caption."""
     text = encoder.encode(CAPTIONS)
-    length = WORDS if isinstance(encoder, TokenEncoder) else 8
-    assert encoder.width == WIDTH
+    length = MAX_WORDS if isinstance(encoder, TokenEncoder) else 8
+    assert encoder.word_dim == encoder.sentence_dim == WIDTH
     assert text.words.shape == (4, length, WIDTH) and text.words.dtype == torch.float32
     assert text.mask.shape == (4, length) and text.mask.dtype == torch.bool
     assert text.sentence.shape == (4, WIDTH) and text.sentence.dtype == torch.float32
@@ -58,11 +59,11 @@ def test_shapes(encoder: TextEncoder) -> None:
 
 
 def test_mask_and_padding(encoder: TextEncoder) -> None:
-    """True is a word, or a place at every 18th letter; numbers behind the words are zero, and so
-    are vectors, but for those who read them."""
+    """True is a word, or a position at every 18th character. Ids of the padding are zero, and so
+    are its vectors, except in encoders that attend to it."""
     text = encoder.encode(CAPTIONS)
     tokens = isinstance(encoder, TokenEncoder)
-    assert text.mask.sum(1).tolist() == ([3, WORDS, 1, 3] if tokens else [1, 4, 1, 1])
+    assert text.mask.sum(1).tolist() == ([3, MAX_WORDS, 1, 3] if tokens else [1, 4, 1, 1])
     assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in text.mask)
     assert (text.ids[~text.mask] == PAD).all() and (text.ids[text.mask] != PAD).all()
     if not isinstance(encoder, PaddedEncoder):
@@ -74,31 +75,31 @@ def test_mask_and_padding(encoder: TextEncoder) -> None:
 
 
 def test_features_do_not_depend_on_the_batch(encoder: TextEncoder) -> None:
-    """Alone, before or behind a longer caption: padding must not leak into a caption.
+    """Alone, before or after a longer caption: padding must not leak into a caption.
 
-    In double precision where it can be had, so that rounding does not stand for a leak.
+    In double precision where possible, so that rounding is not mistaken for a leak.
     """
     encoder = encoder.double()
     together = encoder.encode(CAPTIONS)
-    turned = encoder.encode(CAPTIONS[::-1])
+    reverse = encoder.encode(CAPTIONS[::-1])
     for i, caption in enumerate(CAPTIONS):
         alone = encoder.encode([caption])
         length = alone.ids.shape[1]
-        for whole, row in ((together, i), (turned, len(CAPTIONS) - 1 - i)):
+        for whole, row in ((together, i), (reverse, len(CAPTIONS) - 1 - i)):
             torch.testing.assert_close(whole.sentence[row], alone.sentence[0], atol=1e-5, rtol=0)
             torch.testing.assert_close(whole.words[row, :length], alone.words[0], atol=1e-5, rtol=0)
             assert torch.equal(whole.ids[row, :length], alone.ids[0])
 
 
 @pytest.mark.parametrize("name", ORDERED)
-def test_the_order_of_words_is_known(name: str) -> None:
+def test_the_order_of_words_matters(name: str) -> None:
     encoder = make(name)
     one, other = encoder.encode(["red left of purple", "purple left of red"]).sentence
     assert (one - other).abs().max() > 1e-3
 
 
-def test_a_bag_knows_no_order() -> None:
-    """It is the baseline that the others are measured against."""
+def test_a_bag_ignores_order() -> None:
+    """It is the baseline for all others."""
     one, other = make("bag").encode(["red left of purple", "purple left of red"]).sentence
     torch.testing.assert_close(one, other)
 
@@ -109,8 +110,8 @@ def test_a_bag_is_a_mean() -> None:
     torch.testing.assert_close(text.sentence[0], text.words[0, :3].mean(0))
 
 
-def test_a_causal_word_does_not_see_what_follows() -> None:
-    """The transformer reads from left to right, as CLIP's does; its last word sees all."""
+def test_the_transformer_attends_to_earlier_words() -> None:
+    """As CLIP's does; its last word attends to all."""
     encoder = make("transformer")
     one, other = encoder.encode(["a red circle", "a red ring"]).words
     torch.testing.assert_close(one[:2], other[:2])
@@ -118,7 +119,7 @@ def test_a_causal_word_does_not_see_what_follows() -> None:
 
 
 def test_both_directions_of_the_lstm_reach_a_word() -> None:
-    encoder = make("lstm", config=TextConfig(width=WIDTH, layers=1))
+    encoder = make("lstm", config=TextConfig(width=WIDTH, num_layers=1))
     half = WIDTH // 2
     one, other = encoder.encode(["a red circle", "a red ring"]).words
     torch.testing.assert_close(one[0, :half], other[0, :half])
@@ -129,21 +130,21 @@ def test_both_directions_of_the_lstm_reach_a_word() -> None:
 
 
 def test_null_is_the_caption_without_words(encoder: TextEncoder) -> None:
-    """Guidance compares with it, so it must be the one thing that training dropped to."""
+    """Guidance uses it at sampling, and caption dropout in training: both must be the same."""
     null, empty = encoder.null(3), encoder.encode(["", " ", "\n"])
     for a, b in zip(parts(null), parts(empty), strict=True):
         torch.testing.assert_close(a, b)
-    assert null.mask.any(1).all()  # attention always has something to look at
+    assert null.mask.any(1).all()  # attention always has a key
     assert (null.sentence[0] - encoder.encode([SHORT]).sentence[0]).abs().max() > 1e-3
 
 
 def test_long_captions_are_cut(encoder: TextEncoder) -> None:
-    """A caption of a thousand words is drawn from its start, not refused."""
+    """A caption of a thousand words is cut, not refused."""
     endless = LONG + " red" * 1000
     text = encoder.encode([endless])
     tokens = isinstance(encoder, TokenEncoder)
-    assert text.ids.shape == (1, WORDS if tokens else 8)
-    start = LONG if tokens else endless[: CONFIG.letters]
+    assert text.ids.shape == (1, MAX_WORDS if tokens else 8)
+    start = LONG if tokens else endless[: CONFIG.max_chars]
     for a, b in zip(parts(text), parts(encoder.encode([start])), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -159,12 +160,12 @@ def test_gradients_reach_every_parameter(encoder: TextEncoder) -> None:
 def test_the_padding_row_is_never_trained(encoder: TextEncoder) -> None:
     text = encoder.encode(CAPTIONS)
     (text.words.sum() + text.sentence.square().sum()).backward()
-    table = encoder.get_submodule("table")
-    assert not table.weight[PAD].any() and not table.weight.grad[PAD].any()
+    token_emb = encoder.get_submodule("token_emb")
+    assert not token_emb.weight[PAD].any() and not token_emb.weight.grad[PAD].any()
 
 
 def test_unknown_words_are_listed_once(encoder: TextEncoder) -> None:
-    """To who reads letters, no word is unknown."""
+    """An encoder of characters has no unknown words."""
     unknown = ["zorp", "quux"] if isinstance(encoder, TokenEncoder) else []
     assert encoder.unknown(["a zorp", "quux zorp red"]) == unknown
     assert encoder.unknown([SHORT]) == []
@@ -174,57 +175,59 @@ def test_unknown_words_are_listed_once(encoder: TextEncoder) -> None:
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_the_lstm_is_torchs_own_on_each_caption(cell: str, layers: int) -> None:
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_the_lstm_equals_torchs_own_on_each_caption(cell: Any, num_layers: int) -> None:
     """One caption at a time and without padding: words are the last layer's states, the sentence
-    the last state of each direction. Word vectors may have a width of their own."""
-    encoder: Any = make("lstm", config=TextConfig(width=8, inputs=5, cell=cell, layers=layers))
-    assert encoder.table.weight.shape[1] == 5
+    the last state of each direction. Embeddings may have another width."""
+    sizes = TextConfig(width=8, embed_dim=5, cell=cell, num_layers=num_layers)
+    encoder: Any = make("lstm", config=sizes)
+    assert encoder.token_emb.weight.shape[1] == 5
     kind = torch.nn.LSTM if cell == "lstm" else torch.nn.GRU
-    alone = kind(5, 4, layers, batch_first=True, bidirectional=True)
-    alone.load_state_dict(encoder.lstm.state_dict())
+    alone = kind(5, 4, num_layers, batch_first=True, bidirectional=True)
+    alone.load_state_dict(encoder.rnn.state_dict())
     text = encoder.encode(CAPTIONS)
     for row, caption in enumerate(CAPTIONS):
         ids = torch.tensor([encoder.tokenizer.encode(caption)])
-        states, _ = alone(encoder.table(ids))
+        states, _ = alone(encoder.token_emb(ids))
         torch.testing.assert_close(text.words[row, : ids.shape[1]], states[0])
         ends = torch.cat([states[0, -1, :4], states[0, 0, 4:]])
         torch.testing.assert_close(text.sentence[row], ends)
 
 
-def test_a_caption_without_inputs_of_its_own_is_as_wide_as_its_words() -> None:
+def test_embeddings_have_the_width_of_words_by_default() -> None:
     encoder: Any = make("lstm", config=TextConfig(width=8))
-    assert encoder.table.weight.shape[1] == 8 and encoder.lstm.input_size == 8
+    assert encoder.token_emb.weight.shape[1] == 8 and encoder.rnn.input_size == 8
 
 
-def test_dropout_hides_half_of_a_word_vector_while_it_learns() -> None:
-    """The others count twice, so that the mean stays; drawing sees all."""
-    encoder: Any = make("lstm", config=TextConfig(width=8, inputs=400, dropout=0.5))
-    seen: list[Tensor] = []
-    encoder.dropout.register_forward_hook(lambda layer, given, result: seen.append(result))
+def test_dropout_zeroes_half_of_an_embedding_in_training() -> None:
+    """The other half is doubled, so that the mean stays; evaluation drops nothing."""
+    encoder: Any = make("lstm", config=TextConfig(width=8, embed_dim=400, dropout=0.5))
+    outputs: list[Tensor] = []
+    encoder.dropout.register_forward_hook(lambda layer, args, output: outputs.append(output))
     plain = encoder.encode([SHORT]).sentence
     assert torch.equal(encoder.encode([SHORT]).sentence, plain)
     encoder.train()
     one, other = encoder.encode([SHORT]).sentence, encoder.encode([SHORT]).sentence
     assert not torch.equal(one, other) and not torch.equal(one, plain)
-    still, dropped = seen[0], seen[2]
-    kept = dropped != 0
-    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.06)
-    torch.testing.assert_close(dropped[kept], 2 * still[kept])
+    whole, dropped = outputs[0], outputs[2]
+    nonzero = dropped != 0
+    assert nonzero.float().mean().item() == pytest.approx(0.5, abs=0.06)
+    torch.testing.assert_close(dropped[nonzero], 2 * whole[nonzero])
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"inputs": -1}, "encoder.inputs"),
-        ({"cell": "lstn"}, "encoder.cell"),
-        ({"dropout": 1.0}, "encoder.dropout"),
-        ({"dropout": -0.1}, "encoder.dropout"),
-        ({"dropout": float("nan")}, "encoder.dropout"),
+        ({"embed_dim": -1}, "embed_dim"),
+        ({"cell": "lstn"}, "cell"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"dropout": float("nan")}, "dropout"),
+        ({"join": "chanels"}, "join"),
     ],
     ids=str,
 )
-def test_cells_and_shares_that_cannot_be_are_told(change: dict[str, Any], name: str) -> None:
+def test_impossible_settings_raise_a_sentence(change: dict[str, Any], name: str) -> None:
     with pytest.raises(UserError, match=name) as caught:
         TextConfig(**change)
     assert "\n" not in str(caught.value)
@@ -243,47 +246,86 @@ def test_bpe_serves_every_encoder(name: str) -> None:
 @pytest.mark.parametrize(
     "caption", [*CAPTIONS, LONG + " red" * 1000, "A Red\tRING,", "a naïve ring"]
 )
-def test_every_place_has_its_piece(name: str, kind: str, caption: str) -> None:
-    """What each vector stands for, to be written under a picture: as many as there are words."""
+def test_every_word_has_a_token(name: str, kind: str, caption: str) -> None:
+    """The labels of the vectors, to be written below a picture: one for each word."""
     encoder = make(name, kind)
-    pieces = encoder.pieces(caption)
-    assert len(pieces) == encoder.encode([caption]).mask.sum()
-    assert all(isinstance(piece, str) and "\n" not in piece for piece in pieces)
+    tokens = encoder.tokens(caption)
+    assert len(tokens) == encoder.encode([caption]).mask.sum()
+    assert all(isinstance(token, str) and "\n" not in token for token in tokens)
 
 
-def test_pieces_by_hand() -> None:
-    """Words in lower case, those that are not known, and no caption; letters by eighteen."""
-    assert make("lstm").pieces("Two zorp, stars") == ["two", "<unk>", "<unk>", "stars"]
-    assert make("bag").pieces("") == ["<null>"]
-    assert make("transformer").pieces(LONG) == LONG.split()[:WORDS]
-    assert make(LETTERS).pieces("Two small yellow stars of old") == [
+def test_tokens_by_hand() -> None:
+    """Words in lower case, unknown words, and the null caption; characters by eighteen."""
+    assert make("lstm").tokens("Two zorp, stars") == ["two", "<unk>", "<unk>", "stars"]
+    assert make("bag").tokens("") == ["<null>"]
+    assert make("transformer").tokens(LONG) == LONG.split()[:MAX_WORDS]
+    assert make(CHARACTERS).tokens("Two small yellow stars of old") == [
         "two small yellow s",
         "tars of old",
     ]
 
 
-def test_wrong_sizes_and_names_are_told() -> None:
+def test_wrong_names_and_sizes_raise_a_sentence() -> None:
     tokenizer = WordTokenizer(["a"])
     with pytest.raises(UserError, match=r"'lstn'.*did you mean 'lstm'"):
         make_encoder("lstn", CONFIG, tokenizer)
+    with pytest.raises(UserError, match=r"'zorp'.*joined:NAME.*pretrained:NAME"):
+        make_encoder("zorp", CONFIG, tokenizer)
     with pytest.raises(UserError, match="even width"):
         make_encoder("lstm", TextConfig(width=7), tokenizer)
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"heads": 5}, {"heads": 0}, {"words": 0}, {"width": 0}, {"layers": 0}, {"words": -1}],
+    [
+        {"num_heads": 5},
+        {"num_heads": 0},
+        {"max_words": 0},
+        {"width": 0},
+        {"num_layers": 0},
+        {"max_words": -1},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", list(ENCODERS))
-def test_sizes_that_cannot_be_are_told(name: str, sizes: dict[str, int]) -> None:
-    """Each is reached by `--set encoder.NAME=...`: a sentence, or an encoder that works."""
+def test_impossible_sizes_raise_a_sentence(name: str, sizes: dict[str, Any]) -> None:
+    """`--set encoder.NAME=...` reaches all of them: a sentence, or an encoder that works."""
     try:
-        encoder = make(name, config=TextConfig(**{"width": 12, "words": 10, **sizes}))
+        encoder = make(name, config=TextConfig(**{"width": 12, "max_words": 10, **sizes}))
         text = encoder.encode(CAPTIONS)
     except UserError:
         return
     assert torch.isfinite(text.sentence).all() and text.sentence.shape[1] > 0
+
+
+# --- specs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, "joined:bag+lstm"])
+def test_a_spec_builds_its_encoder(name: str) -> None:
+    tokenizer = make_tokenizer("word", [SHORT, LONG], 300)
+    torch.manual_seed(3)
+    built = EncoderSpec(name, CONFIG, tokenizer).build()
+    torch.manual_seed(3)
+    expected = make_encoder(name, CONFIG, tokenizer)
+    assert type(built) is type(expected)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(built.state_dict()[key], value), key
+
+
+def test_a_spec_is_plain_json() -> None:
+    """It is part of a stage's cache key, so that each of its parts must show."""
+    words = WordTokenizer(["a", "red"])
+    spec = EncoderSpec("lstm", CONFIG, words)
+    saved = spec.to_json()
+    assert saved == json.loads(json.dumps(saved))
+    assert saved == {"name": "lstm", "config": to_dict(CONFIG), "tokenizer": words.to_json()}
+    others = (
+        EncoderSpec("bag", CONFIG, words),
+        EncoderSpec("lstm", TextConfig(width=16), words),
+        EncoderSpec("lstm", CONFIG, WordTokenizer(["a", "blue"])),
+    )
+    assert all(other.to_json() != saved for other in others)
 
 
 # --- features ---------------------------------------------------------------------------------
@@ -295,7 +337,7 @@ def text() -> TextFeatures:
 
 
 def test_rows(text: TextFeatures) -> None:
-    """By slice, by number and by mask, in the order asked for."""
+    """By slice, by number and by mask, in the order of the numbers."""
     for rows in (slice(1, 3), torch.tensor([3, 0, 0]), torch.tensor([True, False, True, False])):
         for part, whole in zip(parts(text[rows]), parts(text), strict=True):
             assert torch.equal(part, whole[rows])
@@ -319,17 +361,15 @@ def test_padding_adds_no_words(text: TextFeatures) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9])
-def test_shortened_keeps_the_first_words(text: TextFeatures, length: int) -> None:
-    """Undone by padding where only padding was cut; the sentence has read the whole caption."""
-    short, kept = text.shortened(length), min(length, 3)
-    assert short.words.shape == (4, kept, WIDTH) and short.ids.shape == short.mask.shape == (
-        4,
-        kept,
-    )
+def test_truncated_features_have_the_first_words(text: TextFeatures, length: int) -> None:
+    """Padding undoes it where only padding was cut; the sentence is that of the whole caption."""
+    short, rest = text.truncated(length), min(length, 3)
+    assert short.words.shape == (4, rest, WIDTH)
+    assert short.ids.shape == short.mask.shape == (4, rest)
     for part, whole in ((short.words, text.words), (short.mask, text.mask), (short.ids, text.ids)):
         assert torch.equal(part, whole[:, :length])
     assert torch.equal(short.sentence, text.sentence)
-    for part, whole in zip(parts(text.padded(7).shortened(3)), parts(text), strict=True):
+    for part, whole in zip(parts(text.padded(7).truncated(3)), parts(text), strict=True):
         assert torch.equal(part, whole)
 
 

@@ -1,4 +1,4 @@
-"""Frozen text models of Hugging Face's: tiny ones, made here, against the models themselves."""
+"""Frozen text models of Hugging Face: tiny random ones, compared with the models themselves."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lineage.errors import UserError
 from lineage.text.encoders import make_encoder
 from lineage.text.pretrained import PretrainedEncoder
 from lineage.text.tokenizer import WordTokenizer
-from lineage.training import texts
-from lineage.training.caption_cache import Reader
+from lineage.training import caption_cache
+from lineage.training.caption_cache import CaptionCache
 from lineage.training.store import load_tensors
 
-WIDTH, WORDS, PLACES = 16, 8, 10
+WIDTH, MAX_WORDS, MAX_POSITIONS = 16, 8, 10
 SHORT, LONG = "a red circle", "a small red circle left of a blue ring of a circle"
 CAPTIONS = [SHORT, LONG, "", "a zorp"]
 LENGTHS = {"clip": [5, 8, 2, 4], "bert": [5, 8, 2, 4], "t5": [4, 8, 1, 3]}
@@ -41,8 +41,8 @@ SPECIAL = {  # start, end and padding
 }
 
 
-def numbers(kind: str) -> dict[str, int]:
-    """Token numbers; of padding 0."""
+def token_ids(kind: str) -> dict[str, int]:
+    """Token ids of all words; that of the padding is 0."""
     start, end, pad = SPECIAL[kind]
     return {word: k for k, word in enumerate(dict.fromkeys([pad, "?", start, end, *VOCABULARY]))}
 
@@ -51,7 +51,7 @@ def save_tokenizer(kind: str, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    (start, end, pad), known = SPECIAL[kind], numbers(kind)
+    (start, end, pad), known = SPECIAL[kind], token_ids(kind)
     whole = Tokenizer(models.WordLevel(known, unk_token="?"))
     whole.pre_tokenizer = pre_tokenizers.Whitespace()
     if end:
@@ -64,12 +64,16 @@ def save_tokenizer(kind: str, folder: Path) -> None:
 
 
 def untrained(kind: str) -> Any:
-    """A tiny model whose vectors differ, with dropout that would show."""
+    """A tiny model with different vectors, and with dropout that would show."""
     import transformers as library
 
-    known, end = numbers(kind), numbers(kind).get(SPECIAL[kind][1])
+    known, end = token_ids(kind), token_ids(kind).get(SPECIAL[kind][1])
     sizes = {"vocab_size": len(known), "hidden_size": WIDTH, "intermediate_size": 24}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": PLACES}
+    sizes |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+    }
     if kind == "clip":
         config = library.CLIPTextConfig(
             **sizes, attention_dropout=0.3, pad_token_id=0, bos_token_id=2, eos_token_id=end
@@ -98,54 +102,54 @@ def save(kind: str, folder: Path, model: Any = None) -> Path:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each kind, as `save_pretrained` leaves it."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    place = tmp_path_factory.mktemp("models")
-    return {kind: save(kind, place / kind) for kind in KINDS}
+    parent = tmp_path_factory.mktemp("models")
+    return {kind: save(kind, parent / kind) for kind in KINDS}
 
 
-def made(folder: Path | str, **sizes: Any) -> PretrainedEncoder:
-    config = TextConfig(**{"width": WIDTH, "words": WORDS, **sizes})
+def make(folder: Path | str, **sizes: Any) -> PretrainedEncoder:
+    config = TextConfig(**{"width": WIDTH, "max_words": MAX_WORDS, **sizes})
     encoder = make_encoder(f"pretrained:{folder}", config, WordTokenizer(["a"]))
     assert isinstance(encoder, PretrainedEncoder)
     return encoder
 
 
-def by_hand(kind: str, caption: str, words: int = WORDS) -> list[int]:
+def by_hand(kind: str, caption: str, max_words: int = MAX_WORDS) -> list[int]:
     """Start, words and end, cut so that the end stays; and padding."""
     start, end, _ = SPECIAL[kind]
-    known = numbers(kind)
+    known = token_ids(kind)
     ids = [known.get(word, known["?"]) for word in caption.split()]
-    ids = ids[: words - bool(start) - bool(end)]
+    ids = ids[: max_words - bool(start) - bool(end)]
     ids = [*([known[start]] if start else []), *ids, *([known[end]] if end else [])]
-    return ids + [0] * (words - len(ids))
+    return ids + [0] * (max_words - len(ids))
 
 
-# --- what is given ----------------------------------------------------------------------------
+# --- features ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_caption_has_all_places(kind: str, folders: dict[str, Path]) -> None:
-    """Numbers by hand; the mask is that of words, start and end, all of them in front."""
-    encoder = made(folders[kind])
+def test_every_caption_has_all_positions(kind: str, folders: dict[str, Path]) -> None:
+    """Ids by hand; the mask is True at words, start and end, which come first."""
+    encoder = make(folders[kind])
     text = encoder.encode(CAPTIONS)
-    assert encoder.width == WIDTH and encoder.tokens == 0
-    assert text.words.shape == (4, WORDS, WIDTH) and text.words.dtype == torch.float32
+    assert encoder.word_dim == encoder.sentence_dim == WIDTH
+    assert encoder.vocab_size == 0 and not encoder.causal and encoder.padded
+    assert text.words.shape == (4, MAX_WORDS, WIDTH) and text.words.dtype == torch.float32
     assert text.sentence.shape == (4, WIDTH) and text.sentence.dtype == torch.float32
     assert text.mask.dtype == torch.bool and text.ids.dtype == torch.int64
-    assert text.mask.tolist() == [[k < n for k in range(WORDS)] for n in LENGTHS[kind]]
+    assert text.mask.tolist() == [[k < n for k in range(MAX_WORDS)] for n in LENGTHS[kind]]
     assert text.ids.tolist() == [by_hand(kind, caption) for caption in CAPTIONS]
-    assert made(folders[kind]).encode(["red"]).words.shape == (1, WORDS, WIDTH)
+    assert make(folders[kind]).encode(["red"]).words.shape == (1, MAX_WORDS, WIDTH)
 
 
 @torch.no_grad()
 def test_words_of_clip_are_its_last_hidden_states(folders: dict[str, Path]) -> None:
-    """Behind the last norm, padding and all, which is read too; the sentence is that at the first
-    end."""
+    """After the last norm, and at the padding too; the sentence is that at the first end token."""
     from transformers import CLIPTextModel
 
     model = CLIPTextModel.from_pretrained(folders["clip"]).eval()
-    text = made(folders["clip"]).encode(CAPTIONS)
-    given = model(input_ids=torch.tensor([by_hand("clip", caption) for caption in CAPTIONS]))
-    torch.testing.assert_close(text.words, given.last_hidden_state)
+    text = make(folders["clip"]).encode(CAPTIONS)
+    output = model(input_ids=torch.tensor([by_hand("clip", caption) for caption in CAPTIONS]))
+    torch.testing.assert_close(text.words, output.last_hidden_state)
     ends = [length - 1 for length in LENGTHS["clip"]]
     torch.testing.assert_close(text.sentence, text.words[range(4), ends])
     assert text.words[0, 5:].abs().amax(1).min() > 0.1
@@ -153,11 +157,11 @@ def test_words_of_clip_are_its_last_hidden_states(folders: dict[str, Path]) -> N
 
 @torch.no_grad()
 def test_words_of_bert_are_its_last_hidden_states(folders: dict[str, Path]) -> None:
-    """A caption at a time and without padding; the sentence is their mean."""
+    """One caption at a time and without padding; the sentence is their mean."""
     from transformers import BertModel
 
     model = BertModel.from_pretrained(folders["bert"]).eval()
-    text = made(folders["bert"]).encode(CAPTIONS)
+    text = make(folders["bert"]).encode(CAPTIONS)
     for row, caption in enumerate(CAPTIONS):
         length = LENGTHS["bert"][row]
         ids = torch.tensor([by_hand("bert", caption)[:length]])
@@ -167,7 +171,7 @@ def test_words_of_bert_are_its_last_hidden_states(folders: dict[str, Path]) -> N
 
 
 def encoder_only(whole: Any) -> Any:
-    """The same weights as a model without a decoder, as diffusion models bring it along."""
+    """The same weights as a model without a decoder, as diffusion models ship it."""
     from transformers import T5EncoderModel
 
     alone = T5EncoderModel(type(whole.config)(**whole.config.to_dict()))
@@ -179,25 +183,25 @@ def encoder_only(whole: Any) -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize("alone", [False, True], ids=["with a decoder", "encoder alone"])
 def test_words_of_t5_are_those_of_its_encoder(alone: bool, tmp_path: Path) -> None:
-    """Whether the folder holds a decoder, which nobody asks for, or not."""
+    """Whether the folder holds a decoder, which is not needed, or not."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     model = untrained("t5")
     folder = save("t5", tmp_path / "t5", encoder_only(model) if alone else model)
     from transformers import T5EncoderModel
 
-    reader = T5EncoderModel.from_pretrained(folder).eval()
-    text = made(folder).encode(CAPTIONS)
+    reference = T5EncoderModel.from_pretrained(folder).eval()
+    text = make(folder).encode(CAPTIONS)
     for row, caption in enumerate(CAPTIONS):
         length = LENGTHS["t5"][row]
         ids = torch.tensor([by_hand("t5", caption)[:length]])
-        found = reader(input_ids=ids).last_hidden_state[0]
-        torch.testing.assert_close(text.words[row, :length], found, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(text.sentence[row], found.mean(0), atol=1e-5, rtol=1e-5)
+        expected = reference(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(text.words[row, :length], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(text.sentence[row], expected.mean(0), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_caption_is_the_empty_one(kind: str, folders: dict[str, Path]) -> None:
-    encoder = made(folders[kind])
+def test_null_is_the_empty_caption(kind: str, folders: dict[str, Path]) -> None:
+    encoder = make(folders[kind])
     null, empty = encoder.null(3), encoder.encode(["", "", ""])
     for part in ("words", "mask", "sentence", "ids"):
         torch.testing.assert_close(getattr(null, part), getattr(empty, part))
@@ -205,8 +209,8 @@ def test_no_caption_is_the_empty_one(kind: str, folders: dict[str, Path]) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neighbours_do_not_matter(kind: str, folders: dict[str, Path]) -> None:
-    encoder = made(folders[kind])
+def test_features_do_not_depend_on_the_batch(kind: str, folders: dict[str, Path]) -> None:
+    encoder = make(folders[kind])
     together = encoder.encode(CAPTIONS)
     for row, caption in enumerate(CAPTIONS):
         alone = encoder.encode([caption])
@@ -216,32 +220,32 @@ def test_neighbours_do_not_matter(kind: str, folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_every_word_has_its_piece(kind: str, caption: str, folders: dict[str, Path]) -> None:
+def test_every_word_has_a_token(kind: str, caption: str, folders: dict[str, Path]) -> None:
     """Start and end among them; padding has none."""
-    encoder = made(folders[kind])
-    pieces = encoder.pieces(caption)
-    assert len(pieces) == int(encoder.encode([caption]).mask.sum())
-    words = {number: word for word, number in numbers(kind).items()}
-    assert pieces == [words[number] for number in by_hand(kind, caption)[: len(pieces)]]
+    encoder = make(folders[kind])
+    tokens = encoder.tokens(caption)
+    assert len(tokens) == int(encoder.encode([caption]).mask.sum())
+    words = {token_id: word for word, token_id in token_ids(kind).items()}
+    assert tokens == [words[token_id] for token_id in by_hand(kind, caption)[: len(tokens)]]
     assert encoder.unknown([caption]) == []
 
 
-@pytest.mark.parametrize("words", [3, WORDS, PLACES])
-def test_as_many_words_as_are_asked_for(words: int, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("max_words", [3, MAX_WORDS, MAX_POSITIONS])
+def test_captions_have_max_words_positions(max_words: int, folders: dict[str, Path]) -> None:
     for kind, folder in folders.items():
-        text = made(folder, words=words).encode([SHORT, LONG])
-        assert text.ids.tolist() == [by_hand(kind, caption, words) for caption in (SHORT, LONG)]
+        text = make(folder, max_words=max_words).encode([SHORT, LONG])
+        assert text.ids.tolist() == [by_hand(kind, caption, max_words) for caption in (SHORT, LONG)]
 
 
 # --- frozen, and no part of the weights -------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_model_is_frozen_and_no_part_of_the_encoder(
+def test_the_model_is_frozen_and_no_submodule_of_the_encoder(
     kind: str, folders: dict[str, Path]
 ) -> None:
-    """Before and after it is read; no dropout in training; no gradient flows."""
-    encoder = made(folders[kind])
+    """Before and after it is loaded; no dropout in training; no gradient flows."""
+    encoder = make(folders[kind])
     for _ in range(2):
         assert not encoder.state_dict() and not list(encoder.parameters())
         assert not list(encoder.children())
@@ -249,25 +253,25 @@ def test_the_model_is_frozen_and_no_part_of_the_encoder(
         one, other = encoder.encode(CAPTIONS), encoder.encode(CAPTIONS)
         assert torch.equal(one.words, other.words) and not one.words.requires_grad
         assert not one.sentence.requires_grad
-    _, model = encoder._parts()
+    _, model = encoder._load()
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
 
 
-def test_the_model_is_read_once_and_when_it_is_asked(
+def test_the_model_is_loaded_once_and_at_the_first_use(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run is built, and its parameters counted, without it."""
     from lineage.text import pretrained
 
-    original, read = pretrained.load_text_model, []
+    original, names = pretrained.load_text_model, []
     monkeypatch.setattr(
-        pretrained, "load_text_model", lambda name: read.append(name) or original(name)
+        pretrained, "load_text_model", lambda name: names.append(name) or original(name)
     )
-    encoder = made(folders["clip"])
-    assert read == []
-    encoder.encode([SHORT]), encoder.null(2), encoder.pieces(SHORT)
-    assert read == [str(folders["clip"])]
+    encoder = make(folders["clip"])
+    assert names == []
+    encoder.encode([SHORT]), encoder.null(2), encoder.tokens(SHORT)
+    assert names == [str(folders["clip"])]
 
 
 def test_the_layout_of_diffusers(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -277,41 +281,42 @@ def test_the_layout_of_diffusers(folders: dict[str, Path], tmp_path: Path) -> No
         for file in folders["clip"].glob(names):
             shutil.copy(file, tmp_path / part)
     assert (tmp_path / "text_encoder" / "model.safetensors").is_file()
-    one, other = made(tmp_path).encode(CAPTIONS), made(folders["clip"]).encode(CAPTIONS)
+    one, other = make(tmp_path).encode(CAPTIONS), make(folders["clip"]).encode(CAPTIONS)
     assert torch.equal(one.words, other.words) and torch.equal(one.ids, other.ids)
 
 
-# --- tokenisers of other habits ---------------------------------------------------------------
+# --- unusual tokenisers -----------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_a_tokeniser_without_start_and_end(tmp_path: Path) -> None:
-    """Its empty caption has no token at all; guidance and caption dropout still read it."""
+    """Its empty caption has no token at all; guidance and caption dropout still need features."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    encoder = made(save("bare", tmp_path / "bare"))
+    encoder = make(save("bare", tmp_path / "bare"))
     text = encoder.encode([SHORT, ""])
     assert text.words.isfinite().all() and text.sentence.isfinite().all()
     null = encoder.null(2)
     assert null.sentence.isfinite().all()
-    assert null.mask.any(1).all()  # attention always has something to look at
+    assert null.mask.any(1).all()  # attention always has a key
 
 
 @torch.no_grad()
-def test_words_stand_in_front_whatever_the_tokeniser_prefers(
+def test_padding_is_on_the_right_whatever_the_tokeniser_states(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Captions are shortened from behind, so padding before the words would cut these off."""
+    """Captions are truncated at the end, so that padding before the words would cut these off."""
     shutil.copytree(folders["bert"], tmp_path / "left")
     path = tmp_path / "left" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
-    text = made(tmp_path / "left").encode([SHORT, LONG])
-    assert text.mask.tolist() == [[k < n for k in range(WORDS)] for n in (5, 8)]
+    text = make(tmp_path / "left").encode([SHORT, LONG])
+    assert text.mask.tolist() == [[k < n for k in range(MAX_WORDS)] for n in (5, 8)]
 
 
-# --- what cannot be ---------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 
-def told(call: Callable[[], Any]) -> str:
+def error_of(call: Callable[[], Any]) -> str:
+    """The one sentence of a `UserError`."""
     with pytest.raises(UserError) as caught:
         call()
     sentence = str(caught.value)
@@ -321,22 +326,27 @@ def told(call: Callable[[], Any]) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [8, 17, 768])
-def test_another_width_is_told(kind: str, width: int, folders: dict[str, Path]) -> None:
-    """With the one to set, and the folder."""
-    sentence = told(lambda: made(folders[kind], width=width).encode([SHORT]))
-    assert f"encoder.width={WIDTH}" in sentence and str(width) in sentence
+def test_another_width_raises_a_sentence(kind: str, width: int, folders: dict[str, Path]) -> None:
+    """It names the width to set, and the folder."""
+    sentence = error_of(lambda: make(folders[kind], width=width).encode([SHORT]))
+    assert f"encoder.width={WIDTH}," in sentence and f"not {width}:" in sentence
+    assert f"@{WIDTH} in text=joined:" in sentence
     assert str(folders[kind]) in sentence
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert"])
-def test_more_words_than_the_model_reads_are_told(kind: str, folders: dict[str, Path]) -> None:
-    """T5 has no end: its places are relative."""
-    sentence = told(lambda: made(folders[kind], words=PLACES + 1).null(1))
-    assert f"encoder.words={PLACES}" in sentence and str(PLACES + 1) in sentence
-    assert made(folders["t5"], words=40).encode([LONG]).mask.sum() == 13
+def test_more_words_than_the_model_reads_raise_a_sentence(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    """T5 has no limit: its positions are relative."""
+    sentence = error_of(lambda: make(folders[kind], max_words=MAX_POSITIONS + 1).null(1))
+    assert f"encoder.max_words={MAX_POSITIONS}" in sentence and str(MAX_POSITIONS + 1) in sentence
+    assert make(folders["t5"], max_words=40).encode([LONG]).mask.sum() == 13
 
 
-def test_a_folder_that_holds_no_model_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_without_a_model_raises_a_sentence(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     """Missing, empty, without weights, without a tokeniser, with a broken file."""
     (tmp_path / "empty").mkdir()
     broken: dict[str, Path] = {"missing": tmp_path / "missing", "empty": tmp_path / "empty"}
@@ -346,11 +356,11 @@ def test_a_folder_that_holds_no_model_is_told(folders: dict[str, Path], tmp_path
             shutil.copytree(folders["clip"], place)
             (place / name).unlink() if change == "without" else (place / name).write_text("{")
     for what, folder in broken.items():
-        sentence = told(lambda folder=folder: made(folder).encode([SHORT]))
+        sentence = error_of(lambda folder=folder: make(folder).encode([SHORT]))
         assert str(folder) in sentence and "no text model" in sentence, what
 
 
-def test_a_tokeniser_that_has_no_padding_is_helped_or_told(
+def test_a_tokeniser_without_padding_works_or_raises_a_sentence(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """GPT-2's is one."""
@@ -359,27 +369,27 @@ def test_a_tokeniser_that_has_no_padding_is_helped_or_told(
     saved = json.loads(path.read_text())
     del saved["pad_token"]
     path.write_text(json.dumps(saved))
-    said = ""
+    sentence = ""
     try:
-        text = made(tmp_path / "model").encode([SHORT, LONG])
-    except UserError as refused:
-        said = str(refused)
-    if said:
-        assert "pad" in said and "\n" not in said
+        text = make(tmp_path / "model").encode([SHORT, LONG])
+    except UserError as error:
+        sentence = str(error)
+    if sentence:
+        assert "pad" in sentence and "\n" not in sentence
     else:
-        assert text.mask.tolist() == [[k < n for k in range(WORDS)] for n in (5, 8)]
+        assert text.mask.tolist() == [[k < n for k in range(MAX_WORDS)] for n in (5, 8)]
 
 
-def test_a_model_without_a_name_is_told() -> None:
-    assert "name a folder" in told(lambda: made(""))
+def test_a_model_without_a_name_raises_a_sentence() -> None:
+    assert "name a folder" in error_of(lambda: make(""))
 
 
-def test_without_transformers_the_mend_is_told(
+def test_without_transformers_the_error_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the name of the extra, which there is."""
+    """And pyproject.toml has it."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    sentence = told(lambda: made(tmp_path).encode([SHORT]))
+    sentence = error_of(lambda: make(tmp_path).encode([SHORT]))
     assert "pip install 'lineage-t2i[hub]'" in sentence
     project = (Path(lineage.__file__).parents[1] / "pyproject.toml").read_text()
     assert "\nhub = [" in project and "transformers" in project
@@ -387,31 +397,33 @@ def test_without_transformers_the_mend_is_told(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A few pictures, whose captions are quickly read."""
+    """A data set of a few pictures."""
     folder = tmp_path_factory.mktemp("data")
     export(load_dataset("shapes", "train", 16), folder, 12)
     return f"imagefolder:{folder}"
 
 
 @pytest.mark.parametrize("key", ["ddpm", "ldm"])
-def test_a_model_that_is_not_there_is_told_before_anything_is_written(
+def test_a_missing_model_raises_before_anything_is_written(
     key: str, data: str, tmp_path: Path
 ) -> None:
-    """Not when the autoencoder's share of the budget is spent."""
+    """Not after the autoencoder's share of the budget."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     out, settings = tmp_path / "run", {"text": f"pretrained:{tmp_path / 'none'}"}
-    told(lambda: runs.train(key, preset="smoke", data=data, out=out, steps=3, settings=settings))
+    error_of(
+        lambda: runs.train(key, preset="smoke", data=data, out=out, steps=3, settings=settings)
+    )
     assert not out.exists()
 
 
 # --- in systems -------------------------------------------------------------------------------
 
 
-def settings_for(folder: Path, words: int = WORDS) -> dict[str, Any]:
+def settings_for(folder: Path) -> dict[str, Any]:
     return {
         "text": f"pretrained:{folder}",
         "encoder.width": WIDTH,
-        "encoder.words": words,
+        "encoder.max_words": MAX_WORDS,
         "train.precision": "fp32",
     }
 
@@ -425,7 +437,7 @@ def test_families_run_with_it(
     data: str,
     tmp_path: Path,
 ) -> None:
-    """Trained, saved without the model, loaded, and the same pictures drawn."""
+    """Train, save without the model, load, and generate the same pictures."""
     run = train_run(tmp_path / "run", key, settings_for(folders[kind]), steps=6, data=data)
     saved = load_tensors(run.folder / "model.safetensors")
     assert saved and not any(name.startswith("text.") for name in saved)
@@ -434,61 +446,63 @@ def test_families_run_with_it(
     pictures = system.generate(captions, seed=3)
     assert pictures.shape == (3, 3, 16, 16) and pictures.isfinite().all()
     assert torch.equal(pictures, run.system.generate(captions, seed=3))
-    told = [system.generate(caption, seed=3) for caption in (SHORT, "a small blue ring")]
-    assert not torch.equal(*told)
+    assert not torch.equal(*(system.generate(c, seed=3) for c in (SHORT, "a small blue ring")))
 
 
-def test_a_run_without_its_model_says_so(
+def test_a_run_without_its_model_raises_a_sentence(
     folders: dict[str, Path], train_run: Callable[..., Any], data: str, tmp_path: Path
 ) -> None:
-    """The weights of the model are no part of it."""
+    """The model's weights are no part of the run."""
     shutil.copytree(folders["clip"], tmp_path / "clip")
     settings = settings_for(tmp_path / "clip")
     run = train_run(tmp_path / "run", "ddpm", settings, steps=2, data=data)
     shutil.rmtree(tmp_path / "clip")
     system = lineage.load(run.folder)
-    assert str(tmp_path / "clip") in told(lambda: system.generate(SHORT))
+    assert str(tmp_path / "clip") in error_of(lambda: system.generate(SHORT))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_captions_that_are_looked_up_are_what_the_model_says(
+def test_the_caption_cache_returns_the_padding_too(
     kind: str, folders: dict[str, Path], shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A frozen encoder's answers are kept by the loop. Who attends to the padding, as Stable
-    Diffusion does, must find as much of it there as when it draws."""
-    monkeypatch.setattr(texts, "KEPT", 12)
-    encoder = made(folders[kind])
-    reader = Reader(encoder, shapes)
-    captions = list(dict.fromkeys(reader._captions()))[:3]
-    for before in (0, 400):
-        found, asked = reader.read(captions, before), encoder.encode(captions)
+    """The loop caches features of a frozen encoder. A network that attends to the padding, as
+    Stable Diffusion does, needs as much of it in training as in sampling."""
+    monkeypatch.setattr(caption_cache, "CACHE_SIZE", 12)
+    encoder = make(folders[kind])
+    cache = CaptionCache(encoder, shapes)
+    captions = list(dict.fromkeys(shapes.all_captions(12)))[:3]
+    for num_before in (0, 400):
+        features, expected = cache.encode(captions, num_before), encoder.encode(captions)
         for part in ("words", "mask", "sentence", "ids"):
             torch.testing.assert_close(
-                getattr(found, part), getattr(asked, part), msg=f"{part} after {before} captions"
+                getattr(features, part),
+                getattr(expected, part),
+                msg=f"{part} after {num_before} captions",
             )
 
 
-def test_what_stands_behind_the_words_is_attended_to_in_training_as_in_drawing(
+def test_a_network_attends_to_the_same_padding_in_training_and_sampling(
     folders: dict[str, Path],
     make_system: Callable[..., Any],
     shapes: CaptionedDataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A network that reads the padding is given the same words by the loop, early and late."""
-    monkeypatch.setattr(texts, "KEPT", 12)
+    """A network that attends to the padding receives the same words from the loop, early and
+    late."""
+    monkeypatch.setattr(caption_cache, "CACHE_SIZE", 12)
     settings = {name.replace(".", "__"): v for name, v in settings_for(folders["clip"]).items()}
-    system, _ = make_system("ldm", **settings, model__unet__padding=True)
+    system, _ = make_system("ldm", **settings, model__unet__attend_padding=True)
     with torch.no_grad():
         for parameter in system.network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    reader = Reader(system.text, shapes)
-    caption = min(reader._captions(), key=len)
-    noised, t = torch.randn(1, *system.shape), torch.tensor([500])
+    cache = CaptionCache(system.text, shapes)
+    caption = min(shapes.all_captions(12), key=len)
+    x_t, t = torch.randn(1, *system.space.shape), torch.tensor([500])
 
-    def drawn(before: int) -> Tensor:
+    def predict(num_before: int) -> Tensor:
         with torch.no_grad():
-            return system.network(noised, t, reader.read([caption], before))
+            return system.network(x_t, t, cache.encode([caption], num_before))
 
     assert isinstance(system.network, nn.Module)
-    early = drawn(0)
-    torch.testing.assert_close(drawn(400), early)
+    early = predict(0)
+    torch.testing.assert_close(predict(400), early)

@@ -1,4 +1,4 @@
-"""Tokenisers: what goes in comes out, and training depends on the captions alone."""
+"""Tokenisers: encoding and decoding, and training that depends on the captions alone."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_words(caption: str, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
-def test_a_saved_tokeniser_is_the_same(kind: str) -> None:
-    """A run folder holds it as JSON: numbers that shift would scramble every caption."""
+def test_a_saved_tokeniser_stays_the_same(kind: str) -> None:
+    """A run folder holds it as JSON: shifted ids would scramble every caption."""
     first = tokenizer(kind)
     second = tokenizer_from_json(json.loads(json.dumps(first.to_json())))
     assert type(second) is type(first)
@@ -75,8 +75,8 @@ def test_a_saved_tokeniser_is_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
-def test_numbers_are_below_the_size(kind: str) -> None:
-    """The table of word vectors has one row a token; a number beyond it crashes or worse."""
+def test_ids_are_below_the_vocabulary_size(kind: str) -> None:
+    """The embedding table has one row for each token; an id beyond it is an error."""
     one = tokenizer(kind)
     for caption in CAPTIONS + STRANGE:
         ids = one.encode(caption)
@@ -92,7 +92,7 @@ def test_a_caption_without_words_is_no_caption(kind: str, caption: str) -> None:
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
 def test_the_order_of_the_captions_does_not_matter(kind: str) -> None:
-    """Two copies of one data set, listed differently, must be one vocabulary."""
+    """Two copies of one data set, listed differently, must have the same vocabulary."""
     captions = [f"word{i % 17} other{i % 5}" for i in range(100)]
     expected = make_tokenizer(kind, captions, 300).to_json()
     for seed in range(3):
@@ -100,35 +100,37 @@ def test_the_order_of_the_captions_does_not_matter(kind: str) -> None:
         assert make_tokenizer(kind, shuffled, 300).to_json() == expected
 
 
-def test_the_most_frequent_words_come_first_and_ties_by_the_alphabet() -> None:
+def test_the_most_frequent_words_come_first_and_ties_are_alphabetical() -> None:
     one = WordTokenizer.train(["b b b c a", "c a z", "z"], 100)
     assert one.words == ["b", "a", "c", "z"]
     assert one.encode("b a c z") == [3, 4, 5, 6]
     assert WordTokenizer.train(["b b b c a", "c a z", "z"], 5).words == ["b", "a"]
 
 
-@pytest.mark.parametrize("size", [3, 4, 5, 8, 1000])
-def test_the_vocabulary_of_words_is_limited(size: int) -> None:
-    one = WordTokenizer.train(CAPTIONS, size)
-    assert len(one) == min(size, len({w for c in CAPTIONS for w in split_words(c)}) + len(SPECIAL))
+@pytest.mark.parametrize("vocab_size", [3, 4, 5, 8, 1000])
+def test_the_vocabulary_of_words_is_limited(vocab_size: int) -> None:
+    one = WordTokenizer.train(CAPTIONS, vocab_size)
+    words = {word for caption in CAPTIONS for word in split_words(caption)}
+    assert len(one) == min(vocab_size, len(words) + len(SPECIAL))
 
 
-@pytest.mark.parametrize("size", [259, 260, 270, 10_000])
-def test_the_vocabulary_of_bpe_is_limited(size: int) -> None:
-    one = BPETokenizer.train(CAPTIONS * 2, size)
-    assert len(one) <= size
-    if size < 300:
-        assert len(one) == size
+@pytest.mark.parametrize("vocab_size", [259, 260, 270, 10_000])
+def test_the_vocabulary_of_bpe_is_limited(vocab_size: int) -> None:
+    one = BPETokenizer.train(CAPTIONS * 2, vocab_size)
+    assert len(one) <= vocab_size
+    if vocab_size < 300:
+        assert len(one) == vocab_size
 
 
-@pytest.mark.parametrize(("kind", "size"), [("word", 2), ("word", 0), ("bpe", 100)])
-def test_a_limit_that_cannot_be_kept_is_told_or_kept(kind: str, size: int) -> None:
-    """Three special tokens, or 256 bytes more, are the least; a silent excess is a wrong model."""
+@pytest.mark.parametrize(("kind", "vocab_size"), [("word", 2), ("word", 0), ("bpe", 100)])
+def test_an_impossible_limit_is_respected_or_raises_a_sentence(kind: str, vocab_size: int) -> None:
+    """The smallest size is three special tokens, or 256 bytes more; it is never exceeded
+    silently."""
     try:
-        one = make_tokenizer(kind, CAPTIONS, size)
+        one = make_tokenizer(kind, CAPTIONS, vocab_size)
     except UserError:
         return
-    assert len(one) <= max(size, len(SPECIAL))
+    assert len(one) <= max(vocab_size, len(SPECIAL))
 
 
 def test_unknown_words_are_one_token_and_are_reported() -> None:
@@ -141,9 +143,10 @@ def test_unknown_words_are_one_token_and_are_reported() -> None:
 
 
 def test_unknown_words_may_be_dropped() -> None:
-    """As AttnGAN's code does; they are reported all the same, and a caption of nothing else is
-    none. Punctuation is not looked at."""
-    one, words = WordTokenizer(["a", "red", "bird"], drop=True), WordTokenizer(["a", "red", "bird"])
+    """As in AttnGAN's code. They are still reported; a caption of nothing else is the null caption;
+    punctuation is no word."""
+    vocabulary = ["a", "red", "bird"]
+    one, words = WordTokenizer(vocabulary, drop_unknown=True), WordTokenizer(vocabulary)
     assert one.encode("A zorp, RED bird!") == [3, 4, 5] == words.encode("a red bird")
     assert words.encode("A zorp, RED bird!") == [3, UNK, UNK, 4, 5, UNK]
     assert one.unknown("A zorp, RED bird!") == ["zorp"]
@@ -151,33 +154,34 @@ def test_unknown_words_may_be_dropped() -> None:
     assert one.decode(one.encode("a zorp bird")) == "a bird"
 
 
-def test_what_is_dropped_is_not_joined_to_what_is_known() -> None:
-    """AttnGAN's code cuts captions at all but letters and figures, so its list has `bird` and `s`
-    for `bird's`; a caption that has it must not lose the bird."""
-    one = WordTokenizer(["the", "bird", "s", "beak", "red", "breasted"], drop=True)
+def test_a_known_word_is_not_dropped_with_its_ending() -> None:
+    """AttnGAN's code splits captions at everything but letters and digits, so that its vocabulary
+    has `bird` and `s` for `bird's`; such a caption must not lose the bird."""
+    one = WordTokenizer(["the", "bird", "s", "beak", "red", "breasted"], drop_unknown=True)
     assert one.encode("The bird's beak.") == [3, 4, 5, 6]
     assert one.encode("the red-breasted bird") == [3, 7, 8, 4]
 
 
-@pytest.mark.parametrize("drop", [False, True])
-def test_dropping_is_saved(drop: bool) -> None:
-    first = WordTokenizer(["a", "red", "bird"], drop)
+@pytest.mark.parametrize("drop_unknown", [False, True])
+def test_dropping_is_saved(drop_unknown: bool) -> None:
+    first = WordTokenizer(["a", "red", "bird"], drop_unknown)
     second: Any = tokenizer_from_json(json.loads(json.dumps(first.to_json())))
-    assert second.drop is drop and second.encode("a zorp") == first.encode("a zorp")
-    older = {"kind": "word", "words": ["a", "red", "bird"]}  # from before there was a choice
-    assert tokenizer_from_json(older).encode("a zorp") == [3, UNK]
+    assert second.drop_unknown is drop_unknown
+    assert second.encode("a zorp") == first.encode("a zorp")
+    default = {"kind": "word", "words": ["a", "red", "bird"]}
+    assert tokenizer_from_json(default).encode("a zorp") == [3, UNK]
 
 
 @pytest.mark.parametrize("caption", CAPTIONS + STRANGE)
-def test_bpe_knows_every_text(caption: str) -> None:
-    """Every byte is a token, so nothing is lost but case and the width of blanks."""
+def test_bpe_encodes_every_text(caption: str) -> None:
+    """Every byte is a token: only case and the width of blanks are lost."""
     for one in (tokenizer("bpe"), BPETokenizer([])):
         assert one.decode(one.encode(caption)) == " ".join(caption.lower().split())
         assert one.unknown(caption) == []
         assert UNK not in one.encode(caption)
 
 
-def test_bpe_does_not_know_where_blanks_were() -> None:
+def test_bpe_ignores_the_width_of_blanks() -> None:
     one = tokenizer("bpe")
     assert one.encode("  a red\n circle ") == one.encode("A red circle")
 
@@ -194,7 +198,7 @@ def test_bpe_merges_the_most_frequent_pair_first() -> None:
 
 
 def test_bpe_ties_go_to_the_smaller_numbers() -> None:
-    """Else the vocabulary would depend on the order in which a dictionary was filled."""
+    """Otherwise the vocabulary would depend on the order of a dictionary."""
     byte = 3
     one = BPETokenizer.train(["yz yz ab ab"], 259 + 1)
     # (blank, a), (a, b), (blank, y), (y, z) all occur twice
@@ -205,7 +209,7 @@ def test_bpe_merges_in_the_order_of_training_not_of_the_word() -> None:
     byte = 3
     a, b, c = (byte + ord(x) for x in "abc")
     one = BPETokenizer([(b, c), (a, b)])
-    assert one.encode("abc")[1:] == [a, 259]  # b c was found first, so `ab` never forms
+    assert one.encode("abc")[1:] == [a, 259]  # `bc` is merged first, so that `ab` never is
 
 
 def test_bpe_stops_when_no_pair_occurs_twice() -> None:
@@ -219,7 +223,7 @@ def test_bpe_makes_frequent_words_short() -> None:
     assert len(one.encode("a zebra")) > 2
 
 
-def test_unknown_kinds_are_told() -> None:
+def test_unknown_kinds_raise_a_sentence() -> None:
     with pytest.raises(UserError, match=r"'wrod'.*did you mean 'word'"):
         make_tokenizer("wrod", CAPTIONS, 100)
     for saved in ({"kind": "sentencepiece"}, {}):
@@ -228,6 +232,6 @@ def test_unknown_kinds_are_told() -> None:
 
 
 @pytest.mark.parametrize("saved", [{"kind": "word"}, {"kind": "bpe", "merges": [[1]]}])
-def test_a_damaged_tokeniser_is_told(saved: dict[str, object]) -> None:
+def test_a_damaged_tokeniser_raises_a_sentence(saved: dict[str, object]) -> None:
     with pytest.raises(UserError):
         tokenizer_from_json(saved)

@@ -1,0 +1,119 @@
+"""The command line: `lineage` and `python -m lineage`.
+
+    arguments   types of parameters, and faults in one sentence
+    data        `lineage data show`, `check`, `export`
+    train       `lineage train`
+    sample      `lineage sample`
+    score       `lineage evaluate`, `compare`
+    official    `lineage verify`, `import-weights`
+
+A command is a function. Its signature is what the command takes, its docstring is the command's
+help; cyclopts reads both. PyTorch is imported only when a command that needs it runs, so that
+`lineage list` and help answer at once.
+
+Exit codes: 0 done, 1 a check did not hold, 2 the user's input or environment is at fault (one
+sentence on standard error), 130 interrupted. With `--json`, standard output holds one JSON document
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from lineage import __version__, catalog
+from lineage.cli import data, official, sample, score, train
+from lineage.cli.arguments import Flag, commands, print_json, sentence
+from lineage.errors import UserError
+
+SEE = Group("See", sort_key=0)
+TRAIN = Group("Train and draw", sort_key=2)
+SCORE = Group("Score", sort_key=3)
+OFFICIAL = Group("Official code and weights", sort_key=4)
+HELP = Group("Help", sort_key=5)
+
+app = App(
+    "lineage",
+    help="The history of text-to-image generation, from scratch: train every milestone on the "
+    "same captions.",
+    version=f"lineage {__version__}",
+    help_format="plaintext",
+    group_commands=HELP,
+    default_parameter=Parameter(negative=()),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        command, bound = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        return command(*bound.args, **bound.kwargs) or 0
+    except UserError as error:
+        print(f"lineage: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lineage: interrupted; what was saved before is whole.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `lineage list | head`
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(f"lineage: {error.strerror or error}:{where}.", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: list[str]) -> tuple[Callable[..., int | None], inspect.BoundArguments]:
+    """The command's function and its arguments."""
+    try:
+        chain, apps, rest = app.parse_commands(arguments)
+        if not rest and apps[-1].default_command is None:  # `lineage` or `lineage data` alone
+            names = ", ".join(commands(apps[-1]))
+            raise UserError(f"{' '.join(['lineage', *chain])} needs one of the commands {names}.")
+        command, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        raise UserError(sentence(error)) from None
+    return command, bound
+
+
+@app.command(name="list", group=SEE)
+def list_(*, tree: Flag = False, json: Flag = False) -> None:
+    """List the systems of the history, and which of them work.
+
+    Args:
+        tree: If true, sort by what builds on what.
+        json: If true, print one JSON document.
+    """
+    if json:
+        print_json(catalog.as_json())
+    else:
+        print(catalog.as_tree() if tree else catalog.as_table())
+
+
+app.command(data.data)
+app.command(train.train, group=TRAIN, sort_key=0)
+app.command(sample.sample, group=TRAIN, sort_key=1)
+app.command(score.evaluate, group=SCORE, sort_key=0)
+app.command(score.compare, group=SCORE, sort_key=1)
+app.command(official.verify, group=OFFICIAL, sort_key=0)
+app.command(official.import_weights, group=OFFICIAL, sort_key=1)
+
+
+@app.command(name="--install-completion")
+def install_completion(*, shell: Literal["bash", "zsh", "fish"] | None = None) -> None:
+    """Let the shell complete commands, options, keys and presets.
+
+    Args:
+        shell: Shell to write for; the one that runs if left out.
+    """
+    from cyclopts.completion import ShellDetectionError
+
+    try:
+        path = app.install_completion(shell=shell)
+    except ShellDetectionError:
+        raise UserError("The shell is not known: add --shell bash, zsh or fish.") from None
+    print(f"{path}: written; it works in new shells")

@@ -1,0 +1,95 @@
+"""`lineage data`: show, check and export data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cyclopts import App, Group
+
+from lineage.cli.arguments import Count, Flag, Whole, print_json
+from lineage.errors import UserError
+
+GROUP = Group("Data", sort_key=1)
+data = App("data", help="Show, check and export data sets.", group=GROUP, group_commands=GROUP)
+
+
+@data.command(name="show")
+def data_show(
+    spec: str,
+    /,
+    *,
+    out: Path = Path("data.png"),
+    count: Count = 24,
+    columns: Count = 6,
+    size: Count = 32,
+    split: str = "train",
+    seed: Whole = 0,
+) -> None:
+    """Draw a contact sheet with captions.
+
+    Args:
+        spec: Data set: shapes, shapes:hard, a path, folder:PATH or imagefolder:PATH.
+        out: Picture to write.
+        count: Number of pictures.
+        columns: Number of pictures in a row.
+        size: Side of the pictures in pixels.
+        split: train, validation, test, ...
+        seed: Seed of an endless data set.
+    """
+    from lineage.data import load_dataset
+    from lineage.data.tools import contact_sheet
+    from lineage.runs import save_picture
+
+    dataset = load_dataset(spec, split, size, seed)
+    save_picture(contact_sheet(dataset, count, columns), out)
+    print(f"{out}: {min(count, len(dataset))} of {len(dataset):,} pictures of {spec}")
+
+
+@data.command(name="check")
+def data_check(spec: str, /, *, size: Count = 32, json: Flag = False) -> None:
+    """Count pictures and captions, and name every rejected file with its reason.
+
+    Args:
+        spec: Data set: shapes, shapes:hard, a path, folder:PATH or imagefolder:PATH.
+        size: Side of the pictures in pixels.
+        json: If true, print one JSON document.
+    """
+    from lineage.data.tools import check
+
+    report = check(spec, size)
+    if json:
+        print_json(report)
+    else:
+        print(f"{spec}: {report['loaded']:,} pictures, {report['captions']:,} captions")
+        for skipped in report["skipped"]:
+            print(f"  left out {skipped['path']}: {skipped['reason']}")
+    if not report["loaded"]:
+        raise UserError(f"{spec} holds no picture with a caption that can be read.")
+
+
+@data.command(name="export")
+def data_export(
+    spec: str,
+    /,
+    *,
+    out: Path,
+    count: Count | None = None,
+    size: Count = 32,
+    split: str = "train",
+    seed: Whole = 0,
+) -> None:
+    """Write a data set as an imagefolder.
+
+    Args:
+        spec: Data set: shapes, shapes:hard, a path, folder:PATH or imagefolder:PATH.
+        out: Folder to write.
+        count: Largest number of pictures; all if left out.
+        size: Side of the pictures in pixels.
+        split: train, validation, test, ...
+        seed: Seed of an endless data set.
+    """
+    from lineage.data import load_dataset
+    from lineage.data.tools import export
+
+    written = export(load_dataset(spec, split, size, seed), out, count)
+    print(f"{out}: {written:,} pictures in imagefolder form")

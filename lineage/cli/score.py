@@ -1,0 +1,106 @@
+"""`lineage evaluate` and `lineage compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lineage.cli.arguments import Count, Flag, Keys, Minutes, Preset, Settings, Whole, print_json
+
+
+def evaluate(
+    folders: Annotated[list[Path], Parameter(name="RUN")],
+    /,
+    *,
+    json: Flag = False,
+    out: Path | None = None,
+    pictures: Count = 1000,
+    data: str | None = None,
+    prompts: Path | None = None,
+    features: str = "auto",
+    scorer: str = "auto",
+    batch: Count | None = None,
+    seed: Whole = 0,
+    device: str = "auto",
+) -> None:
+    """Score runs: composition, quality, text fit and cost.
+
+    Args:
+        folders: Run folders of the same data.
+        json: If true, print one JSON document.
+        out: Folder for scores.json and sheets of failed pictures.
+        pictures: Largest number of pictures to draw.
+        data: Another data set than the runs' own.
+        prompts: File of prompts in GenEval's line schema.
+        features: judge, scorer, inception:FILE or auto.
+        scorer: hub:MODEL (a path or an id), damsm:RUN, none or auto.
+        batch: Number of pictures drawn at once; changes no score.
+        seed: Seed of the noise.
+        device: cpu, cuda, mps or auto.
+    """
+    from lineage.evaluation.run import evaluate
+    from lineage.evaluation.table import tables
+
+    document = evaluate(
+        folders,
+        out=out,
+        pictures=pictures,
+        data=data,
+        prompts=prompts and str(prompts),
+        features=features,
+        scorer=scorer,
+        batch=batch,
+        seed=seed,
+        device=device,
+    )
+    if json:
+        print_json(document)
+    else:
+        print(tables(document))
+
+
+def compare(
+    keys: Keys | None = None,
+    /,
+    *,
+    data: str | None = None,
+    preset: Preset = "tiny",
+    minutes: Minutes | None = None,
+    steps: Count | None = None,
+    out: Path = Path("runs/compare"),
+    pictures: Count = 1000,
+    seed: Whole | None = None,
+    device: str | None = None,
+    settings: Settings | None = None,
+) -> None:
+    """Train several systems on one budget each and write a report.
+
+    Args:
+        keys: Systems, as in `lineage list`; all that work if left out.
+        data: Data set; shapes if left out.
+        preset: Size of the systems.
+        minutes: Budget of each system in minutes of training.
+        steps: Budget of each system in steps.
+        out: Folder to write.
+        pictures: Largest number of pictures to draw for the scores.
+        seed: Seed of the weights, the order of the data and the noise.
+        device: cpu, cuda, mps or auto.
+        settings: Field of the configurations, as in --set optim.lr=3e-4; may be repeated.
+    """
+    from lineage.comparison.run import compare
+
+    report = compare(
+        keys,
+        data=data,
+        preset=preset,
+        minutes=minutes,
+        steps=steps,
+        out=out,
+        pictures=pictures,
+        seed=seed,
+        device=device,
+        settings=settings,
+    )
+    print(report)

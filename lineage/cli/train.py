@@ -1,0 +1,55 @@
+"""`lineage train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lineage.cli.arguments import Count, Flag, Key, Minutes, Preset, Settings, Stages, Whole
+
+
+def train(
+    key: Key,
+    /,
+    *,
+    data: str | None = None,
+    preset: Preset = "tiny",
+    minutes: Minutes | None = None,
+    steps: Count | None = None,
+    out: Path | None = None,
+    seed: Whole | None = None,
+    device: str | None = None,
+    resume: Flag = False,
+    stages_from: Stages | None = None,
+    settings: Settings | None = None,
+) -> None:
+    """Train all stages of a system.
+
+    Args:
+        key: System, as in `lineage list`.
+        data: Data set; shapes if left out.
+        preset: Size of the system.
+        minutes: Budget in minutes of training.
+        steps: Budget in steps.
+        out: Run folder to write; runs/KEY if left out.
+        seed: Seed of the weights, the order of the data and the noise.
+        device: cpu, cuda, mps or auto.
+        resume: If true, go on with the run in --out.
+        stages_from: Stage of another run, as in --from codec=runs/vqvae; may be repeated.
+        settings: Field of the configuration, as in --set optim.lr=3e-4; may be repeated.
+    """
+    from lineage import runs
+
+    folder = runs.train(
+        key,
+        data=data,
+        preset=preset,
+        minutes=minutes,
+        steps=steps,
+        out=out,
+        seed=seed,
+        device=device,
+        resume=resume,
+        settings=settings,
+        stages_from=stages_from,
+    )
+    print(f'{folder}: trained; draw with: lineage sample {folder} "a caption"')
