@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lineage.cli.arguments import Count, Flag, Settings, Whole
+from lineage.cli.arguments import Count, Flag, Settings, Whole, settings_of
 from lineage.errors import UserError
 
 
@@ -63,7 +63,7 @@ def sample(
         runs.save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
         print(out)
         return
-    values = drawing.options_of(system, options or {}, files)
+    values = drawing.options_of(system, settings_of(options), files)
     captions = [caption for caption in captions for _ in range(count)]
     images = drawing.draw(
         system,

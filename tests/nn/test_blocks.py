@@ -1,35 +1,34 @@
-"""Layouts, and the picture of twice the side as a GPU computes it."""
+"""Convolutional blocks of several systems."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
-from lineage.nn.autoencoder import Double
-from lineage.nn.blocks import DoublingConv, laid_for_convolutions
-
-
-def test_channels_are_last_in_float32_only() -> None:
-    x = torch.randn(2, 3, 4, 5)
-    laid = laid_for_convolutions(x)
-    assert laid.stride() == (60, 1, 15, 3) and torch.equal(laid, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert laid_for_convolutions(x) is x
-    assert laid_for_convolutions(x.to("meta")).device.type == "meta"
-    for dtype in (torch.bfloat16, torch.float64):
-        other = x.to(dtype)
-        assert laid_for_convolutions(other) is other
+from lineage.errors import UserError
+from lineage.nn.blocks import UpsampleConv, halved_channels, num_doublings
 
 
-class OnGPU(Tensor):
-    """A tensor that says it lies on a GPU."""
+def test_upsample_conv_is_a_convolution_of_the_larger_picture() -> None:
+    layer, x = UpsampleConv(3, 4), torch.randn(2, 3, 4, 5)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), layer.weight, padding=1)
+    assert layer.bias is None and plain.shape == (2, 4, 8, 10)
+    torch.testing.assert_close(layer(x), plain, rtol=1e-4, atol=1e-5)
 
-    is_cuda = True  # type: ignore[assignment]
+
+def test_sides_and_channels_double_and_halve() -> None:
+    assert [num_doublings(4, side) for side in (8, 16, 256)] == [1, 2, 6]
+    assert halved_channels(24, 3) == [24, 12, 6, 3]
+    assert halved_channels(4, 2) == [4, 2, 1]
 
 
-@pytest.mark.parametrize("layer", [Double(3), DoublingConv(3, 4)], ids=["module", "layer"])
-def test_the_plain_way_of_a_gpu_gives_the_same(layer: Double | DoublingConv) -> None:
-    x = torch.randn(2, 3, 4, 5)
-    found = layer(x.as_subclass(OnGPU)).as_subclass(Tensor)
-    torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("small", "large"), [(4, 4), (4, 24), (8, 4), (12, 32)])
+def test_sides_that_do_not_double_are_refused(small: int, large: int) -> None:
+    with pytest.raises(UserError, match=f"{large} pixels do not come from {small} by doubling"):
+        num_doublings(small, large)
+
+
+def test_too_few_channels_are_refused() -> None:
+    with pytest.raises(UserError, match=r"7 channels cannot be halved 3 times.*gen_channels"):
+        halved_channels(7, 3)

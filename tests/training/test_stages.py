@@ -225,7 +225,7 @@ def key_of(
         {"train": replace(TRAIN, max_steps=21)},
         {"train": replace(TRAIN, batch_size=8)},
         {"train": replace(TRAIN, precision="bf16")},
-        {"build": spread_of},
+        {"build": Mean},
         {"model": 3},
         {"words": ("red",)},
         {"share": 0.5},
@@ -233,7 +233,7 @@ def key_of(
         {"seed": 1},
         {"size": 32},
     ],
-    ids=str,
+    ids=lambda change: ",".join(change),
 )
 def test_the_key_changes_with_what_the_result_depends_on(change: dict[str, Any]) -> None:
     """A key that is too short hands one experiment the weights of another."""
@@ -248,7 +248,7 @@ def test_the_key_changes_with_what_the_result_depends_on(change: dict[str, Any])
         {"train": replace(TRAIN, device="cpu")},
         {"train": replace(TRAIN, prefetch=0)},
     ],
-    ids=str,
+    ids=lambda change: ",".join(change),
 )
 def test_the_key_does_not_change_with_what_it_does_not_depend_on(change: dict[str, Any]) -> None:
     """A key that is too long trains the same stage again for every new folder."""
