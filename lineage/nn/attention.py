@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lineage.errors import UserError
-from lineage.nn.fast import scaled_dot_product_attention
+from lineage.nn.fast import parallel_linears, scaled_dot_product_attention
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -65,8 +65,11 @@ class Attention(nn.Module):
 
         `mask` broadcasts to (B, H, N, M).
         """
-        context = x if context is None else context
-        return self.multi_head(self.to_q(x), self.to_k(context), self.to_v(context), mask)
+        if context is None:  # self.to_q(x), self.to_k(x), self.to_v(x)
+            query, key, value = parallel_linears(x, self.to_q, self.to_k, self.to_v)
+        else:  # self.to_q(x), self.to_k(context), self.to_v(context)
+            query, (key, value) = self.to_q(x), parallel_linears(context, self.to_k, self.to_v)
+        return self.multi_head(query, key, value, mask)
 
     def multi_head(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None

@@ -102,3 +102,23 @@ def linear_chunks(x: Tensor, linear: nn.Linear, chunks: int) -> list[Tensor]:
     weights = linear.weight.chunk(chunks)
     biases = [None] * chunks if linear.bias is None else linear.bias.chunk(chunks)
     return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+def parallel_linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Outputs of several layers for one input, as one product where that is faster.
+
+        [layer(x) for layer in layers]
+
+    Under autocast on a CPU one joined weight is cast to bfloat16 faster than several. Layers that
+    are more than an `nn.Linear`, as with an adapter, take the plain line.
+    """
+    plain = [one for one in layers if type(one) is nn.Linear and not _has_hooks(one)]
+    if x.is_cuda or not torch.is_autocast_enabled("cpu") or len(plain) < len(layers):
+        return [layer(x) for layer in layers]
+    weight = torch.cat([layer.weight for layer in plain])
+    bias = None if plain[0].bias is None else torch.cat([layer.bias for layer in plain])
+    return list(F.linear(x, weight, bias).split([len(one.weight) for one in plain], dim=-1))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

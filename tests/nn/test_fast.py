@@ -12,6 +12,7 @@ from lineage.nn.fast import (
     channels_last_on_cpu,
     conv_of_upsampled,
     linear_chunks,
+    parallel_linears,
     scaled_dot_product_attention,
 )
 
@@ -104,3 +105,42 @@ def test_linear_chunks_are_chunks_of_the_layer(chunks: int, bias: bool) -> None:
     ]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_parallel_linears_are_the_layers(bias: bool, autocast: bool) -> None:
+    """Values and gradients."""
+    layers = [nn.Linear(6, width, bias) for width in (4, 4, 8)]
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    inputs = [x, *(p for layer in layers for p in layer.parameters())]
+    results = []
+    for joined in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            parts = parallel_linears(x, *layers) if joined else [layer(x) for layer in layers]
+        loss = sum(part.float().square().sum() * k for k, part in enumerate(parts, 1))
+        results.append([*parts, *torch.autograd.grad(loss, inputs)])
+    atol = 0.1 if autocast else 1e-5  # gradients of x are sums of bfloat16 products
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=atol)
+
+
+class Doubled(nn.Linear):
+    """An adapter: a layer whose result is not that of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["class", "hook", "pre-hook"])
+def test_parallel_linears_call_layers_with_adapters(kind: str) -> None:
+    plain, other = nn.Linear(6, 4), Doubled(6, 4) if kind == "class" else nn.Linear(6, 4)
+    if kind == "hook":
+        other.register_forward_hook(lambda module, args, out: 2 * out)
+    elif kind == "pre-hook":
+        other.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    x = torch.randn(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = parallel_linears(x, plain, other)
+        assert torch.equal(parts[1], other(x)) and torch.equal(parts[0], plain(x))
