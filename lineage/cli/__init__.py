@@ -3,7 +3,7 @@
     arguments   types of parameters, and faults in one sentence
     data        `lineage data show`, `check`, `export`
     train       `lineage train`
-    sample      `lineage sample`
+    sample      `lineage sample`; drawing: its part that needs PyTorch
     score       `lineage evaluate`, `compare`
     official    `lineage verify`, `import-weights`
 
