@@ -32,7 +32,7 @@ from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.conditional_discriminator import ConditionalDiscriminator
 from lineage.official.importing import CheckpointFile, Imported
-from lineage.official.stackgan import RecordedNoise, RecordedText, crop, enlarged
+from lineage.official.stackgan import RecordedNoise, crop, enlarged, recorded_text
 from lineage.official.verify import NotComputed, Verifier, output
 from lineage.recipes.attngan import PRESETS
 from lineage.text.contract import TextFeatures
@@ -267,7 +267,7 @@ class AttnGANOutputs(Verifier):
     def system(self, config: AttnGANConfig, image: ImageFeatures | None = None) -> AttnGAN:
         """Our system in evaluation mode; its image encoder returns `image`."""
         damsm = SimpleNamespace(
-            text=RecordedText(self.width), image_encoder=Recorded(image), config=self.damsm_config
+            text=recorded_text(self.width), image_encoder=Recorded(image), config=self.damsm_config
         )
         return AttnGAN(config, cast(DAMSM, damsm), self.size).eval()
 
