@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lineage import runs
 from lineage.cli import main
 from lineage.config import RunConfig
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset
+from lineage.official.verify import FileCheck, verify
 from lineage.recipes import find_recipe
 from lineage.system import System
 from lineage.text.tokenizer import WordTokenizer
@@ -24,17 +29,6 @@ from lineage.training.stage import RunStages
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16  # side of the pictures at preset smoke
-
-
-def reference(name: str) -> Path:
-    """Path of a reference file of the official code, of `tests/parity` or beside the repository;
-    without it, the test is skipped.
-    """
-    folders = (ROOT / "tests" / "parity", ROOT.parent / "shared" / "reference")
-    for path in (folder / f"{name}.safetensors" for folder in folders):
-        if path.is_file():
-            return path
-    pytest.skip(f"{name}.safetensors is not beside the repository", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -172,3 +166,65 @@ def call(
 def sample(call: Callable[..., Answer], smoke_run: Callable[[str], Any]) -> Callable[..., Answer]:
     """(key, options) -> what `lineage sample` of that smoke run answers, in a folder of its own."""
     return lambda key, *options: call("sample", smoke_run(key).folder, *options)
+
+
+# --- reference files of the official code -----------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reference_file() -> Callable[[str], Path]:
+    """Name -> path of a reference file, of `tests/parity` or beside the repository; a test whose
+    file is at neither place is skipped.
+    """
+
+    def find(name: str) -> Path:
+        for folder in (ROOT / "tests" / "parity", ROOT.parent / "shared" / "reference"):
+            if (folder / name).is_file():
+                return folder / name
+        pytest.skip(f"there is no {name} beside the repository")
+
+    return find
+
+
+@pytest.fixture
+def changed_copy(reference_file: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """(name, change) -> a copy of a reference file; `change` changes its tensors and metadata in
+    place.
+    """
+
+    def copy(name: str, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> Path:
+        with safe_open(reference_file(f"{name}.safetensors"), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata())
+        change(tensors, metadata)
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, tmp_path / "changed.safetensors", metadata)
+        return tmp_path / "changed.safetensors"
+
+    return copy
+
+
+@pytest.fixture
+def changed(changed_copy: Callable[..., Path]) -> Callable[..., FileCheck]:
+    """Verify a copy of a reference file in which some tensors or settings are changed.
+
+    `change` takes a tensor's full name and its value, and returns the new value, or None to leave
+    the tensor out; further keywords are settings of the file's config.
+    """
+
+    def check(
+        name: str,
+        change: Callable[[str, Tensor], Tensor | None] = lambda _, tensor: tensor,
+        **settings: Any,
+    ) -> FileCheck:
+        def apply(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+            for key in list(tensors):
+                if (new := change(key, tensors.pop(key))) is not None:
+                    tensors[key] = new
+            metadata["config"] = json.dumps({**json.loads(metadata["config"]), **settings})
+
+        (checked,) = verify([changed_copy(name, apply)])
+        assert checked.system == name
+        return checked
+
+    return check

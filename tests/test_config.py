@@ -92,9 +92,9 @@ def value_of(config: Any, name: str) -> Any:
 
 
 def is_one_sentence(message: str) -> bool:
-    """A capital or a name first, no line break, an end; a list of suggestions is not empty."""
-    whole = re.fullmatch(r"(?:[A-Z]|[\w.]+=|').*(?:[.?]|there is: .*\w|NAME=VALUE|: .*\w)", message)
-    return whole is not None and not message.endswith(": ") and "  " not in message
+    """A capital or a name first, one line, an end; a list of suggestions is not empty."""
+    start, end = r"(?:[A-Z]|'|[\w.]+(?:=| must | is | does ))", r"(?:[.?]|: .*\w|NAME=VALUE)"
+    return re.fullmatch(f"{start}.*{end}", message) is not None and "  " not in message
 
 
 # --- presets ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import (
     App,
     Argument,
+    CoercionError,
     CycloptsError,
     MissingArgumentError,
     Parameter,
@@ -35,41 +36,34 @@ def _typed(hint: str) -> Parameter:
     return Parameter(converter=convert)
 
 
-def _pairs(flag: str, example: str) -> Parameter:
-    """A parameter that is repeated: `["a.b=v", ...]` -> `{"a.b": "v"}`."""
-
-    def convert(_: Any, tokens: Sequence[Token]) -> dict[str, str]:
-        pairs = {}
-        for token in tokens:
-            name, equals, value = token.value.partition("=")
-            if not equals or not name:
-                raise UserError(f"{flag} {token.value!r} should read {example}.")
-            pairs[name] = value
-        return pairs
-
-    return Parameter(name=flag, converter=convert)
-
-
 Whole = Annotated[int, _typed("Int")]
 Count = Annotated[int, _typed("PositiveInt")]
 Minutes = Annotated[float, _typed("PositiveFloat")]
 Flag = Annotated[bool, Parameter(show_default=False)]
+Settings = Annotated[list[str], Parameter(name="--set")]
+Preset = Literal["smoke", "tiny", "small", "paper"]
 if TYPE_CHECKING:
     Key = str
     Keys = list[str]
-    Preset = str
-    Settings = dict[str, str]
-    Stages = dict[str, str]
-else:
-    Settings = Annotated[list[str], _pairs("--set", "name=value, as in --set optim.lr=3e-4")]
-    Stages = Annotated[list[str], _pairs("--from", "STAGE=RUN, as in --from codec=runs/vqvae")]
-    # What the shell completes; a command refuses other text itself, and says more than cyclopts.
-    _key = Literal[tuple(catalog.working())]
-    _text = Parameter(converter=lambda _, tokens: tokens[0].value)
-    _texts = Parameter(converter=lambda _, tokens: [token.value for token in tokens])
-    Key = Annotated[_key, _text, Parameter(show_choices=False)]
-    Keys = Annotated[list[_key], _texts, Parameter(show_choices=False)]
-    Preset = Annotated[Literal[catalog.PRESETS], _text]
+else:  # the shell completes one that works; `catalog.lookup` refuses others in better sentences
+    Key = Annotated[Literal[tuple(catalog.working())] | str, Parameter(show_choices=False)]
+    Keys = Annotated[list[Key], Parameter(show_choices=False)]
+
+
+def pairs(items: Sequence[str] | None, should: str) -> dict[str, str]:
+    """`["a.b=v", ...]` -> `{"a.b": "v"}`; `should` says how an item should read."""
+    values = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise UserError(f"{item!r} should read {should}.")
+        values[name] = value
+    return values
+
+
+def settings_of(items: Sequence[str] | None) -> dict[str, str]:
+    """The values of --set by name."""
+    return pairs(items, "name=value, as in --set optim.lr=3e-4")
 
 
 def print_json(value: Any) -> None:
@@ -82,7 +76,7 @@ def print_json(value: Any) -> None:
 def sentence(error: CycloptsError) -> str:
     """A fault of the command line in one sentence."""
     name = " ".join(error.command_chain or ())
-    see = f"see lineage {name} --help."
+    see = f"see {f'lineage {name}'.strip()} --help."
     match error:
         case UnknownCommandError(unused_tokens=[token, *_], app=App() as place):
             return f"There is no command {token!r}: {nearest(token, commands(place, token))}"
@@ -91,6 +85,10 @@ def sentence(error: CycloptsError) -> str:
             names = [name for argument in error.argument_collection for name in argument.names]
             known = [name for name in names if name.startswith("-")]
             return f"{name} has no option {option}: {nearest(option, known)}"
+        case CoercionError(token=Token(value=value), argument=Argument() as argument) if (
+            choices := argument.get_choices(force=True)
+        ):
+            return f"{argument.name}={value!r} is not possible: {nearest(value, choices)}"
         case MissingArgumentError(keyword=str() as option):
             return f"{option} needs a value; {see}"
         case MissingArgumentError(argument=Argument() as argument):

@@ -16,7 +16,6 @@ from torch import Tensor
 from lineage.data.contract import to_bytes, to_unit
 from lineage.data.pictures import decode
 from lineage.errors import UserError
-from lineage.evaluation.best import best_of, scorer_of_run
 from lineage.sheets import rows_sheet
 from lineage.system import System, Visualises
 
@@ -34,6 +33,8 @@ def draw(
     """Pictures (B, 3, S, S) uint8 on the CPU, each the one of its candidates that fits best."""
     if candidates == 1:
         return to_bytes(system.generate(captions, seed=seed, **options)).cpu()
+    from lineage.evaluation.best import best_of, scorer_of_run  # half a second that most skip
+
     judge = scorer_of_run(scorer, run, system.device)
     return best_of(system, captions, judge, candidates, seed=seed, **options)[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lineage.cli.arguments import Count, Flag, Settings, Whole
+from lineage.cli.arguments import Count, Flag, Settings, Whole, settings_of
 from lineage.errors import UserError
 
 
@@ -40,8 +40,8 @@ def sample(
         control: Picture file that guides the layout.
         options: Option of the system, as in --set guidance=3; may be repeated.
         best_of: Number of candidates of each picture, of which the best is kept.
-        scorer: Judge of --best-of: hub:MODEL, damsm:RUN or auto.
-        visualise: If true, show how the first caption's picture came about, as by attention.
+        scorer: Scorer that ranks the candidates: hub:MODEL, damsm:RUN or auto.
+        visualise: If true, draw how the first caption's picture comes about, as by attention.
         seed: Seed of the noise.
         device: cpu, cuda, mps or auto.
     """
@@ -63,7 +63,7 @@ def sample(
         runs.save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
         print(out)
         return
-    values = drawing.options_of(system, options or {}, files)
+    values = drawing.options_of(system, settings_of(options), files)
     captions = [caption for caption in captions for _ in range(count)]
     images = drawing.draw(
         system,

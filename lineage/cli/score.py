@@ -7,7 +7,17 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lineage.cli.arguments import Count, Flag, Keys, Minutes, Preset, Settings, Whole, print_json
+from lineage.cli.arguments import (
+    Count,
+    Flag,
+    Keys,
+    Minutes,
+    Preset,
+    Settings,
+    Whole,
+    print_json,
+    settings_of,
+)
 
 
 def evaluate(
@@ -48,10 +58,10 @@ def evaluate(
         out=out,
         pictures=pictures,
         data=data,
-        prompts=prompts and str(prompts),
+        prompts=prompts,
         features=features,
         scorer=scorer,
-        batch=batch,
+        batch_size=batch,
         seed=seed,
         device=device,
     )
@@ -101,6 +111,6 @@ def compare(
         pictures=pictures,
         seed=seed,
         device=device,
-        settings=settings,
+        settings=settings_of(settings),
     )
     print(report)

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from lineage.cli.arguments import Count, Flag, Key, Minutes, Preset, Settings, Stages, Whole
+from cyclopts import Parameter
+
+from lineage.cli.arguments import (
+    Count,
+    Flag,
+    Key,
+    Minutes,
+    Preset,
+    Settings,
+    Whole,
+    pairs,
+    settings_of,
+)
 
 
 def train(
@@ -19,7 +32,7 @@ def train(
     seed: Whole | None = None,
     device: str | None = None,
     resume: Flag = False,
-    stages_from: Stages | None = None,
+    stages_from: Annotated[list[str] | None, Parameter(name="--from")] = None,
     settings: Settings | None = None,
 ) -> None:
     """Train all stages of a system.
@@ -49,7 +62,7 @@ def train(
         seed=seed,
         device=device,
         resume=resume,
-        settings=settings,
-        stages_from=stages_from,
+        settings=settings_of(settings),
+        stages_from=pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae"),
     )
     print(f'{folder}: trained; draw with: lineage sample {folder} "a caption"')

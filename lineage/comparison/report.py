@@ -20,13 +20,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lineage.evaluation.judge import PARTS
 from lineage.evaluation.run import Failure
-from lineage.evaluation.table import cell, lookup
+from lineage.evaluation.table import score_tables
 from lineage.sheets import picture
 from lineage.system import LabelledImage
 from lineage.training.store import write_bytes
-from lineage.units import as_bytes, as_count, as_seconds
+from lineage.units import as_seconds
 
 _INK = "#0a0b0c"  # replaced by the page's own text colour
 _LINES = ("#3b7ddd", "#d9822b", "#2f9e6e", "#b0569f", "#8a8f2a", "#7a5cc9")
@@ -38,26 +37,6 @@ SPLIT_TITLES = {
     "test": "Combinations that training shows",
     "heldout": "Combinations that training never shows",
 }
-SCORES: dict[tuple[str, ...], str] = {
-    **{("composition", "test", "parts", part): f"{part} right, if mentioned" for part in PARTS},
-    ("quality", "fid"): "FID ↓",
-    ("quality", "kid"): "KID ↓",
-    ("quality", "precision"): "precision",
-    ("quality", "recall"): "recall",
-    ("quality", "density"): "density",
-    ("quality", "coverage"): "coverage",
-    ("diversity", "spread_against_real"): "spread of one caption's samples, real = 1",
-    ("diversity", "spread"): "spread of one caption's samples",
-    ("memorisation", "nearer_than_unseen_real"): "nearer to training than unseen real",
-    ("stages", "reconstruction", "test", "overall"): "codec alone: right when decoded",
-    ("stages", "psnr"): "codec alone: PSNR, dB",
-    ("stages", "nats_per_code"): "prior alone: nats per code ↓",
-    ("stages", "accuracy"): "prior alone: accuracy, true codes before",
-    ("stages", "bits_per_dim"): "codec and prior: bits per dimension ↓",
-    ("text_fit", "r_precision"): "R-precision",
-    ("text_fit", "clip_score"): "CLIP score",
-}
-"""Scores of the page's table, by their place in the document."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +67,7 @@ def write_report(
         pages: Pictures and log of each system, by its key.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {
-        "count": as_count,
-        "seconds": as_seconds,
-        "bytes": as_bytes,
-        "embed": embed,
-    }
+    environment.filters |= {"seconds": as_seconds, "embed": embed}
     source = resources.files("lineage.comparison").joinpath("report.html")
     page = environment.from_string(source.read_text(encoding="utf-8")).render(
         **summary,
@@ -104,7 +78,7 @@ def write_report(
         curves={key: figure for key in pages if (figure := curve(pages[key].log)) is not None},
         wall=wall_time(summary),
         bars=bars(summary["scores"], summary["order"]),
-        lines=score_lines(summary["scores"]),
+        tables=score_tables(summary["scores"]),
     )
     write_bytes(path, page.encode())
 
@@ -129,17 +103,6 @@ def bars(scores: dict[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
         ]
         panels.append({"title": title, "tasks": tasks})
     return panels
-
-
-def score_lines(scores: dict[str, Any]) -> list[dict[str, Any]]:
-    """The other scores: a line for each, with a cell for each run, then real and shuffled."""
-    rows = [*scores["runs"], scores["real"], scores["shuffled"]]
-    lines = {name: [lookup(row, at) for row in rows] for at, name in SCORES.items()}
-    return [
-        {"name": name, "cells": [cell(score) for score in line]}
-        for name, line in lines.items()
-        if any(line)
-    ]
 
 
 def wall_time(summary: dict[str, Any]) -> float:

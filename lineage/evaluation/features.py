@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ import lineage
 from lineage.data.contract import CaptionedDataset, to_unit
 from lineage.errors import UserError
 from lineage.evaluation.judge import Judge, resized
-from lineage.evaluation.scorer import Scorer, hub_scorer, in_chunks
-from lineage.evaluation.scorer_training import scorer_for
+from lineage.evaluation.scorer import Scorer, hub_scorer, in_chunks, scorer_for
 from lineage.nn.inception import fid_features, load_inception
 from lineage.runs import fingerprint_of, load
 from lineage.system import EmbedsImages, System
@@ -39,11 +37,9 @@ from lineage.training.store import (
 )
 
 T = TypeVar("T")
-ROWS = 1024  # pictures passed to a network at once
 
 
-@dataclass(frozen=True)
-class FeatureNetwork:
+class FeatureNetwork(NamedTuple):
     """A network whose features the metrics compare.
 
     Attributes:
@@ -55,9 +51,6 @@ class FeatureNetwork:
     name: str
     width: int
     extract: Callable[[Tensor], Tensor]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return torch.cat([self.extract(part) for part in images.split(ROWS)])
 
 
 def find_features(name: str, scorer: Scorer | None, device: torch.device) -> FeatureNetwork:

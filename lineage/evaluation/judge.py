@@ -14,8 +14,8 @@ on real pictures, wherever it is used.
                 relation
 
 A ninth shape, `?`, is for objects that are none of the eight: halves, overlays and mixtures of
-shapes, of which generated pictures are full. Training shows them (`judge_training`), so that a blob
-is not called a circle.
+shapes, of which generated pictures are full. Training (`benchmarks/train_judge.py`) shows them, so
+that a blob is not called a circle.
 
 Axes: B pictures, S side, G = 16 cells a side, D = 64 features.
 """

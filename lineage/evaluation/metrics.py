@@ -78,25 +78,6 @@ def kernel_distances(
     return mean_of_pairs(kernel(x, x), w) + mean_of_pairs(kernel(y, y), v) - 2 * across
 
 
-def kernel_distance_with_error(
-    real: Tensor, fake: Tensor, subsets: int = 50, size: int = 200, seed: int = 0
-) -> tuple[float, float]:
-    """Mean of `kernel_distance` over random subsets, and the standard error of that mean.
-
-    Args:
-        subsets: Number of subsets.
-        size: Number of rows of each subset, of both sides; at most the number of rows there are.
-    """
-    size = min(size, len(real), len(fake))
-    generator = torch.Generator().manual_seed(seed)
-
-    def subset(rows: Tensor) -> Tensor:
-        return rows[torch.randperm(len(rows), generator=generator)[:size]]
-
-    values = torch.tensor([kernel_distance(subset(real), subset(fake)) for _ in range(subsets)])
-    return float(values.mean()), float(values.std() / subsets**0.5)
-
-
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
     """Improved precision (M,) and recall (N,), 1 or 0 for each picture (Kynkaanniemi et al. 2019,
     equations 1 and 2).

@@ -199,7 +199,9 @@ class RealPictures:
             "size": data.size,
             "pictures": count,
         }
-        return cached_tensors(inputs, lambda: {"features": self.network(load())})["features"]
+        return cached_tensors(inputs, lambda: {"features": self.network.extract(load())})[
+            "features"
+        ]
 
     def nearest(self, features: Tensor) -> tuple[Tensor, list[int]]:
         """(M, D) -> (M,) distance to the nearest training picture, and its index in the split."""

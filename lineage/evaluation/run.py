@@ -225,7 +225,7 @@ def _score(
             else torch.empty(0)
             for i, c in enumerate(captions)
         )
-    features = real.network(pictures)
+    features = real.network.extract(pictures)
     scores: dict[str, Any] = {"run": str(folder), "system": run_config.key}
     failures: list[Failure] = []
     if prompts:
@@ -237,7 +237,7 @@ def _score(
             {"tag": f.tag, "prompt": f.prompt, "detected": f.detected} for f in failures
         ]
     scores["quality"] = sections.quality(real.features, features)
-    groups = real.network(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
+    groups = real.network.extract(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
     scores["diversity"] = sections.diversity(groups, real_groups)
     scores["memorisation"] = sections.memorisation(real.train_features, real.features, features)
     if stages := _stages(system, real, prompts):

@@ -1,8 +1,9 @@
 """Models that measure how well a picture fits a caption, for R-precision and CLIP score.
 
     Scorer             the contract: unit vectors of pictures and of captions
-    ContrastiveScorer  a small CLIP (Radford et al. 2021, section 2.3, figure 3), trained by
-                       `scorer_training`
+    ContrastiveScorer  a small CLIP (Radford et al. 2021, section 2.3, figure 3)
+    fit_scorer         trains one on any captioned data, in about a minute
+    scorer_for         the scorer of a data set: shipped for `shapes`, otherwise trained once
     HubScorer          a published CLIP, through the `transformers` library
 
 For B pairs the logits are t <image_i, text_j>, of unit vectors and a learnt scale t (the inverse
@@ -25,9 +26,11 @@ Axes: B pictures or captions, S pixels, L words, C channels, D joint width.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,15 +40,24 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from lineage.config import TextConfig, from_dict, to_dict
-from lineage.data.contract import Batch, to_unit
+from lineage.config import OptimConfig, TextConfig, from_dict, to_dict
+from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.errors import UserError
+from lineage.evaluation import sections
 from lineage.evaluation.judge import resized
 from lineage.text.encoders import make_encoder
-from lineage.text.tokenizer import PAD, Tokenizer, tokenizer_from_json
-from lineage.training.store import write_bytes
+from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_from_json
+from lineage.training.group import Group
+from lineage.training.loader import Loader
+from lineage.training.machine import Distributed
+from lineage.training.store import cache_folder, fingerprint, write_bytes
 
+VERSION = 2  # of network and training; scorers that another version has cached are not used
+TEXT = TextConfig(vocab_size=1024, max_words=32, width=48, num_layers=2, num_heads=4)
+STEPS, BATCH_SIZE = 800, 96  # of `fit_scorer`
+OPTIM = OptimConfig(lr=1.5e-3, beta2=0.98, weight_decay=0.05, ema_decay=0.0)
 CHUNK = 64  # rows of one pass, always as many
 SIDE = 32  # pixels a side in the image tower
 CHANNELS, WIDTH = 24, 64  # C of the image tower (twice as many below 16 x 16), and D
@@ -209,6 +221,130 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -
     logits = (scale * image @ text.T).masked_fill(same & off_diagonal, -torch.inf)  # (B, B)
     target = torch.arange(len(image))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def degraded(images: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 3, S, S) in [-1, 1] -> (B, 3, 32, 32), as a weak generator might draw them.
+
+    Half of the batches are blurred by way of 24 or 16 pixels; each picture has noise of its own
+    strength, with a deviation of at most 0.15.
+    """
+    side = (SIDE, SIDE, 24, 16)[int(torch.randint(4, (), generator=generator))]
+    small = resized(resized(resized(images, SIDE), side), SIDE)
+    sigma = 0.15 * torch.rand(len(small), 1, 1, 1, generator=generator)
+    return small + sigma * torch.randn(small.shape, generator=generator)
+
+
+def fit_scorer(
+    dataset: CaptionedDataset,
+    validation: CaptionedDataset | None = None,
+    *,
+    steps: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    progress: bool = True,
+) -> ContrastiveScorer:
+    """Train a scorer on the CPU; the same arguments give the same scorer.
+
+    Args:
+        dataset: Data set to train on.
+        validation: Unseen pictures, on which its own R-precision is then measured.
+        steps: Number of steps of AdamW, with a warm-up over the first twentieth and a cosine;
+            `STEPS` if None.
+        batch_size: Number of pairs of a step; at most the number of pictures.
+        seed: Seed of weights, order, captions and noise.
+        progress: If true, show a bar on standard error if that is a terminal.
+
+    Raises:
+        UserError: all captions are the same, so there is nothing to tell apart.
+    """
+    captions = list(dataset.all_captions())
+    if len(set(captions)) < 2:
+        raise UserError(
+            f"All captions of {dataset.name} are the same: a scorer needs at least 2 to tell apart."
+        )
+    steps = STEPS if steps is None else steps
+    batch_size = batch_size if dataset.endless else min(batch_size, len(dataset))
+    with torch.random.fork_rng(devices=[]):  # the global random state is restored
+        torch.default_generator.manual_seed(seed)
+        tokenizer = make_tokenizer(TEXT.tokenizer, captions, TEXT.vocab_size)
+        scorer = ContrastiveScorer(TEXT, tokenizer, f"contrastive scorer of {dataset.name}", {})
+    group, generator = Group("scorer", [scorer], OPTIM), torch.Generator().manual_seed(seed)
+    batches = Loader(dataset, batch_size, seed).batches()
+    disable = None if progress else True  # None: only on a terminal
+    with tqdm(total=steps, desc="fitting a scorer", unit=" steps", disable=disable) as bar:
+        for step in range(steps):
+            warmup = min(1.0, 20 * (step + 1) / steps)
+            lr_factor = warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            batch = next(batches)
+            batch.image = degraded(batch.image, generator)
+            loss = scorer.loss(batch)
+            group.update(loss, lr_factor, step, Distributed())
+            if step % 10 == 0:
+                lr = OPTIM.lr * lr_factor
+                bar.set_postfix_str(f"loss {loss.item():.3f}, rate {lr:.1e}", refresh=False)
+            bar.update()
+    with torch.no_grad():
+        for parameter in group.parameters:
+            parameter.copy_(parameter.half())
+    scorer.protocol |= {"data": dataset.name, "split": dataset.split, "size": dataset.size}
+    scorer.protocol |= {"steps": steps, "batch": batch_size, "seed": seed, "version": VERSION}
+    scorer.protocol |= {"parameters": sum(map(Tensor.numel, group.parameters)), "r_precision": []}
+    if validation is not None:
+        scorer.protocol["r_precision"].append(own_r_precision(scorer, validation))
+    return scorer.eval().requires_grad_(False)
+
+
+def own_r_precision(
+    scorer: Scorer, dataset: CaptionedDataset, max_pictures: int = 1000
+) -> dict[str, Any]:
+    """R-precision of real pictures; its value is None if all captions are the same."""
+    examples = [dataset[i] for i in range(min(max_pictures, len(dataset)))]
+    captions = [example.captions[0] for example in examples]
+    image = scorer.image(torch.stack([example.image for example in examples]))
+    section = sections.text_fit(image, scorer.text(captions), captions, scorer.kind)
+    return {
+        "data": dataset.name,
+        "split": dataset.split,
+        "size": dataset.size,
+        "n": len(examples),
+        "pool": section.get("pool"),
+        "value": section.get("r_precision", {}).get("value"),
+    }
+
+
+def scorer_for(
+    dataset_spec: str,
+    train: CaptionedDataset,
+    data_fingerprint: str,
+    validation: CaptionedDataset | None = None,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> ContrastiveScorer:
+    """The scorer of a data set: for `shapes` the shipped one, for other data one fitted to `train`.
+
+    A fitted one is cached in `$LINEAGE_CACHE` (or `~/.cache/lineage`), in the folder `scorers`,
+    under a hash of `data_fingerprint` and the arguments of `fit_scorer`. A damaged file is
+    replaced; if the folder cannot be written, nothing is cached.
+    """
+    if dataset_spec.partition(":")[0] == "shapes":
+        shipped = resources.files("lineage.evaluation") / "weights" / "scorer_shapes.safetensors"
+        with resources.as_file(shipped) as path:
+            return load_scorer(path)
+    inputs = [data_fingerprint, train.size, steps or STEPS, seed, VERSION, validation is not None]
+    path = cache_folder("scorers") / f"{fingerprint(json.dumps(inputs).encode())}.safetensors"
+    if path.exists():
+        with contextlib.suppress(UserError):
+            return load_scorer(path)
+    scorer = fit_scorer(train, validation, steps=steps, seed=seed, progress=progress)
+    with contextlib.suppress(UserError):
+        scorer.save(path)
+    return scorer
 
 
 # --- published models -------------------------------------------------------------------------

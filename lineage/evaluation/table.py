@@ -1,8 +1,9 @@
-"""The scores as tables for a terminal: one for each section, with rows of real pictures."""
+"""The scores as tables, for a terminal and for the report: one for each section of the document."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lineage.evaluation.judge import PARTS
@@ -10,62 +11,87 @@ from lineage.units import as_bytes, as_count, as_seconds
 
 Row = dict[str, Any]
 Path = tuple[str, ...]
+QUALITY = ("fid", "kid", "precision", "recall", "density", "coverage")
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A table as text.
+
+    Attributes:
+        heads: Names of the scores.
+        rows: Cells by the row's name: a system, or a run folder if several runs are of one system,
+            then real pictures.
+        note: What the scores mean.
+    """
+
+    title: str
+    heads: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+    note: str
+
+    def __str__(self) -> str:
+        lines = [["", *self.heads], *([name, *cells] for name, cells in self.rows.items())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = [
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, *aligned, f"({self.note})"])
 
 
 def tables(document: Row) -> str:
     """The whole document as text."""
+    parts = [*map(str, score_tables(document)), *map("Note: {}".format, document["warnings"])]
+    return "\n\n".join(parts)
+
+
+def score_tables(document: Row) -> list[ScoreTable]:
+    """The tables of a document; those without any score are left out."""
     systems = [run["system"] for run in document["runs"]]
-    names = [  # a run's system, or its folder if several runs have one system
-        str(run["system"] if systems.count(run["system"]) == 1 else run["run"])
+    runs = {
+        str(run["system"] if systems.count(run["system"]) == 1 else run["run"]): run
         for run in document["runs"]
-    ]
-    runs = dict(zip(names, document["runs"], strict=True))
+    }
     rows = {**runs, "real pictures": document["real"], "shuffled captions": document["shuffled"]}
-    parts = [
-        *(_composition(document, rows, split) for split in ("test", "heldout")),
+    every = [
+        *(table for split in ("test", "heldout") for table in _composition(document, rows, split)),
         _quality(document, rows),
-        _stages(runs),
+        _stages(rows),
         _text_fit(document, rows),
-        _cost(runs),
-        *(f"Note: {warning}" for warning in document["warnings"]),
+        _cost(runs, document["protocol"]["cost"]["machine"]),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return [table for table in every if table.rows]
 
 
-def _composition(document: Row, rows: Mapping[str, Row], split: str) -> str:
+def _composition(document: Row, rows: Mapping[str, Row], split: str) -> list[ScoreTable]:
     at: Path = ("composition", split)
     if not (real := lookup(document["real"], at)):
-        return ""
+        return []
     protocol, exam = document["protocol"]["composition"], document["judge"]
     title = "seen in training" if split == "test" else "never shown in training"
     accepted, missed = min(exam["accepted"].values()), max(exam["near_misses"].values())
-    columns = {task: (*at, "tasks", task) for task in real["tasks"]}
     strict = _score_table(
         f"Exactly the prompt's scene, combinations {title}",
-        {**columns, "overall": (*at, "overall")},
+        {**{task: (*at, "tasks", task) for task in real["tasks"]}, "overall": (*at, "overall")},
         rows,
         f"{sum(task['n'] for task in real['tasks'].values())} prompts of level "
         f"{protocol['level']}, one picture each; judge {protocol['judge']}: accepts "
         f"{accepted:.3f} or more of real pictures of each task and {missed:.3f} or less of those "
         "with one attribute wrong",
     )
-    parts = _score_table(
-        f"In parts, combinations {title}",
-        {part: (*at, "parts", part) for part in PARTS},
-        rows,
-        "of the prompts that mention it",
-    )
-    return f"{strict}\n\n{parts}"
+    columns = {part: (*at, "parts", part) for part in PARTS}
+    note = "of the prompts that mention it"
+    return [strict, _score_table(f"In parts, combinations {title}", columns, rows, note)]
 
 
-def _quality(document: Row, rows: Mapping[str, Row]) -> str:
+def _quality(document: Row, rows: Mapping[str, Row]) -> ScoreTable:
     protocol = document["protocol"]["quality"]
     relative = all("spread_against_real" in run["diversity"] for run in document["runs"])
-    names = ("FID", "KID", "precision", "recall", "density", "coverage")
     return _score_table(
         "Quality, diversity and memorisation",
         {
-            **{name: ("quality", name.lower()) for name in names},
+            **{name.upper() if len(name) == 3 else name: ("quality", name) for name in QUALITY},
             "spread": ("diversity", "spread_against_real" if relative else "spread"),
             "copying": ("memorisation", "nearer_than_unseen_real"),
         },
@@ -77,10 +103,7 @@ def _quality(document: Row, rows: Mapping[str, Row]) -> str:
     )
 
 
-def _stages(runs: Mapping[str, Row]) -> str:
-    """Codec and prior apart; empty if no run has them."""
-    if not any("stages" in run for run in runs.values()):
-        return ""
+def _stages(rows: Mapping[str, Row]) -> ScoreTable:
     return _score_table(
         "Codec and prior apart",
         {
@@ -91,46 +114,51 @@ def _stages(runs: Mapping[str, Row]) -> str:
             "accuracy": ("stages", "accuracy"),
             "bits/dim": ("stages", "bits_per_dim"),
         },
-        runs,
+        rows,
         "share of real pictures of the prompts that the judge accepts after encoding and decoding; "
         "the rest of unseen real pictures: PSNR in dB; the prior's loss and accuracy with the true "
         "codes before each; bits of codes and pixels together",
     )
 
 
-def _text_fit(document: Row, rows: Mapping[str, Row]) -> str:
-    if not (real := document["real"].get("text_fit")):
-        return ""
+def _text_fit(document: Row, rows: Mapping[str, Row]) -> ScoreTable:
+    real = document["real"].get("text_fit", {})
+    scorer = document["protocol"].get("text_fit", {}).get("scorer")
     names = {"r_precision": "R-precision", "clip_score": "CLIP score"}
     return _score_table(
         "Text fit",
         {head: ("text_fit", name) for name, head in names.items() if name in real},
         rows,
-        f"measured by {document['protocol']['text_fit']['scorer']}; the true caption among "
+        f"measured by {scorer}, which is not used in training; the true caption among "
         f"{real.get('pool', 0)}",
     )
 
 
-def _cost(runs: Mapping[str, Row]) -> str:
-    lines = {}
+def _cost(runs: Mapping[str, Row], machine: Row) -> ScoreTable:
+    rows = {}
     for name, run in runs.items():
         training, sampling = run["cost"]["training"].values(), run["cost"]["sampling"]
-        lines[name] = [
-            as_count(sampling["parameters"]["all"]),
-            as_count(sampling["flops_per_picture"]),
-            " / ".join(f"{stage['pictures_per_second']:.0f}" for stage in training),
-            as_seconds(sampling["sampling_seconds_per_picture_at_1"]),
-            as_seconds(sampling["sampling_seconds_per_picture_at_16"]),
-            as_bytes(max((stage["peak_memory_bytes"] for stage in training), default=0)),
-            as_bytes(sampling["sampling_peak_memory_bytes"]),
-            as_bytes(sampling["model_bytes"]),
-        ]
-    return _table(
+        rows[name] = {
+            "parameters": as_count(sampling["parameters"]["all"]),
+            "FLOPs": as_count(sampling["flops_per_picture"]),
+            "seconds": f"{sum(stage['seconds'] for stage in training):.1f}",
+            "CPU seconds": f"{sum(stage['cpu_seconds'] for stage in training):.1f}",
+            "steps": str(sum(stage["steps"] for stage in training)),
+            "trained/s": " / ".join(f"{s['pictures_per_second']:.0f}" for s in training),
+            "alone": as_seconds(sampling["sampling_seconds_per_picture_at_1"]),
+            "of 16": as_seconds(sampling["sampling_seconds_per_picture_at_16"]),
+            "training": as_bytes(max((s["peak_memory_bytes"] for s in training), default=0)),
+            "sampling": as_bytes(sampling["sampling_peak_memory_bytes"]),
+            "file": as_bytes(sampling["model_bytes"]),
+        }
+    memory = "of the GPU's allocator" if machine["gpu"] else "of a process of its own, with PyTorch"
+    return ScoreTable(
         "Cost",
-        ["parameters", "FLOPs", "trained/s", "alone", "of 16", "training", "sampling", "file"],
-        lines,
-        "FLOPs and seconds for one picture; pictures a second in training; peak memory of training "
-        "and of sampling; model file",
+        list(next(iter(rows.values()))),
+        {name: list(cells.values()) for name, cells in rows.items()},
+        "FLOPs of matrix products, convolutions and attention for one picture; seconds, steps and "
+        "pictures a second of training; seconds for one picture alone and among 16; peak memory "
+        f"of training and of sampling, {memory}; model file",
     )
 
 
@@ -156,20 +184,8 @@ def _short(value: float) -> str:
 
 def _score_table(
     title: str, columns: Mapping[str, Path], rows: Mapping[str, Row], note: str
-) -> str:
-    """A table of the scores at some paths; a row without any score is left out."""
-    lines = {name: [cell(lookup(row, at)) for at in columns.values()] for name, row in rows.items()}
-    return _table(
-        title, [*columns], {n: line for n, line in lines.items() if set(line) != {"–"}}, note
-    )
-
-
-def _table(title: str, heads: Sequence[str], lines: Mapping[str, Sequence[str]], note: str) -> str:
-    """Aligned columns under a title, and a note below."""
-    cells = [["", *heads], *([name, *line] for name, line in lines.items())]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    aligned = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in cells
-    ]
-    return "\n".join([title, *aligned, f"({note})"])
+) -> ScoreTable:
+    """The scores at some paths; a row without any score is left out."""
+    cells = {name: [cell(lookup(row, at)) for at in columns.values()] for name, row in rows.items()}
+    with_scores = {name: line for name, line in cells.items() if set(line) - {"–"}}
+    return ScoreTable(title, list(columns), with_scores, note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 
 import torch
@@ -55,12 +56,16 @@ class Metrics(Verifier):
     @cached_property
     def split_scores(self) -> Tensor:
         """The inception score of each part; the file says how many parts there are."""
+        sentence = str(self.reference.sentences.get("output/inception_score_splits", ""))
+        number = re.search(r"(\d+) consecutive splits", sentence)
         if "inception_score_splits" in self.outputs:
             splits = self.outputs["inception_score_splits"].numel()
         elif "splits" in self.config:
             splits = int(self.config["splits"])
+        elif number:
+            splits = int(number[1])
         else:
-            raise NotComputed("neither config nor outputs say the number of splits")
+            raise NotComputed("the file does not say the number of splits")
         return metrics.inception_score(self.inputs["is_probs"], splits)
 
     @output("inception_score_splits")

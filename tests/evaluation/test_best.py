@@ -1,4 +1,4 @@
-"""The best of several: what is drawn, who chooses, and that the choice is what it says."""
+"""The best of several: which pictures are drawn, and which of them is kept."""
 
 from __future__ import annotations
 
@@ -15,48 +15,61 @@ from lineage.errors import UserError
 from lineage.evaluation.best import best_of, scorer_of_run
 from lineage.nn.noise import NoiseStreams
 from lineage.system import System, Turn
-from lineage.text.contract import NoText, TextFeatures
+from lineage.text.contract import TextFeatures
 
 CAPTIONS = ["red", "green", "blue", "grey"]
-WANTED = torch.cat([torch.eye(3), torch.ones(1, 3)])  # the colours that they name
+COLOURS = torch.cat([torch.eye(3), torch.ones(1, 3)])  # those that the captions name
 CPU = torch.device("cpu")
 
 
 class Colours(System):
-    """NoiseStreams a colour of chance and nothing else; `strength` dims it."""
+    """Draws plain pictures of a random colour."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.text, self.weight = NoText(), nn.Parameter(torch.zeros(()))
-        self.drawn: list[str] = []
+        self.size, self.weight = 8, nn.Parameter(torch.zeros(()))
+        self.captions: list[str] = []
 
     def groups(self) -> dict[str, list[nn.Module]]:
         return {}
 
-    def losses(self, batch: Batch, text: TextFeatures, draws: NoiseStreams) -> Iterator[Turn]:
+    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         yield from ()
 
-    def draw(self, captions: list[str], draws: NoiseStreams, strength: float = 1.0) -> Tensor:
-        self.drawn += captions
-        colour = 2 * strength * draws.rand(3) - 1
-        return colour[:, :, None, None].expand(-1, 3, 8, 8)
+    def sample(
+        self,
+        captions: list[str],
+        noise: NoiseStreams,
+        brightness: float = 1.0,
+        image: Tensor | None = None,
+    ) -> Tensor:
+        """Pictures (B, 3, 8, 8).
+
+        Args:
+            brightness: Factor on the colour.
+            image: Picture to add.
+        """
+        self.captions += captions
+        colour = 2 * brightness * noise.rand(3) - 1
+        pictures = colour[:, :, None, None].expand(-1, 3, 8, 8)
+        return pictures if image is None else pictures + image
 
 
-class Eye:
-    """A scorer that sees how red, green and blue a picture is."""
+class ColourScorer:
+    """A scorer whose features are the shares of red, green and blue."""
 
-    name, kind, width, protocol = "eye", "clip", 3, {}
+    name, kind, width, protocol = "colour", "clip", 3, {}
 
     def image(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8 and images.device == CPU
         return F.normalize(images.float().mean((2, 3)), dim=1)
 
     def text(self, captions: list[str]) -> Tensor:
-        return F.normalize(WANTED, dim=1)[[CAPTIONS.index(caption) for caption in captions]]
+        return F.normalize(COLOURS, dim=1)[[CAPTIONS.index(caption) for caption in captions]]
 
 
-class Blind(Eye):
-    """All pictures are one to it."""
+class ConstantScorer(ColourScorer):
+    """A scorer whose features are the same for all pictures."""
 
     def image(self, images: Tensor) -> Tensor:
         return torch.full((len(images), 3), 3**-0.5)
@@ -64,98 +77,100 @@ class Blind(Eye):
 
 @pytest.mark.parametrize("candidates", [1, 2, 7])
 def test_the_best_by_loops(candidates: int) -> None:
-    """Of each caption's own candidates the one that fits its own words best."""
-    system, eye = Colours(), Eye()
-    images, fit = best_of(system, CAPTIONS, eye, candidates, seed=3)
+    """Of each caption's own candidates, the one that fits its own words best."""
+    system, scorer = Colours(), ColourScorer()
+    images, cosines = best_of(system, CAPTIONS, scorer, candidates, seed=3)
     assert images.shape == (4, 3, 8, 8) and images.dtype == torch.uint8
-    assert fit.shape == (4, candidates)
-    assert sorted(system.drawn) == sorted(CAPTIONS * candidates)
+    assert cosines.shape == (4, candidates)
+    assert sorted(system.captions) == sorted(CAPTIONS * candidates)
     every = to_bytes(Colours().generate(["x"] * 4 * candidates, seed=3))
     for row, caption in enumerate(CAPTIONS):
-        own = [one for one, of in zip(every, system.drawn, strict=True) if of == caption]
-        cosines = [float(eye.image(one[None])[0] @ eye.text([caption])[0]) for one in own]
-        assert fit[row].tolist() == pytest.approx(cosines)
-        assert torch.equal(images[row], own[cosines.index(max(cosines))])
+        own = [one for one, of in zip(every, system.captions, strict=True) if of == caption]
+        expected = [float(scorer.image(one[None])[0] @ scorer.text([caption])[0]) for one in own]
+        assert cosines[row].tolist() == pytest.approx(expected)
+        assert torch.equal(images[row], own[expected.index(max(expected))])
 
 
 def test_of_more_candidates_the_best_is_better() -> None:
-    few, many = (best_of(Colours(), CAPTIONS, Eye(), n)[1].amax(1) for n in (1, 40))
+    few, many = (best_of(Colours(), CAPTIONS, ColourScorer(), n)[1].amax(1) for n in (1, 40))
     assert (many > few).all() and many.min() > 0.9
 
 
 def test_of_candidates_that_fit_alike_it_is_the_first() -> None:
     system = Colours()
-    images, fit = best_of(system, CAPTIONS[:3], Blind(), 3, seed=5)
-    assert fit.min() == fit.max()
+    images, cosines = best_of(system, CAPTIONS[:3], ConstantScorer(), 3, seed=5)
+    assert cosines.min() == cosines.max()
     every = to_bytes(Colours().generate(["x"] * 9, seed=5))
-    assert torch.equal(images, every[[system.drawn.index(c) for c in CAPTIONS[:3]]])
+    assert torch.equal(images, every[[system.captions.index(c) for c in CAPTIONS[:3]]])
 
 
-def test_one_candidate_is_what_is_drawn_alone() -> None:
-    images, _ = best_of(Colours(), CAPTIONS, Eye(), 1, seed=5)
+def test_one_candidate_is_what_generate_draws() -> None:
+    images, _ = best_of(Colours(), CAPTIONS, ColourScorer(), 1, seed=5)
     assert torch.equal(images, to_bytes(Colours().generate(CAPTIONS, seed=5)))
 
 
-@pytest.mark.parametrize("row", [0, 1, 2])
-def test_the_first_candidate_is_what_is_drawn_without_a_choice(row: int) -> None:
-    """As `best_of` says of its candidates: so that a choice only ever improves on `generate`."""
-    images, _ = best_of(Colours(), CAPTIONS[:3], Blind(), 3, seed=5)
-    alone = Colours().generate(CAPTIONS[row], seed=5)[0]
-    among = Colours().generate(CAPTIONS[:3], seed=5)[row]
-    assert any(torch.equal(images[row], to_bytes(one)) for one in (alone, among))
+def test_the_first_candidates_are_what_generate_draws() -> None:
+    """A choice only ever improves on `generate`."""
+    images, _ = best_of(Colours(), CAPTIONS[:3], ConstantScorer(), 3, seed=5)
+    assert torch.equal(images, to_bytes(Colours().generate(CAPTIONS[:3], seed=5)))
 
 
-def test_seeds_and_knobs_reach_what_is_drawn() -> None:
-    first, again, other = (best_of(Colours(), CAPTIONS, Eye(), 3, seed=s)[0] for s in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    dim, _ = best_of(Colours(), CAPTIONS, Eye(), 3, seed=1, strength="0.5")
-    assert dim.max() <= 128 < first.max()
-    with pytest.raises(UserError, match="'strenth'"):
-        best_of(Colours(), CAPTIONS, Eye(), 3, strenth=1)
+def test_the_seed_and_options_reach_the_system() -> None:
+    def best(seed: int = 1, **options: Any) -> Tensor:
+        return best_of(Colours(), CAPTIONS, ColourScorer(), 3, seed=seed, **options)[0]
+
+    assert torch.equal(best(), best()) and not torch.equal(best(), best(seed=2))
+    assert best(brightness="0.5").max() <= 128 < best().max()
+    with pytest.raises(UserError, match="'brightnes'"):
+        best(brightnes=1)
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 5, 64])
-def test_parts_change_nothing(at_once: int) -> None:
+def test_one_picture_option_serves_all_candidates() -> None:
+    black = torch.full((1, 3, 8, 8), -2.0)
+    images, cosines = best_of(Colours(), CAPTIONS, ConstantScorer(), 3, image=black)
+    assert images.max() == 0 and cosines.shape == (4, 3)
+
+
+@pytest.mark.parametrize("sample_batch_size", [1, 4, 5, 64])
+def test_batches_change_nothing(sample_batch_size: int) -> None:
     system = Colours()
-    system.at_once = at_once
-    images, fit = best_of(system, CAPTIONS, Eye(), 3, seed=3)
-    expected = best_of(Colours(), CAPTIONS, Eye(), 3, seed=3)
-    assert torch.equal(images, expected[0]) and torch.equal(fit, expected[1])
+    system.sample_batch_size = sample_batch_size
+    images, cosines = best_of(system, CAPTIONS, ColourScorer(), 3, seed=3)
+    expected = best_of(Colours(), CAPTIONS, ColourScorer(), 3, seed=3)
+    assert torch.equal(images, expected[0]) and torch.equal(cosines, expected[1])
 
 
-def test_nothing_to_choose_from_is_told() -> None:
+def test_nothing_to_choose_from_is_refused() -> None:
     for candidates in (0, -2):
         with pytest.raises(UserError, match=f"{candidates} candidates"):
-            best_of(Colours(), CAPTIONS, Eye(), candidates)
+            best_of(Colours(), CAPTIONS, ColourScorer(), candidates)
     with pytest.raises(UserError, match="at least one caption"):
-        best_of(Colours(), [], Eye(), 3)
+        best_of(Colours(), [], ColourScorer(), 3)
 
 
-# --- of runs ----------------------------------------------------------------------------------
+# --- scorers of runs ------------------------------------------------------------------------------
 
 
 def test_the_scorer_of_a_run(smoke_run: Callable[[str], Any]) -> None:
-    """The one of its data, as `lineage evaluate` has it; whose words and pictures are unit
-    vectors of one width."""
+    """It is the one of the run's data, as in `lineage evaluate`; its features are unit vectors."""
     folder, system = smoke_run("vqvae")
     scorer = scorer_of_run("auto", folder, CPU)
     for caption in ("a red circle", "", "a zorp"):
-        images, fit = best_of(system, [caption], scorer, 5, seed=1)
-        drawn = to_bytes(system.generate([caption] * 5, seed=1))
-        expected = F.cosine_similarity(scorer.image(drawn), scorer.text([caption]), dim=1)
-        torch.testing.assert_close(fit, expected[None], rtol=1e-4, atol=1e-5)
-        assert torch.equal(images[0], drawn[expected.argmax()])
-    images, fit = best_of(system, ["a red circle"] * 3, scorer, 2, seed=1)  # as --count has it
-    assert images.shape == (3, 3, 16, 16) and fit.shape == (3, 2) and len(fit.unique()) == 6
+        images, cosines = best_of(system, [caption], scorer, 5, seed=1)
+        candidates = to_bytes(system.generate([caption] * 5, seed=1))
+        expected = F.cosine_similarity(scorer.image(candidates), scorer.text([caption]), dim=1)
+        torch.testing.assert_close(cosines, expected[None], rtol=1e-4, atol=1e-5)
+        assert torch.equal(images[0], candidates[expected.argmax()])
+    images, cosines = best_of(system, ["a red circle"] * 3, scorer, 2, seed=1)  # as with --count 3
+    assert images.shape == (3, 3, 16, 16) and cosines.shape == (3, 2) and len(cosines.unique()) == 6
 
 
-def test_the_matching_model_of_a_run_chooses_too(smoke_run: Callable[[str], Any]) -> None:
-    """Also for another run's pictures."""
+def test_the_matching_model_of_another_run_chooses_too(smoke_run: Callable[[str], Any]) -> None:
     damsm = scorer_of_run(f"damsm:{smoke_run('attngan').folder}", smoke_run("vqvae").folder, CPU)
     assert damsm.kind == "damsm"
-    images, fit = best_of(smoke_run("vqvae").system, ["a red circle"], damsm, 3)
-    assert images.shape == (1, 3, 16, 16) and fit.abs().max() <= 1 + 1e-5
-    assert len(fit.unique()) > 1
+    images, cosines = best_of(smoke_run("vqvae").system, ["a red circle"], damsm, 3)
+    assert images.shape == (1, 3, 16, 16) and cosines.abs().max() <= 1 + 1e-5
+    assert len(cosines.unique()) > 1
 
 
 @pytest.mark.parametrize(
@@ -168,7 +183,7 @@ def test_the_matching_model_of_a_run_chooses_too(smoke_run: Callable[[str], Any]
         ("damsm:", ()),
     ],
 )
-def test_scorers_that_there_are_not_are_told(
+def test_an_unknown_scorer_is_refused(
     name: str, words: tuple[str, ...], smoke_run: Callable[[str], Any]
 ) -> None:
     with pytest.raises(UserError) as fault:
@@ -176,7 +191,7 @@ def test_scorers_that_there_are_not_are_told(
     assert all(word in str(fault.value) for word in words) and "\n" not in str(fault.value)
 
 
-def test_a_run_without_a_matching_model_is_told(smoke_run: Callable[[str], Any]) -> None:
+def test_a_run_without_a_matching_model_is_refused(smoke_run: Callable[[str], Any]) -> None:
     folder = smoke_run("vqvae").folder
     with pytest.raises(UserError, match="without a DAMSM"):
         scorer_of_run(f"damsm:{folder}", folder, CPU)

@@ -1,7 +1,7 @@
-"""Intervals say how sure a number is: simulated, against formulas, and against explicit resampling.
+"""Intervals against simulations, formulas and explicit resampling.
 
-A reader calls two systems different where their intervals lie apart, so an interval that is too
-narrow would make news of chance.
+A reader calls two systems different if their intervals do not overlap, so an interval that is too
+narrow would present chance as a difference.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ def flips(count: int, share: float, seed: int) -> list[bool]:
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.7])
 def test_an_interval_of_a_mean_covers_the_truth(share: float) -> None:
     """A 95 % interval from 60 pictures holds the true share in about 95 of 100 evaluations."""
-    scores = [intervals.of_mean(flips(60, share, seed), seed) for seed in range(300)]
+    scores = [intervals.mean_score(flips(60, share, seed), seed) for seed in range(300)]
     covered = [score["interval"][0] <= share <= score["interval"][1] for score in scores]
     assert 0.90 <= np.mean(covered) <= 0.99
 
 
 def test_an_interval_of_tasks_covers_the_truth() -> None:
-    """Tasks of unequal size and difficulty count alike, in the value and in the interval."""
+    """Tasks of unequal size and difficulty have equal weight, in the value and in the interval."""
     tasks = ((90, 0.9), (40, 0.5), (30, 0.2))
     truth = sum(share for _, share in tasks) / len(tasks)
     covered = []
     for seed in range(300):
-        drawn = [flips(n, p, 1000 * seed + i) for i, (n, p) in enumerate(tasks)]
-        low, high = intervals.of_tasks(drawn, seed)["interval"]
+        verdicts = [flips(n, p, 1000 * seed + i) for i, (n, p) in enumerate(tasks)]
+        low, high = intervals.task_mean_score(verdicts, seed)["interval"]
         covered.append(low <= truth <= high)
     assert 0.90 <= np.mean(covered) <= 0.99
 
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_intervals_are_as_wide_as_theory_says(groups: int) -> None:
-    """1.96 standard errors to both sides. Four like tasks halve it, if each is drawn by itself."""
+    """1.96 standard errors to each side; four equal tasks halve it if each is resampled alone."""
     columns = [torch.tensor(flips(200, 0.5, 7)) for _ in range(groups)]
-    score = intervals.of_tasks(columns)
+    score = intervals.task_mean_score(columns)
     low, high = score["interval"]
     error = float(columns[0].double().std()) / math.sqrt(200 * groups)
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.12)
@@ -58,10 +58,10 @@ def test_intervals_are_as_wide_as_theory_says(groups: int) -> None:
 
 
 def test_values_and_counts_by_hand() -> None:
-    score = intervals.of_tasks([[True, False], [1.0, 1.0, 1.0, 0.0]])
+    score = intervals.task_mean_score([[True, False], [1.0, 1.0, 1.0, 0.0]])
     assert (score["value"], score["n"]) == (0.625, 6)
-    assert intervals.of_mean([True, False, False])["value"] == 0.3333
-    assert intervals.of_mean(torch.tensor([2.5] * 5)) == {
+    assert intervals.mean_score([True, False, False])["value"] == 0.3333
+    assert intervals.mean_score(torch.tensor([2.5] * 5)) == {
         "value": 2.5,
         "interval": [2.5, 2.5],
         "n": 5,
@@ -69,14 +69,14 @@ def test_values_and_counts_by_hand() -> None:
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
-    """Two evaluations of one run must print one number, and the chance must be chance."""
+    """Two evaluations of one run print the same interval, and another seed another one."""
     x, y = rows(30), rows(25, seed=1, shift=0.4)
     values = x[:, 0]
     calls = [
-        lambda seed: intervals.of_mean(values, seed),
-        lambda seed: intervals.of_tasks([values, y[:, 0]], seed),
-        lambda seed: intervals.of_frechet_distance(x, y, seed),
-        lambda seed: intervals.of_kernel_distance(x, y, seed),
+        lambda seed: intervals.mean_score(values, seed),
+        lambda seed: intervals.task_mean_score([values, y[:, 0]], seed),
+        lambda seed: intervals.fid_score(x, y, seed),
+        lambda seed: intervals.kid_score(x, y, seed),
     ]
     for call in calls:
         torch.manual_seed(1)
@@ -91,21 +91,23 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def resampled(name: str, x: Tensor, y: Tensor, patch: pytest.MonkeyPatch) -> tuple[Any, Tensor]:
-    """The score that a distance gives, and the distances of the resampled sets behind it."""
-    seen: list[Tensor] = []
-    original = intervals._around
+    """The score of a distance, and the distances of the resampled sets behind it."""
+    recorded: list[Tensor] = []
+    original = intervals._normal_interval
 
     def spy(value: float, again: Tensor, count: int) -> dict[str, Any]:
-        seen.append(again)
+        recorded.append(again)
         return original(value, again, count)
 
-    patch.setattr(intervals, "_around", spy)
-    return getattr(intervals, name)(x, y, 5), seen[0].double()
+    patch.setattr(intervals, "_normal_interval", spy)
+    return getattr(intervals, name)(x, y, 5), recorded[0].double()
 
 
-def drawn_again(x: Tensor, y: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+def resampled_sets(x: Tensor, y: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     """The resampled sets themselves, row by row."""
-    pairs = zip(intervals._draws(len(x), 5), intervals._draws(len(y), 6), strict=True)
+    pairs = zip(
+        intervals.resample_indices(len(x), 5), intervals.resample_indices(len(y), 6), strict=True
+    )
     return [(x[i].double().numpy(), y[j].double().numpy()) for i, j in pairs]
 
 
@@ -118,7 +120,7 @@ def check_score(score: dict[str, Any], value: float, again: Tensor, count: int) 
 
 
 def naive_kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """By loops over rows; a row is not compared with itself, but with its twin in another row."""
+    """Loops over rows; a row is not compared with itself, but with an equal other row."""
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
         return (float(a @ b) / len(a) + 1) ** 3
@@ -131,10 +133,10 @@ def naive_kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_kernel_distances_of_resampled_sets_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of all pictures is computed once and weighed; this resamples for real."""
+    """The code weighs the kernel of all pictures; this test resamples the pictures."""
     x, y = rows(9, 4), rows(7, 4, seed=1, shift=1.0)
-    score, again = resampled("of_kernel_distance", x, y, monkeypatch)
-    naive = [naive_kernel_distance(a, b) for a, b in drawn_again(x, y)]
+    score, again = resampled("kid_score", x, y, monkeypatch)
+    naive = [naive_kernel_distance(a, b) for a, b in resampled_sets(x, y)]
     expected = torch.tensor(naive, dtype=torch.float64)
     assert len(expected) == intervals.DISTANCE_RESAMPLES
     torch.testing.assert_close(again, expected, rtol=1e-9, atol=1e-9)
@@ -151,29 +153,29 @@ def naive_frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def test_frechet_distances_of_resampled_sets_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = rows(20), rows(16, seed=1, shift=1.0)
-    score, again = resampled("of_frechet_distance", x, y, monkeypatch)
-    naive = [naive_frechet_distance(a, b) for a, b in drawn_again(x, y)]
+    score, again = resampled("fid_score", x, y, monkeypatch)
+    naive = [naive_frechet_distance(a, b) for a, b in resampled_sets(x, y)]
     expected = torch.tensor(naive, dtype=torch.float64)
     torch.testing.assert_close(again, expected, rtol=1e-6, atol=1e-6)
     whole = naive_frechet_distance(x.double().numpy(), y.double().numpy())
     check_score(score, whole, expected, 16)
 
 
-def test_sets_are_drawn_with_replacement_and_apart() -> None:
-    """Both sides vary; were they drawn alike, equal numbers of pictures would move together."""
-    draws = intervals._draws(50, 0)
-    assert draws.shape == (intervals.DISTANCE_RESAMPLES, 50)
-    assert draws.unique().tolist() == list(range(50))
-    different = torch.tensor([len(draw.unique()) for draw in draws]).double().mean() / 50
+def test_sets_are_resampled_with_replacement_and_independently() -> None:
+    """With equal indices, both sides would change together."""
+    indices = intervals.resample_indices(50, 0)
+    assert indices.shape == (intervals.DISTANCE_RESAMPLES, 50)
+    assert indices.unique().tolist() == list(range(50))
+    different = torch.tensor([len(row.unique()) for row in indices]).double().mean() / 50
     assert float(different) == pytest.approx(1 - math.exp(-1), abs=0.03)
     x = rows(40)
-    assert intervals.of_frechet_distance(x, x)["standard_error"] > 0
-    assert intervals.of_kernel_distance(x, x)["standard_error"] > 0
+    assert intervals.fid_score(x, x)["standard_error"] > 0
+    assert intervals.kid_score(x, x)["standard_error"] > 0
 
 
-@pytest.mark.parametrize("name", ["of_kernel_distance", "of_frechet_distance"])
+@pytest.mark.parametrize("name", ["kid_score", "fid_score"])
 def test_the_standard_error_is_what_fresh_pictures_show(name: str) -> None:
-    """Sets that lie apart are drawn again and again; their distances vary as the bootstrap says."""
+    """The distances of fresh sets vary as much as the bootstrap predicts."""
     call, values, errors = getattr(intervals, name), [], []
     for seed in range(40):
         score = call(rows(80, seed=2 * seed), rows(80, seed=2 * seed + 1, shift=1.0), seed)
@@ -183,7 +185,7 @@ def test_the_standard_error_is_what_fresh_pictures_show(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "expected"),
     [
         (0.0, 0.0),
         (0.123449, 0.1234),
@@ -194,11 +196,11 @@ def test_the_standard_error_is_what_fresh_pictures_show(name: str) -> None:
         (1 / 3, 0.3333),
     ],
 )
-def test_four_significant_digits_are_told(value: float, told: float) -> None:
-    assert intervals.rounded(value) == told
-    assert intervals.score(value, value, value, 3) == {
-        "value": told,
-        "interval": [told, told],
+def test_scores_have_four_significant_digits(value: float, expected: float) -> None:
+    assert intervals.rounded(value) == expected
+    assert intervals.as_score(value, value, value, 3) == {
+        "value": expected,
+        "interval": [expected, expected],
         "n": 3,
     }
 
@@ -208,6 +210,6 @@ def test_the_last_bits_do_not_show() -> None:
     x, y = rows(40), rows(40, seed=1, shift=0.5)
     again = y * (1 + 1e-7)
     assert not torch.equal(y, again)
-    for name in ("of_kernel_distance", "of_frechet_distance"):
+    for name in ("kid_score", "fid_score"):
         call = getattr(intervals, name)
         assert call(x, y) == call(x, again)

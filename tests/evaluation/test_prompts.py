@@ -1,8 +1,7 @@
-"""The prompts say what their captions say, and keep what training never shows apart.
+"""The prompts: `include` agrees with the caption, and `heldout` prompts are new to training.
 
-Every composition score rests on them: a caption whose `include` says something else, or a `heldout`
-prompt that training shows, would be scored without anyone seeing it. So the captions are read here
-by a small grammar of their own, and the world is asked what it shows.
+Every composition score rests on both, and an error would go unnoticed. So a small independent
+grammar reads the captions here, and scenes of training are searched for each combination.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ GOOD = (
 FRAMES = r"(?:a picture of |a drawing of |there is |there are )?"
 GROUND = r"(?: on a (?P<ground>white|black|grey) background)?"
 PLACE = r"(?: (?P<place>(?:in|at|on) the (?:top|bottom|left|right|middle|(?:top|bottom) \w+)))?"
-STANDING = {
+RELATIONS = {
     "to the left of": "left of",
     "to the right of": "right of",
     "left of": "left of",
@@ -41,7 +40,7 @@ STANDING = {
     "below": "below",
     "under": "below",
 }
-JOINTS = (*STANDING, "next to", "and")
+JOINTS = (*RELATIONS, "next to", "and")
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
 THING = re.compile(
     rf"(?P<number>{'|'.join(NUMBERS)}) (?:(?P<size>small|large) )?"
@@ -55,12 +54,12 @@ def prompts_of(level: str) -> list[Prompt]:
     return make_prompts(level)
 
 
-def understood(text: str) -> dict[str, Any]:
-    """What a caption asks for, by a grammar that shares nothing with the one that wrote it."""
+def parsed(text: str) -> dict[str, Any]:
+    """The scene of a caption, by a grammar that shares nothing with the one that wrote it."""
     whole = re.fullmatch(FRAMES + r"(?P<what>.+?)" + PLACE + GROUND, text)
     assert whole, text
     joint = next((j for j in JOINTS if f" {j} " in whole["what"]), None)
-    things = []
+    objects = []
     for words in whole["what"].split(f" {joint} ") if joint else [whole["what"]]:
         match = THING.fullmatch(words)
         assert match, text
@@ -70,30 +69,35 @@ def understood(text: str) -> dict[str, Any]:
         assert shape in SHAPES, text
         if match["number"] in ("a", "an"):
             assert (words.split()[1][0] in "aeiou") == (match["number"] == "an"), text
-        things.append((shape, number, match["colour"] or match["late"], match["size"]))
-    relation = STANDING.get(joint or "")
-    return {"things": things, "relation": relation, "place": whole["place"], "on": whole["ground"]}
+        objects.append((shape, number, match["colour"] or match["late"], match["size"]))
+    relation = RELATIONS.get(joint or "")
+    return {
+        "objects": objects,
+        "relation": relation,
+        "place": whole["place"],
+        "on": whole["ground"],
+    }
 
 
 def entries(prompt: Prompt) -> tuple[list[tuple[str, int, str | None, str | None]], str | None]:
-    """What `include` asks for: things in the order of a caption, and how the first stands."""
-    things = [(w.shape, w.count, w.colour, w.size) for w in prompt.include]
-    placed = [(i, w.position) for i, w in enumerate(prompt.include) if w.position]
+    """Objects of `include` in the order of the caption, and the relation of the first."""
+    objects = [(o.shape, o.count, o.colour, o.size) for o in prompt.include]
+    placed = [(i, o.position) for i, o in enumerate(prompt.include) if o.position]
     if not placed:
-        return things, None
+        return objects, None
     ((number, (relation, to)),) = placed
     assert number != to
-    return [things[number], things[to]], relation
+    return [objects[number], objects[to]], relation
 
 
-def test_the_shipped_file_is_what_the_program_makes() -> None:
-    """Whoever reads the file and whoever calls the function must score the same prompts."""
+def test_the_file_is_what_the_program_makes() -> None:
+    """The file and the function must give the same prompts."""
     assert FILE.read_text() == "".join(to_lines(prompts_of(level)) for level in LEVELS)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_task_has_enough_different_prompts(level: str) -> None:
-    """With fewer than 50 pictures a task's interval says nothing; twins would count twice."""
+    """With fewer than 50 pictures a interval is too wide; equal prompts would count twice."""
     groups: dict[tuple[str, str], list[str]] = {}
     for prompt in prompts_of(level):
         assert prompt.level == level
@@ -107,25 +111,25 @@ def test_every_task_has_enough_different_prompts(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_captions_say_what_include_says(level: str) -> None:
-    """A wrong `include` would call right pictures wrong, whatever the judge can do."""
+def test_include_agrees_with_the_caption(level: str) -> None:
+    """A wrong `include` would call right pictures wrong."""
     for prompt in prompts_of(level):
-        told = understood(prompt.prompt)
-        things, relation = entries(prompt)
-        assert told["things"] == things, prompt.prompt
-        assert told["relation"] == relation, prompt.prompt
-        assert told["on"] == prompt.background, prompt.prompt
-        assert {told["place"]} == {w.place for w in prompt.include}, prompt.prompt
+        scene = parsed(prompt.prompt)
+        objects, relation = entries(prompt)
+        assert scene["objects"] == objects, prompt.prompt
+        assert scene["relation"] == relation, prompt.prompt
+        assert scene["on"] == prompt.background, prompt.prompt
+        assert {scene["place"]} == {o.place for o in prompt.include}, prompt.prompt
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_tasks_are_those_of_geneval(level: str) -> None:
-    """A task's number is comparable only if its prompts ask for what GenEval's task asks for."""
+    """A task's score can be compared only if its prompts are of the kind of GenEval's task."""
     for prompt in prompts_of(level):
-        things, relation = entries(prompt)
-        numbers = [number for _, number, _, _ in things]
-        coloured = [colour is not None for _, _, colour, _ in things]
-        different = len({shape for shape, *_ in things}) == len(things)
+        objects, relation = entries(prompt)
+        numbers = [number for _, number, _, _ in objects]
+        coloured = [colour is not None for _, _, colour, _ in objects]
+        different = len({shape for shape, *_ in objects}) == len(objects)
         expected = {
             "single_object": numbers == [1] and coloured == [prompt.split == "heldout"],
             "two_object": numbers == [1, 1] and different and not relation,
@@ -136,14 +140,14 @@ def test_tasks_are_those_of_geneval(level: str) -> None:
         }
         assert expected[prompt.tag], prompt
         if prompt.tag == "color_attr":
-            assert things[0][2] != things[1][2], prompt  # else nothing could be exchanged
+            assert objects[0][2] != objects[1][2], prompt  # otherwise nothing could be exchanged
     counts = Counter(p.include[0].count for p in prompts_of(level) if p.tag == "counting")
-    assert min(counts[n] for n in (2, 3, 4)) >= 15, counts  # no number stands for the others
+    assert min(counts[n] for n in (2, 3, 4)) >= 15, counts  # no count dominates
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_lines_have_the_schema_of_geneval(level: str) -> None:
-    """Tools written for GenEval's file must be able to read ours."""
+def test_lines_have_the_format_of_geneval(level: str) -> None:
+    """Tools for GenEval's file must be able to read ours."""
     for line in to_lines(prompts_of(level)).splitlines():
         entry = json.loads(line)
         extra = {"level", "split", "background"}
@@ -163,25 +167,25 @@ def test_lines_have_the_schema_of_geneval(level: str) -> None:
 
 
 def unseen_pairs(level: str, prompt: Prompt) -> list[bool]:
-    """Of each thing whose colour is named, whether training never shows that pair."""
+    """For each object with a named colour, whether training never shows that pair."""
     return [
         bool(
             heldout_pair(
                 LEVELS[level],
-                np.array(SHAPES.index(w.shape)),
-                np.array(COLOUR_NAMES.index(w.colour)),
+                np.array(SHAPES.index(o.shape)),
+                np.array(COLOUR_NAMES.index(o.colour)),
             )
         )
-        for w in prompt.include
-        if w.colour
+        for o in prompt.include
+        if o.colour
     ]
 
 
 def unseen_relation(level: str, prompt: Prompt) -> bool:
-    things, relation = entries(prompt)
+    objects, relation = entries(prompt)
     if relation is None:
         return False
-    first, second = (np.array(SHAPES.index(shape)) for shape, *_ in things)
+    first, second = (np.array(SHAPES.index(shape)) for shape, *_ in objects)
     if relation in ("right of", "below"):
         first, second = second, first
     left, above = heldout_relation(LEVELS[level], first, second)
@@ -189,16 +193,16 @@ def unseen_relation(level: str, prompt: Prompt) -> bool:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_held_out_prompts_and_only_they_ask_for_what_training_never_shows(level: str) -> None:
-    """Else the two columns of the table would not differ in what they claim to differ in."""
+def test_only_held_out_prompts_have_combinations_that_training_never_shows(level: str) -> None:
+    """By the rule of `shapes`: exactly one such combination in each."""
     for prompt in prompts_of(level):
         unseen = [*unseen_pairs(level, prompt), unseen_relation(level, prompt)]
         assert sum(unseen) == (prompt.split == "heldout"), prompt
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_training_shows_what_test_prompts_ask_for_and_not_the_rest(level: str) -> None:
-    """The same, asked of the pictures of training themselves instead of the rule."""
+def test_training_shows_the_combinations_of_test_prompts_and_no_others(level: str) -> None:
+    """The same, by scenes of training instead of the rule."""
     scenes = make_scenes(LEVELS[level], 0, "train", np.arange(20_000))
     pairs, relations = set(), set()
     for slot in range(4):
@@ -207,7 +211,7 @@ def test_training_shows_what_test_prompts_ask_for_and_not_the_rest(level: str) -
             zip(scenes.shape[rows, slot].tolist(), scenes.colour[rows, slot].tolist(), strict=True)
         )
     two = scenes.kind == 1
-    apart = scenes.centre[two, 0] - scenes.centre[two, 1]  # (B, 2) of the first from the second
+    apart = scenes.centre[two, 0] - scenes.centre[two, 1]  # (B, 2), of the first from the second
     for a, b, (x, y) in zip(
         scenes.shape[two, 0].tolist(), scenes.shape[two, 1].tolist(), apart.tolist(), strict=True
     ):
@@ -217,21 +221,21 @@ def test_training_shows_what_test_prompts_ask_for_and_not_the_rest(level: str) -
         for name in across + upright:
             relations |= {(a, name, b), (b, turned[name], a)}
     for prompt in prompts_of(level):
-        asked = [
-            (SHAPES.index(w.shape), COLOUR_NAMES.index(w.colour))
-            for w in prompt.include
-            if w.colour
+        pairs_of_prompt = [
+            (SHAPES.index(o.shape), COLOUR_NAMES.index(o.colour))
+            for o in prompt.include
+            if o.colour
         ]
-        things, relation = entries(prompt)
-        shown = [pair in pairs for pair in asked]
+        objects, relation = entries(prompt)
+        occurs = [pair in pairs for pair in pairs_of_prompt]
         if relation:
-            one, other = (SHAPES.index(shape) for shape, *_ in things)
-            shown.append((one, relation, other) in relations)
-        assert shown.count(False) == (prompt.split == "heldout"), prompt.prompt
+            one, other = (SHAPES.index(shape) for shape, *_ in objects)
+            occurs.append((one, relation, other) in relations)
+        assert occurs.count(False) == (prompt.split == "heldout"), prompt.prompt
 
 
-def blanked(text: str) -> str:
-    """A caption with the names in it left blank: its wording."""
+def wording(text: str) -> str:
+    """The wording of a caption: its names are replaced by placeholders."""
     colours, shapes = "|".join(COLOUR_NAMES), "|".join(SHAPES)
     text = re.sub(rf"\b(an? )?({colours})\b", lambda m: ("a " if m[1] else "") + "COLOUR", text)
     text = re.sub(rf"\b({shapes})(e?s)?\b", "SHAPE", text)
@@ -240,19 +244,18 @@ def blanked(text: str) -> str:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_word_and_wording_occurs_in_training(level: str) -> None:
-    """A word, or a turn of phrase, that no training caption has would test the reading of English,
-    not the drawing.
+    """A word or phrase that no training caption has would test the text encoder's English, not the
+    drawing.
     """
     captions = set(Shapes(level, "train", 16).all_captions())
     words = {word for text in captions for word in text.split()}
-    wordings = {blanked(text) for text in captions}
+    wordings = {wording(text) for text in captions}
     for prompt in prompts_of(level):
         assert set(prompt.prompt.split()) <= words, prompt.prompt
-        assert blanked(prompt.prompt) in wordings, prompt.prompt
+        assert wording(prompt.prompt) in wordings, prompt.prompt
 
 
-def test_reading_back_is_the_identity(tmp_path: Path) -> None:
-    """What is written for others to score with must be what we score with."""
+def test_written_prompts_are_read_unchanged(tmp_path: Path) -> None:
     prompts = [prompt for level in LEVELS for prompt in prompts_of(level)]
     assert read_prompts(FILE) == prompts
     path = tmp_path / "prompts.jsonl"
@@ -266,7 +269,7 @@ def test_a_line_of_geneval_needs_none_of_our_keys(tmp_path: Path) -> None:
     path.write_text(GOOD)
     (prompt,) = read_prompts(path, "medium")
     assert (prompt.level, prompt.split, prompt.background) == ("medium", "test", None)
-    assert [(w.shape, w.count, w.colour) for w in prompt.include] == [("circle", 1, "red")]
+    assert [(o.shape, o.count, o.colour) for o in prompt.include] == [("circle", 1, "red")]
 
 
 def line(**changes: Any) -> str:
@@ -297,12 +300,12 @@ BROKEN = {
         line(include=[{"class": "circle"}, {"class": "star", "position": ["above"]}]),
         "",
     ),
-    "five things": (line(include=[{"class": "circle", "count": 5}]), "5 things"),
+    "five objects": (line(include=[{"class": "circle", "count": 5}]), "5 objects"),
     "five in two": (
         line(include=[{"class": "circle", "count": 3}, {"class": "star", "count": 2}]),
-        "5 things",
+        "5 objects",
     ),
-    "nothing": (line(include=[]), "0 things"),
+    "nothing": (line(include=[]), "0 objects"),
     "no include": ('{"tag": "colors", "prompt": "a red circle"}', "include"),
     "no prompt": ('{"tag": "colors", "include": [{"class": "circle"}]}', "prompt"),
     "no tag": ('{"prompt": "a circle", "include": [{"class": "circle"}]}', "tag"),
@@ -316,8 +319,8 @@ BROKEN = {
 }
 
 
-def told(path: Path) -> str:
-    """The sentence that reading `path` ends with."""
+def error_of(path: Path) -> str:
+    """The one sentence of the error that reading `path` raises."""
     with pytest.raises(UserError) as raised:
         read_prompts(path)
     sentence = str(raised.value)
@@ -328,11 +331,11 @@ def told(path: Path) -> str:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_line_is_one_sentence_that_names_it(name: str, tmp_path: Path) -> None:
-    """Prompts are written by hand: the writer must be told which line to mend."""
+    """Prompts are written by hand, and the writer must know which line to correct."""
     text, clue = BROKEN[name]
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{GOOD}\n\n{text}\n{GOOD}\n")
-    sentence = told(path)
+    sentence = error_of(path)
     assert "line 3" in sentence and clue in sentence
 
 
@@ -340,9 +343,9 @@ def test_a_broken_line_is_one_sentence_that_names_it(name: str, tmp_path: Path) 
 def test_a_file_without_prompts_is_one_sentence(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(data)
-    told(path)
+    error_of(path)
 
 
 def test_a_missing_file_or_a_folder_is_one_sentence(tmp_path: Path) -> None:
-    told(tmp_path / "none.jsonl")
-    told(tmp_path)
+    error_of(tmp_path / "none.jsonl")
+    error_of(tmp_path)

@@ -1,4 +1,4 @@
-"""`lineage evaluate`: one document, the same one each time, and one sentence where it cannot be."""
+"""`lineage evaluate`: one document, the same each time, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLE = Path(lineage.__file__).parent.parent / "data" / "example"
 
 @pytest.fixture(scope="module")
 def run(smoke_run: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, to be scored."""
+    """A finished run."""
     folder = tmp_path_factory.mktemp("scored") / "gan"
     return Path(shutil.copytree(smoke_run("gan_int_cls").folder, folder))
 
@@ -38,19 +38,19 @@ def document(run: Path) -> dict[str, Any]:
 
 
 def numbers(value: Any, path: str = "") -> dict[str, dict[str, Any]]:
-    """Every score of a document by its place."""
+    """Every score of a document by its path."""
     if isinstance(value, dict):
         if "value" in value:
             return {path: value}
-        found: dict[str, dict[str, Any]] = {}
+        scores: dict[str, dict[str, Any]] = {}
         for name, below in value.items():
-            found |= numbers(below, f"{path}/{name}")
-        return found
+            scores |= numbers(below, f"{path}/{name}")
+        return scores
     return {}
 
 
 def test_every_number_has_an_interval_and_a_protocol(document: dict[str, Any]) -> None:
-    """A number without either cannot be compared with any other."""
+    """Without both it cannot be compared with any other."""
     for row in (*document["runs"], document["real"], document["shuffled"]):
         for section in ("composition", "quality", "diversity", "memorisation", "text_fit"):
             scores = numbers(row.get(section, {}))
@@ -81,7 +81,7 @@ def test_real_pictures_are_the_ceiling_and_shuffled_ones_the_floor(
     assert document["runs"][0]["memorisation"]["nearer_than_unseen_real"]["value"] < 0.1
 
 
-def test_the_judge_is_told_with_its_scores(document: dict[str, Any]) -> None:
+def test_the_document_has_the_exam_of_the_judge(document: dict[str, Any]) -> None:
     exam = document["judge"]
     assert set(exam["accepted"]) == set(exam["near_misses"]) == set(TASKS)
     assert min(exam["accepted"].values()) >= 0.98
@@ -89,12 +89,12 @@ def test_the_judge_is_told_with_its_scores(document: dict[str, Any]) -> None:
 
 
 def test_scoring_twice_gives_the_same_json(run: Path, document: dict[str, Any]) -> None:
-    """Nothing is drawn from the clock, and what the clock tells is measured once."""
+    """No score depends on the time, and seconds are measured once."""
     assert lineage.evaluate(run, pictures=PICTURES) == document
 
 
 def test_another_batch_size_gives_the_same_json(run: Path, document: dict[str, Any]) -> None:
-    again = lineage.evaluate([run], pictures=PICTURES, batch=7)
+    again = lineage.evaluate([run], pictures=PICTURES, batch_size=7)
     assert json.dumps(again) == json.dumps(document)
 
 
@@ -103,10 +103,10 @@ def test_another_seed_draws_other_pictures(run: Path, document: dict[str, Any]) 
     assert again["runs"][0]["quality"]["fid"] != document["runs"][0]["quality"]["fid"]
 
 
-def test_what_is_known_of_real_pictures_is_kept(
+def test_results_for_real_pictures_are_cached(
     run: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second evaluation does not look at 5,000 training pictures again, nor sit the exam."""
+    """A second evaluation computes neither features of training pictures nor the exam."""
 
     def fail(*_: object) -> None:
         raise AssertionError("computed again")
@@ -123,7 +123,7 @@ def test_files_are_written(run: Path, document: dict[str, Any]) -> None:
     assert (folder / f"{run.name}_nearest.png").exists()
 
 
-def test_the_table_says_what_the_json_says(document: dict[str, Any]) -> None:
+def test_the_table_has_the_scores_of_the_json(document: dict[str, Any]) -> None:
     text = tables(document)
     for word in ("gan_int_cls", "real pictures", "shuffled captions", "FID", "R-precision", *TASKS):
         assert word in text
@@ -137,7 +137,7 @@ def test_json_alone_is_on_standard_output(run: Path, capfd: pytest.CaptureFixtur
     assert json.loads(capfd.readouterr().out)["runs"][0]["system"] == "gan_int_cls"
 
 
-def test_too_few_pictures_are_refused_for_fid(run: Path) -> None:
+def test_too_few_pictures_have_no_fid(run: Path) -> None:
     document = lineage.evaluate(run, pictures=20, scorer="none")
     assert "fid" not in document["runs"][0]["quality"]
     assert "20 pictures are too few for 64 features" in document["runs"][0]["quality"]["reason"]
@@ -145,7 +145,7 @@ def test_too_few_pictures_are_refused_for_fid(run: Path) -> None:
 
 
 def test_other_data_has_a_scorer_and_no_judge(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of pictures has no scenes to check, but its captions can be told apart."""
+    """A folder of pictures has no scenes to check, but different captions."""
     monkeypatch.setattr(scorer, "STEPS", 5)
     document = lineage.evaluate(run, data=str(EXAMPLE))
     assert "composition" not in document["runs"][0] and "judge" not in document
@@ -168,13 +168,15 @@ def test_other_data_has_a_scorer_and_no_judge(run: Path, monkeypatch: pytest.Mon
         ({"scorer": "best"}, ("best", "hub:")),
         ({"prompts": "none.jsonl"}, ("none.jsonl",)),
         ({"data": str(EXAMPLE), "prompts": "none.jsonl"}, ("--prompts", "other data")),
-        ({"pictures": 0}, ("--pictures",)),
+        ({"pictures": 0}, ("pictures=0", "at least 1")),
+        ({"batch_size": -1}, ("batch_size=-1", "at least 1")),
+        ({"picture": 9}, ("'picture'", "'pictures'")),
     ],
 )
-def test_faults_are_one_sentence(run: Path, options: dict[str, Any], words: tuple[str]) -> None:
-    with pytest.raises(UserError) as fault:
+def test_errors_are_one_sentence(run: Path, options: dict[str, Any], words: tuple[str]) -> None:
+    with pytest.raises(UserError) as error:
         lineage.evaluate(run, **options)
-    text = str(fault.value)
+    text = str(error.value)
     assert all(word in text for word in words) and "\n" not in text
 
 
@@ -200,10 +202,12 @@ def test_own_prompts_are_read(run: Path, tmp_path: Path) -> None:
     assert "mine" in tables(document)
 
 
-@pytest.mark.parametrize(("ceiling", "told"), [(0.2, True), (0.9, False)])
-def test_a_scorer_that_fails_on_real_pictures_is_told_of(ceiling: float, told: bool) -> None:
-    """A number from a judge who cannot read must not look like any other."""
-    world = SimpleNamespace(data=SimpleNamespace(split="validation", name="x"), scorer=object())
+@pytest.mark.parametrize(("ceiling", "has_warning"), [(0.2, True), (0.9, False)])
+def test_a_scorer_that_fails_on_real_pictures_has_a_warning(
+    ceiling: float, has_warning: bool
+) -> None:
+    """Its scores must not look like any other."""
+    pictures = SimpleNamespace(data=SimpleNamespace(split="validation", name="x"), scorer=object())
     real = {"quality": {}, "text_fit": {"r_precision": {"value": ceiling}}}
-    warnings = _warnings(world, {"real": real, "runs": []})  # type: ignore[arg-type]
-    assert any("20% of unseen real pictures" in text for text in warnings) == told
+    warnings = _warnings(pictures, {"real": real, "runs": []})  # type: ignore[arg-type]
+    assert any("20% of unseen real pictures" in text for text in warnings) == has_warning

@@ -1,4 +1,4 @@
-"""The sections of an evaluation, by hand: which pictures count, for what, and what is refused."""
+"""The sections of an evaluation, by hand: scores, counts and reasons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lineage.evaluation import metrics, sections
-from lineage.evaluation.prompts import TASKS, Prompt, Wanted
+from lineage.evaluation.prompts import TASKS, ObjectSpec, Prompt
 from lineage.evaluation.sections import wrong_captions
 
 Verdict = dict[str, bool]
@@ -22,7 +22,7 @@ def rows(count: int, width: int = 4, seed: int = 0, shift: float = 0.0) -> Tenso
 
 
 def prompt(tag: str, split: str = "test") -> Prompt:
-    return Prompt(tag, "a circle", (Wanted("circle"),), "easy", split)
+    return Prompt(tag, "a circle", (ObjectSpec("circle"),), "easy", split)
 
 
 def answer(strict: bool, **parts: bool) -> Verdict:
@@ -42,7 +42,7 @@ ANSWERS: list[tuple[Prompt, Verdict]] = [
 
 
 def test_composition_by_hand() -> None:
-    """Each task counts alike in `overall`; parts are shares of the prompts that ask for them."""
+    """Tasks have equal weight in `overall`; parts are shares of the prompts that mention them."""
     result = sections.composition(*zip(*ANSWERS, strict=True))
     assert list(result) == ["test", "heldout"]
     test, heldout = result["test"], result["heldout"]
@@ -63,8 +63,8 @@ def test_composition_by_hand() -> None:
     assert heldout["parts"]["relation"]["n"] == 2
 
 
-def test_composition_tells_tasks_in_their_order_and_no_empty_split() -> None:
-    """Tables of different runs can be laid side by side."""
+def test_composition_has_the_tasks_in_order_and_no_empty_split() -> None:
+    """So tables of different runs can be compared."""
     prompts = [prompt(tag) for tag in reversed(TASKS)]
     result = sections.composition(prompts, [answer(True)] * len(prompts))
     assert list(result) == ["test"]
@@ -83,32 +83,30 @@ NUMBERS = ("fid", "kid", "precision", "recall", "density", "coverage")
 
 @pytest.mark.parametrize(("real", "fake"), [(16, 200), (200, 16), (5, 5)])
 def test_too_few_pictures_give_a_reason_and_no_number(real: int, fake: int) -> None:
-    """With no more pictures than features the covariance is singular: FID would be a number that
-    means nothing.
-    """
+    """With no more pictures than features the covariance is singular, and FID means nothing."""
     result = sections.quality(rows(real, 16), rows(fake, 16, seed=1))
     assert set(result) == {"reason"}
     assert f"{min(real, fake)} pictures" in result["reason"] and "16 features" in result["reason"]
 
 
 @pytest.mark.parametrize(
-    ("real", "fake", "warned"),
+    ("real", "fake", "has_warning"),
     [(17, 200, True), (200, 159, True), (159, 200, True), (160, 160, False), (300, 200, False)],
 )
-def test_few_pictures_give_numbers_with_a_warning(real: int, fake: int, warned: bool) -> None:
+def test_few_pictures_give_numbers_with_a_warning(real: int, fake: int, has_warning: bool) -> None:
     result = sections.quality(rows(real, 16), rows(fake, 16, seed=1))
     assert set(result) - {"warning"} == set(NUMBERS)
-    assert ("warning" in result) == warned
-    if warned:
+    assert ("warning" in result) == has_warning
+    if has_warning:
         assert f"{min(real, fake)} pictures for 16 features" in result["warning"]
 
 
-def test_quality_takes_each_number_of_the_right_pictures() -> None:
-    """Precision and density speak of generated pictures, recall and coverage of real ones."""
+def test_each_score_of_quality_is_of_the_right_pictures() -> None:
+    """Precision and density are of generated pictures, recall and coverage of real ones."""
     real, fake = rows(90), rows(70, seed=1, shift=0.6)
     result = sections.quality(real, fake)
-    precision, recall = metrics.precision_recall(real, fake, 3)
-    density, coverage = metrics.density_coverage(real, fake, 5)
+    precision, recall = (v.mean().item() for v in metrics.precision_recall(real, fake, 3))
+    density, coverage = (v.mean().item() for v in metrics.density_coverage(real, fake, 5))
     expected = {
         "fid": (metrics.frechet_distance(real, fake), 70),
         "kid": (metrics.kernel_distance(real, fake), 70),
@@ -117,7 +115,7 @@ def test_quality_takes_each_number_of_the_right_pictures() -> None:
         "density": (density, 70),
         "coverage": (coverage, 90),
     }
-    assert len({round(value, 3) for value, _ in expected.values()}) == 6  # none stands for another
+    assert len({round(value, 3) for value, _ in expected.values()}) == 6  # all differ
     for name, (value, count) in expected.items():
         assert result[name]["value"] == pytest.approx(value, rel=1e-3), name
         assert result[name]["n"] == count, name
@@ -139,22 +137,22 @@ def test_worse_pictures_score_worse() -> None:
 # --- text fit --------------------------------------------------------------
 
 
-def test_wrong_captions_never_are_the_true_one() -> None:
-    """Many pictures share a caption; a rival with the true words would be a coin flip."""
+def test_wrong_captions_differ_from_the_true_one() -> None:
+    """Many pictures share a caption; a wrong one with the true words would be a coin flip."""
     captions = [f"caption {i % 150}" for i in range(400)]
     wrong = wrong_captions(captions)
     assert wrong.shape == (400, 99)
     for number, row in enumerate(wrong.tolist()):
-        rivals = [captions[i] for i in row]
-        assert captions[number] not in rivals
-        assert len(set(rivals)) == 99  # no rival stands there twice
-    assert len({captions[i] for i in wrong.flatten().tolist()}) == 150  # every caption is a rival
-    twins = wrong[0].tolist(), wrong[150].tolist()  # one caption, drawn for by itself
-    assert set(twins[0]) != set(twins[1])
+        others = [captions[i] for i in row]
+        assert captions[number] not in others
+        assert len(set(others)) == 99  # none occurs twice
+    assert len({captions[i] for i in wrong.flatten().tolist()}) == 150  # every caption is used
+    first, second = wrong[0].tolist(), wrong[150].tolist()  # of one caption
+    assert set(first) != set(second)
 
 
 @pytest.mark.parametrize(("different", "expected"), [(2, 1), (40, 39), (100, 99), (101, 99)])
-def test_wrong_captions_are_as_many_as_there_are(different: int, expected: int) -> None:
+def test_wrong_captions_are_at_most_all_others(different: int, expected: int) -> None:
     captions = [str(i % different) for i in range(2 * different + 1)]
     wrong = wrong_captions(captions)
     assert wrong.shape == (len(captions), expected)
@@ -177,7 +175,7 @@ def test_captions_that_are_all_the_same_give_a_reason() -> None:
 
 
 def test_text_fit_of_perfect_and_of_foreign_embeddings() -> None:
-    """1 where each picture lies at its caption, 1 in 100 where it lies at none."""
+    """1 if each picture is at its caption, 1 in 100 if it is at none."""
     captions = [f"caption {i}" for i in range(1000)]
     text = rows(1000, 32)
     perfect = sections.text_fit(3 * text, text, captions, "damsm")
@@ -193,10 +191,10 @@ def test_text_fit_of_perfect_and_of_foreign_embeddings() -> None:
 def test_text_fit_when_half_of_the_pictures_fit() -> None:
     captions = [f"caption {i}" for i in range(200)]
     text = rows(200, 32)
-    image = torch.cat([text[:100], -text[100:]])  # as far from their captions as can be
+    image = torch.cat([text[:100], -text[100:]])  # opposite to their captions
     result = sections.text_fit(image, text, captions, "clip")
     assert result["r_precision"]["value"] == 0.5
-    assert result["clip_score"]["value"] == 50.0  # 100 for half, and no less than 0 for the others
+    assert result["clip_score"]["value"] == 50.0  # 100 for half, and 0 for the others
 
 
 # --- diversity -------------------------------------------------------------
@@ -210,22 +208,24 @@ def test_diversity_by_hand() -> None:
     first = (5 + 5 + 10) / 3
     assert result["spread"]["value"] == pytest.approx(first / 2, rel=1e-3)
     assert result["spread"]["n"] == 2
-    of_real = ((2 + 2 + 4) / 3 + (0 + 1 + 1) / 3) / 2
-    assert result["spread_of_real"]["value"] == pytest.approx(of_real, rel=1e-3)
-    assert result["spread_against_real"]["value"] == pytest.approx(first / 2 / of_real, rel=1e-3)
+    real_spread = ((2 + 2 + 4) / 3 + (0 + 1 + 1) / 3) / 2
+    assert result["spread_of_real"]["value"] == pytest.approx(real_spread, rel=1e-3)
+    assert result["spread_against_real"]["value"] == pytest.approx(
+        first / 2 / real_spread, rel=1e-3
+    )
 
 
-def test_diversity_without_real_groups_says_so() -> None:
+def test_diversity_without_real_groups_has_a_reason() -> None:
     result = sections.diversity(torch.zeros(4, 3, 2), None)
     assert result["spread"]["value"] == 0.0
     assert result["spread_of_real"]["value"] is None and result["spread_of_real"]["reason"]
     assert "spread_against_real" not in result
 
 
-def test_diversity_falls_when_samples_are_alike() -> None:
+def test_diversity_is_low_for_similar_samples() -> None:
     real = torch.stack([rows(6, seed=i, shift=i) for i in range(12)])
-    alike = real[:, :1] + 0.01 * torch.stack([rows(6, seed=100 + i) for i in range(12)])
-    assert sections.diversity(alike, real)["spread_against_real"]["value"] < 0.05
+    similar = real[:, :1] + 0.01 * torch.stack([rows(6, seed=100 + i) for i in range(12)])
+    assert sections.diversity(similar, real)["spread_against_real"]["value"] < 0.05
     fresh = torch.stack([rows(6, seed=200 + i, shift=i) for i in range(12)])
     low, high = sections.diversity(fresh, real)["spread_against_real"]["interval"]
     assert low < 1 < high
@@ -235,12 +235,12 @@ def test_diversity_falls_when_samples_are_alike() -> None:
 
 
 def test_memorisation_by_hand() -> None:
-    """On a line: how near each picture lies to a training picture, against unseen real ones."""
+    """Points on a line: distances to training pictures, against those of unseen real ones."""
     train = torch.tensor([[0.0], [10.0]])
     unseen = torch.tensor([[1.0], [12.0], [16.0]])  # 1, 2 and 6 away
     fake = torch.tensor([[0.5], [8.5], [12.0], [-9.0]])  # 0.5, 1.5, 2 and 9 away
     result = sections.memorisation(train, unseen, fake)
-    shares = (1 + 2 / 3 + (1 / 3 + 1 / 6) + 0) / 4  # of unseen ones farther off, ties by half
+    shares = (1 + 2 / 3 + (1 / 3 + 1 / 6) + 0) / 4  # of unseen ones that are farther, ties by half
     assert result["nearer_than_unseen_real"]["value"] == pytest.approx(shares, rel=1e-3)
     assert result["nearer_than_unseen_real"]["n"] == 4
     assert result["distance"]["value"] == 3.25
@@ -248,8 +248,8 @@ def test_memorisation_by_hand() -> None:
     assert result["distance_of_unseen_real"]["n"] == 3
 
 
-def test_copies_are_told_from_fresh_pictures() -> None:
-    """1 for copies of training pictures, a half for pictures of the same world, 0 for others."""
+def test_memorisation_separates_copies_from_fresh_pictures() -> None:
+    """1 for copies of training pictures, a half for fresh ones of the same data, 0 for others."""
     train, unseen = rows(400), rows(300, seed=1)
     copies = sections.memorisation(train, unseen, train[:200])
     assert copies["nearer_than_unseen_real"]["value"] == 1.0

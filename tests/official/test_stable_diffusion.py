@@ -11,29 +11,36 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lineage
-from lineage.diffusion.ldm import KLAutoencoder, KLConfig
-from lineage.diffusion.networks.unet import UNet, UNetConfig
+from lineage.diffusion.ldm import KLAutoencoder
+from lineage.diffusion.networks.unet import UNet, UNetConfig, make_unet
 from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig
+from lineage.official.adm_unet import official_names
 from lineage.official.importing import import_weights
-from lineage.official.paper_size import of_autoencoder
+from lineage.official.ldm import kl_config
 from lineage.official.stable_diffusion import original_autoencoder, original_unet
-from lineage.official.unets import unet_names
-from lineage.training.store import read_json
+from lineage.training.store import load_tensors, read_json
 
-TEXT = 24  # width of the words
+WORD_DIM = 24
 UNET = UNetConfig(
-    32,
-    (1, 2),
-    2,
-    (0, 1),
-    8,
+    channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=2,
+    attention_levels=(0, 1),
+    num_heads=8,
     conditioning="transformer",
-    padding=True,
-    groups=32,
+    attend_padding=True,
+    norm_groups=32,
     dropout=0.0,
 )
-VAE = KLConfig(AutoencoderConfig(32, (1, 2, 2), 1, (), 256, 4), 4, adversary=0.0, perceptual=0.0)
+VAE = kl_config(
+    AutoencoderConfig(
+        channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), z_channels=4
+    ),
+    latent_channels=4,
+)
+
+Networks = tuple[UNet, KLAutoencoder]
 
 
 def moved(module: nn.Module) -> nn.Module:
@@ -46,26 +53,32 @@ def moved(module: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def networks() -> tuple[UNet, KLAutoencoder]:
+def networks() -> Networks:
     torch.manual_seed(0)
-    unet, vae = moved(UNet(UNET, TEXT, 4)), moved(KLAutoencoder(VAE))
+    unet, vae = moved(make_unet(UNET, WORD_DIM, WORD_DIM, 4, 4)), moved(KLAutoencoder(VAE))
     assert isinstance(unet, UNet) and isinstance(vae, KLAutoencoder)
     return unet, vae
 
 
+def vae_name(key: str) -> str:
+    """CompVis' name of a tensor of the autoencoder above, which has three levels."""
+    part, _, inner = key.partition(".")
+    if part == "encoder":
+        return key.replace(".resample.", ".downsample.")
+    inner = inner.replace(".resample.", ".upsample.")
+    return f"{part}." + re.sub(r"^up\.(\d)\.", lambda m: f"up.{2 - int(m[1])}.", inner)
+
+
 def original(unet: UNet, vae: KLAutoencoder) -> dict[str, Tensor]:
     """Both under the names of a checkpoint."""
-    state: dict[str, Tensor] = {}
-    for key, tensor in unet.state_dict().items():
-        parts = unet_names(unet)[key]
-        for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
-            state[f"model.diffusion_model.{part}"] = rows.clone()
+    names = official_names(unet.state_dict())
+    state = {
+        f"model.diffusion_model.{names[key]}": tensor.clone()
+        for key, tensor in unet.state_dict().items()
+    }
     for key, tensor in vae.state_dict().items():
-        part, _, inner = key.partition(".")
-        if part in ("encoder", "decoder"):
-            state[f"first_stage_model.{of_autoencoder(inner, 3, part)}"] = tensor.clone()
-        elif key != "steps":
-            state[f"first_stage_model.{key}"] = tensor.clone()
+        if key != "step":
+            state[f"first_stage_model.{vae_name(key)}"] = tensor.clone()
     state["cond_stage_model.transformer.text_model.final_layer_norm.weight"] = torch.ones(3)
     return state
 
@@ -99,12 +112,12 @@ def in_diffusers(key: str) -> str:
         table = {1: (0, 0), 2: (0, 1), 4: (1, 0), 5: (1, 1)}
         if number == "3":
             return f"down_blocks.0.downsamplers.0.{rest.replace('op', 'conv')}"
-        level, place = table[int(number)]
-        return f"down_blocks.{level}.{('resnets', 'attentions')[int(part)]}.{place}.{rest}"
-    level, place = divmod(int(number), 3)
+        level, block = table[int(number)]
+        return f"down_blocks.{level}.{('resnets', 'attentions')[int(part)]}.{block}.{rest}"
+    level, block = divmod(int(number), 3)
     if part == "2":
         return f"up_blocks.{level}.upsamplers.0.{rest}"
-    return f"up_blocks.{level}.{('resnets', 'attentions')[int(part)]}.{place}.{rest}"
+    return f"up_blocks.{level}.{('resnets', 'attentions')[int(part)]}.{block}.{rest}"
 
 
 def vae_in_diffusers(key: str, tensor: Tensor) -> tuple[str, Tensor]:
@@ -127,9 +140,7 @@ def vae_in_diffusers(key: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, networks: tuple[UNet, KLAutoencoder]
-) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, networks: Networks) -> Path:
     """A file of the original layout."""
     path = tmp_path_factory.mktemp("original") / "sd.safetensors"
     save_file(original(*networks), path)
@@ -137,7 +148,7 @@ def checkpoint(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, networks: tuple[UNet, KLAutoencoder]) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, networks: Networks) -> Path:
     """A folder of diffusers' layout."""
     path = tmp_path_factory.mktemp("diffusers")
     state = original(*networks)
@@ -153,24 +164,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory, networks: tuple[UNet, KLAut
     )
     for name, tensors in (("unet", unet), ("vae", vae)):
         (path / name).mkdir()
-        kept = {key: value.contiguous() for key, value in tensors.items()}
-        save_file(kept, path / name / "diffusion_pytorch_model.safetensors")
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(contiguous, path / name / "diffusion_pytorch_model.safetensors")
     return path
 
 
 def test_the_original_layout_gives_the_networks_back(
-    checkpoint: Path, networks: tuple[UNet, KLAutoencoder], tmp_path: Path
+    checkpoint: Path, networks: Networks, tmp_path: Path
 ) -> None:
     note = import_weights("ldm", checkpoint, tmp_path / "run")
     assert "clip-vit-large-patch14" in note
-    system = lineage.load(tmp_path / "run")
+    loaded = lineage.load(tmp_path / "run").state_dict()
     unet, vae = networks
     for key, tensor in unet.state_dict().items():
-        assert torch.equal(system.network.state_dict()[key], tensor), key  # type: ignore[union-attr, operator]
+        assert torch.equal(loaded[f"network.{key}"], tensor), key
     for key, tensor in vae.state_dict().items():
-        if key != "steps":
-            assert torch.equal(system.autoencoder.state_dict()[key], tensor), key  # type: ignore[union-attr, operator]
-    assert float(system.scale) == pytest.approx(0.18215)  # type: ignore[arg-type]
+        if key != "step":
+            assert torch.equal(loaded[f"space.autoencoder.{key}"], tensor), key
+    assert loaded["space.scale"].item() == pytest.approx(0.18215)
 
 
 def test_both_layouts_give_the_same_run(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
@@ -181,37 +192,37 @@ def test_both_layouts_give_the_same_run(checkpoint: Path, folder: Path, tmp_path
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_the_names_of_diffusers_are_turned_back_one_to_one(
-    networks: tuple[UNet, KLAutoencoder],
-) -> None:
+def test_the_autoencoder_of_an_imported_run_can_be_taken(checkpoint: Path, tmp_path: Path) -> None:
+    """It is a finished stage, under its own name, for `--from autoencoder=RUN`."""
+    import_weights("ldm", checkpoint, tmp_path / "run")
+    stage = load_tensors(tmp_path / "run" / "stages" / "autoencoder" / "model.safetensors")
+    loaded = lineage.load(tmp_path / "run").state_dict()
+    assert stage and all(torch.equal(t, loaded[f"space.autoencoder.{n}"]) for n, t in stage.items())
+
+
+def test_the_names_of_diffusers_are_mapped_one_to_one(networks: Networks) -> None:
     state = original(*networks)
     unet = {
         k.removeprefix("model.diffusion_model."): v for k, v in state.items() if "diffusion" in k
     }
-    back = original_unet({in_diffusers(key): value for key, value in unet.items()})
-    assert back.keys() == unet.keys() and all(torch.equal(back[k], unet[k]) for k in unet)
+    again = original_unet({in_diffusers(key): value for key, value in unet.items()})
+    assert again.keys() == unet.keys() and all(torch.equal(again[k], unet[k]) for k in unet)
     vae = {k.removeprefix("first_stage_model."): v for k, v in state.items() if "first" in k}
-    theirs = dict(vae_in_diffusers(*item) for item in vae.items())
-    again = original_autoencoder(theirs)
+    again = original_autoencoder(dict(vae_in_diffusers(*item) for item in vae.items()))
     assert again.keys() == vae.keys() and all(torch.equal(again[k], vae[k]) for k in vae)
 
 
-def test_the_average_is_taken_where_there_is_one(
-    networks: tuple[UNet, KLAutoencoder], tmp_path: Path
-) -> None:
+def test_averaged_weights_are_preferred(networks: Networks, tmp_path: Path) -> None:
     state = original(*networks)
-    key = "time_embed.0.weight"
-    average = torch.full_like(state[f"model.diffusion_model.{key}"], 0.25)
-    state["model_ema.diffusion_modeltime_embed0weight"] = average
+    averaged = torch.full_like(state["model.diffusion_model.time_embed.0.weight"], 0.25)
+    state["model_ema.diffusion_modeltime_embed0weight"] = averaged
     torch.save({"state_dict": state, "global_step": 3}, tmp_path / "sd.ckpt")
     import_weights("ldm", tmp_path / "sd.ckpt", tmp_path / "run")
     loaded = lineage.load(tmp_path / "run").state_dict()
-    assert torch.equal(loaded["network.time.0.weight"], average)
+    assert torch.equal(loaded["network.time_embed.0.weight"], averaged)
 
 
-def test_half_precision_becomes_single(
-    networks: tuple[UNet, KLAutoencoder], tmp_path: Path
-) -> None:
+def test_half_precision_becomes_single(networks: Networks, tmp_path: Path) -> None:
     state = {key: value.half() for key, value in original(*networks).items()}
     save_file(state, tmp_path / "sd.safetensors")
     import_weights("ldm", tmp_path / "sd.safetensors", tmp_path / "run")
@@ -219,7 +230,7 @@ def test_half_precision_becomes_single(
     assert {t.dtype for t in loaded.values() if t.is_floating_point()} == {torch.float32}
 
 
-def test_a_folder_of_clip_beside_the_file_reads_the_captions(
+def test_a_folder_of_clip_beside_the_file_is_the_text_encoder(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "clip").mkdir()
@@ -228,9 +239,7 @@ def test_a_folder_of_clip_beside_the_file_reads_the_captions(
 
 
 @pytest.mark.parametrize("part", ["model.diffusion_model.", "first_stage_model."])
-def test_a_part_that_is_missing_is_named(
-    part: str, networks: tuple[UNet, KLAutoencoder], tmp_path: Path
-) -> None:
+def test_a_missing_part_is_named(part: str, networks: Networks, tmp_path: Path) -> None:
     state = {k: v for k, v in original(*networks).items() if not k.startswith(part)}
     save_file(state, tmp_path / "sd.safetensors")
     with pytest.raises(UserError, match=re.escape(part)):
@@ -238,9 +247,7 @@ def test_a_part_that_is_missing_is_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tensor_that_is_missing_is_named(
-    networks: tuple[UNet, KLAutoencoder], tmp_path: Path
-) -> None:
+def test_a_missing_tensor_is_named(networks: Networks, tmp_path: Path) -> None:
     state = original(*networks)
     del state["model.diffusion_model.out.2.bias"]
     save_file(state, tmp_path / "sd.safetensors")
@@ -248,7 +255,7 @@ def test_a_tensor_that_is_missing_is_named(
         import_weights("ldm", tmp_path / "sd.safetensors", tmp_path / "run")
 
 
-def test_a_folder_without_weights_and_too_many_files_are_told(
+def test_a_folder_without_weights_and_too_many_files_are_named(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty" / "unet").mkdir(parents=True)
@@ -260,11 +267,11 @@ def test_a_folder_without_weights_and_too_many_files_are_told(
         import_weights("ldm", tmp_path, tmp_path / "run")
 
 
-def test_a_later_version_is_refused(networks: tuple[UNet, KLAutoencoder], tmp_path: Path) -> None:
+def test_a_later_version_is_refused(networks: Networks, tmp_path: Path) -> None:
     """Version 2 has layers where version 1 has 1 x 1 convolutions."""
     state = original(*networks)
-    key = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
-    state[key] = state[key][:, :, 0, 0].contiguous()
+    for key in [key for key in state if key.endswith("proj_in.weight")]:
+        state[key] = state[key][:, :, 0, 0].contiguous()
     save_file(state, tmp_path / "sd.safetensors")
     with pytest.raises(UserError, match="only v1"):
         import_weights("ldm", tmp_path / "sd.safetensors", tmp_path / "run")

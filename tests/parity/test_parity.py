@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lineage.official.reference import read_reference
@@ -31,17 +29,8 @@ NAMES = (
 )
 NOT_COVERED = ("clip_hf_text",)
 
-Change = Callable[[dict[str, Tensor], dict[str, str]], None]
-
-
-def changed_copy(name: str, path: Path, change: Change) -> Path:
-    """A copy of a reference file whose tensors and metadata are changed in place by `change`."""
-    with safe_open(HERE / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata())
-    change(tensors, metadata)
-    save_file(tensors, path, metadata)
-    return path
+Copy = Callable[..., Path]
+"""(name, change) -> a changed copy of a reference file."""
 
 
 def outputs_of(name: str) -> list[str]:
@@ -92,7 +81,7 @@ def test_the_page_names_every_file_and_its_versions() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_file_may_hold_fewer_outputs(name: str, part: int, tmp_path: Path) -> None:
+def test_a_file_may_hold_fewer_outputs(name: str, part: int, changed_copy: Copy) -> None:
     """Every third output, and only what they need is computed."""
     rest = set(outputs_of(name)[part::3])
 
@@ -101,13 +90,13 @@ def test_a_file_may_hold_fewer_outputs(name: str, part: int, tmp_path: Path) -> 
             if key.startswith("output/") and key.removeprefix("output/") not in rest:
                 del tensors[key]
 
-    (check,) = verify([changed_copy(name, tmp_path / "file.safetensors", shorten)])
+    (check,) = verify([changed_copy(name, shorten)])
     assert {output.name for output in check.outputs} == rest
     assert check.passed, [(o.name, o.reason) for o in check.outputs if not o.passed]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_renamed_file_is_recognised_by_its_source(name: str, tmp_path: Path) -> None:
+def test_a_renamed_file_is_recognised_by_its_source(name: str, changed_copy: Copy) -> None:
     """Without the name of the system in its metadata."""
 
     def anonymise(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -117,7 +106,7 @@ def test_a_renamed_file_is_recognised_by_its_source(name: str, tmp_path: Path) -
             if key.startswith("output/") and key != f"output/{first}":
                 del tensors[key]
 
-    (check,) = verify([changed_copy(name, tmp_path / "numbers.safetensors", anonymise)])
+    (check,) = verify([changed_copy(name, anonymise)])
     assert check.system == name and check.passed
 
 
@@ -137,19 +126,19 @@ def test_a_renamed_file_is_recognised_by_its_source(name: str, tmp_path: Path) -
     ],
 )
 def test_a_missing_input_fails_only_the_outputs_that_need_it(
-    name: str, key: str, affected: str, tmp_path: Path
+    name: str, key: str, affected: str, changed_copy: Copy
 ) -> None:
     def remove(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         del tensors[key]
 
-    failed = failed_outputs(changed_copy(name, tmp_path / "file.safetensors", remove))
+    failed = failed_outputs(changed_copy(name, remove))
     assert failed and all(output.startswith(affected) for output in failed)
     others = {output for output in outputs_of(name) if not output.startswith(affected)}
     assert others and not failed & others
 
 
 @pytest.mark.parametrize("name", ["gpt2", "taming_mingpt"])
-def test_a_missing_weight_fails_the_outputs_of_its_network(name: str, tmp_path: Path) -> None:
+def test_a_missing_weight_fails_the_outputs_of_its_network(name: str, changed_copy: Copy) -> None:
     """Weights are loaded strictly."""
 
     def remove(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -157,12 +146,12 @@ def test_a_missing_weight_fails_the_outputs_of_its_network(name: str, tmp_path: 
             min(key for key in tensors if key.endswith("0.mlp.0.weight") or ".ln_1." in key)
         ]
 
-    failed = failed_outputs(changed_copy(name, tmp_path / "file.safetensors", remove))
+    failed = failed_outputs(changed_copy(name, remove))
     assert failed == set(outputs_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_wrong_number_fails_alone(name: str, tmp_path: Path) -> None:
+def test_a_wrong_number_fails_alone(name: str, changed_copy: Copy) -> None:
     """An error of three times the tolerance, at the largest entry of one output."""
     reference = read_reference(HERE / f"{name}.safetensors")
     chosen = max(
@@ -176,11 +165,11 @@ def test_a_wrong_number_fails_alone(name: str, tmp_path: Path) -> None:
         largest = int(torch.where(values.isfinite(), values, 0).abs().argmax())
         values[largest] *= 1 + 3 * limit
 
-    assert failed_outputs(changed_copy(name, tmp_path / "file.safetensors", disturb)) == {chosen}
+    assert failed_outputs(changed_copy(name, disturb)) == {chosen}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "taming_mingpt"])
-def test_a_wrong_weight_is_noticed(name: str, tmp_path: Path) -> None:
+def test_a_wrong_weight_is_noticed(name: str, changed_copy: Copy) -> None:
     """One entry in ten thousand, changed by a tenth of the matrix's deviation."""
 
     def disturb(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -190,18 +179,18 @@ def test_a_wrong_weight_is_noticed(name: str, tmp_path: Path) -> None:
         )
         tensors[key][0, 0] += 0.1 * tensors[key].std()
 
-    assert "logits" in failed_outputs(changed_copy(name, tmp_path / "file.safetensors", disturb))
+    assert "logits" in failed_outputs(changed_copy(name, disturb))
 
 
-def test_an_output_that_no_class_computes_fails_alone(tmp_path: Path) -> None:
+def test_an_output_that_no_class_computes_fails_alone(changed_copy: Copy) -> None:
     def add(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         tensors["output/temperature"] = torch.ones(3)
 
-    failed = failed_outputs(changed_copy("vq_ema", tmp_path / "file.safetensors", add))
+    failed = failed_outputs(changed_copy("vq_ema", add))
     assert failed == {"temperature"}
 
 
-def test_a_number_of_steps_in_a_name_is_read(tmp_path: Path) -> None:
+def test_a_number_of_steps_in_a_name_is_read(changed_copy: Copy) -> None:
     """`discrete/sigmas_n8` is a part of what `n5` would be computed from."""
 
     def rename(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -212,10 +201,10 @@ def test_a_number_of_steps_in_a_name_is_read(tmp_path: Path) -> None:
         ends = sigmas[[0, -2, -1]]  # two noise levels: the highest, the lowest, then 0
         tensors["output/discrete/sigmas_n2"] = ends
 
-    assert not failed_outputs(changed_copy("k_diffusion", tmp_path / "file.safetensors", rename))
+    assert not failed_outputs(changed_copy("k_diffusion", rename))
 
 
-def test_a_subset_of_rows_in_a_name_is_read(tmp_path: Path) -> None:
+def test_a_subset_of_rows_in_a_name_is_read(changed_copy: Copy) -> None:
     """The kernel distance of all rows is that of the first 200 of both."""
 
     def rename(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -224,7 +213,7 @@ def test_a_subset_of_rows_in_a_name_is_read(tmp_path: Path) -> None:
             del tensors[key]
         tensors["output/kid_unbiased_first_200"] = value
 
-    assert not failed_outputs(changed_copy("metrics", tmp_path / "file.safetensors", rename))
+    assert not failed_outputs(changed_copy("metrics", rename))
 
 
 def test_shapes_in_the_metadata_are_those_of_the_tensors() -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import NonNegativeInt, PositiveInt, configuration
+from lineage.config import NonNegativeInt, PositiveFloat, PositiveInt, configuration
 from lineage.diffusion.networks.layers import timestep_embedding, zero_module
 from lineage.errors import UserError
 from lineage.nn.attention import Attention
@@ -45,6 +45,7 @@ class DiTConfig:
         depth: Number of blocks.
         num_heads: Number of heads of each attention.
         patch_size: P, side of a patch of latents.
+        mlp_ratio: Width inside the MLPs, as a multiple of `width`.
         max_words: Number of words before the patches, at most; longer captions are cut. 0 leaves
             the text to the sentence.
         gelu: Kind of GELU: `tanh`, as the authors', or `exact`.
@@ -54,6 +55,7 @@ class DiTConfig:
     depth: PositiveInt = 28
     num_heads: PositiveInt = 16
     patch_size: PositiveInt = 2
+    mlp_ratio: PositiveFloat = 4.0
     max_words: NonNegativeInt = 64
     gelu: Literal["tanh", "exact"] = "tanh"
 
@@ -98,13 +100,13 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        width = config.width
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.norm1, self.norm2 = (
             nn.LayerNorm(width, elementwise_affine=False, eps=EPSILON) for _ in range(2)
         )
         self.attn = Attention(width, config.num_heads)
         gelu = nn.GELU("tanh" if config.gelu == "tanh" else "none")
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), gelu, nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), gelu, nn.Linear(hidden, width))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -176,7 +178,7 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]
         for layer in (self.time_embed[0], self.time_embed[2], self.sentence_proj):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         if self.word_pos_emb is not None:
             nn.init.normal_(self.word_pos_emb.weight, std=0.02)
 

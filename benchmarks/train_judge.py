@@ -1,4 +1,6 @@
-"""Training of the judge: `python -m lineage.evaluation.judge_training --out FILE`.
+"""Train the judge, whose weights come with the package.
+
+    python benchmarks/train_judge.py --out lineage/evaluation/weights/judge.safetensors
 
 The pictures are scenes of every level at sizes from 16 to 64 pixels, with any shapes and colours
 (nothing is held out from a judge). Half of them are blurred, noisy or paler, as generated pictures
@@ -6,7 +8,7 @@ are; a third are slightly warped. In a third of them one object is corrupted and
 half or patches of it are missing or of another shape, or it is overlaid with another shape. Some
 pictures are empty, of any colours.
 
-The weights in the package are those of the default settings (about half an hour on one core).
+The weights in the package are those of the default settings, half an hour on one core.
 """
 
 from __future__ import annotations
@@ -235,8 +237,8 @@ def ema_update(average: Judge, judge: Judge, decay: float) -> None:
 
 def main() -> None:
     """Train and save."""
-    parser = argparse.ArgumentParser(prog="python -m lineage.evaluation.judge_training")
-    parser.add_argument("--out", type=Path, default=Path("judge.safetensors"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
