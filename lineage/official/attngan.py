@@ -32,7 +32,7 @@ from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.conditional_discriminator import ConditionalDiscriminator
 from lineage.official.importing import CheckpointFile, Imported
-from lineage.official.stackgan import RecordedNoise, crop, enlarged, recorded_text
+from lineage.official.stackgan import RecordedNoise, RecordedText, crop, enlarged
 from lineage.official.verify import NotComputed, Verifier, output
 from lineage.recipes.attngan import PRESETS
 from lineage.text.contract import TextFeatures
@@ -267,7 +267,7 @@ class AttnGANOutputs(Verifier):
     def system(self, config: AttnGANConfig, image: ImageFeatures | None = None) -> AttnGAN:
         """Our system in evaluation mode; its image encoder returns `image`."""
         damsm = SimpleNamespace(
-            text=recorded_text(self.width), image_encoder=Recorded(image), config=self.damsm_config
+            text=RecordedText(self.width), image_encoder=Recorded(image), config=self.damsm_config
         )
         return AttnGAN(config, cast(DAMSM, damsm), self.size).eval()
 
@@ -305,7 +305,7 @@ class AttnGANOutputs(Verifier):
 
     @output(r"D_NET(\d+)_loss")
     def discriminator_loss(self, side: str) -> Tensor:
-        """The turn of one discriminator in our training step, on given pictures."""
+        """The turn of one discriminator in our training step, on pictures of the file."""
         system = self.system(self.gan_config)
         system.generator = cast(Generator, Recorded(self.fakes()))
         disc = system.discs()[system.sides.index(int(side))]
@@ -318,7 +318,7 @@ class AttnGANOutputs(Verifier):
 
     @output("generator_loss_total")
     def generator_loss(self) -> Tensor:
-        """The generator's terms in our training step, without KL, on given pictures."""
+        """The generator's terms in our training step, without KL, on pictures of the file."""
         fakes = self.fakes()
         text, image, classes = self.damsm_pairs(len(fakes.mu))
         system = self.system(self.gan_config, image)

@@ -59,11 +59,12 @@ class RecordedNoise(NoiseStreams):
         return next(self._noise)
 
 
-def recorded_text(dim: int) -> TextEncoder:
+class RecordedText(TextEncoder):
     """Placeholder for an encoder whose features are inputs of a reference file."""
-    text = TextEncoder()  # type: ignore[abstract]
-    text.word_dim = text.sentence_dim = dim
-    return text
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.word_dim = self.sentence_dim = dim
 
     def encode(self, captions: list[str]) -> TextFeatures:
         raise NotComputed("the file holds features, and no encoder")
@@ -113,7 +114,7 @@ class StackGANOutputs(Verifier):
 
     @cached_property
     def stage1(self) -> StageOne:
-        system = StageOne(self.gan_config, recorded_text(self.config["TEXT.DIMENSION"]))
+        system = StageOne(self.gan_config, RecordedText(self.config["TEXT.DIMENSION"]))
         self._load(system.generator, "STAGE1_G")
         return system.eval()
 
