@@ -326,6 +326,8 @@ class StageOne(StackGANStage):
         text: Trained text encoder, which stays as it is.
     """
 
+    generator: StageOneGenerator
+
     def __init__(self, config: StackGANConfig, text: TextEncoder) -> None:
         generator = StageOneGenerator(config, text.sentence_dim)
         super().__init__(config, text, generator, config.stage1_size, unconditional=False)
@@ -347,6 +349,8 @@ class StageTwo(StackGANStage):
         stage1: Finished stage I.
         size: Side S of the pictures.
     """
+
+    generator: StageTwoGenerator
 
     def __init__(self, config: StackGANConfig, stage1: StageOne, size: int) -> None:
         generator = StageTwoGenerator(config, stage1.text.sentence_dim, size)
