@@ -1,10 +1,10 @@
-"""Does inpainting change what it should, and nothing else?
+"""Inpainting: does it change what it should, and nothing else?
 
     python benchmarks/editing.py runs/ddpm --out results/ddpm/editing
 
-Real pictures of one object of a named colour. The object's surroundings are masked, and the caption
-asks for another object in another colour; the judge says whether it is there. What is not masked is
-compared bit by bit.
+Real pictures show one object of a named colour. The object and a margin around it are masked, and
+the caption asks for another object in another colour; the judge decides whether it is there. Pixels
+outside the mask are compared bit by bit.
 """
 
 from __future__ import annotations
@@ -22,75 +22,87 @@ from lineage.data.contract import to_bytes, to_unit
 from lineage.data.shapes import LEVELS
 from lineage.evaluation.cost import machine
 from lineage.evaluation.judge import Judge, verdict
-from lineage.evaluation.prompts import make_prompts
-from lineage.evaluation.scenes import draw, plan
+from lineage.evaluation.prompts import Prompt, make_prompts
+from lineage.evaluation.scenes import draw_scenes, scene_spec
 from lineage.runs import save_picture
 from lineage.sheets import sheet
 from lineage.training.store import write_json
 
-MARGIN = 3  # pixels about the object that are painted anew too
+MARGIN = 3
+"""Number of pixels around the object that are masked too."""
+SHEET_ROWS = 8
 
 
-def surroundings(images: Tensor) -> Tensor:
-    """(B, 3, S, S) bytes -> (B, 1, S, S) bool: the box of what is not ground, and a margin."""
-    ground = images.flatten(2).float().median(2).values[..., None, None]
-    thing = ((images.float() - ground).abs().amax(1, keepdim=True) > 40).float()
-    rows, columns = thing.amax(3, keepdim=True), thing.amax(2, keepdim=True)
+def object_masks(images: Tensor) -> Tensor:
+    """Pictures (B, 3, S, S) of bytes -> masks (B, 1, S, S): the object's box and a margin."""
+    background = images.flatten(2).float().median(2).values[..., None, None]
+    differs = ((images.float() - background).abs().amax(1, keepdim=True) > 40).float()
+    rows, columns = differs.amax(3, keepdim=True), differs.amax(2, keepdim=True)
 
-    def filled(line: Tensor, dim: int) -> Tensor:
+    def fill(line: Tensor, dim: int) -> Tensor:
+        """Ones from the first to the last."""
         from_start = line.cummax(dim).values
         from_end = line.flip(dim).cummax(dim).values.flip(dim)
         return from_start * from_end
 
-    box = filled(rows, 2) * filled(columns, 3)
+    box = fill(rows, 2) * fill(columns, 3)
     return F.max_pool2d(box, 2 * MARGIN + 1, 1, MARGIN) > 0
+
+
+def other_prompts(prompts: list[Prompt], rng: np.random.Generator) -> list[Prompt]:
+    """For each prompt, one with another shape and another colour."""
+    others = []
+    for prompt in prompts:
+        own = prompt.include[0]
+        differ = [
+            other
+            for other in prompts
+            if other.include[0].shape != own.shape and other.include[0].colour != own.colour
+        ]
+        others.append(differ[rng.integers(len(differ))])
+    return others
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
-    options = parser.parse_args()
-    system, judge = lineage.load(options.run), Judge.load()
+    arguments = parser.parse_args()
+    system, judge = lineage.load(arguments.run), Judge.load()
     prompts = [p for p in make_prompts("easy") if p.tag == "colors" and p.split == "test"]
-    chance = np.random.default_rng(0)
-    real = torch.from_numpy(
-        draw(LEVELS["easy"], [plan(p, chance) for p in prompts], 0, system.size)
-    )
-    wanted = []
-    for prompt in prompts:
-        own = prompt.include[0]
-        others = [
-            p
-            for p in prompts
-            if p.include[0].shape != own.shape and p.include[0].colour != own.colour
-        ]
-        wanted.append(others[chance.integers(len(others))])
-    masks, images = surroundings(real), to_unit(real)
-    edited = system.edit([p.prompt for p in wanted], images, mask=masks)
-    kept = bool(torch.equal(edited[~masks.expand_as(edited)], images[~masks.expand_as(images)]))
-    right = [verdict(r, p) for r, p in zip(judge.read(to_bytes(edited)), wanted, strict=True)]
-    before = [verdict(r, p) for r, p in zip(judge.read(real), wanted, strict=True)]
+    rng = np.random.default_rng(0)
+    specs = [scene_spec(prompt, rng) for prompt in prompts]
+    real = torch.from_numpy(draw_scenes(LEVELS["easy"], specs, 0, system.size))
+    targets = other_prompts(prompts, rng)
+    masks, images = object_masks(real), to_unit(real)
+    edited = system.generate([target.prompt for target in targets], image=images, mask=masks)
+    outside = ~masks.expand_as(images)
+
+    def verdicts(pictures: Tensor) -> list[dict[str, bool]]:
+        detections = judge.detect(pictures)
+        return [verdict(d, target) for d, target in zip(detections, targets, strict=True)]
+
+    after, before = verdicts(to_bytes(edited)), verdicts(real)
     document = {
-        "run": options.run.name,
+        "run": arguments.run.name,
         "pictures": len(prompts),
-        "outside_unchanged": kept,
+        "outside_unchanged": bool(torch.equal(edited[outside], images[outside])),
         "masked_share": float(masks.float().mean()),
-        "exact": float(np.mean([v["strict"] for v in right])),
-        "colour": float(np.mean([v["colour"] for v in right])),
-        "object": float(np.mean([v["object"] for v in right])),
+        "exact": float(np.mean([v["strict"] for v in after])),
+        "colour": float(np.mean([v["colour"] for v in after])),
+        "object": float(np.mean([v["object"] for v in after])),
         "exact_before": float(np.mean([v["strict"] for v in before])),
         "machine": machine(),
     }
     print(document)
-    write_json(options.out.with_suffix(".json"), document)
-    shown: list[Tensor] = []
-    texts: list[str] = []
-    for number in range(8):
-        hole = torch.where(masks[number], torch.tensor(128, dtype=torch.uint8), real[number])
-        shown += [real[number], hole, to_bytes(edited[number])]
-        texts += [prompts[number].prompt, "masked", wanted[number].prompt]
-    save_picture(sheet(shown, texts, 6), options.out.with_suffix(".png"))
+    write_json(arguments.out.with_suffix(".json"), document)
+    pictures: list[Tensor] = []
+    labels: list[str] = []
+    for number in range(SHEET_ROWS):
+        masked = torch.where(masks[number], torch.tensor(128, dtype=torch.uint8), real[number])
+        pictures += [real[number], masked, to_bytes(edited[number])]
+        labels += [prompts[number].prompt, "masked", targets[number].prompt]
+    save_picture(sheet(pictures, labels, 6), arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

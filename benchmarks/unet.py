@@ -1,13 +1,13 @@
-"""The UNet's speed against diffusers' UNet2DConditionModel of the same sizes and weights.
+"""Speed of the UNet against diffusers' UNet2DConditionModel of the same sizes and weights.
 
     pip install diffusers transformers
     python benchmarks/unet.py
 
-All in one run, in turn, the median of each; first that both give the same pictures.
+All in one run, in turn, the median of each; first, both must give the same pictures.
 
-    sampling   20 DDIM steps at batch 16: diffusers' UNet with its DDIMScheduler, and ours with ours
-    training   a step at batch 32: noising, forward, mean square, backward, AdamW; in float32, and
-               both under the autocast that the package trains in
+    sampling   20 DDIM steps at batch 16: diffusers' UNet with its DDIMScheduler, ours with ours
+    training   a step at batch 32: noise, forward, mean square, backward, AdamW; in float32, and
+               both under the autocast that the package trains with
 """
 
 from __future__ import annotations
@@ -22,25 +22,31 @@ import torch.nn.functional as F
 from prior import medians
 from torch import Tensor
 
-from lineage.diffusion.networks.unet import UNet, UNetConfig
+from lineage.diffusion.networks.unet import UNet, UNetConfig, make_unet
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import ddim
-from lineage.diffusion.samplers.k_diffusion import Estimate
-from lineage.diffusion.schedules import Path as Levels
-from lineage.diffusion.schedules import Point, leading_times
+from lineage.diffusion.samplers.base import Estimate
+from lineage.diffusion.schedules import (
+    NO_NOISE,
+    NoiseLevel,
+    SamplingSchedule,
+    leading_timesteps,
+)
 from lineage.evaluation.cost import machine
 from lineage.nn.noise import NoiseStreams
-from lineage.official.stable_diffusion import original_unet
-from lineage.official.unets import gathered, unet_names
+from lineage.official.adm_unet import text_features
+from lineage.official.stable_diffusion import our_unet
 from lineage.text.contract import TextFeatures
 from lineage.training.machine import autocast
 from lineage.training.store import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
-WIDTH, MULTIPLIERS, TEXT, WORDS, SIDE, HEADS, STEPS = 32, (1, 2, 3), 64, 16, 32, 4, 20
+CHANNELS, CHANNEL_MULT, WORD_DIM, WORDS, SIDE, NUM_HEADS = 32, (1, 2, 3), 64, 16, 32, 4
+STEPS = 20
+PROCESS = Process(ProcessConfig(schedule="linear", prediction="noise"))
 
 
-def both() -> tuple[UNet, Any]:
+def make_both() -> tuple[UNet, Any]:
     """Ours and theirs, with the same weights."""
     from diffusers import UNet2DConditionModel
 
@@ -51,46 +57,41 @@ def both() -> tuple[UNet, Any]:
         out_channels=3,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=tuple(WIDTH * m for m in MULTIPLIERS),
+        block_out_channels=tuple(CHANNELS * m for m in CHANNEL_MULT),
         layers_per_block=1,
-        cross_attention_dim=TEXT,
-        attention_head_dim=HEADS,  # the number of heads, whatever it is called
+        cross_attention_dim=WORD_DIM,
+        attention_head_dim=NUM_HEADS,  # the number of heads, despite its name
     )
     config = UNetConfig(
-        WIDTH,
-        MULTIPLIERS,
-        1,
-        (1, 2),
-        HEADS,
+        channels=CHANNELS,
+        channel_mult=CHANNEL_MULT,
+        num_res_blocks=1,
+        attention_levels=(1, 2),
+        num_heads=NUM_HEADS,
         conditioning="transformer",
-        padding=True,
-        groups=32,
+        attend_padding=True,
+        norm_groups=32,
         dropout=0.0,
     )
-    ours = UNet(config, TEXT)
-    ours.load_state_dict(gathered(unet_names(ours), original_unet(theirs.state_dict())))
+    ours = make_unet(config, WORD_DIM, WORD_DIM)
+    ours.load_state_dict(our_unet(theirs.state_dict()))
     return ours, theirs
 
 
-def told(words: Tensor) -> TextFeatures:
-    mask = torch.ones(words.shape[:2], dtype=torch.bool)
-    return TextFeatures(words, mask, words.mean(1), mask.long())
+@torch.no_grad()
+def sample_ours(unet: UNet, x: Tensor, text: TextFeatures) -> Tensor:
+    levels = [PROCESS.level(t) for t in leading_timesteps(PROCESS.num_timesteps, STEPS)]
+
+    def denoise(x_t: Tensor, level: NoiseLevel) -> Estimate:
+        output = unet(x_t, torch.full((len(x_t),), level.timestep), text)
+        return Estimate(PROCESS.to_x0(output, x_t, level))
+
+    schedule = SamplingSchedule((*levels, NO_NOISE), PROCESS.level_at)
+    return ddim(denoise, x, schedule, NoiseStreams([]))
 
 
 @torch.no_grad()
-def sampled_ours(unet: UNet, x: Tensor, text: TextFeatures) -> Tensor:
-    process = Process(ProcessConfig(1000, "linear", "noise"))
-    points = [process.point(t) for t in leading_times(process.steps, STEPS)]
-
-    def denoise(noised: Tensor, level: Point) -> Estimate:
-        output = unet(noised, torch.full((len(noised),), level.time), text)
-        return Estimate(process.to_x0(output, noised, level))
-
-    return ddim(denoise, x, Levels((*points, Point(1.0, 0.0, 0.0)), process.at), NoiseStreams([]))
-
-
-@torch.no_grad()
-def sampled_theirs(unet: Any, x: Tensor, words: Tensor) -> Tensor:
+def sample_theirs(unet: Any, x: Tensor, words: Tensor) -> Tensor:
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
@@ -100,53 +101,54 @@ def sampled_theirs(unet: Any, x: Tensor, words: Tensor) -> Tensor:
     return x
 
 
-def step_of(
+def make_step(
     network: torch.nn.Module, forward: Callable[[Tensor, Tensor], Tensor], precision: str
 ) -> Callable[[], None]:
-    """One training step."""
-    optimiser = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
-    process = Process(ProcessConfig(1000, "linear", "noise"))
-    image, noise = torch.randn(32, 3, SIDE, SIDE), torch.randn(32, 3, SIDE, SIDE)
-    t = torch.randint(1000, (32,))
+    """A function that does one training step."""
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
+    image, eps = torch.randn(32, 3, SIDE, SIDE), torch.randn(32, 3, SIDE, SIDE)
+    t = torch.randint(PROCESS.num_timesteps, (32,))
 
     def step() -> None:
         with autocast(torch.device("cpu"), precision):
-            output = forward(process.noised(image, noise, t), t)
-        F.mse_loss(output.float(), noise).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+            output = forward(PROCESS.add_noise(image, eps, t), t)
+        F.mse_loss(output.float(), eps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
 def main() -> None:
-    ours, theirs = both()
-    x, words = torch.randn(16, 3, SIDE, SIDE), torch.randn(16, WORDS, TEXT)
-    pictures = [sampled_ours(ours.eval(), x, told(words)), sampled_theirs(theirs.eval(), x, words)]
-    differ = float((pictures[0] - pictures[1]).abs().max() / pictures[1].abs().max())
+    ours, theirs = make_both()
+    x, words = torch.randn(16, 3, SIDE, SIDE), torch.randn(16, WORDS, WORD_DIM)
+    text = text_features(words)
+    one, other = sample_ours(ours.eval(), x, text), sample_theirs(theirs.eval(), x, words)
+    difference = float((one - other).abs().max() / other.abs().max())
     document: dict[str, Any] = {
         "machine": machine(),
         "parameters": sum(p.numel() for p in ours.parameters()),
-        "pictures_differ": differ,
+        "pictures_differ": difference,
     }
     times = medians(
         {
-            "ours": lambda: sampled_ours(ours, x, told(words)),
-            "diffusers": lambda: sampled_theirs(theirs, x, words),
+            "ours": lambda: sample_ours(ours, x, text),
+            "diffusers": lambda: sample_theirs(theirs, x, words),
         },
         5,
     )
     document["sampling"] = times | {"ratio": times["ours"] / times["diffusers"]}
-    many = torch.randn(32, WORDS, TEXT)
+    words = torch.randn(32, WORDS, WORD_DIM)
+    text = text_features(words)
     for precision in ("fp32", "bf16"):
-        our_step = step_of(ours.train(), lambda x, t: ours(x, t, told(many)), precision)
-        their_step = step_of(
-            theirs.train(), lambda x, t: theirs(x, t, encoder_hidden_states=many).sample, precision
+        our_step = make_step(ours.train(), lambda x, t: ours(x, t, text), precision)
+        their_step = make_step(
+            theirs.train(), lambda x, t: theirs(x, t, encoder_hidden_states=words).sample, precision
         )
         times = medians({"ours": our_step, "diffusers": their_step}, 9)
         times["ratio"] = times["ours"] / times["diffusers"]
         document[f"training_{precision}"] = times
-    assert math.isfinite(differ)
+    assert math.isfinite(difference)
     print(document)
     write_json(RESULTS / "ldm" / "speed.json", document)
 

@@ -297,6 +297,8 @@ class DAMSM(Trainable):
         size: Side S of the pictures.
     """
 
+    text: TextEncoder
+
     def __init__(self, config: DAMSMConfig, text: TextEncoder, size: int) -> None:
         super().__init__()
         self.config, self.text = config, text

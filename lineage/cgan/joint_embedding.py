@@ -58,6 +58,8 @@ class JointEmbedding(Trainable):
             side halves.
     """
 
+    text: TextEncoder
+
     def __init__(
         self, text: TextEncoder, size: int, same: str = "class", channels: int = 32
     ) -> None:

@@ -1,10 +1,10 @@
 """Random numbers that do not depend on the batch they are drawn in.
 
-`NoiseStreams` gives each row a stream of its own, seeded by a seed and the picture's number, so that
-picture i of `generate` is the same alone and among others. `BatchNoise`, for a training step, has
-one stream for its whole batch, of which each process takes its rows: a resumed run repeats the same
-numbers, two processes that share a batch draw what one would, and one stream costs a fraction of
-one for each row.
+`NoiseStreams` gives each row a stream of its own, seeded by a seed and the picture's number, so
+that picture i of `generate` is the same alone and among others. `BatchNoise`, for a training step,
+has one stream for its whole batch, of which each process takes its rows: a resumed run repeats the
+same numbers, two processes that share a batch draw what one would, and one stream costs a fraction
+of one for each row.
 
 The numbers are drawn on the CPU and then moved, so that a GPU starts from the same noise.
 """

@@ -26,10 +26,13 @@ from lineage.attngan.damsm import InceptionRegions
 from lineage.cgan.stackgan import StackGANConfig, StageOneGenerator, StageTwoGenerator
 from lineage.diffusion.ldm import KLAutoencoder
 from lineage.diffusion.networks.dit import SIZES
-from lineage.diffusion.networks.unet import UNet
+from lineage.diffusion.networks.unet import make_unet
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder
 from lineage.nn.conditional_discriminator import ConditionalDiscriminator
+from lineage.official import dit
+from lineage.official.adm_unet import official_names, text_features
 from lineage.official.attngan import text_encoder
+from lineage.official.dit import dit_network
 from lineage.official.gpt2 import gpt2_state
 from lineage.official.verify import NotComputed, Verifier, output
 from lineage.recipes import ldm
@@ -291,29 +294,21 @@ def taming_vqgan(formula: Formula) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def gathered_by(formula: Formula, name: str, network: nn.Module, names: Names) -> None:
-    """Set the weights of a network by a map of official tensors, laid one behind the other."""
-    for key, tensor in network.state_dict().items():
-        parts = names.get(key, ())
-        for part, rows in zip(parts, tensor.chunk(max(1, len(parts))), strict=False):
-            rows.copy_(formula.weight(part, rows.shape, formula.gains[name]))
-
-
 def sd_unet(formula: Formula) -> dict[str, Tensor]:
-    """Stable Diffusion's UNet, as the `paper` preset of `ldm` has it."""
-    name, config = "sd_v1_unet", ldm.PRESETS["paper"].model.unet
-    unet = UNet(config, 768, 4)
-    gathered_by(formula, name, unet, unet_names(unet))
+    """Stable Diffusion's UNet, from the `paper` preset of `ldm`."""
+    unet = make_unet(ldm.PRESETS["paper"].model.unet, 768, 768, 4, 4)
+    names = official_names(unet.state_dict())
+    formula.fill(unet, "sd_v1_unet", names.__getitem__)
     x, context = formula.input("unet/x", 1, 4, 32, 32), formula.input("unet/context", 1, 77, 768)
-    return {"eps": unet.eval()(x, torch.full((1,), formula.config["sd_v1_unet_t"]), told(context))}
+    t = torch.full((1,), formula.config["sd_v1_unet_t"])
+    return {"eps": unet(x, t, text_features(context))}
 
 
 def sd_autoencoder(formula: Formula) -> dict[str, Tensor]:
-    """Its autoencoder."""
+    """Stable Diffusion's autoencoder."""
     name, config = "sd_v1_vae", ldm.PRESETS["paper"].autoencoder
-    autoencoder = KLAutoencoder(replace(config, adversary=0.0, perceptual=0.0)).eval()
-    levels = len(config.net.multipliers)
+    autoencoder = KLAutoencoder(replace(config, disc_weight=0.0, perceptual_weight=0.0)).eval()
+    levels = len(config.net.channel_mult)
     for prefix in ("encoder", "decoder"):
         part = autoencoder.get_submodule(prefix)
         formula.fill(part, name, partial(of_autoencoder, levels=levels, part=prefix))
@@ -321,43 +316,34 @@ def sd_autoencoder(formula: Formula) -> dict[str, Tensor]:
         part = autoencoder.get_submodule(prefix)
         formula.fill(part, name, lambda key, p=prefix: f"{p}.{key}")  # type: ignore[misc]
     image = formula.input("vae/image", 1, 3, 64, 64)
-    found = autoencoder.encode(image)
     moments = autoencoder.quant_conv(autoencoder.encoder(image))
-    return {"moments": moments, "decode_mean": autoencoder.decode(found.mean)}
+    mean = autoencoder.encode(image).mean
+    return {"moments": moments, "decode_mean": autoencoder.decode(mean)}
 
 
 def dit_xl(formula: Formula) -> dict[str, Tensor]:
-    """The largest DiT, told a class."""
-    name, size = "DiT-XL/2", dit_xl_sizes()
-    net = dit_network(size)
-    count, width = size["num_classes"] + 1, size["hidden_size"]
-    shapes: dict[str, tuple[int, ...]] = {"y_embedder.embedding_table.weight": (count, width)}
-    for number in range(size["depth"]):
-        shapes[f"blocks.{number}.attn.qkv.weight"] = (3 * width, width)
-        shapes[f"blocks.{number}.attn.qkv.bias"] = (3 * width,)
-    gathered_by(formula, name, net, dit_names(net))
-    gain = formula.gains[name]
-    made = {k: formula.weight(k, torch.Size(v), gain).float() for k, v in shapes.items()}
-    net.load_state_dict(dit_rest(net, made), strict=False)
-    one_hot = F.one_hot(torch.tensor([formula.config["dit_y"]]), count).float()
-    time = torch.full((1,), formula.config["dit_t"])
-    x = formula.input("dit/x", 1, 4, 32, 32)
-    return {"out": net(x, time, told(one_hot[:, None], one_hot))}
-
-
-def dit_xl_sizes() -> dict[str, int]:
-    """DiT-XL/2's arguments, for 1,000 classes."""
-    own = SIZES["XL"]
-    return {
-        "hidden_size": own["width"],
-        "depth": own["layers"],
-        "num_heads": own["heads"],
+    """DiT-XL/2 for 1,000 classes and none, as sentences of one-hot vectors."""
+    sizes, num_classes, gain = SIZES["XL"], 1001, formula.gains["DiT-XL/2"]
+    official_config = {
+        "hidden_size": sizes["width"],
+        "depth": sizes["depth"],
+        "num_heads": sizes["num_heads"],
         "patch_size": 2,
         "in_channels": 4,
         "input_size": 32,
         "learn_sigma": True,
-        "num_classes": 1000,
     }
+    net = dit_network(official_config, num_classes)
+    shapes = {dit.TABLE: torch.Size([num_classes, sizes["width"]])}
+    for key, tensor in net.state_dict().items():
+        if not key.startswith("sentence_proj."):
+            rows = len(tensor) * (3 if re.search(r"\.to_[qkv]\.", key) else 1)
+            shapes[dit.official_name(key)] = torch.Size([rows, *tensor.shape[1:]])
+    official = {key: formula.weight(key, shape, gain).float() for key, shape in shapes.items()}
+    net.load_state_dict(dit.dit_state(net, official))
+    one_hot = F.one_hot(torch.tensor([formula.config["dit_y"]]), num_classes).float()
+    x, t = formula.input("dit/x", 1, 4, 32, 32), torch.full((1,), formula.config["dit_t"])
+    return {"out": net.eval()(x, t, text_features(one_hot[:, None, :1], one_hot))}
 
 
 NETWORKS: dict[str, Network] = {

@@ -44,8 +44,14 @@ VAE = {
 
 VAE_ATTENTION = {
     "group_norm": "norm",
-    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-    "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",  # until 2023
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",  # until 2023
 }
 
 

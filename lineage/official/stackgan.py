@@ -66,6 +66,15 @@ class RecordedText(TextEncoder):
         super().__init__()
         self.word_dim = self.sentence_dim = dim
 
+    def encode(self, captions: list[str]) -> TextFeatures:
+        raise NotComputed("the file holds features, and no encoder")
+
+    def null(self, count: int) -> TextFeatures:
+        raise NotComputed("the file holds features, and no encoder")
+
+    def tokens(self, caption: str) -> list[str]:
+        return []
+
 
 def enlarged(image: Tensor, side: int) -> Tensor:
     """(B, 3, s, s) -> (B, 3, side, side), every pixel repeated."""
@@ -178,7 +187,8 @@ class StackGANOutputs(Verifier):
 
     @output("ca_c_code_stage1")
     def condition(self) -> Tensor:
-        c, _, _ = self.stage1.generator.ca_net(self.sentence("1"), self.inputs["eps_stage1"])
+        ca_net = self.stage1.generator.get_submodule("ca_net")
+        c: Tensor = ca_net(self.sentence("1"), self.inputs["eps_stage1"])[0]
         return c
 
     @output(r"KL_stage([12])")

@@ -91,8 +91,8 @@ PRESETS = {
         model=SMALL_PRIOR,
     ),
     # Ramesh et al. 2021, appendices A and B: 32 x 32 codes of 8,192; 64 layers of 62 heads of 64,
-    # 12 billion parameters; 256 positions of text from 16,384 tokens; batches of 512 and 1,024, three
-    # million steps and 430,000.
+    # 12 billion parameters; 256 positions of text from 16,384 tokens; batches of 512 and 1,024,
+    # three million steps and 430,000.
     "paper": Config(
         size=256,
         encoder=TextConfig(tokenizer="bpe", vocab_size=16_384, max_words=256, width=3968),

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import field, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -309,7 +309,12 @@ class Prior(System):
         """
         if keep is not None and image is None:
             raise UserError("keep has no effect without image: give the picture too.")
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "guidance": guidance,
+        }
         changes = {name: value for name, value in options.items() if value is not None}
         sampling = replace(self.config.sampling, **changes)
         prompt = None

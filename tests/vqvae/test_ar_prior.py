@@ -76,9 +76,7 @@ class Squares(Codec):
 TOKENIZER = WordTokenizer.train(["a red circle", LONG], 40)
 
 
-def make_prior(
-    text: str = "bag", num_codes: int = K, size: int = SIZE, **changes: Any
-) -> Prior:
+def make_prior(text: str = "bag", num_codes: int = K, size: int = SIZE, **changes: Any) -> Prior:
     """An untrained prior with weights as large as trained ones, so that all of it shows."""
     torch.manual_seed(0)
     fields = {"text_len": TEXT_LEN, "cond_drop_prob": 0.0} | changes

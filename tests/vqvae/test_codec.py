@@ -1,4 +1,4 @@
-"""The contract of codecs: densities of bytes against sums over all 256 of them, the running error."""
+"""The contract of codecs: densities of bytes against sums over all of them, the running error."""
 
 from __future__ import annotations
 

@@ -79,9 +79,7 @@ def test_a_block_by_hand(kernels: tuple[int, int, int, int], out_channels: int) 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_gains_kernels_and_channels(blocks: int) -> None:
     """The gain is one over the squared number of blocks; the decoder has its 1 x 1 first."""
-    config = DVAEConfig(
-        num_codes=11, hidden_channels=4, init_channels=6, blocks_per_group=blocks
-    )
+    config = DVAEConfig(num_codes=11, hidden_channels=4, init_channels=6, blocks_per_group=blocks)
     for network, channels, kernels in (
         (DVAEEncoder(config), [4, 8, 16, 32], [3, 3, 3, 1]),
         (DVAEDecoder(config), [32, 16, 8, 4], [1, 3, 3, 3]),

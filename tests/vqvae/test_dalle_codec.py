@@ -21,8 +21,8 @@ from lineage.system import Turn
 from lineage.text.tokenizer import WordTokenizer
 from lineage.training.loop import Trainer
 from lineage.vqvae.dalle import (
-    KL_SPEED,
     DVAE,
+    KL_SPEED,
     DVAEConfig,
     cosine_schedule,
     kl_to_uniform,

@@ -258,7 +258,7 @@ def test_both_turns_use_the_same_reconstruction(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_the_discriminator_sets_in_at_its_step(start: int, shapes: CaptionedDataset) -> None:
-    """Before, there is no adversarial term, no second turn, and the discriminator stays as it is."""
+    """Before, there is no adversarial term, no second turn, and no change of the discriminator."""
     codec = make_codec(disc_start=start)
     trainer = trainer_for(codec, shapes)
     before = {n: p.detach().clone() for n, p in codec.discriminator.named_parameters()}

@@ -178,7 +178,7 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]
         for layer in (self.time_embed[0], self.time_embed[2], self.sentence_proj):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         if self.word_pos_emb is not None:
             nn.init.normal_(self.word_pos_emb.weight, std=0.02)
 
