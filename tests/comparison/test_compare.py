@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from lineage.comparison.report import (
     embed,
     thinned,
     wall_time,
+    write_report,
 )
 from lineage.errors import CheckFailed, UserError
+from lineage.evaluation.run import ScoredRun
 from lineage.evaluation.table import score_tables
 from lineage.training.log import read_log
 from lineage.training.store import read_json
@@ -199,6 +201,28 @@ def test_the_sheet_is_a_picture(folder: Path) -> None:
     for key in KEYS:
         for name in ("failed", "nearest"):
             assert (folder / f"{key}_{name}.png").is_file()
+
+
+def test_the_page_shows_how_a_picture_is_made(
+    folder: Path, smoke_run: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Rows of labelled pictures of the longest caption, of systems that can visualise it."""
+    summary = read_json(folder / "report.json")
+    scored = ScoredRun({}, [], [])
+    examples = lineage.load_dataset("shapes", "validation", 16).showcase(run.CAPTIONS)
+    pages = {
+        key: run._page(smoke_run(system).folder, examples, scored)
+        for key, system in zip(KEYS, ("retrieval", "vqvae"), strict=True)
+    }
+    rows = pages[KEYS[1]].visualisation
+    assert rows and not pages[KEYS[0]].visualisation
+    write_report(tmp_path / "page.html", summary, [e.image for e in examples], pages)
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    text = " ".join(page.words)
+    assert max(summary["captions"], key=len) in text.partition("How a picture is made")[2]
+    described = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert all(f"{KEYS[1]}: {label}" in described for row in rows for label, _ in row)
+    assert page.open == []
 
 
 def test_a_second_comparison_does_not_train_again(
