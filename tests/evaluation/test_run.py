@@ -15,7 +15,7 @@ import torch
 import lineage
 from lineage.cli import main
 from lineage.errors import UserError
-from lineage.evaluation import features, scorer
+from lineage.evaluation import features, scorer, table
 from lineage.evaluation.prompts import TASKS
 from lineage.evaluation.run import _warnings
 from lineage.evaluation.table import tables
@@ -211,3 +211,22 @@ def test_a_scorer_that_fails_on_real_pictures_has_a_warning(
     real = {"quality": {}, "text_fit": {"r_precision": {"value": ceiling}}}
     warnings = _warnings(pictures, {"real": real, "runs": []})  # type: ignore[arg-type]
     assert any("20% of unseen real pictures" in text for text in warnings) == has_warning
+
+
+# --- the tables -------------------------------------------------------------------------------
+
+
+def test_scores_without_a_value_have_a_dash() -> None:
+    """A score that no row has makes no table, and a row without any is left out."""
+    fid = {"value": 3.0, "interval": [2.0, 4.0], "n": 9}
+    rows = {"one": {"quality": {"fid": fid}}, "two": {}}
+    columns = {"FID": ("quality", "fid"), "KID": ("quality", "kid")}
+    scores = table._score_table("title", columns, rows, "note")
+    assert scores.rows == {"one": ["3.00 ±1.00", "–"]}
+    assert str(scores).splitlines() == [
+        "title",
+        "            FID  KID",
+        "one  3.00 ±1.00    –",
+        "(note)",
+    ]
+    assert not table._score_table("title", {"KID": ("quality", "kid")}, rows, "").rows
