@@ -10,8 +10,8 @@ better the larger it is.
                    and L_hybrid                                            `DiffusionModel.losses`
                    classifier-free guidance                                `guidance.py`
 
-Departure: captions in place of classes (`networks/dit.py` says how). At the presets other than
-`paper` the network predicts x_0, as in `ddpm`.
+Departures: captions in place of classes, see `networks/dit.py`. At the presets other than `paper`
+the network predicts x_0, as in `ddpm`.
 """
 
 from __future__ import annotations

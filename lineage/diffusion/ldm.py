@@ -263,7 +263,7 @@ def latent_scale(space: LatentSpace, dataset: CaptionedDataset) -> Tensor:
 
 
 class LatentDiffusionModel(DiffusionModel):
-    """A diffusion model in the latents of an autoencoder, which can be looked at by itself."""
+    """A diffusion model in latents, whose autoencoder can be measured by itself."""
 
     space: LatentSpace
 

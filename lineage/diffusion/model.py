@@ -219,7 +219,7 @@ class DiffusionModel(System):
                 0.6, or 1 with a mask.
         """
         config = self.config
-        run, schedule = self._sampler(sampler, sampling_steps, spacing, eta)
+        run, schedule = self._sampler_and_schedule(sampler, sampling_steps, spacing, eta)
         if len(interval) not in (0, 2):
             raise UserError(f"interval={interval} must be two sigmas, as in interval=0.3,3.")
         scale = config.guidance if guidance is None else guidance
@@ -276,7 +276,7 @@ class DiffusionModel(System):
 
         return denoise
 
-    def _sampler(
+    def _sampler_and_schedule(
         self,
         sampler: str | None = None,
         sampling_steps: int | None = None,
@@ -302,11 +302,10 @@ class DiffusionModel(System):
         return partial(SAMPLERS[name], **own), self.process.sampling_schedule(steps, spacing)
 
     def _init_latents(self, image: Tensor, mask: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-        """x_0 of `image`, (B, C, H, W), and where to repaint it: 1 in every place of which a pixel
-        is masked, (B, 1, H, W).
+        """x_0 of `image`, (B, C, H, W), and its mask (B, 1, H, W): 1 where a pixel is masked.
 
-        At full strength nothing of the masked pixels may remain: the encoder gets grey in their
-        place, and x_0 there is 0.
+        At full strength nothing of the masked pixels may remain: they are grey for the encoder, and
+        x_0 is 0 under the mask.
         """
         latent_mask = F.max_pool2d(mask.float(), self.size // self.space.shape[-1])
         if strength < 1:
@@ -318,7 +317,7 @@ class DiffusionModel(System):
 
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
         """The way from noise to picture at eight moments: x_t, and the estimate of x_0 below it."""
-        run, schedule = self._sampler()
+        run, schedule = self._sampler_and_schedule()
         last = len(schedule) - 1
         moments = {round(k * last / 7) for k in range(8)}
         rows: list[list[LabelledImage]] = [[], []]
