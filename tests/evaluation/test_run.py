@@ -180,11 +180,11 @@ def test_errors_are_one_sentence(run: Path, options: dict[str, Any], words: tupl
     assert all(word in text for word in words) and "\n" not in text
 
 
-def test_runs_of_different_data_do_not_stand_in_one_table(run: Path, tmp_path: Path) -> None:
+def test_runs_of_different_data_are_not_in_one_table(run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     config = read_json(other / "config.json")
     (other / "config.json").write_text(json.dumps({**config, "data": "shapes:hard"}))
-    with pytest.raises(UserError, match=r"cannot stand in one table .*shapes:hard"):
+    with pytest.raises(UserError, match=r"cannot be in one table .*shapes:hard"):
         lineage.evaluate([run, other])
     with pytest.raises(UserError, match=r"There is no .*config\.json"):
         lineage.evaluate(tmp_path / "none")
