@@ -1,6 +1,6 @@
-"""The judge's exam at every level and several sizes, and how fast it reads.
+"""The judge's exam at every level and several sizes, and its speed.
 
-python benchmarks/judge.py --repeats 8
+python benchmarks/judge.py             writes results/judge.json
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=8, help="pictures of each prompt (8)")
-    parser.add_argument("--seed", type=int, default=2026, help="other than any other exam's (2026)")
+    parser.add_argument(
+        "--repeats", type=int, default=8, help="number of pictures of each prompt (8)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=2026, help="seed, different from other exams' (2026)"
+    )
     options = parser.parse_args()
     judge = Judge.load()
     exams = {
@@ -33,9 +37,9 @@ def main() -> None:
         for size in (16, 32, 64)
     }
     pictures = torch.randint(0, 256, (1024, 3, 32, 32), dtype=torch.uint8)
-    judge.read(pictures[:128])
+    judge.detect(pictures[:128])
     started = time.perf_counter()
-    judge.read(pictures)
+    judge.detect(pictures)
     seconds = time.perf_counter() - started
     write_json(
         RESULTS / "judge.json",

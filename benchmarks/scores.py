@@ -1,4 +1,4 @@
-"""The README's tables, from the scores of a comparison or of runs.
+"""Make the README's tables from the scores of a comparison or of runs.
 
 python benchmarks/scores.py results/demo/report.json --bounds --out results/demo/scores.md
 python benchmarks/scores.py results/{stackgan,vqvae,attngan}/long/scores.json --out results/long.md
@@ -18,7 +18,7 @@ HEAD = ["", *(task.replace("_", " ") for task in TASKS), "unseen combinations", 
 
 
 def row(name: str, composition: dict[str, Any]) -> str:
-    """One line of the table."""
+    """A row of the table."""
     test, heldout = composition["test"], composition["heldout"]
     scores = [*(test["tasks"][task] for task in TASKS), heldout["overall"]]
     scores += [test["parts"][part] for part in PARTS]
@@ -28,13 +28,15 @@ def row(name: str, composition: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", type=Path, nargs="+", help="report.json or scores.json")
-    parser.add_argument("--bounds", action="store_true", help="rows of real and shuffled pictures")
+    parser.add_argument(
+        "--bounds", action="store_true", help="add rows of real and shuffled pictures"
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for path in options.files:
-        read = read_json(path)
-        scores = read.get("scores", read)
+        document = read_json(path)
+        scores = document.get("scores", document)
         lines += [row(f"`{run['system']}`", run["composition"]) for run in scores["runs"]]
     if options.bounds:
         lines += [row(f"*{name}*", scores[name]["composition"]) for name in ("real", "shuffled")]

@@ -1,10 +1,10 @@
-"""Short trials: what learns fastest on this machine? One thing changed at a time.
+"""Short trials: which setting learns fastest on this machine? One change at a time.
 
     python benchmarks/trials.py NAME KEY --minutes 2 --set optim.lr=1e-3 --out results/trials.jsonl
 
 Trains KEY at preset `tiny` with the changes, scores it as `lineage evaluate` does, appends a line
 to the file and writes the table beside it as Markdown (`--table` only writes it again). With
-`--sheet` the last sample sheet is kept as `sheets/NAME.png`.
+`--sheet` the last sample sheet is saved as `sheets/NAME.png`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import lineage
 from lineage.evaluation.cost import machine
-from lineage.evaluation.run import Setting, score_runs
+from lineage.evaluation.run import EvalConfig, score_runs
 from lineage.training.store import read_json, write_bytes
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -26,24 +26,24 @@ HEAD = ["trial", "system", "changes", "seed", "min", "threads", "cpu s", "steps"
 HEAD += ["single", "two", "counting", "colours", "position", "attributes", "overall", "held out"]
 HEAD += ["object", "colour", "count", "relation", "FID", "spread"]
 LEGEND = """Six tasks, `overall` (their mean) and `held out` (the same for combinations that
-training never shows): share of pictures with exactly the scene asked for. `object`, `colour`,
-`count`, `relation`: share with that part right. `spread`: of samples of one caption, 1 as real
-ones. `cpu s` below threads times the seconds of the budget means that the machine was shared, so
-compare `steps` before you compare scores. The last lines say what real pictures score, with their
-own prompts and with others of the same task.
+are not in the training data): share of pictures with exactly the scene of the prompt. `object`,
+`colour`, `count`, `relation`: share with that part right. `spread`: deviation over samples of one
+caption, 1 for real pictures. If `cpu s` is below threads times the seconds of the budget, the
+machine was shared: compare `steps` before scores. The last lines are the scores of real pictures,
+with their own prompts and with others of the same task.
 """
 
 
-def trial(name: str, key: str, minutes: float, changes: list[str], keep: Path | None) -> Any:
-    """Train in a folder that is thrown away, and score."""
+def trial(name: str, key: str, minutes: float, changes: list[str], sheet: Path | None) -> Any:
+    """Train in a temporary folder, and score; the last sample sheet is saved as `sheet`."""
     settings = dict(change.split("=", 1) for change in changes)
     with tempfile.TemporaryDirectory() as folder:
         run = lineage.train(key, minutes=minutes, out=Path(folder) / key, settings=settings)
-        document, _ = score_runs([run], Setting(pictures=500))
+        document, _ = score_runs([run], EvalConfig(pictures=500))
         cost, config = read_json(run / "cost.json"), read_json(run / "config.json")
-        if keep is not None:
-            keep.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(sorted((run / "samples").glob("*.png"))[-1], keep)
+        if sheet is not None:
+            sheet.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(sorted((run / "samples").glob("*.png"))[-1], sheet)
     scores = document["runs"][0]
     return {
         "name": name,
@@ -63,8 +63,8 @@ def trial(name: str, key: str, minutes: float, changes: list[str], keep: Path | 
 def shares(composition: Any) -> list[str]:
     """The cells from `single` to `relation`."""
     test, heldout = composition["test"], composition["heldout"]
-    found = [*test["tasks"].values(), test["overall"], heldout["overall"], *test["parts"].values()]
-    return [f"{score['value']:.2f}" for score in found]
+    scores = [*test["tasks"].values(), test["overall"], heldout["overall"], *test["parts"].values()]
+    return [f"{score['value']:.2f}" for score in scores]
 
 
 def table(path: Path) -> str:

@@ -239,9 +239,9 @@ def _argument_sentences(function: Callable[..., Any]) -> dict[str, str]:
     names: list[str] = []
     section = (inspect.getdoc(function) or "").partition("Args:\n")[2]
     for line in section.split("\n\n")[0].splitlines():
-        if found := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
-            names = found[1].split(", ")
-            sentences |= dict.fromkeys(names, found[2])
+        if match := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            names = match[1].split(", ")
+            sentences |= dict.fromkeys(names, match[2])
         else:
             sentences |= {name: f"{sentences[name]} {line.strip()}" for name in names}
     return sentences

@@ -349,7 +349,7 @@ def changed(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
 def dependent_stages(name: str) -> set[str]:
     """Stages whose result depends on a setting."""
     leaf = name.split(".")[-1]
-    if leaf in (*NOT_IN_KEY, "cache_size", "preset"):
+    if leaf in (*NOT_IN_KEY, "preset"):
         return set()
     if name.startswith("train."):
         return {"prior"} if leaf == "batch_size" else {"codec", "prior"}

@@ -1,4 +1,4 @@
-"""Sheets of rows that differ in length: every picture in its place, nothing where there is none."""
+"""Sheets of rows of different lengths: every picture is in its place, and the rest is white."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def flat(colour: int, side: int = 8) -> Tensor:
 
 @pytest.mark.parametrize("side", [40, 64])
 def test_rows_lie_below_each_other(side: int) -> None:
-    """The longest says how wide the sheet is; the others end in white."""
+    """The longest row defines the width of the sheet; the others end in white."""
     rows = [
         [("one", flat(10)), ("two", flat(60))],
         [("", flat(110)), ("a", flat(160)), ("b", flat(200))],
@@ -33,9 +33,9 @@ def test_rows_lie_below_each_other(side: int) -> None:
             cell = sheet[top : top + side, left : left + side]
             colour = int(row[column][1][0, 0, 0]) if column < len(row) else 255
             assert (cell == colour).all(), (top, column)
-            named = column < len(row) and row[column][0]
+            label = column < len(row) and row[column][0]
             below = sheet[top + side : top + side + LINE, left : left + side]
-            assert (below < 128).any() == bool(named)
+            assert (below < 128).any() == bool(label)
         top += side + LINE + 2 * MARGIN
 
 

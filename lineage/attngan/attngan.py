@@ -376,7 +376,7 @@ class AttnGAN(System):
             same = batch.same_pairs(self.damsm_config.same)
             for name, term in damsm_terms(self.damsm_config, text, image, same).items():
                 terms[f"damsm_{name}"] = config.damsm_weight * term
-        if config.kl_weight > 0:
+        if config.kl_weight > 0:  # KL(N(mu, sigma^2) || N(0, I))
             mu, logvar = output.mu, output.logvar
             terms["kl"] = -config.kl_weight / 2 * (1 + logvar - mu**2 - logvar.exp()).mean()
         return terms

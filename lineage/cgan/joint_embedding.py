@@ -1,8 +1,8 @@
 """The structured joint embedding of text and pictures (Reed et al. 2016, arXiv:1605.05395).
 
-It trains the text encoder of GAN-INT-CLS and StackGAN before any picture is drawn. A picture and
-its caption shall be more compatible than the picture and another caption, and than the caption and
-another picture, by a margin of one. With picture v_i and caption t_i of pair i:
+It trains the text encoder of GAN-INT-CLS and StackGAN, before the GANs. The compatibility of a
+picture and its caption is to exceed that of the picture and other captions, and that of the caption
+and other pictures, by a margin of one. With picture v_i and caption t_i of pair i:
 
     F(v, t) = <theta(v), phi(t)>                                              (equation 1)
     max(0, 1 + F(v_i, t_j) - F(v_i, t_i)), a mean over j that are rivals      (equation 4)

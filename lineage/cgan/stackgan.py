@@ -310,7 +310,7 @@ class StackGANStage(System):
         terms = {"cond": loss.generator(disc.cond_logits(fake_features, cond)).mean()}
         if disc.uncond_head is not None:
             terms["uncond"] = loss.generator(disc.uncond_logits(fake_features)).mean()
-        if config.kl_weight > 0:  # equation 2
+        if config.kl_weight > 0:  # KL(N(mu, sigma^2) || N(0, I)), equation 2
             mu, logvar = output.mu, output.logvar
             terms["kl"] = -config.kl_weight / 2 * (1 + logvar - mu**2 - logvar.exp()).mean()
         yield Turn("generator", terms)
@@ -325,6 +325,8 @@ class StageOne(StackGANStage):
     Args:
         text: Trained text encoder, which stays as it is.
     """
+
+    generator: StageOneGenerator
 
     def __init__(self, config: StackGANConfig, text: TextEncoder) -> None:
         generator = StageOneGenerator(config, text.sentence_dim)
@@ -348,6 +350,8 @@ class StageTwo(StackGANStage):
         size: Side S of the pictures.
     """
 
+    generator: StageTwoGenerator
+
     def __init__(self, config: StackGANConfig, stage1: StageOne, size: int) -> None:
         generator = StageTwoGenerator(config, stage1.text.sentence_dim, size)
         super().__init__(config, stage1.text, generator, size, unconditional=True)
@@ -359,10 +363,6 @@ class StageTwo(StackGANStage):
         self.stage1.eval()
         return self
 
-    def noise_dims(self) -> tuple[int, int, int]:
-        """Widths of z and eps of stage I, and of eps of stage II."""
-        return self.config.z_dim, self.config.cond_dim, self.config.cond_dim
-
     @torch.no_grad()
     def stage1_image(self, sentence: Tensor, z: Tensor, eps: Tensor) -> Tensor:
         """Stage I's pictures (B, 3, s, s)."""
@@ -370,10 +370,10 @@ class StageTwo(StackGANStage):
         return image
 
     def generator_output(self, sentence: Tensor, noise: NoiseStreams) -> GeneratorOutput:
-        z, eps, eps2 = map(noise.randn, self.noise_dims())
-        output: GeneratorOutput = self.generator(
-            self.stage1_image(sentence, z, eps), sentence, eps2
-        )
+        z, eps = noise.randn(self.config.z_dim), noise.randn(self.config.cond_dim)
+        eps2 = noise.randn(self.config.cond_dim)
+        small = self.stage1_image(sentence, z, eps)
+        output: GeneratorOutput = self.generator(small, sentence, eps2)
         return output
 
     def sample(
@@ -400,8 +400,8 @@ class StageTwo(StackGANStage):
         sentence = self.text.encode(captions).sentence
         if interpolate_to:
             sentence = sentence.lerp(self.text.encode([interpolate_to]).sentence, interpolate_share)
-        parts = interpolated_noise(noise, self.noise_dims(), noise_share)
-        z, eps, eps2 = (truncation * part for part in parts)
+        dims = self.config.z_dim, self.config.cond_dim, self.config.cond_dim
+        z, eps, eps2 = (truncation * x for x in interpolated_noise(noise, dims, noise_share))
         small = self.stage1_image(sentence, z, eps)
         if stage == 1:
             return F.interpolate(small, (self.size, self.size), mode="nearest")

@@ -3,7 +3,7 @@
     arguments   types of parameters, and faults in one sentence
     data        `lineage data show`, `check`, `export`
     train       `lineage train`
-    sample      `lineage sample`
+    sample      `lineage sample`; drawing: its part that needs PyTorch
     score       `lineage evaluate`, `compare`
     official    `lineage verify`, `import-weights`
 
@@ -19,6 +19,7 @@ and nothing else.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         command, bound = _parse(sys.argv[1:] if arguments is None else list(arguments))
-        return command(*bound.args, **bound.kwargs) or 0
+        code = command(*bound.args, **bound.kwargs) or 0
+        sys.stdout.flush()  # a closed pipe is noticed here and not when Python ends
+        return code
     except UserError as error:
         print(f"lineage: {error}", file=sys.stderr)
         return error.exit_code
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("lineage: interrupted; what was saved before is whole.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `lineage list | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""

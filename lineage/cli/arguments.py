@@ -76,7 +76,7 @@ def print_json(value: Any) -> None:
 def sentence(error: CycloptsError) -> str:
     """A fault of the command line in one sentence."""
     name = " ".join(error.command_chain or ())
-    see = f"see lineage {name} --help."
+    see = f"see {f'lineage {name}'.strip()} --help."
     match error:
         case UnknownCommandError(unused_tokens=[token, *_], app=App() as place):
             return f"There is no command {token!r}: {nearest(token, commands(place, token))}"

@@ -40,8 +40,8 @@ def sample(
         control: Picture file that guides the layout.
         options: Option of the system, as in --set guidance=3; may be repeated.
         best_of: Number of candidates of each picture, of which the best is kept.
-        scorer: Judge of --best-of: hub:MODEL, damsm:RUN or auto.
-        visualise: If true, show how the first caption's picture came about, as by attention.
+        scorer: Scorer that ranks the candidates: hub:MODEL, damsm:RUN or auto.
+        visualise: If true, draw how the first caption's picture comes about, as by attention.
         seed: Seed of the noise.
         device: cpu, cuda, mps or auto.
     """

@@ -34,8 +34,8 @@ MAX_TERMS = 12  # curves in one figure; beyond, the sum of each group's terms
 MAX_FAILURES = 12  # failed pictures of a system on the page
 
 SPLIT_TITLES = {
-    "test": "Combinations that training shows",
-    "heldout": "Combinations that training never shows",
+    "test": "Combinations in training",
+    "heldout": "Combinations never in training",
 }
 
 

@@ -1,7 +1,7 @@
 """Scores of trained systems, each with its interval and protocol.
 
-Modules, in the order of a score: `prompts` (what is asked for), `scenes` (real pictures of it, and
-near misses), `judge` (reads what a picture shows) and `exam` (measures the judge), `features` and
-`scorer` (networks), `metrics`, `intervals`, `sections` (from pictures to numbers), `real` (real
+Modules, in the order of a score: `prompts` (captions and their scenes), `scenes` (real pictures and
+near misses of them), `judge` (detects objects) and `exam` (measures the judge), `features` and
+`scorer` (networks), `metrics`, `intervals`, `sections` (from pictures to scores), `real` (real
 pictures as the ceiling), `cost`, `run` (all of it), `table`.
 """

@@ -115,7 +115,7 @@ class PromptSet:
 
 
 def prompt_set(
-    data: CaptionedDataset, prompts: str | None, judge: Judge, seed: int
+    data: CaptionedDataset, prompts: str | Path | None, judge: Judge, seed: int
 ) -> PromptSet | None:
     """The prompts for a data set; None if it is not `shapes`, the only data that the judge reads.
 

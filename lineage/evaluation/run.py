@@ -172,7 +172,7 @@ def _common_data(
             f"{folder}: {data or config.data} at {config.size} pixels"
             for folder, config in zip(folders, configs, strict=True)
         )
-        raise UserError(f"These runs cannot stand in one table ({listed}): evaluate them apart.")
+        raise UserError(f"These runs cannot be in one table ({listed}): evaluate them apart.")
     ((spec, size),) = sources
     return spec, size, min(config.seed for config in configs)
 
@@ -183,8 +183,7 @@ def _real_pictures(
     """The real pictures, and the prompts if the judge can read the data."""
     device = pick_device(config.device)
     unseen = unseen_split(spec, size, data_seed)
-    prompts_file = None if config.prompts is None else str(config.prompts)
-    prompts = prompt_set(unseen, prompts_file, Judge.load(), config.seed)
+    prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
     train = load_dataset(spec, "train", size, data_seed)
     scorer = find_scorer(config.scorer, spec, train, unseen, device)
     name = config.features
@@ -212,19 +211,16 @@ def _score(
     system = load(folder, config.device)
     system.sample_batch_size = config.batch_size or system.sample_batch_size
     shared, real_groups = real.shared_captions()
-    captions = (
-        [prompt.prompt for prompt in prompts.prompts] if prompts else [],
-        real.captions,
-        [caption for caption in shared for _ in range(SPREAD_SAMPLES)],
-    )
-    total = sum(map(len, captions))
+    prompt_captions = [prompt.prompt for prompt in prompts.prompts] if prompts else []
+    groups = [caption for caption in shared for _ in range(SPREAD_SAMPLES)]
+    total = len(prompt_captions) + len(real.captions) + len(groups)
     with tqdm(total=total, desc=f"drawing {folder.name}", unit="picture", leave=False) as bar:
-        of_prompts, pictures, samples = (
-            to_bytes(system.generate(c, seed=config.seed + i, progress=bar.update)).cpu()
-            if c
-            else torch.empty(0)
-            for i, c in enumerate(captions)
-        )
+
+        def draw(captions: list[str], seed: int) -> Tensor:
+            return to_bytes(system.generate(captions, seed=seed, progress=bar.update)).cpu()
+
+        of_prompts = draw(prompt_captions, config.seed) if prompts else torch.empty(0)
+        pictures, samples = draw(real.captions, config.seed + 1), draw(groups, config.seed + 2)
     features = real.network.extract(pictures)
     scores: dict[str, Any] = {"run": str(folder), "system": run_config.key}
     failures: list[Failure] = []
@@ -237,8 +233,8 @@ def _score(
             {"tag": f.tag, "prompt": f.prompt, "detected": f.detected} for f in failures
         ]
     scores["quality"] = sections.quality(real.features, features)
-    groups = real.network.extract(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
-    scores["diversity"] = sections.diversity(groups, real_groups)
+    spread = real.network.extract(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
+    scores["diversity"] = sections.diversity(spread, real_groups)
     scores["memorisation"] = sections.memorisation(real.train_features, real.features, features)
     if stages := _stages(system, real, prompts):
         scores["stages"] = stages

@@ -66,10 +66,10 @@ def score_tables(document: Row) -> list[ScoreTable]:
 
 def _composition(document: Row, rows: Mapping[str, Row], split: str) -> list[ScoreTable]:
     at: Path = ("composition", split)
-    if not (real := lookup(document["real"], at)):
+    if not (real := value_at(document["real"], at)):
         return []
     protocol, exam = document["protocol"]["composition"], document["judge"]
-    title = "seen in training" if split == "test" else "never shown in training"
+    title = "in training" if split == "test" else "never in training"
     accepted, missed = min(exam["accepted"].values()), max(exam["near_misses"].values())
     strict = _score_table(
         f"Exactly the prompt's scene, combinations {title}",
@@ -162,7 +162,7 @@ def _cost(runs: Mapping[str, Row], machine: Row) -> ScoreTable:
     )
 
 
-def lookup(row: Row, path: Path) -> Row | None:
+def value_at(row: Row, path: Path) -> Row | None:
     """The value of nested dicts at `path`, or None."""
     value: Any = row
     for name in path:
@@ -186,6 +186,8 @@ def _score_table(
     title: str, columns: Mapping[str, Path], rows: Mapping[str, Row], note: str
 ) -> ScoreTable:
     """The scores at some paths; a row without any score is left out."""
-    cells = {name: [cell(lookup(row, at)) for at in columns.values()] for name, row in rows.items()}
+    cells = {
+        name: [cell(value_at(row, at)) for at in columns.values()] for name, row in rows.items()
+    }
     with_scores = {name: line for name, line in cells.items() if set(line) - {"–"}}
     return ScoreTable(title, list(columns), with_scores, note)

@@ -3,24 +3,24 @@
 A picture of 299 x 299 passes through
 
     stem                       3 -> 192 channels    299 -> 35 a side
-    Mixed_5b 5c 5d (A)       192 -> 288             35         figure 5, with one 5x5 left whole
+    Mixed_5b 5c 5d (A)       192 -> 288             35         figure 5, one 5x5 not factored
     Mixed_6a       (B)       288 -> 768             35 -> 17   figure 10
     Mixed_6b .. 6e (C)       768 -> 768             17         figure 6, n = 7
     Mixed_7a       (D)       768 -> 1280            17 -> 8    figure 10, with a factored 7x7
     Mixed_7b 7c    (E)      1280 -> 2048            8          figure 7
     mean over the pixels, one linear layer
 
-in either of two variants, which differ in pooling and in the number of classes:
+There are two variants, which differ in pooling and in the number of classes:
 
     "imagenet"   torchvision's network (1000 classes). An average pool divides by 9 everywhere.
-    "fid"        the TensorFlow network of 2015-12-05 (1008 classes) that FID is taken with (Heusel
-                 et al. 2017), as pytorch-fid reads it. An average pool leaves the padding out of
-                 the count, and the last block pools by maximum.
+    "fid"        the TensorFlow network of 2015-12-05 (1008 classes) of FID (Heusel et al. 2017), as
+                 in pytorch-fid. An average pool does not count the padding, and the last block has
+                 a max pool.
 
-The modules have the names that the published weights give them. Departures from the paper: the stem
-and the 5x5 of block A are those of the published weights, not of table 1; there is no auxiliary
-head and no dropout, as nothing here trains the classifier; without weights the convolutions start
-from He et al. 2015 (the paper gives no initialisation).
+The modules have the names of the published weights. Departures from the paper: the stem and the 5x5
+of block A are those of the published weights, not of table 1; there is no auxiliary head and no
+dropout, as the classifier is not trained here; without weights the convolutions start from He et
+al. 2015 (the paper gives no initialisation).
 
 Axes: B pictures, C channels, H W pixels.
 """
@@ -42,39 +42,38 @@ PUBLISHED = {
     "imagenet": "torchvision's inception_v3_google-0cc3c7bd.pth",
     "fid": "pytorch-fid's pt_inception-2015-12-05-6726825d.pth",
 }
-SIDE = 299  # pixels a side that the weights were trained at
-LEAST_SIDE = 75  # below it a reduction has no pixel left
-AT_ONCE = 16  # pictures of `fid_features` in one pass; fixed, so that memory is too
+SIDE = 299  # pixels a side in training
+MIN_SIDE = 75  # a smaller picture has no pixel left after the reductions
+CHUNK = 16  # pictures of `fid_features` in one pass, so that memory is limited
 
 Kernel = int | tuple[int, int]  # side, or (height, width)
 Stage = tuple[int, Kernel] | tuple[int, Kernel, Kernel]  # channels, and kernel of a unit or of two
-Branches = dict[str, list[Stage]]  # name in the published weights -> one stage after the other
+Branches = dict[str, list[Stage]]  # stages by the branch's name in the published weights
 
 
 class Unit(nn.Module):
-    """Convolution without bias, batch norm, ReLU: (B, `inputs`, H, W) -> (B, `outputs`, H', W').
+    """Convolution without bias, batch norm, ReLU: (B, C, H, W) -> (B, C', H', W').
 
-    `padded` puts zeros around the picture, so that a `stride` of 1 keeps H and W.
+    Args:
+        padded: If true, the picture is padded with zeros, so that a `stride` of 1 keeps H and W.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padded: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: Kernel,
+        stride: int = 1,
+        padded: bool = True,
     ) -> None:
         super().__init__()
         padding = "same" if padded else 0
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
-
-
-def through(x: Tensor, *units: nn.Module) -> Tensor:
-    """`units` one after the other."""
-    for unit in units:
-        x = unit(x)
-    return x
 
 
 BLOCK_A: Branches = {
@@ -94,61 +93,77 @@ BLOCK_E: Branches = {
 }
 
 
-def block_c(inner: int) -> Branches:
-    """Block C with `inner` channels between the factors of its 7x7."""
+def block_c(channels: int) -> Branches:
+    """Block C with `channels` channels between the factors of its 7x7."""
     wide, tall = (1, 7), (7, 1)
     return {
         "branch1x1": [(192, 1)],
-        "branch7x7": [(inner, 1), (inner, wide), (192, tall)],
-        "branch7x7dbl": [(inner, 1), (inner, tall), (inner, wide), (inner, tall), (192, wide)],
+        "branch7x7": [(channels, 1), (channels, wide), (192, tall)],
+        "branch7x7dbl": [
+            (channels, 1),
+            (channels, tall),
+            (channels, wide),
+            (channels, tall),
+            (192, wide),
+        ],
     }
 
 
 class Mixed(nn.Module):
-    """Branches that look at the same input, and a pool; their channels are put side by side.
+    """Branches of units and a pool on the same input; their channels are concatenated.
 
     Args:
-        inputs: C.
-        branches: the units of each branch. Two kernels in a stage are two units side by side.
-        pool: keeps H and W; None for a block that halves them: the last unit of each branch and a
-            pool by maximum then take steps of 2.
-        pooled: channels of the unit behind `pool`.
+        in_channels: C.
+        branches: Units of each branch. Two kernels in a stage are two units on the same input.
+        pool: Pool that keeps H and W; None for a block that halves them: the last unit of each
+            branch and a max pool then have stride 2.
+        pool_channels: Number of channels of the unit after `pool`.
     """
 
     def __init__(
-        self, inputs: int, branches: Branches, pool: nn.Module | None = None, pooled: int = 192
+        self,
+        in_channels: int,
+        branches: Branches,
+        pool: nn.Module | None = None,
+        pool_channels: int = 192,
     ) -> None:
         super().__init__()
         self.pool = nn.MaxPool2d(3, stride=2) if pool is None else pool
-        self.branches = [self._add(name, inputs, branches[name], pool is None) for name in branches]
-        self.branch_pool = nn.Identity() if pool is None else Unit(inputs, pooled, 1)
+        self.branches = [
+            self._add(name, in_channels, branches[name], downsample=pool is None)
+            for name in branches
+        ]
+        self.branch_pool = nn.Identity() if pool is None else Unit(in_channels, pool_channels, 1)
 
-    def _add(self, name: str, inputs: int, stages: list[Stage], halves: bool) -> list[list[str]]:
-        """Make the units of a branch; their names, stage by stage."""
+    def _add(
+        self, name: str, in_channels: int, stages: list[Stage], downsample: bool
+    ) -> list[list[str]]:
+        """Add the units of a branch; returns their names, stage by stage."""
         names = []
         for number, (channels, *kernels) in enumerate(stages, start=1):
             stem = name if len(stages) == 1 else f"{name}_{number}"
             names.append([stem] if len(kernels) == 1 else [f"{stem}a", f"{stem}b"])
-            last = halves and number == len(stages)
+            last = downsample and number == len(stages)
             for label, kernel in zip(names[-1], kernels, strict=True):
-                self.add_module(label, Unit(inputs, channels, kernel, 1 + last, padded=not last))
-            inputs = channels
+                unit = Unit(in_channels, channels, kernel, 1 + last, padded=not last)
+                self.add_module(label, unit)
+            in_channels = channels
         return names
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W), or half the pixels a side."""
-        seen = []
+        outputs = []
         for stages in self.branches:
             parts = [x]
             for names in stages:  # only the last stage has two units
                 parts = [self.get_submodule(name)(parts[0]) for name in names]
-            seen += parts
-        return torch.cat([*seen, self.branch_pool(self.pool(x))], dim=1)
+            outputs += parts
+        return torch.cat([*outputs, self.branch_pool(self.pool(x))], dim=1)
 
 
 @dataclass(frozen=True)
 class InceptionFeatures:
-    """What the network sees in B pictures."""
+    """Features of B pictures."""
 
     regions: Tensor  # (B, 768, H, W) after Mixed_6e; 17 x 17 for pictures of 299 x 299
     pooled: Tensor  # (B, 2048), the mean over the pixels after Mixed_7c
@@ -158,7 +173,7 @@ class InceptionV3(nn.Module):
     """Pictures -> regions, pooled features and, through `classify`, logits.
 
     Args:
-        variant: "imagenet" or "fid", see the head of this file; any other is a `UserError`.
+        variant: "imagenet" or "fid"; any other raises `UserError`.
     """
 
     def __init__(self, variant: str) -> None:
@@ -189,25 +204,25 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, CLASSES[variant])
 
     def forward(self, x: Tensor) -> InceptionFeatures:
-        """x (B, 3, H, W) in [-1, 1], 75 x 75 or more (else `UserError`) -> regions and `pooled`.
+        """Pictures (B, 3, H, W) in [-1, 1], 75 x 75 or more (else `UserError`) -> features.
 
-        The sides in the comments are those of a picture of 299 x 299.
+        The sizes in the comments are those of a picture of 299 x 299.
         """
-        if min(x.shape[2:]) < LEAST_SIDE:
-            given = " x ".join(map(str, x.shape[2:]))
-            raise UserError(f"Inception v3 needs {LEAST_SIDE} pixels a side or more, not {given}.")
-        x = through(x, self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3)  # 147
+        if min(x.shape[2:]) < MIN_SIDE:
+            size = " x ".join(map(str, x.shape[2:]))
+            raise UserError(f"Inception v3 needs {MIN_SIDE} pixels a side or more, not {size}.")
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)
-        x = through(x, self.Conv2d_3b_1x1, self.Conv2d_4a_3x3)  # (B, 192, 71, 71)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B, 192, 71, 71)
         x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
-        x = through(x, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d)  # (B, 288, 35, 35)
-        x = through(x, self.Mixed_6a, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
         regions = self.Mixed_6e(x)  # (B, 768, 17, 17)
-        x = through(regions, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c)  # (B, 2048, 8, 8)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(regions)))  # (B, 2048, 8, 8)
         return InceptionFeatures(regions, x.mean((2, 3)))
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """pooled (B, 2048) -> logits (B, 1000), or (B, 1008) of variant "fid"."""
+        """Pooled features (B, 2048) -> logits (B, 1000), or (B, 1008) for variant "fid"."""
         return self.fc(pooled)
 
     def extra_repr(self) -> str:
@@ -216,20 +231,20 @@ class InceptionV3(nn.Module):
 
 @torch.no_grad()
 def fid_features(network: InceptionV3, images: Tensor) -> Tensor:
-    """Features as pytorch-fid takes them: uint8 images (B, 3, S, S) -> float32 (B, 2048).
+    """Features as in pytorch-fid: uint8 pictures (B, 3, S, S) -> float32 (B, 2048).
 
     The pictures are resized to 299 x 299 by bilinear interpolation without antialiasing, corners
-    not aligned, and scaled to [-1, 1]; pictures of another kind are a `UserError`. The features
-    are on the network's device. The network works in evaluation mode and is left in the mode it
-    came in. They compare with published ones only for variant "fid" with its published weights.
+    not aligned, and scaled to [-1, 1]; pictures of another kind raise `UserError`. The network is
+    in evaluation mode for this; its mode is restored afterwards. The features are on its device.
+    Only those of variant "fid" with its published weights compare with published FIDs.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        given = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-        raise UserError(f"FID features are taken of uint8 pictures (B, 3, S, S), not of {given}.")
+        kind = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        raise UserError(f"FID features are taken of uint8 pictures (B, 3, S, S), not of {kind}.")
     device, training = network.fc.weight.device, network.training
     network.eval()
     try:
-        rows = [network(_prepared(part.to(device))).pooled for part in images.split(AT_ONCE)]
+        rows = [network(_prepared(part.to(device))).pooled for part in images.split(CHUNK)]
     finally:
         network.train(training)
     return torch.cat(rows)
@@ -244,12 +259,14 @@ def _prepared(images: Tensor) -> Tensor:
 def load_inception(path: Path | str, variant: str) -> InceptionV3:
     """The network with weights from a file, on the CPU, in evaluation mode.
 
-    `path` is a `.safetensors`, or else whatever `torch.load` reads without executing code. Tensors
-    of the auxiliary head (`AuxLogits.*`) are left out, and the counters of batches, which old files
-    lack, may be missing.
+    Tensors of the auxiliary head (`AuxLogits.*`) are left out. Counters of batches may be missing,
+    as in old files.
+
+    Args:
+        path: A `.safetensors` file, or one that `torch.load` reads without executing code.
 
     Raises:
-        UserError: if the file is missing, damaged, not a state dict, or of another network.
+        UserError: the file is missing, damaged, not a state dict, or of another network.
     """
     network = InceptionV3(variant)
     try:
@@ -263,7 +280,7 @@ def load_inception(path: Path | str, variant: str) -> InceptionV3:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by their names. `UserError` says what it is instead."""
+    """Tensors of a file by name. Raises `UserError` if it holds something else."""
     if not path.exists():
         raise UserError("does not exist")
     try:
@@ -273,26 +290,28 @@ def _read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises a dozen kinds for files that are cut short or foreign
         first = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(f"is not a readable file of weights ({first[:120]})") from error
-    whole = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
-    if not whole or not all(isinstance(name, str) for name in state):
+    is_state_dict = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
+    if not is_state_dict:
         raise UserError("is not a state dict (names and their tensors)")
     return state
 
 
 def _check(state: dict[str, Tensor], network: InceptionV3) -> None:
-    """`UserError` says in what `state` differs from the weights of `network`."""
+    """Raise `UserError` if `state` differs from the weights of `network`."""
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     missing = [n for n in shapes if n not in state and not n.endswith("num_batches_tracked")]
-    foreign = [name for name in state if name not in shapes]
-    if missing or foreign:
-        first = ", ".join([*missing, *foreign][:3])
-        counts = f"tensors missing: {len(missing)}, unknown: {len(foreign)}"
+    unknown = [name for name in state if name not in shapes]
+    if missing or unknown:
+        first = ", ".join([*missing, *unknown][:3])
+        counts = f"tensors missing: {len(missing)}, unknown: {len(unknown)}"
         raise UserError(f"does not fit Inception v3: {counts} ({first})")
     wrong = [name for name in state if state[name].shape != shapes[name]]
     names, rows = {count: name for name, count in CLASSES.items()}, state["fc.bias"].numel()
     if set(wrong) == {"fc.weight", "fc.bias"} and rows in names:
-        given = f"variant {names[rows]!r} ({rows} classes)"
-        raise UserError(f"holds weights of {given}, not of {network.variant!r}")
+        variant = f"variant {names[rows]!r} ({rows} classes)"
+        raise UserError(f"holds weights of {variant}, not of {network.variant!r}")
     if wrong:
-        was, wanted = tuple(state[wrong[0]].shape), tuple(shapes[wrong[0]])
-        raise UserError(f"does not fit Inception v3: {wrong[0]} is {was}, not {wanted}")
+        actual, expected = tuple(state[wrong[0]].shape), tuple(shapes[wrong[0]])
+        raise UserError(f"does not fit Inception v3: {wrong[0]} is {actual}, not {expected}")

@@ -305,7 +305,7 @@ class AttnGANOutputs(Verifier):
 
     @output(r"D_NET(\d+)_loss")
     def discriminator_loss(self, side: str) -> Tensor:
-        """The turn of one discriminator in our training step, on given pictures."""
+        """The turn of one discriminator in our training step, on pictures of the file."""
         system = self.system(self.gan_config)
         system.generator = cast(Generator, Recorded(self.fakes()))
         disc = system.discs()[system.sides.index(int(side))]
@@ -318,7 +318,7 @@ class AttnGANOutputs(Verifier):
 
     @output("generator_loss_total")
     def generator_loss(self) -> Tensor:
-        """The generator's terms in our training step, without KL, on given pictures."""
+        """The generator's terms in our training step, without KL, on pictures of the file."""
         fakes = self.fakes()
         text, image, classes = self.damsm_pairs(len(fakes.mu))
         system = self.system(self.gan_config, image)

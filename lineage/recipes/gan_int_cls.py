@@ -43,7 +43,7 @@ PRESETS = {
         ),
     ),
     # Minutes on two CPU cores: half the paper's widths, and a high learning rate, which the
-    # gradient penalty makes safe (results/first/trials.md has each alone).
+    # gradient penalty makes stable.
     "tiny": Config(
         same="caption",
         size=32,

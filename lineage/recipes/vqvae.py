@@ -69,7 +69,7 @@ PRESETS = {
         ),
         model=SMOKE_PRIOR,
     ),
-    # Minutes on two CPU cores. Few codes: each is seen more often, and with 32 of them a green edge
+    # Minutes on two CPU cores. Few codes: each is trained on more often, and with 32 a green edge
     # is drawn with the same codes in every shape (results/vqvae: trials.md, knobs.json).
     "tiny": Config(
         size=32,

@@ -37,8 +37,11 @@ from lineage.training.store import (
     write_json,
 )
 
-NOT_IN_KEY = ("checkpoint_every", "sample_every", "log_every", "prefetch", "compile", "device")
-"""Settings of training on which a stage's result does not depend."""
+NOT_IN_KEY = (
+    *("checkpoint_every", "sample_every", "log_every", "prefetch", "compile", "device"),
+    "cache_size",
+)
+"""Settings on which a stage's result does not depend."""
 
 Prepare = Callable[[CaptionedDataset, Any], CaptionedDataset]
 """(data set, system) -> the data set that the system trains on, such as one with cached codes."""

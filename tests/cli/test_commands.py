@@ -268,13 +268,17 @@ def test_interruption_and_a_full_disk_are_one_sentence(
     assert_refused(call("list"), *words, code=code)
 
 
-def test_a_closed_pipe_is_no_fault() -> None:
+@pytest.mark.parametrize("flags", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_closed_pipe_is_no_fault(flags: list[str]) -> None:
     """As in `lineage list | head -1`."""
-    code = "from lineage.cli import main; import sys; sys.exit(main(['list']))"
     read, write = os.pipe()
     os.close(read)
     process = subprocess.Popen(
-        [sys.executable, "-uc", code], stdout=write, stderr=subprocess.PIPE, text=True
+        [sys.executable, *flags, "-m", "lineage", "list"],
+        cwd=Path(cli.__file__).parents[2],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(write)
     _, errors = process.communicate(timeout=60)

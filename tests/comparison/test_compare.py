@@ -1,4 +1,4 @@
-"""The comparison: one page with everything in it, the facts as JSON, no work done twice."""
+"""The comparison: one page with everything in it, its data as JSON, no work done twice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,24 @@ from PIL import Image
 import lineage
 from lineage.comparison import run
 from lineage.comparison.report import (
-    MISSES,
-    _thinned,
-    as_bytes,
-    as_count,
-    as_seconds,
+    MAX_FAILURES,
     bars,
     curve,
     embed,
-    score_lines,
+    thinned,
     wall_time,
+    write_report,
 )
 from lineage.errors import CheckFailed, UserError
+from lineage.evaluation.run import ScoredRun
+from lineage.evaluation.table import score_tables
 from lineage.training.log import read_log
 from lineage.training.store import read_json
+from lineage.units import as_bytes, as_count, as_seconds
 
 KEYS = ["retrieval", "gan_int_cls"]
 STEPS = 2
-PICTURES = 80  # drawn for the scores: few, but more than the judge has features
+PICTURES = 80  # for the scores: few, but more than the judge has features
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def page(folder: Path) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_needs_nothing_but_itself(folder: Path, page: Page) -> None:
-    """It is sent by mail and opened in a train: no network, no file beside it."""
+def test_the_page_is_one_file(folder: Path, page: Page) -> None:
+    """It needs no network and no other file, so it can be sent by mail."""
     for address in page.addresses():
         assert address.startswith(("data:image/png;base64,", "#")), address[:80]
     text = (folder / "report.html").read_text(encoding="utf-8")
@@ -99,8 +99,8 @@ def test_the_page_needs_nothing_but_itself(folder: Path, page: Page) -> None:
 
 
 def test_the_page_shows_every_picture(folder: Path, page: Page) -> None:
-    """For each caption a real one, and each system's at each seed; then those that failed. All
-    described for the blind."""
+    """A real one for each caption, each system's at each seed, then those that failed; all with a
+    description for blind readers."""
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     facts = read_json(folder / "report.json")
     captions, seeds = facts["captions"], facts["seeds"]
@@ -108,8 +108,10 @@ def test_the_page_shows_every_picture(folder: Path, page: Page) -> None:
     described = [f"a real picture: {caption}" for caption in captions]
     described += [f"{key}: {caption}" for key in KEYS for caption in captions for _ in seeds]
     for key, scores in zip(KEYS, facts["scores"]["runs"], strict=True):
-        assert len(scores["failed"]) > MISSES  # nobody learns to draw in two steps
-        described += [f"{key} on {miss['prompt']}" for miss in scores["failed"][:MISSES]]
+        assert len(scores["failed"]) > MAX_FAILURES  # two steps teach nothing
+        described += [
+            f"{key} on {failure['prompt']}" for failure in scores["failed"][:MAX_FAILURES]
+        ]
     assert sorted(str(attributes["alt"]) for attributes in images) == sorted(described)
     for attributes in images:
         source = str(attributes["src"]).split(",", 1)[1]
@@ -132,12 +134,12 @@ def test_the_page_names_systems_captions_and_cost(folder: Path, page: Page) -> N
 
 
 def test_the_page_shows_every_score(folder: Path, page: Page) -> None:
-    """The shares as bars, as many as there are tasks, splits and systems; the rest as a table."""
+    """The shares as bars, one for each task, split and system; all scores as tables."""
     scores, text = read_json(folder / "report.json")["scores"], " ".join(page.words)
     assert [one["system"] for one in scores["runs"]] == KEYS
     tasks = {s: c["tasks"] for s, c in scores["runs"][0]["composition"].items()}
     classes = [attributes.get("class") for _, attributes in page.tags]
-    assert classes.count("bar") == len(KEYS) * sum(len(of) + 1 for of in tasks.values())
+    assert classes.count("bar") == len(KEYS) * sum(len(names) + 1 for names in tasks.values())
     assert tasks.keys() == {"test", "heldout"}
     widths = [
         float(number)
@@ -145,20 +147,22 @@ def test_the_page_shows_every_score(folder: Path, page: Page) -> None:
         for number in re.findall(r"(?:left|width): ([-\d.]+)%", attributes.get("style") or "")
     ]
     assert len(widths) == 3 * classes.count("bar") and all(0 <= width <= 100 for width in widths)
-    lines = score_lines(scores)
-    assert {"FID ↓", "R-precision", "nearer to training than unseen real"} <= {
-        line["name"] for line in lines
-    }
-    for line in lines:
-        assert line["name"] in text and len(line["cells"]) == len(KEYS) + 2
-        assert all(cell in text for cell in line["cells"])
+    tables = score_tables(scores)
+    heads = [head for table in tables for head in table.heads]
+    assert {"FID", "R-precision", "copying", "FLOPs"} <= set(heads)
+    for table in tables:
+        assert table.title in text and table.note in text
+        assert set(KEYS) <= table.rows.keys()
+        for cells in table.rows.values():
+            assert all(cell in text for cell in cells)
     for one in scores["runs"]:
-        assert all(f"seen: {miss['seen']}" in text for miss in one["failed"][:MISSES])
+        for failure in one["failed"][:MAX_FAILURES]:
+            assert f"detected: {failure['detected']}" in text
     assert scores["protocol"]["quality"]["generated"] == PICTURES
     assert all(warning in text for warning in scores["warnings"])
 
 
-def test_the_facts_are_those_of_the_runs(folder: Path) -> None:
+def test_the_report_has_the_data_of_the_runs(folder: Path) -> None:
     facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert facts["order"] == KEYS == list(facts["systems"])
     assert facts["budget"] == {"minutes": None, "steps": STEPS}
@@ -166,7 +170,7 @@ def test_the_facts_are_those_of_the_runs(folder: Path) -> None:
     for key in KEYS:
         system = facts["systems"][key]
         assert system["training"] == read_json(folder / key / "cost.json")
-        assert system["config"]["key"] == key and system["config"]["train"]["steps"] == STEPS
+        assert system["config"]["key"] == key and system["config"]["train"]["max_steps"] == STEPS
         cost = system["sampling"]
         assert cost["model_bytes"] == (folder / key / "model.safetensors").stat().st_size
         loaded = lineage.load(folder / key)
@@ -175,21 +179,23 @@ def test_the_facts_are_those_of_the_runs(folder: Path) -> None:
     gan = facts["systems"]["gan_int_cls"]
     assert gan["training"]["gan"]["steps"] == STEPS and gan["sampling"]["flops_per_picture"] > 1000
     assert facts["systems"]["retrieval"]["sampling"]["flops_per_picture"] == 0
-    assert {"processor", "threads", "torch", "lineage", "python"} <= facts["machine"].keys()
+    assert {"processor", "threads", "torch", "lineage", "commit", "clean"} <= facts[
+        "machine"
+    ].keys()
     assert facts["reproduce"][0].startswith("lineage compare retrieval gan_int_cls")
     assert len(facts["reproduce"]) == 3
 
 
 def test_the_captions_are_not_those_of_training(folder: Path) -> None:
-    """Held-out pictures: a memory of the training set must not look like skill."""
+    """They are of unseen pictures: memorised pictures must not look like skill."""
     facts = read_json(folder / "report.json")
     held_out = lineage.load_dataset("shapes", "validation", 16)
-    shown = [example.captions[0] for example in held_out.showcase(run.CAPTIONS)]
-    assert facts["captions"] == shown
+    captions = [example.captions[0] for example in held_out.showcase(run.CAPTIONS)]
+    assert facts["captions"] == captions
 
 
 def test_the_sheet_is_a_picture(folder: Path) -> None:
-    """Two captions a row: twice the real picture and the two systems."""
+    """Two captions a row, each with the real picture and two systems."""
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.width > 2 * 3 * 80 and sheet.height > run.CAPTIONS / 2 * 80
     for key in KEYS:
@@ -197,10 +203,32 @@ def test_the_sheet_is_a_picture(folder: Path) -> None:
             assert (folder / f"{key}_{name}.png").is_file()
 
 
+def test_the_page_shows_how_a_picture_is_made(
+    folder: Path, smoke_run: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Rows of labelled pictures of the longest caption, of systems that can visualise it."""
+    summary = read_json(folder / "report.json")
+    scored = ScoredRun({}, [], [])
+    examples = lineage.load_dataset("shapes", "validation", 16).showcase(run.CAPTIONS)
+    pages = {
+        key: run._page(smoke_run(system).folder, examples, scored)
+        for key, system in zip(KEYS, ("retrieval", "vqvae"), strict=True)
+    }
+    rows = pages[KEYS[1]].visualisation
+    assert rows and not pages[KEYS[0]].visualisation
+    write_report(tmp_path / "page.html", summary, [e.image for e in examples], pages)
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    text = " ".join(page.words)
+    assert max(summary["captions"], key=len) in text.partition("How a picture is made")[2]
+    described = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert all(f"{KEYS[1]}: {label}" in described for row in rows for label, _ in row)
+    assert page.open == []
+
+
 def test_a_second_comparison_does_not_train_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hours of training must survive a changed mind about the report."""
+    """A report can be made again without hours of training."""
     before = {
         key: (
             (folder / key / "model.safetensors").read_bytes(),
@@ -220,8 +248,8 @@ def test_a_second_comparison_does_not_train_again(
         assert read_log(folder / key / "metrics.jsonl") == logs[key]
 
 
-def test_a_second_comparison_keeps_what_was_measured(folder: Path) -> None:
-    """The peak memory of training is not that of looking at a finished run again."""
+def test_a_second_comparison_keeps_the_cost_of_training(folder: Path) -> None:
+    """The peak memory of training is not that of loading a finished run."""
     measured = {}
     for key in KEYS:
         path = folder / key / "cost.json"
@@ -234,24 +262,25 @@ def test_a_second_comparison_keeps_what_was_measured(folder: Path) -> None:
     assert read_json(folder / KEYS[0] / "cost.json") == measured[KEYS[0]]
 
 
-def test_what_cannot_be_compared_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+def test_errors_come_before_anything_is_trained(tmp_path: Path) -> None:
     for keys, options, words in (
         (["gan_int_cls", "ddmp"], {}, "'ddpm'"),
         (["gan_int_cls", "glide"], {}, "planned"),
         (["gan_int_cls", "retrieval"], {"preset": "paper"}, "'paper'"),
         (["gan_int_cls"], {"settings": {"model.gen": 3}}, "'model.gen'"),
         (["gan_int_cls"], {"data": "nowhere"}, "nowhere"),
+        (["gan_int_cls"], {"pictures": 0}, "pictures=0"),
     ):
-        given: dict[str, Any] = {"preset": "smoke", "steps": 1, "out": tmp_path / "out", **options}
+        arguments: dict[str, Any] = {"preset": "smoke", "steps": 1, "out": tmp_path / "out"}
         with pytest.raises(UserError, match=words):
-            lineage.compare(keys, **given)
+            lineage.compare(keys, **{**arguments, **options})
         assert not (tmp_path / "out").exists()
 
 
 def test_a_system_that_cannot_be_trained_stops_the_comparison(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own sentence stands on standard error; the exit code tells what kind of fault it was."""
+    """Its error is on standard error; the exception has the kind of its exit code."""
     with pytest.raises(UserError, match="gan_int_cls"):
         lineage.compare(
             ["gan_int_cls"], preset="smoke", steps=1, out=tmp_path, settings={"size": 24}
@@ -329,12 +358,12 @@ def test_embedded_pictures_are_the_pictures() -> None:
 
 
 def composition(value: float) -> dict[str, Any]:
-    """A composition of one task, whose share and mean are both `value`."""
+    """A composition of one task; its share and its mean are `value`."""
     share = {"value": value, "interval": [value - 0.1, value + 0.1], "n": 9}
     return {"test": {"tasks": {"two_objects": share}, "overall": share, "parts": {}}}
 
 
-def test_bars_stand_between_floor_and_ceiling() -> None:
+def test_bars_have_a_floor_and_a_ceiling() -> None:
     """Each bar is a system's own share, in the order of the comparison; the floor is that of
     shuffled prompts, not of real ones."""
     scores = {
@@ -350,36 +379,28 @@ def test_bars_stand_between_floor_and_ceiling() -> None:
     assert bars({**scores, "real": {}}, ["one", "two"]) == []  # data without a judge
 
 
-def test_scores_that_nobody_has_make_no_line() -> None:
-    """And where one row has none, its cell says so instead of shifting the others."""
-    fid = {"value": 3.0, "interval": [2.0, 4.0], "n": 9}
-    scores = {"runs": [{"quality": {"fid": fid}}, {}], "real": {}, "shuffled": {}}
-    (line,) = score_lines(scores)
-    assert line["name"] == "FID ↓" and len(line["cells"]) == 4
-    assert "3" in line["cells"][0] and len(set(line["cells"][1:])) == 1
-
-
 def log_of(**terms: float) -> list[dict[str, Any]]:
     return [
-        {"stage": "s", "step": i, "seconds": 60.0 * i, "gradient/g": 1.0}
+        {"stage": "s", "step": i, "seconds": 60.0 * i, "gradient/g": 1.0, "metric/a": 2.0}
         | {name.replace("__", "/"): value / (i + 1) for name, value in terms.items()}
         for i in range(5)
     ]
 
 
 def test_a_curve_shows_every_loss_and_no_gradient() -> None:
-    drawn = curve(log_of(g__one=1.0, d__two=2.0))
-    assert drawn is not None and drawn.startswith("<svg")
-    assert "g/one" in drawn and "d/two" in drawn and "gradient" not in drawn
-    assert "currentColor" in drawn and "#0a0b0c" not in drawn
+    figure = curve(log_of(g__one=1.0, d__two=2.0))
+    assert figure is not None and figure.startswith("<svg")
+    assert "g/one" in figure and "d/two" in figure
+    assert "gradient" not in figure and "metric" not in figure
+    assert "currentColor" in figure and "#0a0b0c" not in figure
     assert curve([]) is None and curve(log_of()) is None
 
 
 def test_a_curve_of_several_stages_shows_them_all() -> None:
-    """A later stage has other losses than the first; both were trained."""
+    """A later stage has other losses than the first."""
     first = [{**line, "stage": "one"} for line in log_of(a__x=1.0)]
-    drawn = curve(first + [{**line, "stage": "two"} for line in log_of(b__y=1.0)])
-    assert drawn is not None and "a/x" in drawn and "b/y" in drawn
+    figure = curve(first + [{**line, "stage": "two"} for line in log_of(b__y=1.0)])
+    assert figure is not None and "a/x" in figure and "b/y" in figure
 
 
 def test_a_curve_below_zero_is_drawn() -> None:
@@ -388,10 +409,10 @@ def test_a_curve_below_zero_is_drawn() -> None:
 
 def test_thinning_keeps_the_mean() -> None:
     points = [(float(i), float(i * i)) for i in range(600)]
-    thin = _thinned(points)
+    thin = thinned(points)
     assert len(thin) == 120
     assert sum(y for _, y in thin) / 120 == pytest.approx(sum(y for _, y in points) / 600)
-    assert _thinned(points[:7]) == points[:7]
+    assert thinned(points[:7]) == points[:7]
 
 
 def test_the_time_of_training_is_summed_over_systems_and_stages() -> None:

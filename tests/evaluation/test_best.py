@@ -1,4 +1,4 @@
-"""The best of several: which pictures are drawn, and which of them is kept."""
+"""The best of several: which pictures are drawn, and which of them is selected."""
 
 from __future__ import annotations
 

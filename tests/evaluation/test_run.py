@@ -15,7 +15,7 @@ import torch
 import lineage
 from lineage.cli import main
 from lineage.errors import UserError
-from lineage.evaluation import features, scorer
+from lineage.evaluation import features, scorer, table
 from lineage.evaluation.prompts import TASKS
 from lineage.evaluation.run import _warnings
 from lineage.evaluation.table import tables
@@ -180,11 +180,11 @@ def test_errors_are_one_sentence(run: Path, options: dict[str, Any], words: tupl
     assert all(word in text for word in words) and "\n" not in text
 
 
-def test_runs_of_different_data_do_not_stand_in_one_table(run: Path, tmp_path: Path) -> None:
+def test_runs_of_different_data_are_not_in_one_table(run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     config = read_json(other / "config.json")
     (other / "config.json").write_text(json.dumps({**config, "data": "shapes:hard"}))
-    with pytest.raises(UserError, match=r"cannot stand in one table .*shapes:hard"):
+    with pytest.raises(UserError, match=r"cannot be in one table .*shapes:hard"):
         lineage.evaluate([run, other])
     with pytest.raises(UserError, match=r"There is no .*config\.json"):
         lineage.evaluate(tmp_path / "none")
@@ -211,3 +211,22 @@ def test_a_scorer_that_fails_on_real_pictures_has_a_warning(
     real = {"quality": {}, "text_fit": {"r_precision": {"value": ceiling}}}
     warnings = _warnings(pictures, {"real": real, "runs": []})  # type: ignore[arg-type]
     assert any("20% of unseen real pictures" in text for text in warnings) == has_warning
+
+
+# --- the tables -------------------------------------------------------------------------------
+
+
+def test_scores_without_a_value_have_a_dash() -> None:
+    """A score that no row has makes no table, and a row without any is left out."""
+    fid = {"value": 3.0, "interval": [2.0, 4.0], "n": 9}
+    rows = {"one": {"quality": {"fid": fid}}, "two": {}}
+    columns = {"FID": ("quality", "fid"), "KID": ("quality", "kid")}
+    scores = table._score_table("title", columns, rows, "note")
+    assert scores.rows == {"one": ["3.00 ±1.00", "–"]}
+    assert str(scores).splitlines() == [
+        "title",
+        "            FID  KID",
+        "one  3.00 ±1.00    –",
+        "(note)",
+    ]
+    assert not table._score_table("title", {"KID": ("quality", "kid")}, rows, "").rows

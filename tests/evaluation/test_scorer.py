@@ -1,5 +1,5 @@
-"""Scorers: unit vectors that belong to a row alone, an objective without false negatives, and
-weights that can tell captions apart.
+"""Scorers: unit vectors that depend on their row alone, a loss without false negatives, and weights
+that separate captions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from lineage.errors import UserError
 from lineage.evaluation import scorer as module
 from lineage.evaluation.features import find_scorer
 from lineage.evaluation.scorer import (
-    AllLevels,
     ContrastiveScorer,
     Scorer,
     contrastive_loss,
@@ -38,7 +38,7 @@ COUNTS = (1, 7, 64, 65)
 
 
 class Few(CaptionedDataset):
-    """Pictures, of noise if none are given, with one caption each."""
+    """Pictures with one caption each; of noise if `images` is None."""
 
     def __init__(
         self, captions: list[str], images: torch.Tensor | None = None, size: int = 16
@@ -75,7 +75,7 @@ def pictures(examples: list[Example]) -> torch.Tensor:
 
 
 def check_contract(scorer: Scorer, captions: list[str]) -> None:
-    """Unit vectors, of any size of picture, each of which belongs to its row alone."""
+    """Unit vectors for pictures of any size, each a function of its row alone."""
     for size in (8, 16, 32, 50):
         images = torch.randint(256, (65, 3, size, size), dtype=torch.uint8)
         embedded = scorer.image(images)
@@ -94,17 +94,17 @@ def check_contract(scorer: Scorer, captions: list[str]) -> None:
     assert scorer.kind == "clip" and scorer.name
 
 
-def test_a_vector_belongs_to_its_row_alone(shipped: ContrastiveScorer, real: list[Example]) -> None:
+def test_a_vector_depends_on_its_row_alone(shipped: ContrastiveScorer, real: list[Example]) -> None:
     check_contract(shipped, [*first_captions(real), "", "an unheard-of word"])
 
 
 def test_places_matter(shipped: ContrastiveScorer) -> None:
-    """The towers know where a thing is; a mean over the picture would not."""
+    """The image tower keeps positions; a mean over the picture would lose them."""
     image = torch.full((1, 3, 32, 32), 242, dtype=torch.uint8)
     image[:, :, 11:21, 3:13] = torch.tensor([220, 40, 40], dtype=torch.uint8)[:, None, None]
     left, right = shipped.image(torch.cat([image, image.flip(3)]))
-    said = shipped.text(["a red square on the left", "a red square on the right"])
-    assert (said @ left).argmax() == 0 and (said @ right).argmax() == 1
+    text = shipped.text(["a red square on the left", "a red square on the right"])
+    assert (text @ left).argmax() == 0 and (text @ right).argmax() == 1
 
 
 def test_shipped_weights_find_true_captions(
@@ -121,8 +121,10 @@ def test_shipped_weights_find_true_captions(
     captions = first_captions(real)
     shuffled = Few(captions[1:] + captions[:1], pictures(real))
     assert own_r_precision(shipped, shuffled)["value"] < 0.05
-    told = {(m["data"], m["split"], m["size"]): m["value"] for m in shipped.protocol["r_precision"]}
-    assert len(told) == 12 and told["shapes:hard", "validation", 32] > 0.9
+    stated = {
+        (m["data"], m["split"], m["size"]): m["value"] for m in shipped.protocol["r_precision"]
+    }
+    assert len(stated) == 12 and stated["shapes:hard", "validation", 32] > 0.9
     assert shipped.protocol["parameters"] == sum(p.numel() for p in shipped.parameters())
 
 
@@ -131,7 +133,7 @@ def test_a_fit_lowers_the_loss_and_is_the_same_twice(real: list[Example]) -> Non
     batch = data.batch(range(96), [0] * 96, 0)
     before = torch.get_rng_state()
     one, again, other, untrained = (
-        fit_scorer(data, steps=steps, batch=32, seed=seed, progress=False)
+        fit_scorer(data, steps=steps, batch_size=32, seed=seed, progress=False)
         for steps, seed in ((30, 0), (30, 0), (30, 1), (0, 0))
     )
     assert torch.equal(torch.get_rng_state(), before)
@@ -143,7 +145,7 @@ def test_a_fit_lowers_the_loss_and_is_the_same_twice(real: list[Example]) -> Non
 
 
 def test_pairs_with_the_same_caption_are_no_negatives() -> None:
-    """Their captions are true of each other's pictures; as negatives they would cost log 2."""
+    """Each caption is true of both pictures; as negatives they would cost log 2."""
     image, scale = F.normalize(torch.randn(2, 8), dim=1), torch.tensor(10.0)
     text = image[:1].expand(2, 8)
     itself = torch.eye(2, dtype=torch.bool)
@@ -152,32 +154,32 @@ def test_pairs_with_the_same_caption_are_no_negatives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("captions", "ids", "alone"),
+    ("captions", "ids", "no_negatives"),
     [(["x"] * 4, "abcd", True), (list("wxyz"), "aaaa", True), (list("wxyz"), "abcd", False)],
 )
-def test_the_batch_says_which_pairs_are_alike(captions: list[str], ids: str, alone: bool) -> None:
-    """Where all say the same, or are the same picture, there is nothing to tell apart."""
+def test_the_batch_defines_the_negatives(captions: list[str], ids: str, no_negatives: bool) -> None:
+    """With equal captions, or one picture, there are none, and the loss is zero."""
     scorer = fit_scorer(Few(list("wxyz")), steps=0, progress=False)
     loss = scorer.loss(Batch(torch.randn(4, 3, 32, 32), captions, None, list(ids)))
-    assert (float(loss) == 0) == alone
+    assert (float(loss) == 0) == no_negatives
 
 
 def test_the_loss_is_that_of_clip() -> None:
-    """Without pairs that are alike: cross-entropy along rows and columns, written out."""
+    """With different captions: cross-entropy along rows and columns, written out."""
     image, text = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
-    wanted = 0.0
+    expected = 0.0
     for i in range(5):
         row = [float(7 * image[i] @ text[j]) for j in range(5)]
         column = [float(7 * image[j] @ text[i]) for j in range(5)]
         for logits in (row, column):
-            wanted -= float(torch.tensor(logits).log_softmax(0)[i]) / 10
-    got = contrastive_loss(image, text, torch.tensor(7.0), torch.eye(5, dtype=torch.bool))
-    assert float(got) == pytest.approx(wanted, abs=1e-5)
+            expected -= float(torch.tensor(logits).log_softmax(0)[i]) / 10
+    loss = contrastive_loss(image, text, torch.tensor(7.0), torch.eye(5, dtype=torch.bool))
+    assert float(loss) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [8, 16, 40])
 def test_tiny_data(size: int) -> None:
-    """Eight pictures with one caption each, at a size that is not the tower's own."""
+    """Eight pictures with one caption each, at other sizes than the tower's."""
     data = Few(["one thing", "another one"] * 4, size=size)
     scorer = fit_scorer(data, data, steps=3, progress=False)
     assert scorer.protocol["batch"] == 8
@@ -186,13 +188,13 @@ def test_tiny_data(size: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 8])
-def test_one_caption_for_all_is_refused(count: int) -> None:
-    with pytest.raises(UserError, match="at least 2") as fault:
+def test_one_caption_for_all_is_an_error(count: int) -> None:
+    with pytest.raises(UserError, match="at least 2") as error:
         fit_scorer(Few(["the same"] * count), steps=1)
-    assert "\n" not in str(fault.value) and "few" in str(fault.value)
+    assert "\n" not in str(error.value) and "few" in str(error.value)
 
 
-def test_what_is_saved_comes_back(tmp_path: Path, real: list[Example]) -> None:
+def test_a_saved_scorer_is_loaded_unchanged(tmp_path: Path, real: list[Example]) -> None:
     scorer = fit_scorer(Few(first_captions(real)[:40]), steps=2, progress=False)
     scorer.save(tmp_path / "in" / "scorer.safetensors")
     before = torch.get_rng_state()
@@ -210,22 +212,22 @@ def damages(whole: bytes) -> dict[str, bytes]:
         "short": whole[: len(whole) // 2],
         "text": b"<html></html>",
         "head": whole.replace(b"tokenizer", b"tokenisor"),
-        "words": whole.replace(b"words", b"birds"),
+        "field": whole.replace(b"max_words", b"max_birds"),
         "sizes": whole.replace(b'width\\": 48', b'width\\": 40'),
         "lost": whole.replace(b"log_scale", b"log_scald"),
     }
 
 
-def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "scorer.safetensors"
     fit_scorer(Few(list("abcd")), steps=0, progress=False).save(path)
     whole = path.read_bytes()
     for content in damages(whole).values():
         assert content != whole
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"scorer\.safetensors") as fault:
+        with pytest.raises(UserError, match=r"scorer\.safetensors") as error:
             load_scorer(path)
-        assert "\n" not in str(fault.value)
+        assert "\n" not in str(error.value)
     save_tensors(path, {"a": torch.zeros(2)})
     with pytest.raises(UserError, match="not a scorer"):
         load_scorer(path)
@@ -236,7 +238,7 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The names of the data that scorers are fitted to, in a cache of its own."""
+    """Names of the data sets that scorers are fitted to, with an empty cache."""
     monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path))
     names: list[str] = []
 
@@ -248,7 +250,7 @@ def fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return names
 
 
-def test_a_fitted_scorer_is_kept(fits: list[str], tmp_path: Path) -> None:
+def test_a_fitted_scorer_is_cached(fits: list[str], tmp_path: Path) -> None:
     data = Few(list("abcdefgh"))
 
     def get(fingerprint: str, **more: int) -> ContrastiveScorer:
@@ -276,7 +278,7 @@ def test_a_damaged_scorer_in_the_cache_is_replaced(fits: list[str], tmp_path: Pa
     assert len(fits) == 2
 
 
-def test_a_cache_that_cannot_be_written_keeps_nothing(fits: list[str], tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(fits: list[str], tmp_path: Path) -> None:
     (tmp_path / "scorers").write_text("a file in the way")
     scorer_for("few", Few(list("abcd")), "1", steps=0, progress=False)
     assert fits == ["few"]
@@ -285,15 +287,17 @@ def test_a_cache_that_cannot_be_written_keeps_nothing(fits: list[str], tmp_path:
 def test_scorers_by_name(fits: list[str]) -> None:
     data, cpu = load_dataset("shapes:hard", size=16), torch.device("cpu")
     assert find_scorer("none", data.name, data, data, cpu) is None
-    found = find_scorer("auto", data.name, data, data, cpu)
-    assert found is not None and found.name == "contrastive scorer of shapes (all levels)"
+    scorer = find_scorer("auto", data.name, data, data, cpu)
+    assert scorer is not None and scorer.name == "contrastive scorer of shapes (all levels)"
     assert not fits
     with pytest.raises(UserError, match="hub:MODEL"):
         find_scorer("best", data.name, data, data, cpu)
 
 
 def test_all_levels_in_turn() -> None:
-    data = AllLevels()
+    """The data set that the shipped scorer is trained on."""
+    path = Path(__file__).parents[2] / "benchmarks" / "train_scorer.py"
+    data = run_path(str(path))["AllLevels"]()
     levels = [load_dataset(f"shapes:{level}") for level in ("easy", "medium", "hard")]
     batch = data.batch([7, 0, 5], [0, 0, 0], 0)
     for row, index in enumerate((7, 0, 5)):
@@ -306,7 +310,7 @@ def test_all_levels_in_turn() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP as `transformers` saves it, whose words are letters."""
+    """A random CLIP as `transformers` saves it; its tokens are letters."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("clip")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -352,7 +356,7 @@ def test_a_clip_of_the_hub(tiny_clip: Path) -> None:
     torch.testing.assert_close(scorer.text(captions), theirs.text_embeds.detach())
 
 
-def test_no_clip_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_without_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "transformers", None)
         with pytest.raises(UserError, match=r"pip install 'lineage-t2i\[hub\]'"):
@@ -360,9 +364,9 @@ def test_no_clip_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     for place in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match="No CLIP model") as fault:
+        with pytest.raises(UserError, match="No CLIP model") as error:
             hub_scorer(place)
-        assert "\n" not in str(fault.value)
+        assert "\n" not in str(error.value)
 
 
 # --- the matching model of a run --------------------------------------------------------------
@@ -372,9 +376,9 @@ def test_no_clip_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def matching(smoke_run: Callable[[str], Any]) -> Scorer:
     """The DAMSM of a finished run, as `--scorer damsm:RUN` names it."""
     data, spec = load_dataset("shapes", size=16), f"damsm:{smoke_run('attngan').folder}"
-    found = find_scorer(spec, data.name, data, data, torch.device("cpu"))
-    assert found is not None
-    return found
+    scorer = find_scorer(spec, data.name, data, data, torch.device("cpu"))
+    assert scorer is not None
+    return scorer
 
 
 def test_a_matching_model_gives_unit_vectors_of_any_picture(
@@ -389,17 +393,17 @@ def test_a_matching_model_gives_unit_vectors_of_any_picture(
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(5))
 
 
-def test_a_vector_of_a_matching_model_belongs_to_its_row_alone(
+def test_a_vector_of_a_matching_model_depends_on_its_row_alone(
     matching: Scorer, real: list[Example]
 ) -> None:
-    """Whatever the number of rows, and beside longer captions as beside shorter ones."""
+    """Whatever the number of rows, and whatever the length of the other captions."""
     images = pictures(real)[:65]
     captions = [*first_captions(real)[:63], "", "a long one " * 30]
-    drawn, said = matching.image(images), matching.text(captions)
+    image, text = matching.image(images), matching.text(captions)
     for count in COUNTS:
-        assert torch.equal(matching.image(images[:count]), drawn[:count])
-        torch.testing.assert_close(matching.text(captions[:count]), said[:count])
-    torch.testing.assert_close(matching.text(captions[::-1]), said.flip(0))
+        assert torch.equal(matching.image(images[:count]), image[:count])
+        torch.testing.assert_close(matching.text(captions[:count]), text[:count])
+    torch.testing.assert_close(matching.text(captions[::-1]), text.flip(0))
 
 
 def test_a_matching_model_is_that_of_its_run(
@@ -408,24 +412,24 @@ def test_a_matching_model_is_that_of_its_run(
     """Whole pictures at the run's side, and sentences; the name has the weights' fingerprint."""
     folder, system = smoke_run("attngan")
     small = pictures(real)[:3].view(3, 3, 16, 2, 16, 2).float().mean((3, 5)).round()
-    expected = system.matcher(small / 127.5 - 1).whole
-    found = matching.image(small.to(torch.uint8))
-    torch.testing.assert_close(found, F.normalize(expected, dim=1), atol=1e-5, rtol=0)
+    expected = system.image_encoder(small / 127.5 - 1).global_vector
+    image = matching.image(small.to(torch.uint8))
+    torch.testing.assert_close(image, F.normalize(expected, dim=1), atol=1e-5, rtol=0)
     sentence = system.text.encode(first_captions(real)[:3]).sentence
-    said = matching.text(first_captions(real)[:3])
-    torch.testing.assert_close(said, F.normalize(sentence, dim=1), atol=1e-5, rtol=0)
-    kept = fingerprint((folder / "model.safetensors").read_bytes())
-    assert matching.kind == "damsm" and matching.name == f"DAMSM of attngan ({kept})"
+    text = matching.text(first_captions(real)[:3])
+    torch.testing.assert_close(text, F.normalize(sentence, dim=1), atol=1e-5, rtol=0)
+    weights = fingerprint((folder / "model.safetensors").read_bytes())
+    assert matching.kind == "damsm" and matching.name == f"DAMSM of attngan ({weights})"
     assert json.loads(json.dumps(matching.protocol)) == matching.protocol
-    assert matching.protocol["weights"] == kept
+    assert matching.protocol["weights"] == weights
 
 
-def test_a_run_without_a_matching_model_is_refused(
+def test_a_run_without_a_matching_model_is_an_error(
     smoke_run: Callable[[str], Any], tmp_path: Path
 ) -> None:
     data, cpu = load_dataset("shapes", size=16), torch.device("cpu")
     folder = smoke_run("retrieval").folder
     for run, word in ((folder, "without a DAMSM"), (tmp_path / "none", "no run folder")):
-        with pytest.raises(UserError, match=word) as fault:
+        with pytest.raises(UserError, match=word) as error:
             find_scorer(f"damsm:{run}", data.name, data, data, cpu)
-        assert "\n" not in str(fault.value) and str(run) in str(fault.value)
+        assert "\n" not in str(error.value) and str(run) in str(error.value)

@@ -1,4 +1,4 @@
-"""Codec and prior apart: the section `stages`, from a system's numbers to the table."""
+"""The section `stages` (codec and prior apart), from a system's numbers to the table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import lineage
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.evaluation import real, sections
 from lineage.evaluation.judge import Judge, verdict
-from lineage.evaluation.prompts import Prompt, Wanted, read_prompts
-from lineage.evaluation.real import Composition, spaced, unseen_split
+from lineage.evaluation.prompts import ObjectSpec, Prompt, read_prompts
+from lineage.evaluation.real import PromptSet, evenly_spaced, unseen_split
 from lineage.evaluation.run import _stages
 from lineage.evaluation.table import tables
-from lineage.system import System
 from lineage.vqvae.ar_prior import Prior
 
 PICTURES = 20
@@ -30,7 +29,7 @@ TITLE = "Codec and prior apart"
 
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few prompts, some of them of what training never shows."""
+    """A few prompts, one of them of a combination that training never shows."""
     path = tmp_path_factory.mktemp("prompts") / "few.jsonl"
     lines = [
         {
@@ -47,7 +46,7 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """What else is measured is not of interest here."""
+    """The other sections are made fast; they are not tested here."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(real, "TRAINING_PICTURES", 40)
         patched.setattr(real, "EXAM_REPEATS", 1)
@@ -59,8 +58,8 @@ def evaluated(smoke_run: Callable[[str], Any], prompt_file: Path) -> Callable[..
     """(keys) -> the document of these smoke runs."""
 
     def score(*keys: str, **options: Any) -> dict[str, Any]:
-        given = {"pictures": PICTURES, "scorer": "none", "prompts": str(prompt_file)} | options
-        return lineage.evaluate([smoke_run(key).folder for key in keys], **given)
+        settings = {"pictures": PICTURES, "scorer": "none", "prompts": str(prompt_file)} | options
+        return lineage.evaluate([smoke_run(key).folder for key in keys], **settings)
 
     return score
 
@@ -74,54 +73,59 @@ def both(evaluated: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 # --- the section ------------------------------------------------------------------------------
 
 
-def asked(tag: str, split: str = "test") -> Prompt:
-    return Prompt(tag, "a circle", (Wanted("circle"),), "easy", split)
+def prompt_of(tag: str, split: str = "test") -> Prompt:
+    return Prompt(tag, "a circle", (ObjectSpec("circle"),), "easy", split)
 
 
 def test_stages_by_hand() -> None:
     values = {"psnr": torch.tensor([10.0, 20.0, 60.0]), "accuracy": torch.tensor([0.0, 1.0, 0.5])}
-    prompts = [asked("colors"), asked("colors"), asked("counting"), asked("colors", "heldout")]
-    seen = [{"strict": s, "object": True} for s in (True, False, True, False)]
-    result = sections.stages(values, prompts, seen)
+    prompts = [
+        prompt_of("colors"),
+        prompt_of("colors"),
+        prompt_of("counting"),
+        prompt_of("colors", "heldout"),
+    ]
+    verdicts = [{"strict": s, "object": True} for s in (True, False, True, False)]
+    result = sections.stages(values, prompts, verdicts)
     assert list(result) == ["psnr", "accuracy", "reconstruction"]
     assert (result["psnr"]["value"], result["psnr"]["n"]) == (30.0, 3)
     assert (result["accuracy"]["value"], result["accuracy"]["n"]) == (0.5, 3)
     low, high = result["psnr"]["interval"]
     assert 10 <= low < 30 < high <= 60
-    assert result["reconstruction"] == sections.composition(prompts, seen)
+    assert result["reconstruction"] == sections.composition(prompts, verdicts)
     assert result["reconstruction"]["test"]["overall"]["value"] == 0.75  # of tasks, not pictures
     assert result["reconstruction"]["heldout"]["overall"]["value"] == 0.0
 
 
 def test_stages_without_a_judge_or_without_numbers() -> None:
     assert list(sections.stages({"psnr": torch.ones(3)}, [], [])) == ["psnr"]
-    assert list(sections.stages({"psnr": torch.ones(3)}, [asked("colors")], [])) == ["psnr"]
+    assert list(sections.stages({"psnr": torch.ones(3)}, [prompt_of("colors")], [])) == ["psnr"]
     assert sections.stages({}, [], []) == {}
 
 
 # --- of a run ---------------------------------------------------------------------------------
 
 
-def test_the_numbers_are_means_of_unseen_pictures(
+def test_the_scores_are_means_of_unseen_pictures(
     both: dict[str, Any], smoke_run: Callable[[str], Any]
 ) -> None:
-    """One picture at a time, of the split that training does not see."""
+    """One picture at a time, of the split that training does not use."""
     data, system = unseen_split("shapes", 16, 0), smoke_run("vqvae").system
     assert isinstance(system, Prior) and data.split == "validation"
-    told = both["runs"][0]["stages"]
+    section = both["runs"][0]["stages"]
     with torch.no_grad():
         scores = []
-        for number in spaced(len(data), PICTURES):
+        for number in evenly_spaced(len(data), PICTURES):
             one = data[number]
             batch = Batch(to_unit(one.image[None]), [one.captions[0]], None, [one.id])
             scores.append({name: v.item() for name, v in system.stage_scores(batch).items()})
-    assert set(told) == {*NUMBERS, "reconstruction"}
+    assert set(section) == {*NUMBERS, "reconstruction"}
     for name in NUMBERS:
         mean = sum(score[name] for score in scores) / PICTURES
-        assert told[name]["value"] == pytest.approx(mean, rel=1e-3), name
-        assert told[name]["n"] == PICTURES
-        low, high = told[name]["interval"]
-        assert low <= told[name]["value"] <= high, name
+        assert section[name]["value"] == pytest.approx(mean, rel=1e-3), name
+        assert section[name]["n"] == PICTURES
+        low, high = section[name]["interval"]
+        assert low <= section[name]["value"] <= high, name
     protocol = both["protocol"]["stages"]
     assert (protocol["pictures"], protocol["real_split"]) == (PICTURES, "validation")
 
@@ -129,14 +133,13 @@ def test_the_numbers_are_means_of_unseen_pictures(
 def test_reconstructions_are_judged(
     both: dict[str, Any], smoke_run: Callable[[str], Any], prompt_file: Path
 ) -> None:
-    """Real pictures of the prompts, the same that stand in the row of real pictures, encoded and
-    decoded."""
+    """Real pictures of the prompts, those of the row of real pictures, encoded and decoded."""
     system, judge = smoke_run("vqvae").system, Judge.load()
     prompts = read_prompts(prompt_file, "easy")
-    pictures = Composition(judge, prompts, "", 16, 0).pictures
+    pictures = PromptSet(judge, prompts, "", 16, 0).pictures
     with torch.no_grad():
         back = to_bytes(system.codec.decode(system.codec.encode(to_unit(pictures))))
-    verdicts = [verdict(r, p) for r, p in zip(judge.read(back), prompts, strict=True)]
+    verdicts = [verdict(r, p) for r, p in zip(judge.detect(back), prompts, strict=True)]
     assert both["runs"][0]["stages"]["reconstruction"] == sections.composition(prompts, verdicts)
     for split, count in (("test", 2), ("heldout", 1)):
         assert both["runs"][0]["stages"]["reconstruction"][split]["overall"]["n"] == count
@@ -148,9 +151,10 @@ def test_a_codec_that_loses_nothing_is_as_good_as_real_pictures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Prior, "reconstruct", lambda self, images: images)
-    found = evaluated("vqvae")
-    assert found["runs"][0]["stages"]["reconstruction"] == found["real"]["composition"]
-    assert found["real"] == both["real"]
+    document = evaluated("vqvae")
+    reconstruction = document["runs"][0]["stages"]["reconstruction"]
+    assert reconstruction == document["real"]["composition"]
+    assert document["real"] == both["real"]
 
 
 def test_systems_of_one_stage_have_no_such_section(
@@ -162,41 +166,39 @@ def test_systems_of_one_stage_have_no_such_section(
     assert TITLE not in tables(alone)
 
 
-def test_stages_do_not_hang_on_the_batch(
+def test_stages_do_not_depend_on_the_batch(
     both: dict[str, Any], evaluated: Callable[..., dict[str, Any]]
 ) -> None:
-    assert evaluated("vqvae", batch=7)["runs"][0]["stages"] == both["runs"][0]["stages"]
+    assert evaluated("vqvae", batch_size=7)["runs"][0]["stages"] == both["runs"][0]["stages"]
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 64])
-def test_stages_of_data_without_a_judge(at_once: int, smoke_run: Callable[[str], Any]) -> None:
-    """No prompts, so no reconstruction is judged; one picture is enough; nothing is trained."""
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_stages_of_data_without_a_judge(batch_size: int, smoke_run: Callable[[str], Any]) -> None:
+    """No reconstruction is judged; one picture is enough; nothing is trained."""
     system = copy.deepcopy(smoke_run("vqvae").system)
-    system.at_once = at_once
+    system.sample_batch_size = batch_size
     for count in (1, 4):
         images = torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8)
-        world: Any = SimpleNamespace(images=images, captions=["a thing"] * count)
-        told = _stages(system, world, None)
-        assert list(told) == list(NUMBERS)
-        assert all(told[name]["n"] == count for name in NUMBERS)
+        pictures: Any = SimpleNamespace(images=images, captions=["a thing"] * count)
+        section = _stages(system, pictures, None)
+        assert list(section) == list(NUMBERS)
+        assert all(section[name]["n"] == count for name in NUMBERS)
     assert all(p.grad is None for p in system.parameters())
 
 
-def test_a_system_without_stages_is_not_asked_to_reconstruct(
+def test_no_pictures_of_prompts_are_drawn_for_a_system_without_stages(
     smoke_run: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would be a waste to draw the prompts' pictures for it."""
 
     def fail(*_: Any) -> None:
-        raise AssertionError("asked for")
+        raise AssertionError("drawn")
 
-    monkeypatch.setattr(System, "reconstruct", fail)
-    monkeypatch.setattr(Composition, "pictures", property(fail))
-    world: Any = SimpleNamespace(
+    monkeypatch.setattr(PromptSet, "pictures", property(fail))
+    pictures: Any = SimpleNamespace(
         images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8), captions=["a", "b"]
     )
-    prompts = Composition(Judge.load(), [asked("colors")], "", 16, 0)
-    assert _stages(smoke_run("retrieval").system, world, prompts) == {}
+    prompts = PromptSet(Judge.load(), [prompt_of("colors")], "", 16, 0)
+    assert _stages(smoke_run("retrieval").system, pictures, prompts) == {}
 
 
 # --- the table --------------------------------------------------------------------------------
@@ -208,19 +210,19 @@ def section_of(text: str) -> list[str]:
     return section.splitlines()
 
 
-def test_the_table_tells_the_stages(both: dict[str, Any]) -> None:
+def test_the_table_has_the_stages(both: dict[str, Any]) -> None:
     document = copy.deepcopy(both)
     stages = document["runs"][0]["stages"]
     for split, value in (("test", 0.75), ("heldout", 0.25)):
         stages["reconstruction"][split]["overall"]["value"] = value
     title, heads, *rows, note = section_of(tables(document))
     assert title == TITLE and note.startswith("(") and note.endswith(")")
-    assert [row.split()[0] for row in rows] == ["vqvae"]  # nobody else has two stages
+    assert [row.split()[0] for row in rows] == ["vqvae"]  # no other run has two stages
     for word in ("reconstructed", "held out", "PSNR", "nats/code", "accuracy", "bits/dim"):
         assert word in heads
-    told = [cell for cell in rows[0].split()[1:] if not cell.startswith("±")]
+    values = [cell for cell in rows[0].split()[1:] if not cell.startswith("±")]
     expected = [0.75, 0.25, *(stages[name]["value"] for name in NUMBERS)]
-    assert [float(cell) for cell in told] == pytest.approx(expected, abs=0.006)
+    assert [float(cell) for cell in values] == pytest.approx(expected, abs=0.006)
 
 
 def test_the_table_without_a_judge_has_dashes(both: dict[str, Any]) -> None:
@@ -230,7 +232,7 @@ def test_the_table_without_a_judge_has_dashes(both: dict[str, Any]) -> None:
     assert row.split()[1:3] == ["–", "–"] and row.count("–") == 2
 
 
-def test_runs_of_one_system_are_told_apart(both: dict[str, Any]) -> None:
+def test_runs_of_one_system_have_their_folders_names(both: dict[str, Any]) -> None:
     document = copy.deepcopy(both)
     second = copy.deepcopy(document["runs"][0])
     document["runs"][0]["run"], second["run"] = "runs/one", "runs/two"

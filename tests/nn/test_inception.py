@@ -1,4 +1,4 @@
-"""Inception v3: sizes, the two poolings, FID features in chunks, and weights from files."""
+"""Inception v3: sizes, the two kinds of pooling, FID features in chunks, and weights from files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ State = dict[str, Tensor]
 def networks() -> dict[str, InceptionV3]:
     """Both variants in evaluation mode, with the same random weights but for the last layer."""
     torch.manual_seed(0)
-    made = {variant: InceptionV3(variant).eval() for variant in ("imagenet", "fid")}
-    shared = {n: v for n, v in made["fid"].state_dict().items() if not n.startswith("fc.")}
-    made["imagenet"].load_state_dict(shared, strict=False)
-    return made
+    built = {variant: InceptionV3(variant).eval() for variant in ("imagenet", "fid")}
+    shared = {n: v for n, v in built["fid"].state_dict().items() if not n.startswith("fc.")}
+    built["imagenet"].load_state_dict(shared, strict=False)
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def fid(networks: dict[str, InceptionV3]) -> InceptionV3:
 
 
 def numbered(network: InceptionV3) -> State:
-    """A state dict whose i-th tensor is i / 1000 throughout; its file holds one number a tensor."""
+    """A state dict whose i-th tensor is i / 1000 everywhere; its file has one number for each."""
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     return {name: torch.tensor(i / 1000).expand(shapes[name]) for i, name in enumerate(shapes)}
 
@@ -117,7 +117,7 @@ def test_shapes(networks: dict[str, InceptionV3], side: int, regions: int) -> No
         assert networks[variant].classify(features.pooled).shape == (1, classes)
 
 
-def test_a_picture_too_small(fid: InceptionV3) -> None:
+def test_a_picture_that_is_too_small(fid: InceptionV3) -> None:
     with pytest.raises(UserError, match=r"75 pixels a side or more, not 80 x 74\."):
         fid(torch.zeros(1, 3, 80, 74))
 
@@ -140,17 +140,17 @@ def naive_pool(x: Tensor, variant: str, block: str) -> Tensor:
 @torch.no_grad()
 def test_every_pool_is_that_of_its_variant(networks: dict[str, InceptionV3], variant: str) -> None:
     network = networks[variant]
-    given: State = {}  # name of a module -> its input
+    inputs_of: State = {}  # by the name of a module
     hooks = []
     for block in KEEPS_SIDE:
         for name in (f"Mixed_{block}", f"Mixed_{block}.branch_pool"):
-            keep = partial(lambda key, _, inputs: given.update({key: inputs[0]}), name)
+            keep = partial(lambda key, _, inputs: inputs_of.update({key: inputs[0]}), name)
             hooks.append(network.get_submodule(name).register_forward_pre_hook(keep))
     network(torch.rand(1, 3, 139, 139) * 2 - 1)
     for hook in hooks:
         hook.remove()
     for block in KEEPS_SIDE:
-        x, pooled = given[f"Mixed_{block}"], given[f"Mixed_{block}.branch_pool"]
+        x, pooled = inputs_of[f"Mixed_{block}"], inputs_of[f"Mixed_{block}.branch_pool"]
         torch.testing.assert_close(pooled, naive_pool(x, variant, block), msg=block)
         other = naive_pool(x, "fid" if variant == "imagenet" else "imagenet", block)
         assert (pooled - other).abs().max() > 0.01 * pooled.abs().max(), block
@@ -165,7 +165,7 @@ def test_the_variants_differ_with_the_same_weights(networks: dict[str, Inception
 
 
 def scattered(*shape: int) -> Tensor:
-    """Numbers in [-1/2, 1/2) that look random but come from a formula, whatever the generator."""
+    """Pseudorandom numbers in [-1/2, 1/2) from a formula, the same on every machine."""
     count = torch.arange(math.prod(shape), dtype=torch.float64)
     return ((12_345 * torch.sin(1 + count)) % 1 - 0.5).float().reshape(shape)
 
@@ -178,7 +178,7 @@ def by_formula(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 SOME = [101, 504, 900, 1301, 1700, 2000]  # one channel of each branch of the last block
-POOLED = {  # what they are in torchvision 0.29.2 and in pytorch-fid 0.3.0 with these weights
+POOLED = {  # their values in torchvision 0.29.2 and in pytorch-fid 0.3.0 with these weights
     "imagenet": [0.037662, 0.071804, 0.126616, 0.14621, 0.04375, 0.053622],
     "fid": [0.021572, 0.117914, 0.242884, 0.200954, 0.043888, 0.231441],
 }
@@ -196,11 +196,11 @@ def test_the_numbers_of_the_public_implementations(variant: str) -> None:
         value.copy_(by_formula(name, tuple(value.shape)))
     features = network(2 * scattered(1, 3, 107, 107))
     regions = features.regions[0, 60::192].mean((1, 2))
-    for found, wanted in ((features.pooled[0, SOME], POOLED), (regions, REGIONS)):
-        torch.testing.assert_close(found, torch.tensor(wanted[variant]), atol=0, rtol=1e-3)
+    for values, expected in ((features.pooled[0, SOME], POOLED), (regions, REGIONS)):
+        torch.testing.assert_close(values, torch.tensor(expected[variant]), atol=0, rtol=1e-3)
 
 
-def test_no_such_variant() -> None:
+def test_an_unknown_variant() -> None:
     with pytest.raises(UserError, match=r"no variant 'imagnet' of Inception v3: did you mean"):
         InceptionV3("imagnet")
 
@@ -219,34 +219,34 @@ def bilinear(image: Tensor, side: int) -> Tensor:
 def test_fid_features_prepare_pictures_as_pytorch_fid_does(
     fid: InceptionV3, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = []
+    inputs = []
 
     def forward(x: Tensor) -> InceptionFeatures:
-        given.append(x)
+        inputs.append(x)
         return InceptionFeatures(x, x.mean((2, 3)))
 
     monkeypatch.setattr(fid, "forward", forward)
     images = pictures(2, side)
     fid_features(fid, images)
-    wanted = torch.stack([bilinear(image / 255, 299) for image in images]) * 2 - 1
-    torch.testing.assert_close(given[0], wanted, atol=2e-4, rtol=0)
+    expected = torch.stack([bilinear(image / 255, 299) for image in images]) * 2 - 1
+    torch.testing.assert_close(inputs[0], expected, atol=2e-4, rtol=0)
 
 
 def test_fid_features_work_by_sixteen_without_gradients_in_evaluation_mode(
     fid: InceptionV3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    calls = []
 
     def forward(x: Tensor) -> InceptionFeatures:
-        seen.append((len(x), fid.training, fid.Mixed_5b.training, torch.is_grad_enabled()))
+        calls.append((len(x), fid.training, fid.Mixed_5b.training, torch.is_grad_enabled()))
         return InceptionFeatures(x, x[:, :, 0, 0])
 
     monkeypatch.setattr(fid, "forward", forward)
     fid.train()
     images = pictures(35, 8)
     features = fid_features(fid, images)
-    assert seen == [(count, False, False, False) for count in (16, 16, 3)]
-    assert fid.training and fid.Mixed_5b.training  # left as it came
+    assert calls == [(count, False, False, False) for count in (16, 16, 3)]
+    assert fid.training and fid.Mixed_5b.training  # restored
     fid.eval()
     torch.testing.assert_close(features, images[:, :, 0, 0] / 127.5 - 1)
 
@@ -255,22 +255,22 @@ def test_chunks_give_the_same_rows(fid: InceptionV3, monkeypatch: pytest.MonkeyP
     images = pictures(3, 32)
     whole = fid_features(fid, images)
     assert whole.shape == (3, 2048) and whole.dtype == torch.float32 and not whole.requires_grad
-    monkeypatch.setattr(inception, "AT_ONCE", 2)
+    monkeypatch.setattr(inception, "CHUNK", 2)
     torch.testing.assert_close(fid_features(fid, images), whole, atol=1e-4, rtol=1e-4)
     assert fid_features(fid, images[:0]).shape == (0, 2048)
 
 
-def test_fid_features_of_what_is_no_picture(fid: InceptionV3) -> None:
-    for wrong, told in (
+def test_fid_features_of_other_tensors_are_an_error(fid: InceptionV3) -> None:
+    for wrong, kind in (
         (torch.zeros(1, 3, 8, 8), r"float32 \(1, 3, 8, 8\)"),
         (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), r"uint8 \(1, 8, 8, 3\)"),
     ):
-        with pytest.raises(UserError, match=f"uint8 pictures .* not of {told}"):
+        with pytest.raises(UserError, match=f"uint8 pictures .* not of {kind}"):
             fid_features(fid, wrong)
 
 
 @pytest.mark.parametrize("variant", ["imagenet", "fid"])
-def test_weights_come_back_from_a_file(
+def test_weights_are_loaded_from_a_file(
     networks: dict[str, InceptionV3], variant: str, tmp_path: Path
 ) -> None:
     state = numbered(networks[variant])
@@ -308,8 +308,8 @@ GIVE = {
 }
 
 
-def assert_refused(path: Path, variant: str, problem: str) -> None:
-    """One sentence that begins with the file and ends with the mend."""
+def assert_error(path: Path, variant: str, problem: str) -> None:
+    """One sentence that begins with the file and ends with the right one."""
     with pytest.raises(UserError) as caught:
         load_inception(path, variant)
     sentence = str(caught.value)
@@ -318,7 +318,7 @@ def assert_refused(path: Path, variant: str, problem: str) -> None:
 
 @pytest.mark.parametrize("variant", ["imagenet", "fid"])
 def test_a_missing_file(variant: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path / "none.pth", variant, "does not exist")
+    assert_error(tmp_path / "none.pth", variant, "does not exist")
 
 
 @pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors", "folder.pth"])
@@ -328,12 +328,12 @@ def test_a_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
         path.mkdir()
     else:
         path.write_bytes(b"not weights at all")
-    assert_refused(path, "fid", r"is not a readable file of weights \([^\n]+\)")
+    assert_error(path, "fid", r"is not a readable file of weights \([^\n]+\)")
 
 
 def test_a_file_that_would_execute_code(tmp_path: Path) -> None:
     path = saved(tmp_path / "network.pth", torch.nn.Linear(1, 1))
-    assert_refused(path, "fid", r"is not a readable file of weights \([^\n]+\)")
+    assert_error(path, "fid", r"is not a readable file of weights \([^\n]+\)")
 
 
 @pytest.mark.parametrize(
@@ -341,33 +341,33 @@ def test_a_file_that_would_execute_code(tmp_path: Path) -> None:
 )
 def test_a_file_without_a_state_dict(value: Any, tmp_path: Path) -> None:
     path = saved(tmp_path / "other.pth", value)
-    assert_refused(path, "fid", r"is not a state dict \(names and their tensors\)")
+    assert_error(path, "fid", r"is not a state dict \(names and their tensors\)")
 
 
 def test_missing_and_unknown_tensors(fid: InceptionV3, tmp_path: Path) -> None:
     state = numbered(fid)
     path = saved(tmp_path / "a.pth", without(state, "fc.bias"))
     fits = "does not fit Inception v3"
-    assert_refused(path, "fid", rf"{fits}: tensors missing: 1, unknown: 0 \(fc\.bias\)")
+    assert_error(path, "fid", rf"{fits}: tensors missing: 1, unknown: 0 \(fc\.bias\)")
     renamed = {f"module.{name}": value for name, value in state.items()}
     path = saved(tmp_path / "b.pth", renamed)
     first = r"Conv2d_1a_3x3\.conv\.weight, [\w.]+, [\w.]+"
-    assert_refused(path, "fid", rf"{fits}: tensors missing: 472, unknown: 566 \({first}\)")
+    assert_error(path, "fid", rf"{fits}: tensors missing: 472, unknown: 566 \({first}\)")
     path = saved(tmp_path / "c.pth", {**state, "extra": torch.ones(1)})
-    assert_refused(path, "fid", rf"{fits}: tensors missing: 0, unknown: 1 \(extra\)")
+    assert_error(path, "fid", rf"{fits}: tensors missing: 0, unknown: 1 \(extra\)")
 
 
-@pytest.mark.parametrize(("asked", "given"), [("fid", "imagenet"), ("imagenet", "fid")])
+@pytest.mark.parametrize(("variant", "other"), [("fid", "imagenet"), ("imagenet", "fid")])
 def test_weights_of_the_other_variant(
-    networks: dict[str, InceptionV3], asked: str, given: str, tmp_path: Path
+    networks: dict[str, InceptionV3], variant: str, other: str, tmp_path: Path
 ) -> None:
-    path = saved(tmp_path / "w.pth", numbered(networks[given]))
-    classes = {"imagenet": 1000, "fid": 1008}[given]
-    told = rf"holds weights of variant '{given}' \({classes} classes\), not of '{asked}'"
-    assert_refused(path, asked, told)
+    path = saved(tmp_path / "w.pth", numbered(networks[other]))
+    classes = {"imagenet": 1000, "fid": 1008}[other]
+    problem = rf"holds weights of variant '{other}' \({classes} classes\), not of '{variant}'"
+    assert_error(path, variant, problem)
 
 
 def test_a_tensor_of_another_shape(fid: InceptionV3, tmp_path: Path) -> None:
     path = saved(tmp_path / "w.pth", {**numbered(fid), "fc.bias": torch.ones(10)})
-    told = r"does not fit Inception v3: fc\.bias is \(10,\), not \(1008,\)"
-    assert_refused(path, "fid", told)
+    problem = r"does not fit Inception v3: fc\.bias is \(10,\), not \(1008,\)"
+    assert_error(path, "fid", problem)

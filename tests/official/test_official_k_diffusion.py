@@ -59,7 +59,7 @@ def test_every_wrong_output_fails(changed: Check) -> None:
         ({"sigma_data": 0.6}, {"edm/denoised", "edm/scalings", "edm/loss_snr", "euler/traj"}),
         ({"n": 7}, {"sigmas_vp", "sigmas_exponential", "sigmas_polyexponential_rho2", "lms4/traj"}),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, set) else str(value),
 )
 def test_other_settings_fail_where_they_matter(
     settings: dict[str, Any], outputs: set[str], changed: Check

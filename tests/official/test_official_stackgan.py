@@ -228,7 +228,11 @@ def test_a_missing_network_fails_its_own_outputs_alone(
     assert failed_outputs(check(without)) == scores | {"d2_loss", "g2_loss"}
 
 
-@pytest.mark.parametrize("change", [{"GAN.GF_DIM": 4}, {"Z_DIM": 6}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"GAN.GF_DIM": 4}, {"Z_DIM": 6}],
+    ids=lambda value: None if isinstance(value, set) else str(value),
+)
 def test_a_configuration_of_other_networks_fails(
     change: dict[str, int], tensors: State, check: Callable[..., FileCheck]
 ) -> None:

@@ -245,7 +245,7 @@ def test_the_loop_counts_captions(tokenizer: WordTokenizer) -> None:
 
 def test_a_stage_that_trains_its_encoder_calls_it_each_time(tokenizer: WordTokenizer) -> None:
     text = encoder(tokenizer)
-    config = DAMSMConfig(regions="conv", channels=4, grid=4)
+    config = DAMSMConfig(image_encoder="conv", image_channels=4, grid_size=4)
     one = trainer(lambda text: DAMSM(config, text, 16), text, Few())
     calls = Calls(text)
     list(advance(one, 5))
