@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -140,6 +142,9 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory use so far, in bytes: the allocator's on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux, where `ru_maxrss` starts at the parent's peak
+    if status.exists() and (peak_line := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(peak_line[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

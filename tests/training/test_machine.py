@@ -41,6 +41,20 @@ def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
     assert faults("keep_freed_memory()") * 10 < faults("")
 
 
+def test_peak_memory_is_that_of_the_process_and_not_of_its_parent() -> None:
+    program = (
+        "import torch; from lineage.training.machine import peak_memory;"
+        "before = peak_memory(torch.device('cpu')); torch.ones(2**26);"
+        "print(before, peak_memory(torch.device('cpu')))"
+    )
+    large = torch.ones(2**28)  # 1 GB, in this process
+    run = [sys.executable, "-c", program]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 50_000_000 < before < 4 * large.numel()
+    assert after >= before + 200_000_000
+
+
 def test_layers_are_seeded_as_by_torch() -> None:
     """What dropout leaves out is what it would with `torch.manual_seed`."""
     dropout, ones = nn.Dropout(0.5), torch.ones(1000)
