@@ -383,7 +383,7 @@ def test_bound_terms_near_zero_have_an_absolute_tolerance(
     theirs = torch.tensor([size])
     allowed = tolerance(reference, "prior_bpd", theirs)
     assert module.compare("prior_bpd", theirs + change, theirs, allowed).passed == passes
-    assert not module.compare("x", theirs + 3e-6, theirs, tolerance(reference, "x", theirs)).passed
+    assert tolerance(reference, "x", theirs).floor == 0
 
 
 def test_networks_of_full_size_have_their_own_tolerance() -> None:
@@ -414,7 +414,8 @@ def test_every_real_file_is_known_or_reported() -> None:
             check = check_reference(reference)
             assert not check.passed and "Not covered yet" in check.note
         for name, tensor in reference.outputs.items():
-            assert tolerance(reference, name, tensor).limit <= 1e-3
+            stated = "tolerance" in str(reference.sentences.get(f"output/{name}", ""))
+            assert stated or tolerance(reference, name, tensor).limit <= 1e-3
 
 
 def test_every_covered_system_has_a_verifier() -> None:

@@ -138,7 +138,7 @@ def test_of_a_prior_muon_moves_the_blocks(text: str, make_system: Callable[..., 
     block = ("attn.qkv.weight", "attn.proj.weight", "mlp.0.weight", "mlp.2.weight")
     expected = {f"transformer.blocks.{n}.{part}" for n in range(2) for part in block}
     if text == "transformer":
-        linear = (*(f"attention.to_{x}" for x in ("q", "k", "v", "out")), "mlp.0", "mlp.2")
+        linear = (*(f"attn.to_{x}" for x in ("q", "k", "v", "out")), "mlp.0", "mlp.2")
         expected |= {f"text.blocks.0.{part}.weight" for part in linear}
     assert moved["muon"] == expected
 
