@@ -85,7 +85,7 @@ def sampling(size: int, batch_size: int, rounds: int) -> dict[str, float]:
     """Milliseconds per code of `batch_size` pictures."""
     prior, dataset, _ = make_prior(size)
     prior.eval()
-    num_codes, prompt_length = prior.side**2, 1 + prior.config.text_len
+    num_codes, prompt_length = prior.grid_size**2, 1 + prior.config.text_len
     other = gpt2_like(prior, prompt_length + num_codes).eval()
     captions = list(dataset.all_captions(64))[:batch_size]
     prompt = torch.randint(prior.codec.num_codes, (batch_size, prompt_length))
@@ -128,7 +128,7 @@ def training(rounds: int) -> dict[str, float]:
     train = replace(config.train, minutes=None, max_steps=10**6)
     trainer = Trainer(prior, dataset, config.optim, train, stage="prior")
     batch = trainer.loader.at(0)
-    length = prior.config.text_len + prior.side**2
+    length = prior.config.text_len + prior.grid_size**2
     ids = torch.randint(prior.codec.num_codes, (len(batch), length))
     other = gpt2_like(prior, length)
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, fused=True)

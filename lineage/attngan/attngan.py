@@ -1,44 +1,42 @@
 """`attngan`: pictures whose regions attend to words (Xu et al. 2018, arXiv:1711.10485).
 
 The problem: one vector for a whole sentence loses which colour belongs to which thing. What is new:
-pictures are drawn at several scales, and from the second on each place of the picture attends to
-the words and is refined with them; and a similarity model of words and regions, DAMSM, which is
-trained before (lineage/attngan/damsm.py), adds a loss that tests each word.
+pictures are generated at several scales, and from the second on each position of the picture
+attends to the words and is refined with them; and a similarity model of words and regions, DAMSM,
+trained before (lineage/attngan/damsm.py), adds a loss of how well words and regions match.
 
     eq. 1      `Generator`, of `FirstStage` F_0 and `NextStage` F_i
-    eq. 2      `WordAttention` F^attn
+    eq. 2      `WordAttention` F_attn
     eq. 3, 4   `AttnGAN.generator_terms`; L_DAMSM is `damsm_terms`
     eq. 5      the discriminators' turns in `AttnGAN.losses`
 
-With noise z, sentence e-bar, words e, hidden states h_i of places j, and pictures x^_i = G_i(h_i):
+With noise z, sentence e-bar, words e, hidden states h_i at positions j, pictures x^_i = G_i(h_i):
 
-    h_0 = F_0(z, F^ca(e-bar)),  h_i = F_i(h_(i-1), F^attn(e, h_(i-1)))                    (eq. 1)
-    F^attn: c_j = sum_k beta_jk e'_k,  beta_jk ~ exp(h_j^T e'_k),  e' = U e               (eq. 2)
-    L = sum_i L_Gi + lambda L_DAMSM                                                       (eq. 3)
+    h_0 = F_0(z, F_ca(e-bar)),  h_i = F_i(h_(i-1), F_attn(e, h_(i-1)))                    (eq. 1)
+    F_attn: c_j = sum_k beta_jk e'_k,  beta_jk ~ exp(h_j^T e'_k),  e' = U e               (eq. 2)
+    L = sum_i L_Gi + lambda L_DAMSM + L_KL, which is as in `stackgan`                     (eq. 3)
     L_Gi = -E log D_i(x^_i) - E log D_i(x^_i, e-bar)                                      (eq. 4)
     L_Di = -(E log D_i(x_i) + E log D_i(x_i, e-bar)) / 2
            - (E log(1 - D_i(x^_i)) + E log(1 - D_i(x^_i, e-bar))
               + E log(1 - D_i(x_i, another e-bar))) / 3                                   (eq. 5)
 
-Where the authors' code differs from the paper, this file follows the code: the weights and the
-mismatched pairs of equations 4 and 5, as above; gated linear units in the generator; attention
-without a scale; the sentence as the discriminators' condition; the DAMSM loss of the largest
-picture only; a KL term of the condition's Gaussian, a mean; orthogonal initial weights.
+Where the authors' code differs from the paper, this file follows the code: the weights of equations
+4 and 5 (the paper: 1/2 throughout) and the mismatched pairs, as above; gated linear units in the
+generator; the DAMSM loss of the largest picture only; L_KL, a mean over C; orthogonal initial
+weights.
 
-The public code (and DM-GAN's and MirrorGAN's, which copied it) lays out its scores picture after
-picture but repeats its word masks row after row, so that a picture may attend to padding and not to
-words of its caption. Here a picture has the mask of its own caption; `official_mask` restores the
-defect, for numbers of models that were trained with it.
+The public code (and DM-GAN's and MirrorGAN's, which copied it) masks words by the wrong caption:
+row r of its scores belongs to picture r // (H W), but has the mask of picture r % B. Here a picture
+has the mask of its own caption; `official_mask` restores the defect, for models trained with it.
 
-Departures: a next row with the same caption does not count as mismatched; attention excludes
-padding in training too. `AttnGANConfig` has changes of later work as switches, off in the paper:
-`loss` hinge, `r1_weight`, `norm` spectral, as in `stackgan`.
+Departures: a next row with the same caption does not count as mismatched. Changes of later work are
+switches, off in the paper: `loss` hinge, `r1_weight`, `norm` spectral, as in `stackgan`.
 
 Extension points: `Generator` takes another `next_stage` (DM-GAN's has a memory, MirrorGAN's also
 attends to the sentence); `AttnGAN.generator_terms` can be overridden (MirrorGAN's captioner).
 
 Axes: B pictures, L words, D width of words and of sentence, C of the condition, Z of the noise, G
-channels of the hidden states, H W places, S side.
+channels of the hidden states, H W positions, S side.
 """
 
 from __future__ import annotations
@@ -85,15 +83,14 @@ class AttnGANConfig:
         z_dim: Width Z of the noise [Z_DIM].
         cond_dim: Width C of the condition [CONDITION_DIM].
         gen_channels: Number of channels G of the hidden states [GF_DIM].
-        disc_channels: Number of discriminator channels next to the picture [DF_DIM].
+        disc_channels: Number of channels of the discriminators' first layer [DF_DIM].
         num_res_blocks: Number of residual blocks of every scale but the first [R_NUM].
-        damsm_weight: Weight of the DAMSM loss [LAMBDA].
+        damsm_weight: Weight of the DAMSM loss [LAMBDA]; 5 for birds.
         kl_weight: Weight of the KL term.
         loss: Adversarial loss: `log`, as in the paper, or `hinge`.
-        r1_weight: Weight of the gradient penalty on real pictures; 0 leaves it out.
-        r1_every: Number of steps between penalties, each weighted by as many.
+        r1_weight, r1_every: Weight and interval of the R1 penalty, as in `stackgan`.
         norm: Normalisation of the discriminators: `batch`, as in the paper, or `spectral`.
-        official_mask: If true, the word masks of a batch are mixed up as in the public code.
+        official_mask: If true, words are masked as in the public code, by the wrong caption.
     """
 
     num_scales: Annotated[Int, Field(ge=2)] = 3
@@ -112,11 +109,12 @@ class AttnGANConfig:
 
     def sides(self, size: int) -> list[int]:
         """Sides of the pictures, the largest of which is `size`."""
-        smallest = size // 2 ** (self.num_scales - 1)
-        if smallest < 8 or smallest * 2 ** (self.num_scales - 1) != size:
+        factor = 2 ** (self.num_scales - 1)
+        smallest = size // factor
+        if smallest < 8 or smallest * factor != size:
             raise UserError(
-                f"{self.num_scales} scales up to {size} pixels would begin at {smallest}: choose "
-                "model.num_scales and size so that the smallest is 8 or more, by doubling."
+                f"size={size} must be {factor} times a number of 8 or more, because "
+                f"model.num_scales={self.num_scales}: choose another size or number of scales."
             )
         return [smallest * 2**i for i in range(self.num_scales)]
 
@@ -142,7 +140,7 @@ class GatedResidualBlock(nn.Module):
 
 
 class ConditioningAugmentation(nn.Module):
-    """F^ca: samples the condition from a Gaussian around the sentence, with mu of any sign."""
+    """F_ca: as StackGAN's, but mu may be negative: a GLU in place of the ReLU."""
 
     def __init__(self, sentence_dim: int, cond_dim: int) -> None:
         super().__init__()
@@ -155,10 +153,10 @@ class ConditioningAugmentation(nn.Module):
 
 
 class WordAttention(nn.Module):
-    """F^attn, equation 2: each place of the picture attends to the words.
+    """F_attn, equation 2: each position of the picture attends to the words.
 
     Args:
-        official_mask: If true, word masks are mixed up as in the public code.
+        official_mask: If true, words are masked as in the public code, by the wrong caption.
     """
 
     def __init__(self, word_dim: int, channels: int, official_mask: bool = False) -> None:
@@ -173,11 +171,11 @@ class WordAttention(nn.Module):
         height, width = hidden.shape[2:]
         projected = self.project_words(words)  # (B, L, G)
         scores = torch.einsum("bghw,blg->bhwl", hidden, projected)
-        place_mask = mask[:, None, None, :]  # (B, 1, 1, L)
+        position_mask = mask[:, None, None, :]  # (B, 1, 1, L)
         if self.official_mask:
             rows = torch.arange(len(mask) * height * width, device=mask.device) % len(mask)
-            place_mask = rearrange(mask[rows], "(b h w) l -> b h w l", h=height, w=width)
-        attention = scores.masked_fill(~place_mask, -torch.inf).softmax(-1)  # beta
+            position_mask = rearrange(mask[rows], "(b h w) l -> b h w l", h=height, w=width)
+        attention = scores.masked_fill(~position_mask, -torch.inf).softmax(-1)  # beta
         context = torch.einsum("bhwl,blg->bghw", attention, projected)
         return context, rearrange(attention, "b h w l -> b l h w")
 
@@ -186,7 +184,7 @@ class WordAttention(nn.Module):
 
 
 class FirstStage(nn.Module):
-    """F_0: noise and condition to the hidden state of the smallest picture, from 4 x 4 up."""
+    """F_0: generates the hidden state of the smallest picture from noise and condition."""
 
     def __init__(self, config: AttnGANConfig, side: int) -> None:
         super().__init__()
@@ -286,7 +284,7 @@ class Generator(nn.Module):
 
 
 class AttnGAN(System):
-    """Generator and one discriminator a scale, on a trained DAMSM, which stays as it is.
+    """Generator and one discriminator for each scale, on a trained DAMSM, which is frozen.
 
     Args:
         size: Side S of the largest picture.
@@ -325,11 +323,11 @@ class AttnGAN(System):
         return cast(list[ConditionalDiscriminator], list(self.discriminators))
 
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
-        """A turn for each discriminator, then the generator's, with the same pictures."""
+        """A turn for each discriminator, then the generator's; the loop updates at each `yield`."""
         if len(batch) < 2:
             raise UserError("attngan needs a mismatched caption: --set train.batch_size=2.")
         config, loss = self.config, ADVERSARIAL_LOSSES[self.config.loss]
-        penalise = r1_is_due(config.r1_weight, config.r1_every, self.step)
+        apply_r1 = r1_is_due(config.r1_weight, config.r1_every, self.step)
         self.step += 1
 
         text = text.detach()
@@ -337,7 +335,7 @@ class AttnGAN(System):
         output: GeneratorOutput = self.generator(text, z, eps)
         mismatched = is_mismatched(batch.caption, batch.image.device)[1:]  # (B - 1,)
         for side, disc, fake in zip(self.sides, self.discs(), output.images, strict=True):
-            real = downsample(batch.image, side).detach().requires_grad_(penalise)
+            real = downsample(batch.image, side).detach().requires_grad_(apply_r1)
             real_features, fake_features = disc.features(real), disc.features(fake.detach())
             real_logits = disc.cond_logits(real_features, text.sentence)
             wrong_logits = disc.cond_logits(real_features[:-1], text.sentence[1:])
@@ -350,10 +348,10 @@ class AttnGAN(System):
                 "fake": 1 / 3 * loss.fake(fake_logits).mean(),
                 "fake_uncond": 1 / 3 * loss.fake(fake_uncond).mean(),
             }
-            if penalise:
+            if apply_r1:
                 terms["r1"] = config.r1_every * config.r1_weight / 2 * r1_penalty(real_logits, real)
             yield Turn(f"discriminator{side}", terms)
-        logits = real_logits, wrong_logits, fake_logits  # of the largest pictures
+        logits = real_logits, wrong_logits, fake_logits  # these and the pictures: the largest scale
         yield Turn(
             "generator",
             self.generator_terms(output, batch, text),
@@ -363,7 +361,7 @@ class AttnGAN(System):
     def generator_terms(
         self, output: GeneratorOutput, batch: Batch, text: TextFeatures
     ) -> dict[str, Tensor]:
-        """Equation 3 and the KL term, of the updated discriminators."""
+        """Equation 3, with the updated discriminators."""
         config, loss = self.config, ADVERSARIAL_LOSSES[self.config.loss]
         terms: dict[str, Tensor] = {}
         for side, disc, fake in zip(self.sides, self.discs(), output.images, strict=True):
@@ -373,7 +371,7 @@ class AttnGAN(System):
             terms[f"uncond{side}"] = loss.generator(disc.uncond_logits(features)).mean()
         if config.damsm_weight > 0:
             image = self.image_encoder(output.images[-1])
-            same = batch.same_pairs(self.damsm_config.same)
+            same = batch.same_pairs(self.damsm_config.same)  # (B, B) True: no negative pair
             for name, term in damsm_terms(self.damsm_config, text, image, same).items():
                 terms[f"damsm_{name}"] = config.damsm_weight * term
         if config.kl_weight > 0:  # KL(N(mu, sigma^2) || N(0, I))
@@ -404,22 +402,24 @@ class AttnGAN(System):
         """
         if not 0 <= scale <= self.config.num_scales:
             raise UserError(f"scale={scale} must be from 0 to {self.config.num_scales}.")
-        image = self.generator_output(captions, noise, truncation).images[scale - 1]
+        images = self.generator_output(captions, noise, truncation).images
+        image = images[scale - 1]  # scale 0 is images[-1], the largest
         return F.interpolate(image, (self.size, self.size), mode="nearest")
 
     def variants(self) -> dict[str, dict[str, Any]]:
+        """Options that show each scale, in sample sheets."""
         return {f"at {side}": {"scale": k} for k, side in enumerate(self.sides, 1)}
 
     def attention(
         self, captions: str | Sequence[str], *, seed: int = 0, truncation: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
         """The pictures of `generate`, and for each scale but the first the attention (B, L, s, s)
-        of its places to the words, which sums to 1 over the L words of `text.tokens`.
+        of its positions to the words, which sums to 1 over the L words of `text.tokens`.
         """
         outputs: list[GeneratorOutput] = []
-        for part, noise, own in self.sample_batches(captions, seed, {"truncation": truncation}):
+        for part, noise, options in self.sample_batches(captions, seed, {"truncation": truncation}):
             with self.inference():
-                outputs.append(self.generator_output(part, noise, **own))
+                outputs.append(self.generator_output(part, noise, **options))
         longest = max(output.attention[0].shape[1] for output in outputs)
         attention = [
             torch.cat([F.pad(w, (0, 0, 0, 0, 0, longest - w.shape[1])).float() for w in weights])
@@ -430,7 +430,7 @@ class AttnGAN(System):
 
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
         """The pictures of all scales; then, for each scale but the first, the picture under the
-        attention of each word: the brighter a place, the more it attends to the word.
+        attention of each word: the brighter a position, the more it attends to the word.
         """
         with self.inference():
             noise = NoiseStreams.for_pictures(seed, 1, self.device)
@@ -439,9 +439,9 @@ class AttnGAN(System):
         large = [F.interpolate(i, size, mode="nearest")[0].clamp(-1, 1) for i in output.images]
         rows = [[LabelledImage(f"at {s}", i) for s, i in zip(self.sides, large, strict=True)]]
         for side, image, weights in zip(self.sides[1:], large[1:], output.attention, strict=True):
-            most = weights.amax((2, 3), keepdim=True).clamp(min=1e-12)  # (1, L, 1, 1)
-            light = F.interpolate(weights / most, size, mode="nearest")[0]  # (L, S, S)
-            pairs = zip(words, (image + 1) * light[:, None] - 1, strict=False)
+            max_weight = weights.amax((2, 3), keepdim=True).clamp(min=1e-12)  # (1, L, 1, 1)
+            brightness = F.interpolate(weights / max_weight, size, mode="nearest")[0]  # (L, S, S)
+            pairs = zip(words, (image + 1) * brightness[:, None] - 1, strict=False)
             rows.append([LabelledImage(f"{word} ({side})", i) for word, i in pairs])
         return rows
 

@@ -193,10 +193,10 @@ class GanIntCls(System):
         log(1 - D) = -softplus(s).
         """
         config, disc = self.config, self.discriminator
-        penalise = r1_is_due(config.r1_weight, config.r1_every, self.step)
+        apply_r1 = r1_is_due(config.r1_weight, config.r1_every, self.step)
         self.step += 1
 
-        x = batch.image.detach().requires_grad_(penalise)
+        x = batch.image.detach().requires_grad_(apply_r1)
         h = text.sentence.detach()  # line 3
         h_wrong = h.roll(1, 0)  # line 4: the caption of the row before
         mismatched = is_mismatched(batch.caption, x.device)  # (B,)
@@ -211,7 +211,7 @@ class GanIntCls(System):
             "wrong": 1 / 2 * masked_mean(F.softplus(s_w), mismatched),
             "fake": 1 / 2 * F.softplus(s_f).mean(),
         }
-        if penalise:
+        if apply_r1:
             terms["r1"] = config.r1_every * config.r1_weight / 2 * r1_penalty(s_r, x)
         yield Turn(  # line 11
             "discriminator",

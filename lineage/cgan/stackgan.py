@@ -1,8 +1,8 @@
 """`stackgan`: text to picture in two stages (Zhang et al. 2017, arXiv:1612.03242).
 
 The problem: a generator that is trained for large pictures at once loses the caption or the detail.
-What is new: two stages, of which the first draws shapes and colours at a low resolution, and the
-second takes that picture and the caption again, corrects it and adds detail; and conditioning
+What is new: two stages. The first generates shapes and colours at a low resolution; the second
+takes that picture and the caption again, corrects it and adds detail. And conditioning
 augmentation, which samples the condition from a Gaussian around the sentence, so that few captions
 cover the space between them.
 
@@ -18,12 +18,18 @@ to be minimised:
     L_D0 = -E log D_0(I_0, phi_t) - E log(1 - D_0(G_0(z, c_0), phi_t))                   (eq. 3)
     L_G0 = -E log D_0(G_0(z, c_0), phi_t) + lambda KL(N(mu_0, Sigma_0) || N(0, I))       (eq. 4)
     L_D, L_G: the same of I and G(G_0(z, c_0), c)                                    (eq. 5, 6)
+    KL(N(mu, sigma^2) || N(0, I)) = -1/2 sum (1 + log sigma^2 - mu^2 - sigma^2)          (eq. 2)
 
-Where the authors' PyTorch code differs from the paper, this file follows the code. The first linear
-layer has batch norm and no bias. mu and log sigma^2 pass a ReLU. The KL term is a mean with the
-weight 2. The discriminator takes mu, not c. It also rejects real pictures with the next row's
-caption (B - 1 pairs), and in stage II it scores pictures without captions too; 1 / 2 and 1 / 3 are
-the weights of these terms.
+Where the authors' PyTorch code differs from the paper, this file follows the code. Equations 4 and
+6 are in the non-saturating form (Goodfellow et al. 2014). The first linear layer of G_0 has batch
+norm and no bias. mu and log sigma^2 pass through a ReLU. The KL term is a mean over C (the paper: a
+sum), with lambda = 2 (the paper: 1). The discriminator takes mu, not phi_t. Both stages have the
+matching-aware discriminator of section 3.4, whose mismatched caption mu' is the next row's (B - 1
+pairs), and that of stage II scores pictures without captions too:
+
+    stage I    L_D = -log D(I, mu) - (log(1 - D(I, mu')) + log(1 - D(G, mu))) / 2
+    stage II   L_D = -(log D(I, mu) + log D(I)) / 2
+                     - (log(1 - D(I, mu')) + log(1 - D(G, mu)) + log(1 - D(G))) / 3
 
 Departures: a next row with the same caption does not count as mismatched; stage I is in evaluation
 mode while stage II is trained. `StackGANConfig` has changes of later work as switches, all off in
@@ -87,15 +93,16 @@ class StackGANConfig:
         z_dim: Width Z of the noise [Z_DIM].
         cond_dim: Width C of the condition [CONDITION_DIM].
         gen_channels: Number of generator channels [GF_DIM]; stage I has 8 times as many at 4 x 4.
-        disc_channels: Number of discriminator channels next to the picture [DF_DIM].
+        disc_channels: Number of channels of the discriminator's first layer [DF_DIM].
         num_res_blocks: Number of residual blocks of stage II [R_NUM].
         kl_weight: Weight of the KL term [COEFF.KL].
         loss: Adversarial loss: `log`, as in the paper, or `hinge`.
-        r1_weight: Weight of the gradient penalty on real pictures; 0 leaves it out.
-        r1_every: Number of steps between penalties, each weighted by as many.
+        r1_weight: Weight gamma of the R1 penalty gamma / 2 |grad D(real)|^2; 0 leaves it out.
+        r1_every: Interval of the penalty in steps; it is multiplied by this number (lazy
+            regularisation, Karras et al. 2020).
         norm: Normalisation of the discriminator: `batch`, as in the paper, or `spectral`.
-        augment: If true, the discriminator takes real and generated pictures shifted and with
-            holes.
+        augment: If true, the discriminator takes real and generated pictures after DiffAugment:
+            translation and cutout.
         disc_condition: Condition of the discriminator: `mu`, as in the authors' code, or the
             `sentence`, which stays the same throughout training.
     """
@@ -149,7 +156,7 @@ class GeneratorOutput:
 
 
 class StageOneGenerator(nn.Module):
-    """G_0: noise and condition to a small picture, from 4 x 4 up."""
+    """G_0: generates a small picture from noise and condition, from 4 x 4 up."""
 
     def __init__(self, config: StackGANConfig, sentence_dim: int) -> None:
         super().__init__()
@@ -176,7 +183,7 @@ class StageOneGenerator(nn.Module):
 
 
 class StageTwoGenerator(nn.Module):
-    """G: a small picture and a condition to a large picture; its only noise is the condition's.
+    """G: generates a large picture from stage I's and the condition; it takes no z.
 
     Args:
         size: Side S of the large picture.
@@ -198,6 +205,7 @@ class StageTwoGenerator(nn.Module):
         )
         res_blocks = (ResidualBlock(channels) for _ in range(config.num_res_blocks))
         self.residual = nn.Sequential(*res_blocks)
+        # + 2: the encoder halves the side twice
         widths = halved_channels(channels, num_doublings(config.stage1_size, size) + 2)
         blocks = (upsample_block(a, b, nn.ReLU()) for a, b in pairwise(widths))
         self.upsample = nn.Sequential(*blocks)
@@ -220,7 +228,7 @@ class StackGANStage(System):
     """Generator and discriminator of one stage, and their training step.
 
     Args:
-        text: Trained text encoder, which stays as it is.
+        text: Trained text encoder; it is frozen.
         generator: Generator that is trained.
         size: Side of the pictures of this stage.
         unconditional: If true, the discriminator also scores pictures without captions.
@@ -260,34 +268,37 @@ class StackGANStage(System):
         """Pictures (B, 3, `size`, `size`) of sentences (B, D)."""
 
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
-        """The discriminator's turn, then the generator's; both take the same generated pictures."""
+        """The discriminator's turn, then the generator's, with the same generated pictures.
+
+        After each `yield` the training loop updates that turn's parameters.
+        """
         if len(batch) < 2:
             raise UserError(
                 "stackgan needs a mismatched caption in the batch: --set train.batch_size=2."
             )
         config, disc, loss = self.config, self.discriminator, ADVERSARIAL_LOSSES[self.config.loss]
         augment = diff_augment if config.augment else nn.Identity()
-        penalise = r1_is_due(config.r1_weight, config.r1_every, self.step)
+        apply_r1 = r1_is_due(config.r1_weight, config.r1_every, self.step)
         self.step += 1
 
         sentence = text.sentence.detach()
         output = self.generator_output(sentence, noise)
         cond = sentence if config.disc_condition == "sentence" else output.mu.detach()  # (B, C)
         fake = augment(output.image)
-        real = downsample(batch.image, self.size).detach().requires_grad_(penalise)
+        real = downsample(batch.image, self.size).detach().requires_grad_(apply_r1)
         mismatched = is_mismatched(batch.caption, real.device)[1:]  # (B - 1,)
 
         real_features, fake_features = disc.features(augment(real)), disc.features(fake.detach())
         real_logits = disc.cond_logits(real_features, cond)
         wrong_logits = disc.cond_logits(real_features[:-1], cond[1:])  # the next row's caption
         fake_logits = disc.cond_logits(fake_features, cond)
-        if disc.uncond_head is None:  # equation 3
+        if disc.uncond_head is None:  # stage I
             terms = {
                 "real": loss.real(real_logits).mean(),
                 "wrong": 1 / 2 * masked_mean(loss.fake(wrong_logits), mismatched),
                 "fake": 1 / 2 * loss.fake(fake_logits).mean(),
             }
-        else:  # equation 5
+        else:  # stage II
             real_uncond, fake_uncond = map(disc.uncond_logits, (real_features, fake_features))
             terms = {
                 "real": 1 / 2 * loss.real(real_logits).mean(),
@@ -296,7 +307,7 @@ class StackGANStage(System):
                 "fake": 1 / 3 * loss.fake(fake_logits).mean(),
                 "fake_uncond": 1 / 3 * loss.fake(fake_uncond).mean(),
             }
-        if penalise:
+        if apply_r1:
             terms["r1"] = config.r1_every * config.r1_weight / 2 * r1_penalty(real_logits, real)
         yield Turn(
             "discriminator",
@@ -306,7 +317,7 @@ class StackGANStage(System):
             ),
         )
 
-        fake_features = disc.features(fake)  # equation 4 or 6, of the updated discriminator
+        fake_features = disc.features(fake)  # equation 4 or 6, with the updated discriminator
         terms = {"cond": loss.generator(disc.cond_logits(fake_features, cond)).mean()}
         if disc.uncond_head is not None:
             terms["uncond"] = loss.generator(disc.uncond_logits(fake_features)).mean()
@@ -323,7 +334,7 @@ class StageOne(StackGANStage):
     """Stage I: small pictures.
 
     Args:
-        text: Trained text encoder, which stays as it is.
+        text: Trained text encoder; it is frozen.
     """
 
     generator: StageOneGenerator
@@ -343,7 +354,7 @@ class StageOne(StackGANStage):
 
 
 class StageTwo(StackGANStage):
-    """Stage II: large pictures from those of a trained stage I, which stays as it is.
+    """Stage II: large pictures from those of a trained stage I, which is frozen.
 
     Args:
         stage1: Finished stage I.
@@ -390,9 +401,10 @@ class StageTwo(StackGANStage):
 
         Args:
             truncation: Factor on all noise; below 1, pictures are more typical and differ less.
-            interpolate_to: Another caption, towards which the sentence is moved.
-            interpolate_share: Share of the way to `interpolate_to`.
-            noise_share: Share of the way from each picture's noise to other noise, 0 to 1.
+                (BigGAN draws large values again instead.)
+            interpolate_to: Second caption, between whose sentence and the first is interpolated.
+            interpolate_share: Weight of the second caption, 0 to 1.
+            noise_share: Position between each picture's noise and other noise, 0 to 1.
             stage: 1 for stage I's pictures of the same noise, enlarged; 2 for stage II's.
         """
         if stage not in (1, 2):
@@ -409,13 +421,14 @@ class StageTwo(StackGANStage):
         return image
 
     def variants(self) -> dict[str, dict[str, Any]]:
+        """Options that show each stage, in sample sheets."""
         return {"stage I": {"stage": 1}, "stage II": {}}
 
 
 def interpolated_noise(noise: NoiseStreams, dims: Sequence[int], share: float) -> list[Tensor]:
-    """Standard normal (B, dim) for each of `dims`, moved by `share` of the way to other noise.
+    """Standard normal (B, dim) for each of `dims`, interpolated to other noise.
 
-    The way is a quarter of a circle, on which the variance stays 1; on a straight line it shrinks.
+    cos(angle) a + sin(angle) b keeps the variance 1; (1 - share) a + share b would not.
     """
     start = [noise.randn(dim) for dim in dims]
     if not share:

@@ -4,12 +4,15 @@
 the pictures while they are noised: pixels (`PixelSpace`) or latents (`ldm.py`).
 
     training    Ho et al. 2020, algorithm 1, with some captions dropped (Ho and Salimans 2022):
-                minimise |target - network(x_t, t, text)|^2,  x_t = alpha_t x_0 + sigma_t eps
-    sampling    a sampler of `samplers/` on a schedule of noise levels, guided by `guidance.py`
+                minimise w_t |target - network(x_t, t, text)|^2,  x_t = alpha_t x_0 + sigma_t eps,
+                and, where variances are learned, 0.001 L_vlb of `bound.py`
+    sampling    a sampler of `samplers/` on a schedule of noise levels, with guidance of scale s:
+                uncond + s (cond - uncond)                                      `guidance.py`
     editing     SDEdit (Meng et al. 2022, arXiv:2108.01073, section 3.2): add noise to a picture, up
                 to a level in the middle of the schedule, and denoise it for the caption
-    inpainting  by replacement (Song et al. 2021, arXiv:2011.13456, appendix I.2; GLIDE, section
-                2.4): outside the mask, each estimate of x_0 is replaced by the picture
+    inpainting  by replacement, as in the notebook of GLIDE (Nichol et al. 2021, arXiv:2112.10741):
+                outside the mask, each estimate of x_0 is replaced by the picture. (Song et al.
+                2021, arXiv:2011.13456, appendix I.2, replace x_t.)
 
 Axes: B pictures, C channels, H W of the space; 3, S S of the pictures.
 """
@@ -42,16 +45,16 @@ from lineage.system import LabelledImage, System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 MAX_BATCH_VALUES = 2**22
-"""Number of pixel values of the pictures that are sampled at once, at most."""
+"""Largest number of pixel values that are sampled at once; it bounds memory."""
 EVENLY_SPACED = ("ddpm", "ddim", "flow_euler")
-"""Samplers whose steps are even in t unless `spacing` is set; those of the others are Karras'."""
+"""Samplers whose spacing is `even` if it is `auto`; the others have `karras`."""
 
 SpacingOption = Literal["auto", Spacing]
 
 
 @configuration
 class DiffusionConfig:
-    """What every diffusion system has.
+    """Configuration that all diffusion systems share.
 
     Attributes:
         process: Schedule, prediction and loss.
@@ -125,11 +128,11 @@ class PixelSpace(Space):
 
 
 class DiffusionModel(System):
-    """Noise and a caption to a picture.
+    """A diffusion model of any network, process, text encoder and space.
 
     Args:
-        network: (x_t, t, text) to the prediction, and to the variance behind it in the channels if
-            the process learns it.
+        network: (x_t, t, text) to the prediction (B, C, H, W); if the process learns variances, C
+            more channels hold v or log variances.
         process: Diffusion process.
         text: Encoder of the captions; trained with the network.
         space: Space of x_t.
@@ -164,7 +167,7 @@ class DiffusionModel(System):
         eps = noise.randn(*self.space.shape)  # (B, C, H, W)
         x_t = process.add_noise(x0, eps, t)
         output = self.network(x_t, t, text.where(keep, self.text.null(len(batch))))
-        prediction, _ = self.prediction_and_variance(output)
+        prediction, _ = self.split_output(output)
 
         target = process.target(x0, eps, t)
         mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)  # (B,)
@@ -173,8 +176,11 @@ class DiffusionModel(System):
             terms["vlb"] = vlb_loss(process, output, x0, x_t, t).mean()
         yield Turn("denoiser", terms)
 
-    def prediction_and_variance(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's output in float32 as its prediction and, if learned, its variance."""
+    def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output in float32 as the prediction and, if variances are learned, their
+        parameters: 2 v - 1 for `learned_range` (v of Nichol and Dhariwal 2021, equation 15), or log
+        variances for `learned`.
+        """
         output = output.float()
         if not self.process.config.learns_variance:
             return output, None
@@ -200,7 +206,7 @@ class DiffusionModel(System):
         mask: Tensor | None = None,
         strength: float | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, S, S) of captions. What is left out is the configuration's.
+        """Pictures (B, 3, S, S) of captions. Options that are None are those of the configuration.
 
         Args:
             sampling_steps: Number of the sampler's steps, from 1 to T.
@@ -209,17 +215,19 @@ class DiffusionModel(System):
             negative: Caption that guidance moves away from, in place of no caption.
             spacing: Spacing of the steps; `auto` is `even` for `ddpm`, `ddim` and `flow_euler`, and
                 `karras` for the others.
-            eta: Share of new noise in each step, for the samplers that have it.
-            rescale: Share of the standard deviation that guidance restores, from 0 to 1.
+            eta: Factor on the noise of a step, for samplers that have it; of `ddim`, 0 is
+                deterministic and 1 is DDPM's (Song et al. 2020, equation 16).
+            rescale: Weight of the prediction rescaled to the deviation of the conditional one, from
+                0 to 1 (phi of Lin et al. 2023, equation 16).
             interval: Two karras_sigmas between which guidance acts, as in 0.3,3.
             threshold: Limit of x_0: `none`, `clip` or `dynamic`.
             image: Pictures to start from.
-            mask: Pixels of `image` to repaint; the others stay as they are, to the bit.
-            strength: Share of the schedule to go through from `image`, above 0 up to 1; by default
-                0.6, or 1 with a mask.
+            mask: Pixels of `image` to repaint; the others are not changed.
+            strength: Share of the steps that are taken, counted from the end, above 0 up to 1 (t_0
+                of SDEdit); by default 0.6, or 1 with a mask.
         """
         config = self.config
-        run, schedule = self._sampler_and_schedule(sampler, sampling_steps, spacing, eta)
+        sampler_fn, schedule = self._sampler_and_schedule(sampler, sampling_steps, spacing, eta)
         if len(interval) not in (0, 2):
             raise UserError(f"interval={interval} must be two sigmas, as in interval=0.3,3.")
         scale = config.guidance if guidance is None else guidance
@@ -234,7 +242,7 @@ class DiffusionModel(System):
                 if value is not None:
                     raise UserError(f"{name} has no effect without an image to start from.")
             x = noise.randn(*self.space.shape)
-            return self.space.decode(run(denoise, x, schedule, noise))
+            return self.space.decode(sampler_fn(denoise, x, schedule, noise))
 
         if strength is None:
             strength = 0.6 if mask is None else 1.0
@@ -246,7 +254,7 @@ class DiffusionModel(System):
         init_latents, latent_mask = self._init_latents(image, mask, strength)
         level = schedule.levels[0]
         x = level.alpha * init_latents + level.sigma * noise.randn(*self.space.shape)
-        x0 = run(keep_outside(denoise, init_latents, latent_mask), x, schedule, noise)
+        x0 = sampler_fn(keep_outside(denoise, init_latents, latent_mask), x, schedule, noise)
         return torch.where(mask, self.space.decode(x0), image)
 
     def denoiser(
@@ -255,20 +263,22 @@ class DiffusionModel(System):
         """The network as samplers call it: x_t and its noise level -> estimate of x_0, for the
         captions, with guidance and threshold applied.
         """
-        count, process = len(captions), self.process
+        batch_size, process = len(captions), self.process
         text = self.text.encode(captions)
-        uncond_text = self.text.encode([negative] * count) if negative else self.text.null(count)
+        uncond_text = (
+            self.text.encode([negative] * batch_size) if negative else self.text.null(batch_size)
+        )
         both = TextFeatures.cat([text, uncond_text])
 
         def denoise(x_t: Tensor, level: NoiseLevel) -> Estimate:
-            t = torch.full((count,), level.timestep, device=x_t.device)
+            t = torch.full((batch_size,), level.timestep, device=x_t.device)
             if guidance.acts(level.karras_sigma):
                 output = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-                predictions, variance = self.prediction_and_variance(output)
+                predictions, variance = self.split_output(output)
                 prediction = guidance.combine(*predictions.chunk(2))
-                variance = None if variance is None else variance[:count]
+                variance = None if variance is None else variance[:batch_size]
             else:
-                prediction, variance = self.prediction_and_variance(self.network(x_t, t, text))
+                prediction, variance = self.split_output(self.network(x_t, t, text))
             x0 = apply_threshold(process.to_x0(prediction, x_t, level), threshold)
             if variance is not None and process.config.variance == "learned_range":
                 return Estimate(x0, variance_fraction=(variance + 1) / 2)
@@ -288,24 +298,24 @@ class DiffusionModel(System):
         name = config.sampler if sampler is None else sampler
         _check_sampler(name)
         parameters = inspect.signature(SAMPLERS[name]).parameters
-        own: dict[str, float | str] = {}
+        options: dict[str, float | str] = {}
         if eta is not None:
             if "eta" not in parameters:
                 raise UserError(f"sampler={name} takes no eta: choose ddim or one with noise.")
-            own["eta"] = eta
+            options["eta"] = eta
         if "variance" in parameters and not config.process.learns_variance:
-            own["variance"] = config.process.variance
+            options["variance"] = config.process.variance
         spacing = config.spacing if spacing is None else spacing
         if spacing == "auto":
             spacing = "even" if name in EVENLY_SPACED else "karras"
         steps = config.sampling_steps if sampling_steps is None else sampling_steps
-        return partial(SAMPLERS[name], **own), self.process.sampling_schedule(steps, spacing)
+        return partial(SAMPLERS[name], **options), self.process.sampling_schedule(steps, spacing)
 
     def _init_latents(self, image: Tensor, mask: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """x_0 of `image`, (B, C, H, W), and its mask (B, 1, H, W): 1 where a pixel is masked.
 
-        At full strength nothing of the masked pixels may remain: they are grey for the encoder, and
-        x_0 is 0 under the mask.
+        At strength 1 the masked pixels must not leak into the start: they are grey for the encoder,
+        and x_0 is 0 under the mask.
         """
         latent_mask = F.max_pool2d(mask.float(), self.size // self.space.shape[-1])
         if strength < 1:
@@ -313,17 +323,17 @@ class DiffusionModel(System):
         init_latents = self.space.encode_image(image.masked_fill(mask, 0.0))
         return init_latents * (1 - latent_mask), latent_mask
 
-    # --- what happens inside --------------------------------------------------------------------
+    # --- inspection --------------------------------------------------------------------
 
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
-        """The way from noise to picture at eight moments: x_t, and the estimate of x_0 below it."""
-        run, schedule = self._sampler_and_schedule()
+        """Eight steps of sampling: x_t, and the estimate of x_0 below it."""
+        sampler_fn, schedule = self._sampler_and_schedule()
         last = len(schedule) - 1
-        moments = {round(k * last / 7) for k in range(8)}
+        steps = {round(k * last / 7) for k in range(8)}
         rows: list[list[LabelledImage]] = [[], []]
 
         def callback(step: int, x_t: Tensor, x0: Tensor) -> None:
-            if step in moments:
+            if step in steps:
                 sigma = schedule.levels[step].karras_sigma
                 label = f"sigma {sigma:.2g}" if math.isfinite(sigma) else "noise"
                 for row, x in zip(rows, (x_t, x0), strict=True):
@@ -334,7 +344,7 @@ class DiffusionModel(System):
         with self.inference():
             guidance = Guidance(self.config.guidance)
             denoise = self.denoiser([caption], guidance, self.config.threshold)
-            run(denoise, noise.randn(*self.space.shape), schedule, noise, callback)
+            sampler_fn(denoise, noise.randn(*self.space.shape), schedule, noise, callback)
         return rows
 
 

@@ -4,17 +4,22 @@
     posterior   q(x_(t-1) | x_t, x_0)                   `Posterior`                 (equation 6, 7)
     loss        E w_t |target - network(x_t, t)|^2      `target`, `loss_weight`       (equation 14)
 
-Schedules, and the noise levels that samplers visit, are in `schedules.py`. Any prediction can be
-combined with any schedule:
+alpha_t = sqrt(alphabar_t) and sigma_t = sqrt(1 - alphabar_t) of Ho's alphabar_t (alphas_cumprod);
+karras_sigma = sigma / alpha is the sigma of Karras et al. Schedules, and the noise levels that
+samplers visit, are in `schedules.py`. Any prediction can be combined with any schedule, except
+`noise` with one that ends at pure noise:
     noise   eps                                                            (Ho et al. 2020)
     x0      x_0
     v       alpha eps - sigma x_0               (Salimans and Ho 2022, arXiv:2202.00512)
-    flow    eps - x_0, the velocity of the straight line     (Liu et al. 2022, arXiv:2209.03003)
-    edm     F with x_0 = c_skip x / alpha + c_out F  (Karras et al. 2022, arXiv:2206.00364, table 1)
-Loss weights: `simple`, or `min_snr` (Hang et al. 2023, arXiv:2303.09556, section 3.4).
-Variances of p(x_(t-1) | x_t): `fixed_small`, `fixed_large` (Ho et al. 2020, section 3.2),
-    `learned`, and `learned_range` between the two (Nichol and Dhariwal 2021, eq. 15); their loss is
-    in `bound.py`.
+    flow    eps - x_0, the velocity of the straight line of schedule `flow`, with time from data to
+            noise                                            (Liu et al. 2022, arXiv:2209.03003)
+    edm     F with x_0 = c_skip x + c_out F; only these two of Karras et al. 2022 (arXiv:2206.00364,
+            table 1), rescaled from x / alpha to x
+Loss weights: `simple`, w_t = 1; `min_snr`, min(SNR, gamma) on the squared error of x_0, with SNR =
+    alpha^2 / sigma^2 (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+Variances of p(x_(t-1) | x_t): `fixed_small` beta~_t, `fixed_large` beta_t (Ho et al. 2020, section
+    3.2), `learned`, and `learned_range` between the two (Nichol and Dhariwal 2021, eq. 15); their
+    loss is in `bound.py`.
 
 Tables are computed in float64 and used in float32. Axes: B pictures, C H W, T timesteps; t counts
 from 0 (almost no noise) to T - 1 (almost pure noise).
@@ -59,7 +64,7 @@ Coefficient = TypeVar("Coefficient", Tensor, float)
 
 @configuration
 class ProcessConfig:
-    """A diffusion process; the header explains the names.
+    """A diffusion process, under the names of the header.
 
     Attributes:
         num_timesteps: Number of timesteps T.
@@ -69,10 +74,11 @@ class ProcessConfig:
         snr_gamma: Signal-to-noise ratio at which `min_snr` clips.
         variance: Variance of p(x_(t-1) | x_t); the network has twice the channels for `learned` and
             `learned_range`.
-        shift: Factor on the karras_sigmas that a sampler visits, for `flow`; 1 shifts nothing.
+        shift: Timestep shift s of Esser et al. 2024 (arXiv:2403.03206) for `flow`: a sampler visits
+            s sigma / (1 + (s - 1) sigma).
         sigma_data: Standard deviation of the pictures' values, for `edm`.
-        zero_snr: If true, the last timestep is pure noise. Not for `noise`, since eps says nothing
-            about the picture there.
+        zero_snr: If true, the last timestep is pure noise (zero terminal SNR, Lin et al. 2023,
+            arXiv:2305.08891). Not for `noise`: eps does not determine x_0 there.
     """
 
     num_timesteps: Annotated[Int, Field(ge=2)] = 1000
@@ -87,7 +93,7 @@ class ProcessConfig:
 
     def __post_init__(self) -> None:
         is_flow = self.schedule == FLOW
-        with torch.device("cpu"):  # also while a network is built on `meta`
+        with torch.device("cpu"):  # real values, even where PyTorch's default device is `meta`
             if not is_flow and (SCHEDULES[self.schedule](self.num_timesteps) >= 1).any():
                 raise UserError(
                     f"num_timesteps={self.num_timesteps} is too small for schedule={self.schedule}."
@@ -96,7 +102,7 @@ class ProcessConfig:
             raise UserError("A learned variance needs a schedule of betas, not schedule=flow.")
         if (is_flow or self.zero_snr) and self.prediction == "noise":
             raise UserError(
-                "prediction=noise says nothing about the picture at pure noise, as at the end of "
+                "prediction=noise does not determine the picture at pure noise, as at the end of "
                 "schedule=flow and with zero_snr: choose x0, v, flow or edm."
             )
 
@@ -130,7 +136,7 @@ class Prediction(ABC):
         """Estimate of x_0 that the output implies."""
 
     def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Squared error of x_0 for a squared error of 1 of the output; `to_x0` is linear in it."""
+        """(d x_0 / d output)^2: a squared error of the output times this is that of x_0."""
         return self.to_x0(torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma) ** 2
 
 
@@ -246,7 +252,8 @@ class Process:
     Args:
         config: Schedule, prediction and loss.
         betas: Betas (T,) float64 in place of the schedule's.
-        timesteps: T inputs of the network; by default 0 to T - 1.
+        timesteps: Timestep that the network gets at each of the T steps, as in respacing; by
+            default 0 to T - 1.
     """
 
     def __init__(
@@ -260,7 +267,7 @@ class Process:
         self.timesteps = list(range(self.num_timesteps)) if timesteps is None else list(timesteps)
         self.prediction = PREDICTIONS[config.prediction](config.sigma_data)
         self.is_flow = config.schedule == FLOW and betas is None
-        with torch.device("cpu"):  # also while a network is built on `meta`
+        with torch.device("cpu"):  # real values, even where PyTorch's default device is `meta`
             self._make_tables(betas)
         self._tables: dict[torch.device, Tensor] = {}  # alpha and sigma (2, T) in float32
         self._log_sigmas: list[float] = (self.sigma / self.alpha).log().tolist()
@@ -285,7 +292,7 @@ class Process:
     # --- noise levels ---
 
     def level(self, t: int) -> NoiseLevel:
-        """Noise level of one step t."""
+        """Noise level of step t."""
         return NoiseLevel(float(self.alpha[t]), float(self.sigma[t]), float(self.timesteps[t]))
 
     def level_at(self, karras_sigma: float) -> NoiseLevel:
@@ -311,8 +318,9 @@ class Process:
 
         Args:
             sampling_steps: Number of steps, from 1 to T.
-            spacing: How the levels are spaced: `even` in t, both ends included; `leading`, as in
-                the code of latent diffusion, which adds 1; `trailing`, as Lin et al.; `karras` or
+            spacing: How the levels are spaced: `even` in t, both ends included (diffusers'
+                `linspace`); `leading`, as in the code of latent diffusion, which adds 1;
+                `trailing`, as Lin et al. 2023; `karras` or
                 `exponential` in karras_sigma.
         """
         typed(Spacing, spacing, "spacing")

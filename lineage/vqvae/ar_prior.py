@@ -1,29 +1,33 @@
-"""The autoregressive prior of `vqvae`, `dalle` and `vqgan`: a transformer that reads the caption
-and writes the codes of the picture (Ramesh et al. 2021, arXiv:2102.12092, section 2.2).
+"""The autoregressive prior of `vqvae`, `dalle` and `vqgan`: a transformer that predicts the codes
+of a picture from its caption (Ramesh et al. 2021, arXiv:2102.12092, section 2.2).
 
 The problem: a codec turns codes into a picture, but which codes belong to a caption? What is new:
-text and picture are one sequence of tokens y, and a decoder-only transformer models it like a
-sentence:
+the tokens y of the text and the codes z of the picture are one sequence, and a decoder-only
+transformer models it like a sentence:
 
-    p(y) = prod_i p(y_i | y_1, ..., y_{i-1})
+    p(y, z) = prod_i p(y_i | y_<i) prod_j p(z_j | y, z_<j)
+    L = 1/8 L_text + 7/8 L_image
+    L_text = -mean log p(y_i | y_<i),   L_image = -mean log p(z_j | y, z_<j)
 
     section 2.2        the sequence: a start token, T positions of text, then the codes row by row
                                                                `embed_text`, `embed_codes`
                        a learnt embedding for each empty position of the text, `pad_emb`;
                        row and column embeddings for the codes, `grid_pos_emb`
-                       L = 1/8 L_text + 7/8 L_image, cross-entropies    `losses`
-    section 2.3        sampling code by code, with a temperature        `sample_codes`
+                       L                                                `losses`
+    section 2.6        sampling code by code, with a temperature        `sample_codes`
                        (the best of several samples: `lineage sample --best-of`)
     later papers       top-k (Fan et al. 2018), top-p (Holtzman et al. 2020)   `SamplingConfig`
                        classifier-free guidance on logits (Gafni et al. 2022, arXiv:2203.13131,
                        section 3.4): l = l_uncond + guidance (l_cond - l_uncond)
 
-Departures: text comes from any shared encoder and a linear layer (`bag`, a table of token
-embeddings, is DALL-E's). The text of an encoder that is not causal is not predicted, because its
-vectors give away the next word; empty positions are never predicted. Captions are dropped in
-training, for guidance. Attention is dense: at these lengths a sparse one saves nothing.
+Departures: text comes from any encoder of `lineage/text` and a linear layer; `bag`, one learnt
+vector for each token, is DALL-E's. The text of an encoder that is not causal is not predicted,
+because its vectors depend on the next word: then L = L_image. Empty positions are never predicted.
+Captions are dropped in training, for guidance. There is no BPE dropout. Attention is dense: at
+these lengths a sparse one saves nothing.
 
-Axes: B rows, T positions of text, N = H W codes, D width, K codes, V text tokens.
+Axes: B rows, T positions of text, N = H W codes, D width, K entries of the
+codebook, V text tokens, S side of the pictures.
 """
 
 from __future__ import annotations
@@ -57,12 +61,12 @@ from lineage.vqvae.codec import Codec
 from lineage.vqvae.transformer import KVCache, Transformer, TransformerConfig
 
 TopP = Annotated[Float, Field(gt=0, le=1)]
-Keep = Annotated[Float, Field(ge=0, le=1, allow_inf_nan=False)]
+KeptShare = Annotated[Float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 MIN_TEMPERATURE = 1e-6
 """Lowest temperature that logits are divided by; the quotient must not overflow."""
 MAX_UNIFORM = 1 - 2**-22
-"""Largest u of the inverse CDF: u times the total must round to less than the total."""
+"""Largest u of the inverse CDF: u times the total must round to less than the total in float32."""
 
 
 @configuration
@@ -73,7 +77,7 @@ class SamplingConfig:
         temperature: Temperature of the softmax; below 1 it favours likely codes, 0 takes the
             likeliest.
         top_k: Number of likeliest codes that are kept; 0 keeps all.
-        top_p: Probability that the likeliest codes must reach together; the others are left out.
+        top_p: Nucleus sampling: the smallest set of codes is kept whose probabilities sum to this.
         guidance: Weight of classifier-free guidance; 1 is none.
     """
 
@@ -98,7 +102,10 @@ class SamplingConfig:
         return probs
 
     def sample(self, logits: Tensor, u: Tensor) -> Tensor:
-        """Logits (B, K) and uniform numbers (B,) in [0, 1) -> codes (B,), by the inverse CDF."""
+        """Logits (B, K) and uniform numbers (B,) in [0, 1) -> codes (B,), by the inverse CDF.
+
+        Each row has its own random numbers, so that a picture does not depend on its batch.
+        """
         cdf = self.probs(logits).cumsum(1)
         total = cdf[:, -1:]  # 1 up to rounding, less under top-p
         return torch.searchsorted(cdf, u.clamp(max=MAX_UNIFORM)[:, None] * total, right=True)[:, 0]
@@ -111,7 +118,7 @@ class PriorConfig:
     Attributes:
         transformer: Sizes of the transformer.
         text_len: T, number of positions for text; longer captions are cut.
-        text_weight: Weight of the text's loss; that of the codes has the rest of 1.
+        text_weight: Weight of L_text; that of L_image is 1 - text_weight.
         cond_drop_prob: Probability that a training caption is dropped.
         sampling: How codes are drawn by default.
     """
@@ -124,11 +131,11 @@ class PriorConfig:
 
 
 class Prior(System):
-    """Captions to codes to pictures.
+    """System that predicts the codes of captions, and decodes them to pictures.
 
     Args:
         config: Sizes, losses, sampling.
-        codec: Trained codec, which stays as it is.
+        codec: Trained codec; it is frozen.
         text: Encoder of the captions; trained with the prior.
         size: S, side of the pictures.
     """
@@ -142,18 +149,18 @@ class Prior(System):
             )
         self.config, self.text, self.size = config, text, size
         self.codec = codec.requires_grad_(False)
-        self.side, width = size // codec.factor, config.transformer.width
+        self.grid_size, width = size // codec.factor, config.transformer.width
         self.transformer = Transformer(config.transformer)
         self.text_proj = nn.Linear(text.word_dim, width)
         self.start_emb = nn.Embedding(1, width)
         self.pos_emb = nn.Embedding(config.text_len, width)
         self.pad_emb = nn.Embedding(config.text_len, width)
         self.code_emb = nn.Embedding(codec.num_codes, width)
-        self.row_emb, self.column_emb = (nn.Embedding(self.side, width) for _ in range(2))
+        self.row_emb, self.column_emb = (nn.Embedding(self.grid_size, width) for _ in range(2))
         self.code_head = nn.Linear(width, codec.num_codes)
         predicts_text = text.causal and text.vocab_size > 0 and config.text_weight > 0
         self.text_head = nn.Linear(width, text.vocab_size) if predicts_text else None
-        for embedding in self._embeddings():
+        for embedding in self._embeddings():  # the deviation of GPT-2
             nn.init.normal_(embedding.weight, std=0.02)
         for linear in (self.text_proj, self.code_head, self.text_head):
             if linear is not None:
@@ -217,12 +224,12 @@ class Prior(System):
             return self.codec.encode(image)
 
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
-        """L = text_weight L_text + (1 - text_weight) L_image."""
+        """L = text_weight L_text + (1 - text_weight) L_image, or L_image without a text head."""
         config = self.config
-        ids = batch.extra["codes"] if "codes" in batch.extra else self.encode(batch.image)
-        ids = ids.flatten(1)  # (B, N)
-        keep = noise.rand() >= config.cond_drop_prob  # (B,)
-        cond = text.where(keep, self.text.null(len(batch)))
+        cached = batch.extra.get("codes")
+        ids = (self.encode(batch.image) if cached is None else cached).flatten(1)  # (B, N)
+        has_caption = noise.rand() >= config.cond_drop_prob  # (B,)
+        cond = text.where(has_caption, self.text.null(len(batch)))
         text_logits, code_logits = self.logits(cond, ids)
 
         image_loss = F.cross_entropy(code_logits.flatten(0, 1).float(), ids.flatten())
@@ -230,7 +237,7 @@ class Prior(System):
         terms = {"image": image_loss}
         if text_logits is not None:
             text = text.truncated(config.text_len).padded(config.text_len)
-            has_word = (text.mask & keep[:, None]).flatten()  # (B T,)
+            has_word = (text.mask & has_caption[:, None]).flatten()  # (B T,)
             nats = F.cross_entropy(
                 text_logits.flatten(0, 1).float(), text.ids.flatten(), reduction="none"
             )
@@ -244,7 +251,7 @@ class Prior(System):
 
         yield Turn("prior", terms, lambda: {**metrics, "image_accuracy": accuracy()})
 
-    # --- section 2.3: sampling --------------------------------------------------------------------
+    # --- section 2.6: sampling --------------------------------------------------------------------
 
     def sample_codes(
         self,
@@ -263,28 +270,28 @@ class Prior(System):
             prompt: The first codes (B, m), which are kept; None for none.
             cached: If true, keys and values are cached; the codes are the same without.
         """
-        batch_size, num_codes, guidance = len(text), self.side**2, sampling.guidance
+        batch_size, num_codes, guidance = len(text), self.grid_size**2, sampling.guidance
         u = noise.rand(num_codes)  # (B, N)
         ids = u.new_zeros(batch_size, 0, dtype=torch.int64) if prompt is None else prompt
-        copies = 1 if guidance == 1 else 2  # conditional rows, then unconditional ones
-        if copies == 2:
+        num_branches = 1 if guidance == 1 else 2  # conditional rows, then unconditional ones
+        if num_branches == 2:
             text = TextFeatures.cat([text, self.text.null(batch_size)])
 
         prefix = self.embed_text(text)
-        x = torch.cat([prefix, self.embed_codes(ids.repeat(copies, 1))], dim=1)
+        x = torch.cat([prefix, self.embed_codes(ids.repeat(num_branches, 1))], dim=1)
         config, length = self.config.transformer, prefix.shape[1] + num_codes - 1
         cache = KVCache(config, len(prefix), length, like=prefix) if cached else None
         pos_emb = self.grid_pos_emb()
         for position in range(ids.shape[1], num_codes):
             logits = self.code_head(self.transformer(x, cache)[:, -1]).float()
-            if copies == 2:
+            if num_branches == 2:
                 cond, uncond = logits.chunk(2)
                 logits = uncond + guidance * (cond - uncond)
-            new = sampling.sample(logits, u[:, position])[:, None]  # (B, 1)
-            ids = torch.cat([ids, new], dim=1)
-            new = self.code_emb(new.repeat(copies, 1)) + pos_emb[position]
-            x = new if cached else torch.cat([x, new], dim=1)
-        return ids.unflatten(1, (self.side, self.side))
+            new_ids = sampling.sample(logits, u[:, position])[:, None]  # (B, 1)
+            ids = torch.cat([ids, new_ids], dim=1)
+            new_emb = self.code_emb(new_ids.repeat(num_branches, 1)) + pos_emb[position]
+            x = new_emb if cached else torch.cat([x, new_emb], dim=1)
+        return ids.unflatten(1, (self.grid_size, self.grid_size))
 
     def sample(
         self,
@@ -295,7 +302,7 @@ class Prior(System):
         top_p: TopP | None = None,
         guidance: NonNegativeFloat | None = None,
         image: Tensor | None = None,
-        keep: Keep | None = None,
+        keep: KeptShare | None = None,
     ) -> Tensor:
         """Pictures (B, 3, S, S) of captions.
 
@@ -319,15 +326,15 @@ class Prior(System):
         sampling = replace(self.config.sampling, **changes)
         prompt = None
         if image is not None:
-            rows = round((0.5 if keep is None else keep) * self.side)
+            rows = round((0.5 if keep is None else keep) * self.grid_size)
             prompt = self.encode(image)[:, :rows].flatten(1)
         ids = self.sample_codes(self.text.encode(captions), noise, sampling, prompt)
         return self.codec.decode(ids)
 
-    # --- beside pictures --------------------------------------------------------------------------
+    # --- inspection and metrics ------------------------------------------------------------------
 
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
-        """The picture after each eighth of its codes; what is not yet written is grey."""
+        """The finished picture, revealed an eighth of its codes at a time."""
         with self.inference():
             noise = NoiseStreams.for_pictures(seed, 1, self.device)
             ids = self.sample_codes(self.text.encode([caption]), noise, self.config.sampling)
@@ -336,8 +343,8 @@ class Prior(System):
         order = torch.arange(total, device=ids.device).view(1, *ids.shape)  # (1, 1, H, W)
         for eighth in range(1, 9):
             count = -(-total * eighth // 8)  # rounded up
-            written = F.interpolate((order < count).float(), image.shape[-2:], mode="nearest")[0]
-            row.append(LabelledImage(f"{count} of {total} codes", image * written))
+            revealed = F.interpolate((order < count).float(), image.shape[-2:], mode="nearest")[0]
+            row.append(LabelledImage(f"{count} of {total} codes", image * revealed))
         return [row]
 
     def reconstruct(self, images: Tensor) -> Tensor:

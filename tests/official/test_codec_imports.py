@@ -384,7 +384,7 @@ def test_the_untrained_prior_of_an_import_draws(tmp_path: Path) -> None:
     run, sheet = tmp_path / "run", tmp_path / "sheet.png"
     assert main(["import-weights", "vqgan", str(path), "--out", str(run)]) == 0
     prior: Any = lineage.load(run)
-    assert prior.side == 8 and prior.code_emb.num_embeddings == 11
+    assert prior.grid_size == 8 and prior.code_emb.num_embeddings == 11
     assert main(["sample", str(run), "a red circle", "--out", str(sheet)]) == 0
     assert sheet.is_file()
 

@@ -126,7 +126,7 @@ def naive_sequence(prior: Prior, caption: str, ids: list[int]) -> list[Tensor]:
         vector = prior.text_proj(words[position]) if position < len(words) else pad
         vectors.append(vector + prior.pos_emb.weight[position])
     for position, number in enumerate(ids):
-        row, column = divmod(position, prior.side)
+        row, column = divmod(position, prior.grid_size)
         pos_emb = prior.row_emb.weight[row] + prior.column_emb.weight[column]
         vectors.append(prior.code_emb.weight[number] + pos_emb)
     return vectors

@@ -498,7 +498,7 @@ def test_presets_encode_and_decode_pictures_of_their_size(
         assert logits.shape == (1, config.codec.num_codes, side, side)
         mu, log_b = codec.decoder(logits)
         assert mu.shape == log_b.shape == (1, 3, config.size, config.size)
-    assert prior.side == side
+    assert prior.grid_size == side
     steps = stages[0].budgeted().max_steps
     assert steps is None or steps >= config.codec.anneal_steps
 

@@ -448,7 +448,7 @@ def test_presets_encode_and_decode_pictures_of_their_size(
         assert grid.shape == (2, config.codec.quantiser.code_dim, side, side)
         assert codec.decoder(codec.post_quant_conv(grid)).shape == image.shape
         assert codec.discriminator(image).shape[2] >= 2
-    assert prior.side == side
+    assert prior.grid_size == side
     assert config.codec.net.resolution == config.size
 
 

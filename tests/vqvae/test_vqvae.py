@@ -459,7 +459,7 @@ def test_presets_encode_and_decode_pictures_of_their_size(
         side = config.size // codec.factor
         assert grid.shape == (2, config.codec.quantiser.code_dim, side, side)
         assert codec.decoder(grid).shape == (2, 3, config.size, config.size)
-    assert prior.side == side
+    assert prior.grid_size == side
 
 
 def test_preset_paper_is_the_papers() -> None:
