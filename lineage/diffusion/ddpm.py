@@ -17,7 +17,7 @@ Added to the paper, which has no captions: text, by attention to the words and b
 (`networks/unet.py`), and classifier-free guidance (`guidance.py`).
 
 Departure, at the presets other than `paper`: the network predicts x_0 instead of the noise, over
-the cosine schedule. On a small budget this is the largest single gain (results/ has the trial).
+the cosine schedule. On a small budget this is the largest single gain (results/ddpm/trials.md).
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ PRESETS = {
     ),
     # Minutes on two CPU cores: 8, 16 and 32 pixels, a quarter of the paper's widths. A class of
     # `shapes` is the first thing's shape and colour, less than its caption says. The weight of the
-    # DAMSM loss is a tenth of the paper's: results/attngan has the effect of each weight.
+    # DAMSM loss is a tenth of the paper's.
     "tiny": Config(
         size=32,
         text="lstm",

@@ -70,7 +70,7 @@ PRESETS = {
         model=SMOKE_PRIOR,
     ),
     # Minutes on two CPU cores. Few codes: each is trained on more often, and with 32 a green edge
-    # is drawn with the same codes in every shape (results/vqvae: trials.md, knobs.json).
+    # is drawn with the same codes in every shape (results/vqvae/trials.md).
     "tiny": Config(
         size=32,
         encoder=TextConfig(width=128),
