@@ -1,6 +1,6 @@
 """Configurations: frozen dataclasses with bounds, reachable by dotted names, saved as JSON.
 
-configuration   the decorator: keywords only, every value checked by pydantic, a wrong one told
+configuration   the decorator: keywords only, every value checked by pydantic, each error
                 in one sentence
 RunConfig       what every run has; a recipe extends it with `model`, its system's configuration
 with_field      a copy with one field changed by its dotted name, as `--set a.b=value` does

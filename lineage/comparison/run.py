@@ -95,7 +95,7 @@ def compare(
         write_sheets(run, folder, key)
     pages = {key: _page(folder / key, examples, run) for key, run in runs.items()}
     summary = {
-        "systems": {key: _system_facts(key, folder / key, run) for key, run in runs.items()},
+        "systems": {key: _system_summary(key, folder / key, run) for key, run in runs.items()},
         "scores": scores,
         "order": keys,
         "captions": [example.captions[0] for example in examples],
@@ -172,7 +172,7 @@ def _page(folder: Path, examples: Sequence[Example], scored: ScoredRun) -> Syste
     )
 
 
-def _system_facts(key: str, folder: Path, scored: ScoredRun) -> dict[str, Any]:
+def _system_summary(key: str, folder: Path, scored: ScoredRun) -> dict[str, Any]:
     """The part of the report's data about one system, beside its scores."""
     row = CATALOG[key]
     return {

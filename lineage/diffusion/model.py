@@ -150,8 +150,8 @@ class DiffusionModel(System):
         super().__init__()
         self.network, self.process, self.text, self.space = network, process, text, space
         self.size, self.config = space.size, config
-        at_once = MAX_BATCH_VALUES // (3 * space.size**2)
-        self.sample_batch_size = max(1, min(System.sample_batch_size, at_once))
+        max_pictures = MAX_BATCH_VALUES // (3 * space.size**2)
+        self.sample_batch_size = max(1, min(System.sample_batch_size, max_pictures))
 
     # --- training -------------------------------------------------------------------------------
 

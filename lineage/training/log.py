@@ -4,7 +4,7 @@ installed.
 Each line holds `stage`, `step`, `pictures`, `seconds` and `cpu_seconds` of training,
 `pictures_per_second`, `lr`; the mean since the line before of every loss term as `<group>/<term>`
 and of every gradient's norm before clipping as `gradient/<group>`; the mean over some of these
-steps of every metric as `metric/<name>`; and `diagnosis`, where a metric looks unhealthy.
+steps of every metric as `metric/<name>`; and `diagnosis`, where a metric is unhealthy.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def test_freed_memory_is_not_taken_anew_page_by_page() -> None:
         run = [sys.executable, "-c", PROGRAM.format(call=call)]
         done = subprocess.run(run, capture_output=True, text=True, check=False)
         if done.returncode == 3:
-            pytest.skip("this glibc gives blocks above 32 MB back, whatever it is told")
+            pytest.skip("this glibc gives blocks above 32 MB back in any case")
         return int(done.stdout)
 
     assert faults("keep_freed_memory()") * 10 < faults("")

@@ -1,4 +1,4 @@
-"""Small pieces that several denoising networks share."""
+"""Small layers that several denoising networks share."""
 
 from __future__ import annotations
 
