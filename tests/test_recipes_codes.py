@@ -55,7 +55,7 @@ def test_sizes_of_codec_and_prior_agree(key: str, name: str, tokenizer: WordToke
     prior = prior_on_meta(config, tokenizer)
     assert isinstance(prior, Prior)
     side, num_codes = config.size // prior.codec.factor, prior.codec.num_codes
-    assert side * prior.codec.factor == config.size == prior.size and prior.side == side
+    assert side * prior.codec.factor == config.size == prior.size and prior.grid_size == side
     width, layers = config.model.transformer.width, config.model.transformer.num_layers
     assert prior.row_emb.weight.shape == prior.column_emb.weight.shape == (side, width)
     assert prior.code_emb.weight.shape == prior.code_head.weight.shape == (num_codes, width)
@@ -88,7 +88,7 @@ def test_grids_are_those_that_the_presets_state(
     key: str, name: str, cells: int, num_codes: int, tokenizer: WordTokenizer
 ) -> None:
     prior = prior_on_meta(preset(key, name), tokenizer)
-    assert (prior.side**2, prior.codec.num_codes) == (cells, num_codes)
+    assert (prior.grid_size**2, prior.codec.num_codes) == (cells, num_codes)
     assert name != "small" or prior.codec.factor == 8
 
 
@@ -103,7 +103,7 @@ def test_dalle_paper_has_twelve_billion_parameters(tokenizer: WordTokenizer) -> 
     assert trained == pytest.approx(12e9, rel=0.03)
     assert count(prior.codec.encoder) == 53_786_240
     assert count(prior.codec.decoder) == 43_829_766
-    assert config.model.text_len + prior.side**2 == 1280  # length of the paper's sequence
+    assert config.model.text_len + prior.grid_size**2 == 1280  # length of the paper's sequence
 
 
 def test_vqgan_paper_has_the_published_parameters(tokenizer: WordTokenizer) -> None:
@@ -174,7 +174,7 @@ def test_the_prior_s_data_set_has_the_codes_of_the_codec(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         batch = data.batch(range(32), [0] * 32, 0)
     codes = batch.extra["codes"]
-    assert codes.dtype == torch.int64 and codes.shape == (32, prior.side, prior.side)
+    assert codes.dtype == torch.int64 and codes.shape == (32, prior.grid_size, prior.grid_size)
     with torch.no_grad():
         assert torch.equal(codes, prior.codec.encode(image))
     assert not any(p.requires_grad or p.grad is not None for p in prior.codec.parameters())

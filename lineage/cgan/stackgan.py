@@ -401,7 +401,6 @@ class StageTwo(StackGANStage):
 
         Args:
             truncation: Factor on all noise; below 1, pictures are more typical and differ less.
-                (BigGAN draws large values again instead.)
             interpolate_to: Second caption, between whose sentence and the first is interpolated.
             interpolate_share: Weight of the second caption, 0 to 1.
             noise_share: Position between each picture's noise and other noise, 0 to 1.

@@ -190,7 +190,7 @@ def test_sides_double(num_scales: int, size: int, expected: list[int]) -> None:
     ("num_scales", "size"), [(2, 8), (3, 16), (2, 17), (3, 34), (7, 64), (30, 8)]
 )
 def test_impossible_sides_are_refused(num_scales: int, size: int) -> None:
-    with pytest.raises(UserError, match=rf"{num_scales} scales up to {size} pixels") as caught:
+    with pytest.raises(UserError, match=rf"size={size} .*num_scales={num_scales}") as caught:
         AttnGANConfig(num_scales=num_scales).sides(size)
     assert "\n" not in str(caught.value) and "size" in str(caught.value)
 

@@ -143,7 +143,7 @@ def test_only_the_prior_is_trained_on_a_taken_codec(
     assert saved["stages_from"]["codec"]["run"] == str(source)
     assert saved["codec"] == to_dict(preset(key, "smoke"))["codec"]  # of a codec not trained here
     prior: Any = trained.system
-    assert isinstance(prior, Prior) and prior.side == 16 // prior.codec.factor
+    assert isinstance(prior, Prior) and prior.grid_size == 16 // prior.codec.factor
     assert prior.codec.num_codes == 9 == prior.code_emb.num_embeddings
     assert not any(p.requires_grad for p in prior.codec.parameters())
     assert not prior.train().codec.training
@@ -510,7 +510,7 @@ def test_another_size_that_fits_is_not(
     run = train_run(
         tmp_path / "run", "vqvae", {**QUICK, "size": 24}, steps=2, stages_from=stages_from
     )
-    assert run.system.side == 3
+    assert run.system.grid_size == 3
 
 
 def test_a_codec_whose_training_was_interrupted_is_refused(
