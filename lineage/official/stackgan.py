@@ -93,6 +93,23 @@ def crop(verifier: Verifier, name: str, image: Tensor) -> Tensor:
     return image[..., part, part]
 
 
+def sum_in_double(network: nn.Module) -> None:
+    """Let the linear layers of `network` sum their products in float64 and round once.
+
+    BatchNorm1d over a batch of two magnifies the last bits of the linear layers before it about a
+    thousandfold, and in float32 those bits depend on the processor's order of summation.
+    """
+
+    def rounded_once(layer: nn.Linear, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        bias = None if layer.bias is None else layer.bias.double()
+        summed = nn.functional.linear(args[0].double(), layer.weight.double(), bias)
+        return summed.to(args[0].dtype)
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(rounded_once)
+
+
 class StackGANOutputs(Verifier):
     """Outputs of both stages; losses come from our own training step."""
 
@@ -157,10 +174,12 @@ class StackGANOutputs(Verifier):
         """The same in training mode, stage I's too, and the generator afterwards."""
         sentence, (z, eps, *eps2) = self.sentence(number), self.noise(number)
         stage1 = copy.deepcopy(self.stage1.generator).train()
+        sum_in_double(stage1)
         small = stage1(sentence, z, eps)
         if number == "1":
             return small, stage1
         stage2 = copy.deepcopy(self.stage2.generator).train()
+        sum_in_double(stage2)
         return stage2(small.image, sentence, *eps2), stage2
 
     def terms(self, number: str, real: Tensor) -> dict[str, Tensor]:
