@@ -24,7 +24,8 @@ from lineage.data.contract import to_bytes
 from lineage.evaluation.cost import machine
 from lineage.evaluation.judge import Judge, verdict
 from lineage.evaluation.prompts import Prompt, make_prompts
-from lineage.training.store import write_bytes, write_json
+from lineage.files import write_bytes
+from lineage.training.store import write_json
 
 CURVES = {
     ("ddpm", None): (10, 25, 50, 100),

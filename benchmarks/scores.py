@@ -12,7 +12,8 @@ from typing import Any
 
 from lineage.evaluation.judge import PARTS
 from lineage.evaluation.prompts import TASKS
-from lineage.training.store import read_json, write_bytes
+from lineage.files import write_bytes
+from lineage.training.store import read_json
 
 HEAD = ["", *(task.replace("_", " ") for task in TASKS), "unseen combinations", *PARTS]
 

@@ -19,7 +19,8 @@ from typing import Any
 import lineage
 from lineage.evaluation.cost import machine
 from lineage.evaluation.run import EvalConfig, score_runs
-from lineage.training.store import read_json, write_bytes
+from lineage.files import write_bytes
+from lineage.training.store import read_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 HEAD = ["trial", "system", "changes", "seed", "min", "threads", "cpu s", "steps", "pictures/s"]

@@ -26,6 +26,7 @@ from lineage.config import RunConfig, to_dict, with_field
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
 from lineage.errors import Interrupted, UserError
+from lineage.files import unwritable
 from lineage.nn.noise import stream_seed
 from lineage.plan import (
     build,
@@ -43,7 +44,7 @@ from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.stage import RunStages, Stopped, finished_weights, load_weights
-from lineage.training.store import read_json, unwritable, write_json
+from lineage.training.store import read_json, write_json
 
 # --- configuration --------------------------------------------------------------------------------
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from lineage.evaluation.run import Failure
 from lineage.evaluation.table import score_tables
+from lineage.files import write_bytes
 from lineage.sheets import picture
 from lineage.system import LabelledImage
-from lineage.training.store import write_bytes
 from lineage.units import as_seconds
 
 _INK = "#0a0b0c"  # replaced by the page's own text colour

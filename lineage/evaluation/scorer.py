@@ -47,12 +47,13 @@ from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.errors import UserError
 from lineage.evaluation import sections
 from lineage.evaluation.judge import resized
+from lineage.files import write_bytes
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_from_json
 from lineage.training.group import Group
 from lineage.training.loader import Loader
 from lineage.training.machine import Distributed
-from lineage.training.store import cache_folder, fingerprint, write_bytes
+from lineage.training.store import cache_folder, fingerprint
 
 VERSION = 2  # of network and training; scorers that another version has cached are not used
 TEXT = TextConfig(vocab_size=1024, max_words=32, width=48, num_layers=2, num_heads=4)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lineage.errors import UserError
-from lineage.training.store import unwritable, write_bytes
+from lineage.files import unwritable, write_bytes
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

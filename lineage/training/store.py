@@ -7,7 +7,6 @@ as a torch file that is read with `weights_only=True`: no pickle is ever execute
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -21,35 +20,7 @@ import torch
 from torch import Tensor
 
 from lineage.errors import UserError
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, all of it or nothing.
-
-    Raises:
-        UserError: if the disk is full or the folder cannot be written; the old file is still whole.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> UserError:
-    """The error for a file that could not be written."""
-    reason = error.strerror or str(error)
-    return UserError(
-        f"Could not write {path}: {reason}. Free some space there or choose another folder; "
-        "what was saved before is whole."
-    )
+from lineage.files import write_bytes
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -67,7 +67,7 @@ def test_a_full_disk_leaves_the_old_file_whole(
     before = path.read_bytes()
     with monkeypatch.context() as patched:
         if fault == "write":
-            patched.setattr("lineage.training.store.open", open_on_full_disk, raising=False)
+            patched.setattr("lineage.files.open", open_on_full_disk, raising=False)
         else:
             patched.setattr(os, fault, full_disk)
         with pytest.raises(UserError, match="No space left on device") as caught:

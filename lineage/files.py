@@ -1,0 +1,193 @@
+"""Files at the edges: reading what a stranger wrote, and writing whole files or none.
+
+read_regular   bytes of a regular file of bounded size
+write_bytes    a file, all of it or nothing
+check_output   that a file can be written, before the work whose result it is to hold
+Lock           one process at a time in a folder
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from lineage.characters import plain
+from lineage.errors import UserError
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class NotRegularError(OSError):
+    """A folder, a pipe or a device in place of a file; `strerror` says which."""
+
+
+class TooLargeError(OSError):
+    """A file that is larger than anything of its kind; `strerror` says how large."""
+
+
+_KINDS: dict[str, Callable[[int], bool]] = {
+    "a folder": stat.S_ISDIR,
+    "a pipe": stat.S_ISFIFO,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    "a socket": stat.S_ISSOCK,
+}
+
+
+def check_regular(path: Path, limit: int | None = None) -> int:
+    """Size of the regular file at `path`, without opening it.
+
+    Args:
+        limit: Largest number of bytes; None for any.
+
+    Raises:
+        NotRegularError, TooLargeError: it is another kind of file, or larger.
+        OSError: it does not exist, or its folder cannot be read.
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        kind = next((name for name, is_kind in _KINDS.items() if is_kind(info.st_mode)), "no file")
+        raise NotRegularError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    if limit is not None and info.st_size > limit:
+        raise TooLargeError(
+            errno.EFBIG,
+            f"its {info.st_size / 1e6:,.0f} MB are more than the {limit / 1e6:,.0f} MB allowed",
+            str(path),
+        )
+    return info.st_size
+
+
+def read_regular(path: Path, limit: int | None = None) -> bytes:
+    """Bytes of a regular file of at most `limit` bytes. Raises as `check_regular`."""
+    check_regular(path, limit)
+    return path.read_bytes()
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, all of it or nothing; two writers of one path do not meet.
+
+    Raises:
+        UserError: the file cannot be written; the old one is still whole.
+    """
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name[:200]}.{os.getpid()}-{os.urandom(4).hex()}.partial")
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+_MENDS = {
+    errno.ENOSPC: "free some space there or choose another folder",
+    errno.EDQUOT: "your quota is used up: free some space there or choose another folder",
+    errno.EACCES: "choose a folder that you may write to, or change its permissions",
+    errno.EPERM: "choose a folder that you may write to, or change its permissions",
+    errno.EROFS: "the file system is read-only: choose a folder on another one",
+    errno.EIO: "the disk may be failing: choose a folder on another one",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of the path is a file: choose another folder",
+    errno.EEXIST: "a part of the path is a file: choose another folder",
+    errno.EISDIR: "a folder has this name: choose another name",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n) and try again",
+}
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The error for a file that could not be written: the reason, and the mend that fits it."""
+    reason = error.strerror or str(error)
+    mend = _MENDS.get(error.errno or 0, "choose another folder")
+    return UserError(
+        f"Could not write {plain(path)}: {reason}; {mend}. What was saved before is whole."
+    )
+
+
+def check_output(path: Path, *, folder: bool = False) -> None:
+    """Check that `path` can be written, and leave nothing behind.
+
+    Args:
+        folder: If true, `path` is a folder that files are written into.
+
+    Raises:
+        UserError: it cannot; the sentence says why.
+    """
+    try:
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if folder and path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file has this name")
+        place = path if folder else path.parent
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryDirectory(prefix=".lineage-", dir=place):
+            pass
+        if len(os.fsencode(path.name)) > 240:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+# --- one process at a time ------------------------------------------------------------------------
+
+
+class Lock:
+    """The right to write in a folder, for one process at a time; a context manager.
+
+    The operating system holds the lock and drops it when the process ends, however it ends. No file
+    is left behind. On a file system without locks, nothing is locked.
+
+    Args:
+        folder: Existing folder.
+
+    Raises (on entry):
+        UserError: another process holds the lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Lock:
+        try:
+            import fcntl
+        except ImportError:  # Windows, which cannot lock a folder
+            return self
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"Another process is at work in {plain(self.folder)}: wait until it has ended, or "
+                "choose another --out."
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            return self
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
