@@ -42,8 +42,9 @@ from lineage.evaluation.real import (
 from lineage.runs import load, read_config, save_picture
 from lineage.sheets import sheet
 from lineage.system import Reconstructs, ScoresStages, System
+from lineage.training.cost import read_cost
 from lineage.training.machine import pick_device
-from lineage.training.store import read_json, write_json
+from lineage.training.store import write_json
 
 MAX_FAILURES = 24  # pictures on the sheet of failures
 MAX_NEAREST = 12  # pairs on the sheet of pictures nearest to training pictures
@@ -242,7 +243,7 @@ def _score(
         image, text = real.scorer.image(pictures), real.scorer.text(real.captions)
         scores["text_fit"] = real.text_fit(image, text, real.captions)
     scores["cost"] = {
-        "training": read_json(folder / "cost.json"),
+        "training": read_cost(folder),
         "sampling": cached_cost(folder, real.captions[:16], config.device),
     }
     return ScoredRun(scores, failures, _nearest(real, pictures, features))

@@ -26,7 +26,6 @@ Axes: B pictures or captions, S pixels, L words, C channels, D joint width.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -53,7 +52,7 @@ from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_fro
 from lineage.training.group import Group
 from lineage.training.loader import Loader
 from lineage.training.machine import Distributed
-from lineage.training.store import cache_folder, fingerprint
+from lineage.training.store import cache_folder, cached, fingerprint
 
 VERSION = 2  # of network and training; scorers that another version has cached are not used
 TEXT = TextConfig(vocab_size=1024, max_words=32, width=48, num_layers=2, num_heads=4)
@@ -339,13 +338,11 @@ def scorer_for(
             return load_scorer(path)
     inputs = [data_fingerprint, train.size, steps or STEPS, seed, VERSION, validation is not None]
     path = cache_folder("scorers") / f"{fingerprint(json.dumps(inputs).encode())}.safetensors"
-    if path.exists():
-        with contextlib.suppress(UserError):
-            return load_scorer(path)
-    scorer = fit_scorer(train, validation, steps=steps, seed=seed, progress=progress)
-    with contextlib.suppress(UserError):
-        scorer.save(path)
-    return scorer
+
+    def fit() -> ContrastiveScorer:
+        return fit_scorer(train, validation, steps=steps, seed=seed, progress=progress)
+
+    return cached(path, load_scorer, fit, lambda path, scorer: scorer.save(path))
 
 
 # --- published models -------------------------------------------------------------------------
