@@ -39,6 +39,7 @@ from lineage.evaluation.real import (
     prompt_set,
     unseen_split,
 )
+from lineage.evaluation.scorer import check_captions
 from lineage.runs import load, read_config, save_picture
 from lineage.sheets import sheet
 from lineage.system import Reconstructs, ScoresStages, System
@@ -178,10 +179,23 @@ def _common_data(
     return spec, size, min(config.seed for config in configs)
 
 
+def check_scoring(spec: str, size: int, data_seed: int, config: EvalConfig) -> None:
+    """Raise `UserError` if runs on this data cannot be scored: before they are trained."""
+    unseen = unseen_split(spec, size, data_seed)
+    judged = prompt_set(unseen, config.prompts, Judge.load(), config.seed) is not None
+    if config.scorer == "none" and config.features in ("auto", "scorer") and not judged:
+        raise UserError(
+            "This data needs a feature network: leave out --scorer none, or add --features judge."
+        )
+    if config.scorer == "auto" and not judged:
+        check_captions(load_dataset(spec, "train", size, data_seed))
+
+
 def _real_pictures(
     spec: str, size: int, data_seed: int, config: EvalConfig
 ) -> tuple[RealPictures, PromptSet | None]:
     """The real pictures, and the prompts if the judge can read the data."""
+    check_scoring(spec, size, data_seed, config)
     device = pick_device(config.device)
     unseen = unseen_split(spec, size, data_seed)
     prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
@@ -190,10 +204,6 @@ def _real_pictures(
     name = config.features
     if name == "auto":
         name = "judge" if prompts else "scorer"
-    if name == "scorer" and scorer is None:
-        raise UserError(
-            "This data needs a feature network: leave out --scorer none, or give --features."
-        )
     network = find_features(name, scorer, device)
     return RealPictures(unseen, train, config.pictures, network, scorer, config.seed), prompts
 

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lineage.characters import plain
 from lineage.config import OptimConfig, TextConfig, from_dict, to_dict
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.errors import UserError
@@ -238,6 +239,17 @@ def degraded(images: Tensor, generator: torch.Generator) -> Tensor:
     return small + sigma * torch.randn(small.shape, generator=generator)
 
 
+def check_captions(dataset: CaptionedDataset) -> list[str]:
+    """All captions; raises `UserError` if there are no two to tell apart."""
+    captions = list(dataset.all_captions())
+    if len(set(captions)) < 2:
+        raise UserError(
+            f"All captions of {plain(dataset.name)} are the same, so no scorer can be fitted: add "
+            "--scorer none --features judge, or more captions."
+        )
+    return captions
+
+
 def fit_scorer(
     dataset: CaptionedDataset,
     validation: CaptionedDataset | None = None,
@@ -261,11 +273,7 @@ def fit_scorer(
     Raises:
         UserError: all captions are the same, so there is nothing to tell apart.
     """
-    captions = list(dataset.all_captions())
-    if len(set(captions)) < 2:
-        raise UserError(
-            f"All captions of {dataset.name} are the same: a scorer needs at least 2 to tell apart."
-        )
+    captions = check_captions(dataset)
     steps = STEPS if steps is None else steps
     batch_size = batch_size if dataset.endless else min(batch_size, len(dataset))
     with torch.random.fork_rng(devices=[]):  # the global random state is restored
