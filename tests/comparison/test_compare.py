@@ -262,6 +262,46 @@ def test_a_second_comparison_keeps_the_cost_of_training(folder: Path) -> None:
     assert read_json(folder / KEYS[0] / "cost.json") == measured[KEYS[0]]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"settings": {"optim.lr": 0.01}}, "optim.lr=.*0.01 as asked"),
+        ({"steps": 3}, "train.max_steps=2, not 3 as asked"),
+        ({"minutes": 0.1, "steps": None}, "train.m"),
+        ({"seed": 4}, "seed=0, not 4"),
+        ({"preset": "tiny", "steps": 2}, "preset=smoke|tiny"),
+    ],
+    ids=["rate", "steps", "minutes", "seed", "preset"],
+)
+def test_runs_of_other_settings_are_not_reported(
+    options: dict[str, Any], words: str, folder: Path
+) -> None:
+    """Neither trained on, nor shown under settings that they were not made with."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    asked = {"preset": "smoke", "steps": STEPS, "out": folder, "pictures": PICTURES, **options}
+    with pytest.raises(UserError, match=words) as caught:
+        lineage.compare(KEYS, **asked)
+    assert "--out" in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_data_without_two_captions_is_refused_before_training(tmp_path: Path) -> None:
+    """And what the sentence says to do works."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("a circle")
+    asked: dict[str, Any] = {"data": str(data), "preset": "smoke", "steps": 1, "pictures": 8}
+    with pytest.raises(UserError, match="--scorer none --features judge"):
+        lineage.compare(["retrieval"], out=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+    asked |= {"scorer": "none", "features": "judge"}
+    report = lineage.compare(["retrieval"], out=tmp_path / "out", **asked)
+    reproduce = read_json(report.with_name("report.json"))["reproduce"]
+    assert report.is_file() and "--features judge --scorer none" in reproduce[0]
+
+
 def test_errors_come_before_anything_is_trained(tmp_path: Path) -> None:
     for keys, options, words in (
         (["gan_int_cls", "ddmp"], {}, "'ddpm'"),
