@@ -48,10 +48,9 @@ def _is_cost(entry: Any) -> bool:
 def write_cost(folder: Path, trainer: Trainer) -> None:
     """Bring the entry of the trainer's stage up to date."""
     finished, cost = trainer.spent() >= 1, read_cost(folder)
-    before = read_json_object(folder / "cost.json").get(trainer.stage)
-    if not _is_cost(before):
-        before = {"peak_memory_bytes": 0}
-    elif before["steps"] == trainer.step and before.get("finished") == finished:
+    saved = read_json_object(folder / "cost.json").get(trainer.stage)
+    before: dict[str, Any] = saved if _is_cost(saved) else {"peak_memory_bytes": 0}
+    if before.get("steps") == trainer.step and before.get("finished") == finished:
         return  # a finished run that was resumed has trained nothing
     pictures = trainer.step * trainer.batch_size
     peak = peak_memory(trainer.device)
