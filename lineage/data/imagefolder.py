@@ -172,7 +172,7 @@ class PictureNames:
         """Path of the row's picture relative to the root, or why there is none."""
         name = row.values.get("file_name")
         if not isinstance(name, str) or not name.strip():
-            has = _listed(row.values) or "nothing"
+            has = _listed(column for column in row.values if column != "file_name") or "nothing"
             return Skipped(row.where, f"the row has no file_name (it has {has})")
         path = name
         try:

@@ -19,6 +19,7 @@ Axes: 3 channels, S = `size`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import struct
 import threading
@@ -39,11 +40,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's remarks on odd me
 
 MAX_BYTES = 200_000_000
 """Largest size of a picture file."""
+MAX_WHOLE = 50_000_000
+"""Largest number of pixels in a format of `_WHOLE`; of others, Pillow's limit holds."""
 LARGE = 16_000_000
 """Number of pixels above which a picture is reduced while it is converted."""
 BAND = 1_000_000
 """Number of pixels that are converted at once."""
 
+_WHOLE = ("WEBP", "AVIF", "JPEG2000")  # Pillow holds such a picture several times in memory
 _LARGE_AT_ONCE = threading.Semaphore(2)
 
 _TURNS = {
@@ -67,7 +71,7 @@ def decode(file: Path, size: int) -> NDArray[np.uint8]:
     check_regular(file, MAX_BYTES)
     try:
         return _pixels(file, size)
-    except (Image.DecompressionBombError, MemoryError):
+    except (Image.DecompressionBombError, MemoryError, TooLargeError):
         raise
     except Exception:  # Pillow's decoders raise errors of many kinds
         bare = _without_metadata(file.read_bytes())
@@ -120,6 +124,9 @@ def _pixels(source: Path | IO[bytes], size: int) -> NDArray[np.uint8]:
     with Image.open(source) as image:
         if image.format == "EPS":  # a program; Pillow would run Ghostscript on it
             raise Image.UnidentifiedImageError("a PostScript file")
+        if image.format in _WHOLE and image.width * image.height > MAX_WHOLE:
+            reason = f"it has {image.width:,} x {image.height:,} pixels; make it smaller"
+            raise TooLargeError(errno.EFBIG, reason)
         # A large JPEG is decoded at a fraction of its size, but at least twice the size needed.
         image.draft("RGB", (2 * size, 2 * size))
         large = image.width * image.height > LARGE
