@@ -109,25 +109,26 @@ def list_files(root: Path, skipped: list[Skipped]) -> list[str]:
     cannot be opened are added to `skipped`. Links are followed, but each real folder is read once.
     """
     paths: list[str] = []
-    visited: set[str] = set()
+    visited: set[tuple[int, int]] = set()
     folders = [""]
     while folders:
         folder = folders.pop()
-        real = os.path.realpath(root / folder)
-        if real in visited:
-            continue
-        visited.add(real)
+        path = os.path.join(root, folder)
         try:
-            with os.scandir(root / folder) as entries:
+            info = os.stat(path)
+            with os.scandir(path) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             reason = f"the folder cannot be opened: {error.strerror}"
             skipped.append(Skipped(folder or ".", reason))
             continue
+        if (info.st_dev, info.st_ino) in visited:
+            continue
+        visited.add((info.st_dev, info.st_ino))
         for entry in inside:
             if not _hidden(entry.name):
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                (folders if _is_folder(entry) else paths).append(path)
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                (folders if _is_folder(entry) else paths).append(relative)
     return sorted(paths)
 
 
