@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cyclopts import App, Group
 
+from lineage.characters import plain
 from lineage.cli.arguments import Count, Flag, Whole, print_json
 from lineage.errors import UserError
 
@@ -42,7 +43,7 @@ def data_show(
 
     dataset = load_dataset(spec, split, size, seed)
     save_picture(contact_sheet(dataset, count, columns), out)
-    print(f"{out}: {min(count, len(dataset))} of {len(dataset):,} pictures of {spec}")
+    print(f"{plain(out)}: {min(count, len(dataset))} of {len(dataset):,} pictures of {plain(spec)}")
 
 
 @data.command(name="check")
@@ -57,6 +58,7 @@ def data_check(spec: str, /, *, size: Count = 32, json: Flag = False) -> None:
     from lineage.data.tools import check
 
     report = check(spec, size)
+    spec = plain(spec)
     if json:
         print_json(report)
     else:
@@ -92,4 +94,4 @@ def data_export(
     from lineage.data.tools import export
 
     written = export(load_dataset(spec, split, size, seed), out, count)
-    print(f"{out}: {written:,} pictures in imagefolder form")
+    print(f"{plain(out)}: {written:,} pictures in imagefolder form")

@@ -13,10 +13,12 @@ from typing import Any
 
 from PIL import Image
 
+from lineage.characters import same_name
 from lineage.data import ENDLESS, load_dataset, parse_spec
 from lineage.data.contract import CaptionedDataset, Example, Skipped
 from lineage.data.pictures import EmptyDatasetError
 from lineage.errors import UserError
+from lineage.files import expanded
 from lineage.sheets import picture, sheet
 
 
@@ -80,7 +82,7 @@ def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = No
     Raises:
         UserError: The folder has contents, or cannot be written.
     """
-    target = Path(folder).expanduser()
+    target = expanded(folder)
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     if number < 1:
@@ -89,7 +91,7 @@ def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = No
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{str(folder)!r} is not empty; choose a new or an empty folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name[:60]}-", dir=target.parent))
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
@@ -138,7 +140,8 @@ def _row(example: Example, file_name: str, split: str) -> dict[str, Any]:
         row["alt_texts"] = list(example.captions[1:])
     if example.label is not None:
         row["label"] = example.label
-    row["split"] = meta.pop("split", split)
+    own = meta.pop("split", split)
+    row["split"] = own if isinstance(own, str) and own.strip() else split
     return row | ({"meta": meta} if meta else {})
 
 
@@ -163,8 +166,8 @@ def _file_name(example_id: str, taken: set[str]) -> str:
     """
     safe = re.sub(r"[^\w.-]", "_", example_id).lstrip(".")[:60].rstrip(".") or "picture"
     name, copy = safe, 1
-    while name.lower() in taken:
+    while same_name(name).lower() in taken:
         copy += 1
         name = f"{safe}-{copy}"
-    taken.add(name.lower())
+    taken.add(same_name(name).lower())
     return name
