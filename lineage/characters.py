@@ -1,10 +1,12 @@
 """Text at the edges: from file names, files and arguments, and to terminals and files.
 
-    decoded    bytes of a text file -> text
-    valid      any text -> text that can be written as UTF-8
-    plain      any text -> text that a terminal, a log or a page shows as it is
-    same_name  the key by which two file names are one
-    protect    while it holds, the standard streams take every text and survive a lost reader
+    decoded      bytes of a text file -> text
+    well_formed  any text -> text that can be written as UTF-8
+    valid        the same, without the character 0
+    plain        any text -> text that a terminal, a log or a page shows as it is
+    escaped      any text -> ASCII
+    same_name    the key by which two file names are one
+    protect      while it holds, the standard streams take every text and survive a lost reader
 
 Python holds the bytes of a name or an argument that is not UTF-8 as lone surrogates
 (`surrogateescape`), and a terminal obeys control characters. Both end here.
@@ -47,10 +49,14 @@ def decoded(raw: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for each character that UTF-8 cannot hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def valid(text: str) -> str:
-    """`text` with U+FFFD for each character that UTF-8 cannot hold, and without the character 0."""
-    joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return joined.replace("\0", REPLACEMENT)
+    """`well_formed` text without the character 0."""
+    return well_formed(text).replace("\0", REPLACEMENT)
 
 
 def plain(text: object) -> str:
