@@ -20,7 +20,7 @@ from lineage.characters import escaped, plain
 SIZE = 13  # pixels
 MAX_LENGTH = 4000  # characters of a text; more than a caption below a picture has room for
 
-MAX_MARKS = 12  # characters of a letter with its marks; more would cover the picture above
+MAX_MARKS = 4  # of one letter, one above the other; more would cover the picture
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Lettering:
 
     def __init__(self, text: str) -> None:
         words = unicodedata.normalize("NFC", text[:MAX_LENGTH]).split()
-        self.text = " ".join(map(plain, words))
-        self.text = "".join(cluster[:MAX_MARKS] for cluster in clusters(self.text))
+        self.text = _few_marks(" ".join(map(plain, words)))
         self._fonts = _fonts_for(self.text)
         self.text = "".join(c if self._has(c) else escaped(c) for c in self.text)
         whole = [font for font in self._fonts if font.has(self.text)]
@@ -85,6 +84,16 @@ class Lettering:
                 if font.has(part):
                     return number
         return 0
+
+
+def _few_marks(text: str) -> str:
+    """The text with no more than `MAX_MARKS` marks on a letter."""
+    kept, number = [], 0
+    for char in text:
+        number = number + 1 if unicodedata.combining(char) else 0
+        if number <= MAX_MARKS:
+            kept.append(char)
+    return "".join(kept)
 
 
 def clusters(text: str) -> list[str]:

@@ -31,6 +31,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from lineage.characters import plain
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
 from lineage.errors import UserError
 
@@ -230,7 +231,7 @@ class PictureDataset(CaptionedDataset):
             errors = list(
                 tqdm(
                     pool.map(fill, range(len(records))),
-                    f"reading {self.name}",
+                    f"reading {plain(self.name)}",
                     total=len(records),
                     disable=len(records) <= PROGRESS_FROM or None,  # None: only on a terminal
                     unit=" pictures",
