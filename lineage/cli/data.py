@@ -65,7 +65,7 @@ def data_check(spec: str, /, *, size: Count = 32, json: Flag = False) -> None:
         print(f"{plain(spec)}: {report['loaded']:,} pictures, {report['captions']:,} captions")
         for limit, number in report["cut"].items():
             if number:
-                print(f"  {number:,} captions are cut by encoders that read {limit}")
+                print(f"  longer than {limit}, which is all that encoders read: {number:,}")
         for skipped in report["skipped"]:
             print(plain(f"  left out {skipped['path']}: {skipped['reason']}"))
     if not report["loaded"]:

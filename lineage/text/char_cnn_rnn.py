@@ -106,7 +106,7 @@ class CharCNNRNN(TextEncoder):
         return list(dict.fromkeys(word for word in words if not self.char_ids.keys() >= set(word)))
 
     def overflow(self, caption: str, length: int | None = None) -> Overflow | None:
-        text = caption.lower().strip()[self.config.max_chars :]
+        text = caption.lower().strip()[self.config.max_chars :].strip()
         return Overflow(f"{self.config.max_chars} characters", text) if text else None
 
     def _cut(self, caption: str) -> str:
