@@ -223,7 +223,7 @@ class PictureDataset(CaptionedDataset):
             errors = list(
                 tqdm(
                     pool.map(fill, range(len(records))),
-                    f"reading {self.name}",
+                    f"reading {plain(self.name)}",
                     total=len(records),
                     disable=len(records) <= PROGRESS_FROM or None,  # None: only on a terminal
                     unit=" pictures",

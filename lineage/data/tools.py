@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -36,14 +37,23 @@ def contact_sheet(dataset: CaptionedDataset, count: int = 16, columns: int = 4) 
     return sheet([e.image for e in examples], [e.captions[0] for e in examples], columns)
 
 
-def check(spec: str, size: int = 32) -> dict[str, Any]:
+def check(
+    spec: str, size: int = 32, limits: Mapping[str, Callable[[str], bool]] = MappingProxyType({})
+) -> dict[str, Any]:
     """Load all splits of a data set and count.
 
     For an endless data set it counts the nominal length of `train` and renders no picture.
 
+    Args:
+        spec: Data set.
+        size: Side of the pictures in pixels.
+        limits: Functions that return whether a caption is longer than some encoders read, by the
+            limit's name.
+
     Returns:
-        {"loaded": number of pictures, "captions": number of captions, "skipped": [{"path",
-        "reason"}, ...]}. If the folder has files but none is usable, `loaded` is 0.
+        {"loaded": number of pictures, "captions": number of captions, "cut": {limit: number of
+        longer captions}, "skipped": [{"path", "reason"}, ...]}. If the folder has files but none is
+        usable, `loaded` is 0.
 
     Raises:
         UserError: The spec is wrong, or the folder is empty.
@@ -54,14 +64,17 @@ def check(spec: str, size: int = 32) -> dict[str, Any]:
     except EmptyDatasetError as error:
         if not error.skipped:
             raise
-        return _counts(0, 0, error.skipped)
-    captions = sum(1 for _ in dataset.all_captions(limit=len(dataset)))
-    return _counts(len(dataset), captions, dataset.skipped)
+        return _counts(0, 0, dict.fromkeys(limits, 0), error.skipped)
+    captions = list(dataset.all_captions(limit=len(dataset)))
+    cut = {name: sum(map(is_longer, captions)) for name, is_longer in limits.items()}
+    return _counts(len(dataset), len(captions), cut, dataset.skipped)
 
 
-def _counts(loaded: int, captions: int, skipped: list[Skipped]) -> dict[str, Any]:
+def _counts(
+    loaded: int, captions: int, cut: dict[str, int], skipped: list[Skipped]
+) -> dict[str, Any]:
     files = [{"path": s.path, "reason": s.reason} for s in skipped]
-    return {"loaded": loaded, "captions": captions, "skipped": files}
+    return {"loaded": loaded, "captions": captions, "cut": cut, "skipped": files}
 
 
 def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = None) -> int:

@@ -49,7 +49,9 @@ def write_cost(folder: Path, trainer: Trainer) -> None:
     """Bring the entry of the trainer's stage up to date."""
     finished, cost = trainer.spent() >= 1, read_cost(folder)
     saved = read_json_object(folder / "cost.json").get(trainer.stage)
-    before: dict[str, Any] = saved if _is_cost(saved) else {"peak_memory_bytes": 0}
+    before: dict[str, Any] = {"peak_memory_bytes": 0}
+    if isinstance(saved, dict) and _is_cost(saved):
+        before = saved
     if before.get("steps") == trainer.step and before.get("finished") == finished:
         return  # a finished run that was resumed has trained nothing
     pictures = trainer.step * trainer.batch_size

@@ -19,9 +19,11 @@ import lineage
 from lineage.comparison import run
 from lineage.comparison.report import (
     MAX_FAILURES,
+    MAX_TERMS,
     bars,
     curve,
     embed,
+    line_style,
     thinned,
     wall_time,
     write_report,
@@ -96,6 +98,14 @@ def test_the_page_is_one_file(folder: Path, page: Page) -> None:
     assert "@import" not in text
     assert not any(tag in ("script", "iframe", "link", "object") for tag, _ in page.tags)
     assert page.open == []
+
+
+def test_long_words_wrap_except_in_tables_that_scroll(folder: Path) -> None:
+    """A caption of one long word would make the page wider than a phone."""
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"\n  body {[^}]*overflow-wrap: anywhere", text)
+    assert re.search(r"\n  table {[^}]*overflow-wrap: normal", text)
+    assert not re.search(r"\n  (\.row[^{]*|p|h1|\.failures figcaption) {[^}]*nowrap", text)
 
 
 def test_the_page_shows_every_picture(folder: Path, page: Page) -> None:
@@ -441,6 +451,17 @@ def test_a_curve_of_several_stages_shows_them_all() -> None:
     first = [{**line, "stage": "one"} for line in log_of(a__x=1.0)]
     figure = curve(first + [{**line, "stage": "two"} for line in log_of(b__y=1.0)])
     assert figure is not None and "a/x" in figure and "b/y" in figure
+
+
+def test_curves_differ_in_colour_and_dash() -> None:
+    styles = [line_style(number) for number in range(24)]
+    assert len(set(styles)) == 24
+    for one, other in zip(styles, styles[1:], strict=False):
+        assert one[0] != other[0] and one[1] != other[1]
+    figure = curve(log_of(**{f"g__{'abcdefghijkl'[k]}": 1.0 + k for k in range(MAX_TERMS)}))
+    assert figure is not None
+    drawn = re.findall(r'clip-path="[^"]*" style="([^"]*stroke-width: 1.2[^"]*)"', figure)
+    assert len(set(drawn)) == len(drawn) == MAX_TERMS
 
 
 def test_a_curve_below_zero_is_drawn() -> None:

@@ -17,6 +17,7 @@ from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example
 from lineage.data.tools import _file_name, check, contact_sheet, export
 from lineage.errors import UserError
+from lineage.text.tokenizer import default_limits
 
 
 class Odd(CaptionedDataset):
@@ -141,7 +142,17 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 
 def test_check_counts_shapes_without_rendering() -> None:
-    assert check("shapes:easy", 32) == {"loaded": 20_000, "captions": 100_000, "skipped": []}
+    counts = {"loaded": 20_000, "captions": 100_000, "cut": {}, "skipped": []}
+    assert check("shapes:easy", 32) == counts
+
+
+def test_check_counts_captions_that_are_too_long(tmp_path: Path) -> None:
+    for number, caption in enumerate(["a ring", "red " * 32, "red " * 33, "x" * 202]):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    report = check(str(tmp_path), 16, default_limits())
+    assert report["cut"] == {"32 words": 1, "201 characters": 1}
+    assert json.loads(json.dumps(report)) == report
 
 
 def test_check_counts_all_splits(tmp_path: Path) -> None:
