@@ -110,12 +110,11 @@ def test_a_progress_bar_ends_nothing(pipe: Pipe, monkeypatch: pytest.MonkeyPatch
     pipe.stream.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", pipe.stream)
     pipe.leave()
-    with protect():
-        with tqdm(total=3, desc="drawing", mininterval=0, disable=None) as bar:
-            bar.update()
-            bar.set_postfix_str("loss 1")
-            bar.refresh()
-            assert bar.n == 1 and not bar.disable
+    with protect(), tqdm(total=3, desc="drawing", mininterval=0, disable=None) as bar:
+        bar.update()
+        bar.set_postfix_str("loss 1")
+        bar.refresh()
+        assert bar.n == 1 and not bar.disable
 
 
 def test_a_lost_reader_of_standard_output_is_told(
