@@ -129,7 +129,7 @@ class Stage:
             "train": train,
             "data": dict(data),
         }
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(content, sort_keys=True)
         return f"{self.name}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
 
 
