@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lineage.config import NonNegativeInt, PositiveInt, RunConfig, configuration
+from lineage.config import PositiveInt, RunConfig, Seed, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
@@ -69,7 +69,7 @@ class EvalConfig:
 
     data: str | None = None
     pictures: PositiveInt = 1000
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     prompts: str | Path | None = None
     features: str = "auto"
     scorer: str = "auto"

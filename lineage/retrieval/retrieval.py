@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import Float, PositiveInt, configuration
+from lineage.config import Dim, Float, PositiveInt, configuration
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
@@ -306,8 +306,8 @@ class RetrievalConfig:
     """
 
     memory_size: PositiveInt = 4096
-    max_words: PositiveInt = 32
-    max_bytes: PositiveInt = 192
+    max_words: Dim = 32
+    max_bytes: Dim = 192
     threshold: PositiveInt = 40
     fill: Annotated[Float, Field(gt=0, le=1)] = 0.9
     min_cosine: Float = 0.1

@@ -43,14 +43,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import (
-    Float,
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    configuration,
-)
+from lineage.config import Dim, Float, Fraction, NonNegativeFloat, NonNegativeInt, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
@@ -124,7 +117,7 @@ class PriorConfig:
     """
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    text_len: PositiveInt = 256
+    text_len: Dim = 256
     text_weight: Fraction = 1 / 8
     cond_drop_prob: Fraction = 0.1
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
