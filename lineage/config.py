@@ -39,7 +39,8 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("true and false are no numbers")
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+(\.\d*)?[eE][+-]?\d+\s*", value):
-        return float(value)
+        number = float(value)
+        return int(number) if number.is_integer() else number
     return value
 
 
@@ -140,7 +141,7 @@ def sentence(error: ValidationError, hint: Any, at: str = "") -> str:
             return f"{name}={_shown(value, str)} must be {words} {shown}."
     if kind in ("too_short", "too_long"):
         least, most = bounds.get("min_length"), bounds.get("max_length")
-        words = f"at least {least}" if most is None else f"at most {most}"
+        words = f"{least} or more" if most is None else f"at most {most}"
         return f"{name}={_shown(value)} must have {words} entries."
     for part, words in _KINDS.items():
         if kind.startswith(part):

@@ -29,7 +29,7 @@ MAY = {
     "sheets": FILES_TOO,
     "system": {"config", "errors", "data.contract", "nn.noise", "text.contract"},
     "nn": BASE | {"config"},
-    "data": FILES_TOO,
+    "data": FILES_TOO | {"config"},
     "text": FILES_TOO | {"nn", "config"},
     "training": FILES_TOO | {"config", "system", "data.contract", "nn", "text.contract"},
     **dict.fromkeys(FAMILIES, CONTRACTS),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App, Group
 
-from lineage.cli.arguments import Count, Flag, Whole, print_json
+from lineage.cli.arguments import Count, Flag, PathName, Seed, SheetCount, print_json
 from lineage.errors import UserError
 
 GROUP = Group("Data", sort_key=1)
@@ -18,12 +18,12 @@ def data_show(
     spec: str,
     /,
     *,
-    out: Path = Path("data.png"),
-    count: Count = 24,
-    columns: Count = 6,
+    out: PathName = Path("data.png"),
+    count: SheetCount = 24,
+    columns: SheetCount = 6,
     size: Count = 32,
     split: str = "train",
-    seed: Whole = 0,
+    seed: Seed = 0,
 ) -> None:
     """Draw a contact sheet with captions.
 
@@ -72,11 +72,11 @@ def data_export(
     spec: str,
     /,
     *,
-    out: Path,
+    out: PathName,
     count: Count | None = None,
     size: Count = 32,
     split: str = "train",
-    seed: Whole = 0,
+    seed: Seed = 0,
 ) -> None:
     """Write a data set as an imagefolder.
 

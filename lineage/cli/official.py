@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from lineage.cli.arguments import Flag, Key
+from lineage.cli.arguments import Flag, Key, PathName
 
 
-def verify(files: list[Path], /, *, json: Flag = False) -> int:
+def verify(files: list[PathName], /, *, json: Flag = False) -> int:
     """Check our classes against numbers computed by the official code.
 
     Args:
@@ -20,7 +19,7 @@ def verify(files: list[Path], /, *, json: Flag = False) -> int:
     return run(files, json_output=json)
 
 
-def import_weights(key: Key, files: list[Path], /, *, out: Path) -> None:
+def import_weights(key: Key, files: list[PathName], /, *, out: PathName) -> None:
     """Turn published weights into a run folder.
 
     Args:

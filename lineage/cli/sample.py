@@ -5,26 +5,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lineage.cli.arguments import Count, Flag, Settings, Whole, settings_of
+from lineage.cli.arguments import Flag, PathName, Seed, Settings, SheetCount, settings_of
 from lineage.errors import UserError
 
 
 def sample(
-    run: Path,
+    run: PathName,
     captions: list[str],
     /,
     *,
-    out: Path = Path("sample.png"),
-    count: Count = 1,
+    out: PathName = Path("sample.png"),
+    count: SheetCount = 1,
     single: Flag = False,
-    image: Path | None = None,
-    mask: Path | None = None,
-    control: Path | None = None,
+    image: PathName | None = None,
+    mask: PathName | None = None,
+    control: PathName | None = None,
     options: Settings | None = None,
-    best_of: Count | None = None,
+    best_of: SheetCount | None = None,
     scorer: str | None = None,
     visualise: Flag = False,
-    seed: Whole = 0,
+    seed: Seed = 0,
     device: str = "auto",
 ) -> None:
     """Draw captions with a trained system.

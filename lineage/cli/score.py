@@ -12,27 +12,29 @@ from lineage.cli.arguments import (
     Flag,
     Keys,
     Minutes,
+    PathName,
     Preset,
+    Seed,
     Settings,
-    Whole,
+    Steps,
     print_json,
     settings_of,
 )
 
 
 def evaluate(
-    folders: Annotated[list[Path], Parameter(name="RUN")],
+    folders: Annotated[list[PathName], Parameter(name="RUN")],
     /,
     *,
     json: Flag = False,
-    out: Path | None = None,
+    out: PathName | None = None,
     pictures: Count = 1000,
     data: str | None = None,
-    prompts: Path | None = None,
+    prompts: PathName | None = None,
     features: str = "auto",
     scorer: str = "auto",
     batch: Count | None = None,
-    seed: Whole = 0,
+    seed: Seed = 0,
     device: str = "auto",
 ) -> None:
     """Score runs: composition, quality, text fit and cost.
@@ -78,10 +80,10 @@ def compare(
     data: str | None = None,
     preset: Preset = "tiny",
     minutes: Minutes | None = None,
-    steps: Count | None = None,
-    out: Path = Path("runs/compare"),
+    steps: Steps | None = None,
+    out: PathName = Path("runs/compare"),
     pictures: Count = 1000,
-    seed: Whole | None = None,
+    seed: Seed | None = None,
     device: str | None = None,
     settings: Settings | None = None,
 ) -> None:

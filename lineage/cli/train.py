@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from lineage.cli.arguments import (
-    Count,
     Flag,
     Key,
     Minutes,
+    PathName,
     Preset,
+    Seed,
     Settings,
-    Whole,
+    Steps,
     pairs,
     settings_of,
 )
+from lineage.files import expanded
 
 
 def train(
@@ -27,9 +28,9 @@ def train(
     data: str | None = None,
     preset: Preset = "tiny",
     minutes: Minutes | None = None,
-    steps: Count | None = None,
-    out: Path | None = None,
-    seed: Whole | None = None,
+    steps: Steps | None = None,
+    out: PathName | None = None,
+    seed: Seed | None = None,
     device: str | None = None,
     resume: Flag = False,
     stages_from: Annotated[list[str] | None, Parameter(name="--from")] = None,
@@ -63,6 +64,9 @@ def train(
         device=device,
         resume=resume,
         settings=settings_of(settings),
-        stages_from=pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae"),
+        stages_from={
+            name: expanded(run, f"--from {name}")
+            for name, run in pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae").items()
+        },
     )
     print(f'{folder}: trained; draw with: lineage sample {folder} "a caption"')

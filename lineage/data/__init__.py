@@ -23,8 +23,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from lineage.config import Seed, typed
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped
 from lineage.errors import UserError, nearest
+from lineage.files import expanded
 
 __all__ = ["KINDS", "Batch", "CaptionedDataset", "Example", "Skipped", "load_dataset", "parse_spec"]
 
@@ -76,8 +78,7 @@ def load_dataset(
     Raises:
         UserError: The spec, the path, the split or the size is wrong, or nothing can be loaded.
     """
-    if seed < 0:
-        raise UserError(f"seed={seed} must be at least 0.")
+    seed = typed(Seed, seed, "seed")
     kind, rest = parse_spec(spec)
     return KINDS[kind](rest, split, size, seed)
 
@@ -93,7 +94,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return kind, rest
     if kind in KINDS and colon:
         raise UserError(f"{spec!r} lacks a folder; write {kind}:PATH.")
-    path = Path(spec).expanduser()
+    path = expanded(spec) if spec else Path(spec)
     if spec and path.exists():
         return recognise(path), spec
     if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", kind):

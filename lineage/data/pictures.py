@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
 from lineage.errors import UserError
+from lineage.files import expanded
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"})
 """Suffixes of pictures in lower case."""
@@ -321,7 +322,7 @@ class EmptyDatasetError(UserError):
 
 def open_root(path: str) -> Path:
     """Folder of the data set; raises `UserError` if it does not exist."""
-    root = Path(path).expanduser()
+    root = expanded(path)
     if not root.exists():
         raise UserError(f"There is no folder {path!r}; check the spelling and the current folder.")
     if not root.is_dir():

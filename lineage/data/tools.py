@@ -17,6 +17,7 @@ from lineage.data import ENDLESS, load_dataset, parse_spec
 from lineage.data.contract import CaptionedDataset, Example, Skipped
 from lineage.data.pictures import EmptyDatasetError
 from lineage.errors import UserError
+from lineage.files import expanded
 from lineage.sheets import picture, sheet
 
 
@@ -80,7 +81,7 @@ def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = No
     Raises:
         UserError: The folder has contents, or cannot be written.
     """
-    target = Path(folder).expanduser()
+    target = expanded(folder)
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     if number < 1:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lineage.errors import UserError
-from lineage.files import write_bytes
+from lineage.files import expanded, write_bytes
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -45,7 +45,7 @@ def fingerprint(data: bytes) -> str:
 
 def cache_folder(kind: str) -> Path:
     """The folder of cached results of a kind, in `$LINEAGE_CACHE` or `~/.cache/lineage`."""
-    return Path(os.environ.get("LINEAGE_CACHE", Path.home() / ".cache" / "lineage")) / kind
+    return expanded(os.environ.get("LINEAGE_CACHE") or "~/.cache/lineage") / kind
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
