@@ -419,6 +419,16 @@ class StageTwo(StackGANStage):
         image: Tensor = self.generator(small, sentence, eps2).image
         return image
 
+    def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
+        idle = {}
+        if options.get("interpolate_share", 0.5) == 0 and options.get("interpolate_to"):
+            idle["interpolate_to"] = "interpolate_share=0 is the first caption"
+        if "interpolate_share" in options and not options.get("interpolate_to"):
+            idle["interpolate_share"] = "there is no interpolate_to"
+        if options.get("truncation", 1.0) == 0 and options.get("noise_share"):
+            idle["noise_share"] = "truncation=0 is no noise"
+        return idle
+
     def variants(self) -> dict[str, dict[str, Any]]:
         """Options that show each stage, in sample sheets."""
         return {"stage I": {"stage": 1}, "stage II": {}}

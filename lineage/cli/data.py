@@ -38,8 +38,9 @@ def data_show(
     """
     from lineage.data import load_dataset
     from lineage.data.tools import contact_sheet
-    from lineage.runs import save_picture
+    from lineage.picture_files import check_picture, save_picture
 
+    check_picture(out)
     dataset = load_dataset(spec, split, size, seed)
     save_picture(contact_sheet(dataset, count, columns), out)
     print(f"{out}: {min(count, len(dataset))} of {len(dataset):,} pictures of {spec}")
@@ -90,6 +91,8 @@ def data_export(
     """
     from lineage.data import load_dataset
     from lineage.data.tools import export
+    from lineage.files import check_output
 
+    check_output(out, folder=True)
     written = export(load_dataset(spec, split, size, seed), out, count)
     print(f"{out}: {written:,} pictures in imagefolder form")

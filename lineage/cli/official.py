@@ -24,7 +24,7 @@ def import_weights(key: Key, files: list[PathName], /, *, out: PathName) -> None
 
     Args:
         key: System, as in `lineage list`.
-        files: Published .pth, .pt or .safetensors files; attngan also takes a .txt of words.
+        files: Published files, recognised by their content; attngan also takes a .txt of words.
         out: Run folder to write.
     """
     from lineage.official.importing import import_weights

@@ -47,8 +47,13 @@ def sample(
     """
     from lineage import runs
     from lineage.cli import drawing
-    from lineage.sheets import picture, sheet
+    from lineage.picture_files import check_picture, save_picture
+    from lineage.sheets import picture
+    from lineage.system import CAPTION_OPTIONS
 
+    ending = out.suffix or ".png"
+    first = out.with_name(f"{out.stem}_000{ending}") if single and out.name else out
+    check_picture(first)
     files = {"image": image, "mask": mask, "control": control}
     if visualise:
         others = {**files, "set": options, "best-of": best_of, "single": single, "count": count > 1}
@@ -57,13 +62,16 @@ def sample(
     if scorer is not None and best_of is None:
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
     system = runs.load(run, device)
-    if unknown := system.text.unknown(captions):
+    values = drawing.options_of(system, settings_of(options), files)
+    texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
+    if unknown := system.text.unknown(texts):
         print(f"lineage: unknown words: {', '.join(unknown)}", file=sys.stderr)
     if visualise:
-        runs.save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
+        save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
         print(out)
         return
-    values = drawing.options_of(system, settings_of(options), files)
+    for sentence in drawing.idle_options(system, captions, values):
+        print(f"lineage: {sentence}", file=sys.stderr)
     captions = [caption for caption in captions for _ in range(count)]
     images = drawing.draw(
         system,
@@ -76,9 +84,9 @@ def sample(
     )
     if single:
         for number, one in enumerate(images):
-            path = out.with_name(f"{out.stem}_{number:03d}{out.suffix or '.png'}")
-            runs.save_picture(picture(one), path)
+            path = out.with_name(f"{out.stem}_{number:03d}{ending}")
+            save_picture(picture(one), path)
             print(path)
     else:
-        runs.save_picture(sheet(list(images), captions, count if count > 1 else 8), out)
+        save_picture(drawing.caption_sheet(images, captions, count), out)
         print(out)

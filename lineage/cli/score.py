@@ -102,7 +102,9 @@ def compare(
         settings: Field of the configurations, as in --set optim.lr=3e-4; may be repeated.
     """
     from lineage.comparison.run import compare
+    from lineage.files import check_output
 
+    check_output(out / "report.json")
     report = compare(
         keys,
         data=data,

@@ -28,6 +28,7 @@ from lineage.files import expanded
 from lineage.nn.inception import fid_features, load_inception
 from lineage.runs import fingerprint_of, load
 from lineage.system import EmbedsImages, System
+from lineage.text.contract import caption_list
 from lineage.training.store import (
     cache_folder,
     fingerprint,
@@ -103,6 +104,8 @@ class MatchingScorer:
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
+        captions = caption_list(captions)
+
         def encode(rows: Tensor) -> Tensor:
             return self.system.text.encode([captions[row] for row in rows.tolist()]).sentence
 

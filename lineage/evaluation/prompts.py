@@ -33,14 +33,19 @@ from typing import Any
 
 import numpy as np
 
+from lineage.characters import decoded, plain
 from lineage.data.shapes import LEVELS, Level, heldout_pair, heldout_relation
 from lineage.data.shapes_captions import NUMBERS, PLACES, RELATIONS
 from lineage.data.shapes_draw import BACKGROUNDS, COLOURS, SDF
 from lineage.errors import UserError, nearest
+from lineage.files import read_regular
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("test", "heldout")
 MAX_PROMPTS = {"test": 60, "heldout": 30}  # of a task
+
+MAX_FILE = 10**8
+"""Largest number of bytes of a file of prompts."""
 
 SHAPES, COLOUR_NAMES, GROUNDS = tuple(SDF), tuple(COLOURS), tuple(BACKGROUNDS)
 PLACE_NAMES = tuple(place for row in PLACES for place in row)
@@ -253,9 +258,12 @@ def read_prompts(path: Path, level: str = "hard") -> list[Prompt]:
             sentence names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a file of prompts: {error}.") from error
+        lines = decoded(read_regular(path, MAX_FILE)).split("\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{plain(path)} cannot be read as a file of prompts: {reason}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{plain(path)} cannot be read as a file of prompts: {error}.") from error
     prompts = []
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -14,6 +14,7 @@ the same captions. Results for real pictures are cached for each data set, size 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -39,6 +40,7 @@ from lineage.evaluation.real import (
     prompt_set,
     unseen_split,
 )
+from lineage.files import check_output, expanded
 from lineage.runs import load, read_config, save_picture
 from lineage.sheets import sheet
 from lineage.system import Reconstructs, ScoresStages, System
@@ -109,7 +111,8 @@ def evaluate(
     Args:
         runs: Run folders.
         out: Folder for `scores.json` and, for each run, the sheets `<run>_failed.png` and
-            `<run>_nearest.png`; nothing is written if None.
+            `<run>_nearest.png` under the name of its folder, or more of its path where names are
+            the same; nothing is written if None.
         **settings: Fields of `EvalConfig`.
 
     Returns:
@@ -119,12 +122,34 @@ def evaluate(
         UserError: a folder is no run, a setting is wrong, or the runs differ in data or size.
     """
     folders = [Path(runs)] if isinstance(runs, (str, Path)) else [Path(run) for run in runs]
+    names = run_names(folders)
+    if out is not None:
+        out = expanded(out, "out")
+        check_output(out / "scores.json")
     document, scored = score_runs(folders, EvalConfig(**settings))
     if out is not None:
-        write_json(Path(out) / "scores.json", document)
-        for folder, one in zip(folders, scored, strict=True):
-            write_sheets(one, Path(out), folder.name)
+        write_json(out / "scores.json", document)
+        for name, one in zip(names, scored, strict=True):
+            write_sheets(one, out, name)
     return document
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """A name of each run folder, for its files: as much of the end of its path as tells them apart.
+
+    Raises:
+        UserError: a folder is named twice.
+    """
+    first: dict[Path, Path] = {}
+    for folder in folders:
+        if (same := first.setdefault(folder.resolve(), folder)) is not folder:
+            raise UserError(f"{same} and {folder} are the same folder: name it once.")
+    parts = [Path(os.path.abspath(folder)).parts[1:] for folder in folders]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["_".join(part[-length:]) or "run" for part in parts]
+        if len({name.casefold() for name in names}) == len(names):
+            return names
+    return [f"{name}_{number}" for number, name in enumerate(names, start=1)]
 
 
 def score_runs(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import TextEncoder, TextFeatures, caption_list
 
 PRETRAINED = "pretrained:"
 CLIP = ("clip", "clip_text_model")  # types of a whole CLIP, and of its text model alone
@@ -54,7 +54,7 @@ class PretrainedEncoder(TextEncoder):
         tokenizer, model = self._load()
         model.to(device)
         inputs = tokenizer(
-            captions,
+            caption_list(captions),
             padding="max_length",
             max_length=self.config.max_words,
             truncation=True,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import TextEncoder, TextFeatures, caption_list
 from lineage.text.tokenizer import NULL, PAD, Tokenizer
 
 
@@ -39,7 +39,7 @@ class TokenEncoder(TextEncoder):
         """(B, L) ids and mask -> words (B, L, Dw), sentence (B, Ds)."""
 
     def encode(self, captions: list[str]) -> TextFeatures:
-        return self._features([self._ids(caption) for caption in captions])
+        return self._features([self._ids(caption) for caption in caption_list(captions)])
 
     def null(self, count: int) -> TextFeatures:
         return self._features([[NULL]] * count)
@@ -48,7 +48,9 @@ class TokenEncoder(TextEncoder):
         return [self.tokenizer.decode([i]).strip() or "<null>" for i in self._ids(caption)]
 
     def unknown(self, captions: list[str]) -> list[str]:
-        words = (word for caption in captions for word in self.tokenizer.unknown(caption))
+        words = (
+            word for caption in caption_list(captions) for word in self.tokenizer.unknown(caption)
+        )
         return list(dict.fromkeys(words))
 
     def _ids(self, caption: str) -> list[int]:
