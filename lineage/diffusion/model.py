@@ -264,11 +264,11 @@ class DiffusionModel(System):
         interval = options.get("interval", ())
         low, high = interval if len(interval) == 2 else (0.0, math.inf)
         idle: dict[str, str] = {}
-        if options.get("guidance", self.config.guidance) == 1:
-            idle = dict.fromkeys(("negative", "rescale", "interval"), "guidance=1 is no guidance")
-        elif low > sigmas[0] or high < sigmas[-1]:
+        if low > sigmas[0] or high < sigmas[-1]:
             reason = f"no step lies between the sigmas {low:g} and {high:g} of interval"
             idle = dict.fromkeys(("guidance", "negative", "rescale"), reason)
+        if options.get("guidance", self.config.guidance) == 1:
+            idle |= dict.fromkeys(("negative", "rescale", "interval"), "guidance=1 is no guidance")
         if len(schedule) == 1:
             idle["eta"] = "a single step adds no noise"
         return {name: reason for name, reason in idle.items() if options.get(name)}
