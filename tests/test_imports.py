@@ -29,6 +29,7 @@ MAY = {
     "sheets": FILES_TOO,
     "system": {"config", "errors", "data.contract", "nn.noise", "text.contract"},
     "weights": FILES_TOO,
+    "picture_files": FILES_TOO,
     "nn": BASE | {"config", "weights"},
     "data": FILES_TOO | {"config"},
     "text": FILES_TOO | {"nn", "config"},
