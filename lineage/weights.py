@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lineage.characters import plain
 from lineage.errors import UserError
-from lineage.files import NotRegularError, check_regular
+from lineage.files import NotRegularError, check_regular, expanded
 
 HEAD = 512
 """Number of bytes by which a file is recognised."""
@@ -126,6 +126,7 @@ def read(path: Path, placeholder: type | None = None) -> Any:
     Raises:
         UserError: the file is missing, damaged or of another kind; the sentence says what to do.
     """
+    path = expanded(path)
     kind = kind_of(path)
     if kind == "text":
         raise UserError(f"{plain(path)} is text: name the file of weights.")

@@ -137,7 +137,7 @@ def find_scorer(
     if name == "none":
         return None
     if name.startswith("hub:"):
-        return hub_scorer(name.removeprefix("hub:"), device)
+        return hub_scorer(str(expanded(name.removeprefix("hub:"), "hub:MODEL")), device)
     if name.startswith("damsm:"):
         return matching_scorer(expanded(name.removeprefix("damsm:")), device)
     if name != "auto":

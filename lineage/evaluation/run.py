@@ -145,7 +145,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
         if (same := first.setdefault(folder.resolve(), folder)) is not folder:
             raise UserError(f"{same} and {folder} are the same folder: name it once.")
     parts = [Path(os.path.abspath(folder)).parts[1:] for folder in folders]
-    for length in range(1, max(map(len, parts), default=1) + 1):
+    for length in range(1, max(map(len, parts), default=0) + 2):
         names = ["_".join(part[-length:]) or "run" for part in parts]
         if len({name.casefold() for name in names}) == len(names):
             return names
