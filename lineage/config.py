@@ -56,7 +56,8 @@ Float = Annotated[float, BeforeValidator(_number), Field(ge=-1e38, le=1e38)]
 """What float32 holds."""
 PositiveInt = Annotated[Int, Field(ge=1, le=10**9)]
 NonNegativeInt = Annotated[Int, Field(ge=0, le=10**9)]
-Seed = Annotated[Int, Field(ge=0, le=2**63 - 1)]
+NUM_SEEDS = 2**63
+Seed = Annotated[Int, Field(ge=0, le=NUM_SEEDS - 1)]
 Steps = Annotated[Int, Field(ge=1, le=10**12)]
 """A budget in steps or pictures."""
 Minutes = Annotated[Float, Field(gt=0, le=10**7)]

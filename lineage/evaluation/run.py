@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lineage.config import PositiveInt, RunConfig, Seed, configuration
+from lineage.config import NUM_SEEDS, PositiveInt, RunConfig, Seed, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
@@ -245,7 +245,10 @@ def _score(
             return to_bytes(system.generate(captions, seed=seed, progress=bar.update)).cpu()
 
         of_prompts = draw(prompt_captions, config.seed) if prompts else torch.empty(0)
-        pictures, samples = draw(real.captions, config.seed + 1), draw(groups, config.seed + 2)
+        pictures, samples = (
+            draw(real.captions, _seed(config.seed, 1)),
+            draw(groups, _seed(config.seed, 2)),
+        )
     features = real.network.extract(pictures)
     scores: dict[str, Any] = {"run": str(folder), "system": run_config.key}
     failures: list[Failure] = []
@@ -271,6 +274,11 @@ def _score(
         "sampling": cached_cost(folder, real.captions[:16], config.device),
     }
     return ScoredRun(scores, failures, _nearest(real, pictures, features))
+
+
+def _seed(seed: int, number: int) -> int:
+    """Seed of another set of pictures; the first one follows the last."""
+    return (seed + number) % NUM_SEEDS
 
 
 def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> dict[str, Any]:
@@ -340,7 +348,7 @@ def _protocol(real: RealPictures, seed: int) -> dict[str, Any]:
         "real_split": real.data.split,
         "captions": "the first of each real picture",
         "size": real.data.size,
-        "seed": seed + 1,
+        "seed": _seed(seed, 1),
     }
     protocol: dict[str, Any] = {
         "intervals": "95 %, bootstrap over pictures; Wilson's if all have one verdict",
@@ -356,7 +364,7 @@ def _protocol(real: RealPictures, seed: int) -> dict[str, Any]:
             "captions": len(real.shared_captions()[0]),
             "samples_of_each": SPREAD_SAMPLES,
             "distance": "mean Euclidean distance of two samples",
-            "seed": seed + 2,
+            "seed": _seed(seed, 2),
         },
         "memorisation": {**sample, "training_pictures": len(real.train_features)},
         "stages": {

@@ -10,7 +10,7 @@ import pytest
 import lineage
 from lineage.data import load_dataset
 from lineage.errors import UserError
-from lineage.evaluation.run import run_names
+from lineage.evaluation.run import _seed, run_names
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,8 @@ def test_one_rule_for_seeds(seed: object) -> None:
 def test_the_largest_seed_draws_data() -> None:
     dataset = load_dataset("shapes", "train", 16, 2**63 - 1)
     assert dataset[0].image.shape == (3, 16, 16)
+
+
+def test_the_seeds_after_the_largest_are_seeds() -> None:
+    assert [_seed(2**63 - 1, number) for number in range(3)] == [2**63 - 1, 0, 1]
+    assert _seed(3, 2) == 5
