@@ -344,7 +344,7 @@ def test_a_number_that_python_does_not_write_is_named() -> None:
         with_field(CONFIG, "seed", 10**5000)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @given(
     name=st.sampled_from([name for name in field_names(DIFFUSION) if name not in ("key", "data")]),
     value=st.one_of(
