@@ -56,8 +56,6 @@ class AutoencoderConfig:
     patch_size: Dim = 1
 
     def __post_init__(self) -> None:
-        if not self.channel_mult:
-            raise UserError("net.channel_mult must hold at least one number.")
         if self.resolution % self.factor:
             raise UserError(
                 f"net.resolution={self.resolution} is not divisible by {self.factor}: choose "
