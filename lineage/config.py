@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,6 +22,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
 from lineage.errors import UserError, nearest
+
+MAX_TEXT = 1000
+"""Largest number of characters of a setting."""
 
 C = TypeVar("C")
 R = TypeVar("R", bound="RunConfig")
@@ -36,7 +39,8 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("true and false are no numbers")
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+(\.\d*)?[eE][+-]?\d+\s*", value):
-        return float(value)
+        number = float(value)
+        return int(number) if number.is_integer() else number
     return value
 
 
@@ -48,9 +52,28 @@ def _listed(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
-PositiveInt = Annotated[Int, Field(ge=1)]
-NonNegativeInt = Annotated[Int, Field(ge=0)]
+Float = Annotated[float, BeforeValidator(_number), Field(ge=-1e38, le=1e38)]
+"""What float32 holds."""
+PositiveInt = Annotated[Int, Field(ge=1, le=10**9)]
+NonNegativeInt = Annotated[Int, Field(ge=0, le=10**9)]
+NUM_SEEDS = 2**63
+Seed = Annotated[Int, Field(ge=0, le=NUM_SEEDS - 1)]
+Steps = Annotated[Int, Field(ge=1, le=10**12)]
+"""A budget in steps or pictures."""
+Minutes = Annotated[Float, Field(gt=0, le=10**7)]
+"""A budget in minutes."""
+SheetCount = Annotated[Int, Field(ge=1, le=10_000)]
+"""Number of pictures that one sheet can hold."""
+Side = Annotated[Int, Field(ge=4, le=1024)]
+"""Side of the pictures in pixels."""
+Dim = Annotated[Int, Field(ge=1, le=2**16)]
+"""Size of one axis of a tensor: a width, a number of channels, a length."""
+DimFromZero = Annotated[Int, Field(ge=0, le=2**16)]
+Depth = Annotated[Int, Field(ge=1, le=128)]
+"""Number of layers, blocks or attention heads."""
+DepthFromZero = Annotated[Int, Field(ge=0, le=128)]
+Halvings = Annotated[Int, Field(ge=1, le=10)]
+"""Number of layers that each halve the side of a picture."""
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
@@ -58,6 +81,12 @@ Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Share = Annotated[Float, Field(gt=0, lt=1)]
 """Between 0 and 1, such as a stage's share of the budget."""
 Ints = Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)]
+Multipliers = Annotated[
+    tuple[Annotated[Int, Field(ge=1, le=64)], ...],
+    BeforeValidator(_listed),
+    Field(min_length=1, max_length=10),
+]
+"""Factors on a number of channels, one for each level."""
 IntsFromZero = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_listed)]
 Floats = Annotated[tuple[Float, ...], BeforeValidator(_listed)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -108,11 +137,26 @@ def sentence(error: ValidationError, hint: Any, at: str = "") -> str:
         return f"{name}={value!r} is not possible: {nearest(str(value), known)}"
     for key, words in _BOUNDS.items():
         if key in bounds:
-            return f"{name}={value} must be {words} {bounds[key]:g}."
+            bound = bounds[key]
+            shown = bound if isinstance(bound, int) else f"{bound:g}"
+            return f"{name}={_shown(value, str)} must be {words} {shown}."
+    if kind in ("too_short", "too_long"):
+        least, most = bounds.get("min_length"), bounds.get("max_length")
+        words = f"{least} or more" if most is None else f"at most {most}"
+        return f"{name}={_shown(value)} must have {words} entries."
     for part, words in _KINDS.items():
         if kind.startswith(part):
-            return f"{name}={value!r} should be {words}."
-    return f"{name}={value!r}: {fault['msg'].removeprefix('Value error, ')}."
+            return f"{name}={_shown(value)} should be {words}."
+    return f"{name}={_shown(value)}: {fault['msg'].removeprefix('Value error, ')}."
+
+
+def _shown(value: Any, write: Callable[[Any], str] = repr) -> str:
+    """A value as text, cut if it is long."""
+    try:
+        text = write(value)
+    except ValueError:  # Python refuses to write a number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _BOUNDS = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most"}
@@ -166,13 +210,13 @@ class TextConfig:
 
     tokenizer: Literal["word", "bpe"] = "word"
     vocab_size: PositiveInt = 4096
-    max_words: PositiveInt = 32
-    width: PositiveInt = 128
-    num_layers: PositiveInt = 1
-    num_heads: PositiveInt = 4
-    max_chars: PositiveInt = 201
-    conv_channels: PositiveInt = 384
-    embed_dim: NonNegativeInt = 0
+    max_words: Dim = 32
+    width: Dim = 128
+    num_layers: Depth = 1
+    num_heads: Depth = 4
+    max_chars: Dim = 201
+    conv_channels: Dim = 384
+    embed_dim: DimFromZero = 0
     cell: Literal["lstm", "gru"] = "lstm"
     dropout: Fraction = 0.0
     join: Literal["channels", "sequence"] = "channels"
@@ -233,9 +277,9 @@ class TrainConfig:
         device: `cpu`, `cuda`, `mps`, or `auto`: the best there is.
     """
 
-    minutes: PositiveFloat | None = None
-    max_steps: PositiveInt | None = None
-    max_pictures: PositiveInt | None = None
+    minutes: Minutes | None = None
+    max_steps: Steps | None = None
+    max_pictures: Steps | None = None
     batch_size: PositiveInt = 32
     checkpoint_every: NonNegativeInt = 500
     sample_every: NonNegativeInt = 1000
@@ -243,7 +287,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
     compile: bool = False
-    prefetch: NonNegativeInt | None = None
+    prefetch: DepthFromZero | None = None
     device: str = "auto"
 
     def spent(self, step: int, seconds: float, pictures: int) -> float:
@@ -275,8 +319,8 @@ class RunConfig:
     key: str = ""
     preset: str = ""
     data: str = "shapes"
-    size: Annotated[Int, Field(ge=4)] = 32
-    seed: NonNegativeInt = 0
+    size: Side = 32
+    seed: Seed = 0
     text: str = "bag"
     encoder: TextConfig = field(default_factory=TextConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -332,7 +376,11 @@ def with_field(config: C, path: str, value: Any) -> C:
     if together is not None:
         several: C = together(str(value))
         return several
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise UserError(f"{path} must have at most {MAX_TEXT} characters, not {len(value)}.")
     changed, known = to_dict(config), set(field_names(config))
+    if path in _PLACES and value != changed.get(path):
+        raise UserError(f"{path}={_shown(value, str)} cannot be set: {_PLACES[path]}.")
     *parents, leaf = path.split(".")
     group: Any = changed
     for name in parents:
@@ -347,6 +395,13 @@ def with_field(config: C, path: str, value: Any) -> C:
     hints = () if mapping else typing.get_args(_hint_at(type(config), path.split(".")))
     group[leaf] = None if value == "none" and type(None) in hints else value
     return from_dict(type(config), changed)
+
+
+_PLACES = {
+    "key": "name the system in its place, as in `lineage train dit`",
+    "preset": "use --preset, as in `lineage train dit --preset small`",
+}
+"""Fields that say where a configuration comes from, and what sets them."""
 
 
 def _hint_at(cls: Any, path: list[str]) -> Any:

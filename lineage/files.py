@@ -1,6 +1,6 @@
 """Files at the edges: reading what a stranger wrote, and writing whole files or none.
 
-expanded       a path with its `~`, wherever it comes from
+expanded       a path with the user's home folder in place of ~
 read_regular   bytes of a regular file of bounded size
 write_bytes    a file, all of it or nothing
 check_output   that a file can be written, before the work whose result it is to hold
@@ -21,13 +21,29 @@ from types import TracebackType
 from lineage.characters import plain
 from lineage.errors import UserError
 
+# --- paths ----------------------------------------------------------------------------------------
 
-def expanded(path: str | Path) -> Path:
-    """The path with `~` as the home folder, or as it is where there is no such home."""
+
+def expanded(path: str | Path, name: str = "The path") -> Path:
+    """`path` with the home folder in place of `~` or `~user`.
+
+    Args:
+        name: Name of the option that holds the path.
+
+    Raises:
+        UserError: it is empty, holds a character 0, or names a home folder that does not exist.
+    """
+    text = str(path)
+    if not text.strip():
+        raise UserError(f"{name} is empty: name a file or folder.")
+    if "\0" in text:
+        raise UserError(f"{plain(text)} is no path: it holds a character 0.")
     try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+        return Path(text).expanduser()
+    except RuntimeError:  # there is no such user, or HOME is not set and the system knows no other
+        raise UserError(
+            f"{plain(text)} begins with a home folder that is not known: write the whole path."
+        ) from None
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ stages/             checkpoints and finished weights of the stages before the la
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import platform
 import shlex
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 import lineage
 from lineage.characters import plain
@@ -30,8 +28,9 @@ from lineage.config import RunConfig, to_dict, with_field
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
 from lineage.errors import Interrupted, UserError
-from lineage.files import Lock, check_output, unwritable, write_bytes
+from lineage.files import Lock, check_output, expanded, unwritable
 from lineage.nn.noise import stream_seed
+from lineage.picture_output import save_picture
 from lineage.plan import (
     NOT_SETTINGS,
     build,
@@ -50,8 +49,15 @@ from lineage.sheets import sheet
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
+from lineage.training.memory import check_memory
 from lineage.training.stage import RunStages, Stage, Stopped, finished_weights, load_weights
-from lineage.training.store import read_json, remove_partials, tell_once, write_json
+from lineage.training.store import (
+    cache_folder,
+    read_json,
+    remove_partials,
+    tell_once,
+    write_json,
+)
 
 # --- configuration --------------------------------------------------------------------------------
 
@@ -134,8 +140,9 @@ def train(
             what to do.
         Interrupted: a request to stop; everything is saved, and the sentence says how to go on.
     """
-    folder = Path(out) if out is not None else Path("runs") / key
+    folder = expanded(out, "out") if out is not None else Path("runs") / key
     find_recipe(key)
+    cache_folder("stages")  # a wrong name of the cache is found before anything is written
     arguments = (data, minutes, steps, seed, device, settings)
     keep_freed_memory()
     with contextlib.ExitStack() as stack:
@@ -240,7 +247,7 @@ def _resumed(
     for stage in stages:  # the other run's folder is no longer needed
         if stage.weights is not None and (own := finished_weights(folder, stage.name)).exists():
             stage.weights = own
-    _check_stages(stages)
+    _check_stages(stages, config)
     check_checkpoints(folder, stages)
     threads, now = saved.get("made_with", {}).get("threads"), torch.get_num_threads()
     if threads not in (None, now):
@@ -271,7 +278,7 @@ def _new(
     stages = plan(config, tokenizer, sources)
     if sources:
         check_effects(config, tokenizer, settings, sources)
-    _check_stages(stages)
+    _check_stages(stages, config)
     made_with = {
         "lineage": lineage.__version__,
         "torch": torch.__version__,
@@ -287,10 +294,14 @@ def _new(
     return _stages(folder, config, stages, dataset, fingerprint, begin)
 
 
-def _check_stages(stages: list[Stage]) -> None:
-    """Raise `UserError` if the stages cannot be built, or lack files that they need."""
+def _check_stages(stages: list[Stage], config: RunConfig) -> None:
+    """Raise `UserError` if the stages cannot be built, need too much memory, or lack files."""
     with torch.device("meta"):
         system = build(stages)
+    default = recipe_preset(config.key, config.preset)
+    for stage in stages:
+        if stage.weights is None and stage.system is not None:
+            check_memory(stage.system, stage.optim, stage.train, config.size, config, default)
     check_weights(stages)
     stages[-1].clear()
     system.text.check()
@@ -351,24 +362,6 @@ def sample_sheet(system: System, examples: list[Example], path: Path, seed: int 
     labels = [f"{caption} {name}".strip() for caption in captions for name in variants]
     columns = -(-8 // len(variants)) * len(variants)  # variants of a caption stand side by side
     save_picture(sheet(images, labels, columns), path)
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Save a PIL picture.
-
-    Raises `UserError` if it cannot be written or its ending is not one of a picture.
-    """
-    buffer, kind = io.BytesIO(), Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f"{path} does not end like a picture file; try {path.with_suffix('.png')}.")
-    try:
-        image.save(buffer, kind)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"A picture of {image.width} x {image.height} pixels cannot be saved as {kind} "
-            f"({error}); try {path.with_suffix('.png')}."
-        ) from error
-    write_bytes(path, buffer.getvalue())
 
 
 # --- run folders ----------------------------------------------------------------------------------

@@ -26,14 +26,16 @@ from typing import Any, NamedTuple, Protocol, get_type_hints, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lineage.config import typed
+from lineage.config import Seed, typed
 from lineage.data.contract import Batch
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import TextEncoder, TextFeatures, caption_list
 
 PICTURE_OPTIONS = ("image", "mask", "control", "reference")
 """Options that hold one picture for each caption, under the names of diffusers' pipelines."""
+CAPTION_OPTIONS = ("negative", "interpolate_to")
+"""Options that hold a caption."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class System(Trainable):
         self, captions: str | Sequence[str], seed: int, options: Mapping[str, Any]
     ) -> Iterator[tuple[list[str], NoiseStreams, dict[str, Any]]]:
         """Captions, noise streams and options of each batch that `generate` draws."""
-        captions = [captions] if isinstance(captions, str) else list(captions)
+        captions, seed = caption_list(captions), typed(Seed, seed, "seed")
         if not captions:
             raise UserError("There is nothing to draw: give at least one caption.")
         options = self.typed_options(options, len(captions))
@@ -221,6 +223,14 @@ class System(Trainable):
             else:
                 checked[name] = typed(known[name].type, value, name)
         return checked
+
+    def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
+        """Options that change no picture of `captions` beside the others, and why: name -> reason.
+
+        Args:
+            options: Result of `typed_options`. One that has its default's value is not named.
+        """
+        return {}
 
     def _checked_pictures(self, name: str, value: Any, count: int) -> Tensor:
         if not isinstance(value, Tensor):

@@ -4,6 +4,7 @@ raises one sentence that names it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -11,6 +12,9 @@ from dataclasses import FrozenInstanceError, field
 from typing import Any, Literal
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lineage.catalog import CATALOG, working
 from lineage.config import (
@@ -20,6 +24,7 @@ from lineage.config import (
     Int,
     Ints,
     IntsFromZero,
+    Multipliers,
     NonNegativeFloat,
     NonNegativeInt,
     OptimConfig,
@@ -38,7 +43,9 @@ from lineage.config import (
     with_field,
 )
 from lineage.errors import UserError, nearest
+from lineage.plan import build, plan
 from lineage.recipes import find_recipe, preset
+from lineage.text.tokenizer import WordTokenizer
 
 PRESETS = [(key, name) for key in working() for name in CATALOG[key].presets]
 
@@ -63,6 +70,7 @@ class Model:
     word: str = "a"
     loss: Literal["log", "hinge"] = "log"
     several: Ints = (1, 2)
+    factors: Multipliers = (1, 2)
     indices: IntsFromZero = (0, 1)
     numbers: Floats = (0.5,)
     words: Texts = ("a", "b")
@@ -82,6 +90,7 @@ class Config(RunConfig):
 
 
 CONFIG = Config(key="x", preset="smoke")
+DIFFUSION = preset("ddpm", "smoke")
 
 
 def value_of(config: Any, name: str) -> Any:
@@ -265,6 +274,21 @@ def test_setting_a_field_changes_a_copy_and_no_other_field() -> None:
         ("size", "0", "size=0 must be at least 4."),
         ("size", "-16", "size=-16 must be at least 4."),
         ("seed", "-1", "seed=-1 must be at least 0."),
+        ("seed", str(10**23), "must be at most 9223372036854775807."),
+        ("seed", "1e23", "must be at most 9223372036854775807."),
+        ("size", "1e12", "size=1e12 must be at most 1024."),
+        ("encoder.width", "1e6", "encoder.width=1e6 must be at most 65536."),
+        ("encoder.num_layers", "1000", "encoder.num_layers=1000 must be at most 128."),
+        ("train.batch_size", "1e12", "must be at most 1000000000."),
+        ("train.max_steps", "1e13", "must be at most 1000000000000."),
+        ("train.minutes", "1e9", "train.minutes=1e9 must be at most 10000000."),
+        ("train.prefetch", "1e9", "train.prefetch=1e9 must be at most 128."),
+        ("optim.lr", "1e39", "must be at most 1e+38."),
+        ("model.factors", "", "model.factors='' must have 1 or more entries."),
+        ("model.factors", "1,100", "model.factors.1=100 must be at most 64."),
+        ("text", "x" * 1001, "text must have at most 1000 characters, not 1001."),
+        ("key", "dit", "key=dit cannot be set: name the system in its place"),
+        ("preset", "paper", "preset=paper cannot be set: use --preset"),
         ("encoder.dropout", "1", "encoder.dropout=1 must be below 1."),
         ("encoder.vocab_size", "3", "encoder.vocab_size=3 must be at least 4."),
     ],
@@ -313,6 +337,29 @@ def test_a_large_seed_keeps_all_its_digits() -> None:
     """Through a float, 2^53 + 1 would become 2^53, which is another run."""
     number = 2**53 + 1
     assert with_field(CONFIG, "seed", str(number)).seed == number
+
+
+def test_a_number_that_python_does_not_write_is_named() -> None:
+    with pytest.raises(UserError, match="seed=a number of thousands of digits must be at most"):
+        with_field(CONFIG, "seed", 10**5000)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(
+    name=st.sampled_from([name for name in field_names(DIFFUSION) if name not in ("key", "data")]),
+    value=st.one_of(
+        st.text(max_size=20),
+        st.integers(-(10**25), 10**25).map(str),
+        st.floats().map(repr),
+        st.lists(st.integers(0, 10**6), max_size=12).map(lambda row: ",".join(map(str, row))),
+    ),
+)
+def test_any_text_is_refused_or_gives_a_system_that_is_built(
+    name: str, value: str, tokenizer: WordTokenizer
+) -> None:
+    """On the meta device, as before a run starts."""
+    with contextlib.suppress(UserError), torch.device("meta"):
+        build(plan(with_field(DIFFUSION, name, value), tokenizer))
 
 
 def test_defaults_set_no_budget_and_pass_their_own_checks() -> None:

@@ -164,3 +164,13 @@ def test_protocols_tell_what_a_system_offers() -> None:
 
     for protocol in (Visualises, Reconstructs, EmbedsImages, ScoresStages):
         assert isinstance(Rich(), protocol) and not isinstance(Toy(), protocol)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**23, 1.5, "x", None])
+def test_a_seed_that_is_none_is_refused(seed: Any) -> None:
+    with pytest.raises(UserError, match=r"^seed="):
+        Toy().generate("a", seed=seed)
+
+
+def test_the_largest_seed_draws() -> None:
+    assert len(Toy().generate("a", seed=2**63 - 1)) == 1

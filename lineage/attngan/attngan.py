@@ -53,7 +53,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lineage.attngan.damsm import DAMSM, damsm_terms
-from lineage.config import Int, NonNegativeFloat, NonNegativeInt, PositiveInt, configuration
+from lineage.config import DepthFromZero, Dim, Int, NonNegativeFloat, PositiveInt, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import conv3x3, halved_channels, num_doublings, upsample_block
@@ -93,12 +93,12 @@ class AttnGANConfig:
         official_mask: If true, words are masked as in the public code, by the wrong caption.
     """
 
-    num_scales: Annotated[Int, Field(ge=2)] = 3
-    z_dim: PositiveInt = 100
-    cond_dim: PositiveInt = 100
-    gen_channels: PositiveInt = 32
-    disc_channels: PositiveInt = 64
-    num_res_blocks: NonNegativeInt = 2
+    num_scales: Annotated[Int, Field(ge=2, le=10)] = 3
+    z_dim: Dim = 100
+    cond_dim: Dim = 100
+    gen_channels: Dim = 32
+    disc_channels: Dim = 64
+    num_res_blocks: DepthFromZero = 2
     damsm_weight: NonNegativeFloat = 5.0
     kl_weight: NonNegativeFloat = 1.0
     loss: Literal["log", "hinge"] = "log"

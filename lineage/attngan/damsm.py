@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import PositiveFloat, PositiveInt, configuration
+from lineage.config import Dim, PositiveFloat, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import conv3x3
@@ -76,8 +76,8 @@ class DAMSMConfig:
     gamma2: PositiveFloat = 5.0
     gamma3: PositiveFloat = 10.0
     image_encoder: Literal["conv", "inception"] = "inception"
-    image_channels: PositiveInt = 32
-    grid_size: PositiveInt = 8
+    image_channels: Dim = 32
+    grid_size: Dim = 8
     inception_weights: str = ""
     same: Literal["class", "caption"] = "class"
 

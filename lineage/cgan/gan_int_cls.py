@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import NonNegativeFloat, PositiveInt, configuration
+from lineage.config import Dim, NonNegativeFloat, PositiveInt, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.gan import (
@@ -68,10 +68,10 @@ class GANConfig:
         r1_every: Number of steps between penalties, each weighted by as many.
     """
 
-    z_dim: PositiveInt = 100
-    text_dim: PositiveInt = 128
-    gen_channels: PositiveInt = 64
-    disc_channels: PositiveInt = 64
+    z_dim: Dim = 100
+    text_dim: Dim = 128
+    gen_channels: Dim = 64
+    disc_channels: Dim = 64
     interpolation_weight: NonNegativeFloat = 1.0
     r1_weight: NonNegativeFloat = 0.0
     r1_every: PositiveInt = 16

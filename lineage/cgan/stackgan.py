@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from lineage.config import NonNegativeFloat, NonNegativeInt, PositiveInt, configuration
+from lineage.config import DepthFromZero, Dim, NonNegativeFloat, PositiveInt, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import (
@@ -107,12 +107,12 @@ class StackGANConfig:
             `sentence`, which stays the same throughout training.
     """
 
-    stage1_size: PositiveInt = 64
-    z_dim: PositiveInt = 100
-    cond_dim: PositiveInt = 128
-    gen_channels: PositiveInt = 128
-    disc_channels: PositiveInt = 64
-    num_res_blocks: NonNegativeInt = 4
+    stage1_size: Dim = 64
+    z_dim: Dim = 100
+    cond_dim: Dim = 128
+    gen_channels: Dim = 128
+    disc_channels: Dim = 64
+    num_res_blocks: DepthFromZero = 4
     kl_weight: NonNegativeFloat = 2.0
     loss: Literal["log", "hinge"] = "log"
     r1_weight: NonNegativeFloat = 0.0
@@ -418,6 +418,16 @@ class StageTwo(StackGANStage):
             return F.interpolate(small, (self.size, self.size), mode="nearest")
         image: Tensor = self.generator(small, sentence, eps2).image
         return image
+
+    def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
+        idle = {}
+        if options.get("interpolate_share", 0.5) == 0 and options.get("interpolate_to"):
+            idle["interpolate_to"] = "interpolate_share=0 is the first caption"
+        if "interpolate_share" in options and not options.get("interpolate_to"):
+            idle["interpolate_share"] = "there is no interpolate_to"
+        if options.get("truncation", 1.0) == 0 and options.get("noise_share"):
+            idle["noise_share"] = "truncation=0 is no noise"
+        return idle
 
     def variants(self) -> dict[str, dict[str, Any]]:
         """Options that show each stage, in sample sheets."""

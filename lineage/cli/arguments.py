@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import (
@@ -23,6 +24,7 @@ from cyclopts import (
 from lineage import catalog
 from lineage.characters import holds_unicode, plain
 from lineage.errors import UserError, nearest
+from lineage.files import expanded
 
 # --- types ----------------------------------------------------------------------------------------
 
@@ -38,9 +40,18 @@ def _typed(hint: str) -> Parameter:
     return Parameter(converter=convert)
 
 
-Whole = Annotated[int, _typed("Int")]
+def _path(_: Any, tokens: Sequence[Token]) -> Path:
+    """A path, `~` expanded."""
+    return expanded(tokens[0].value, tokens[0].keyword or "The path")
+
+
+Seed = Annotated[int, _typed("Seed")]
 Count = Annotated[int, _typed("PositiveInt")]
-Minutes = Annotated[float, _typed("PositiveFloat")]
+SheetCount = Annotated[int, _typed("SheetCount")]
+Steps = Annotated[int, _typed("Steps")]
+Minutes = Annotated[float, _typed("Minutes")]
+PathName = Annotated[Path, Parameter(converter=_path)]
+"""A file or folder."""
 Flag = Annotated[bool, Parameter(show_default=False)]
 Settings = Annotated[list[str], Parameter(name="--set")]
 Preset = Literal["smoke", "tiny", "small", "paper"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from cyclopts import App, Group
 
 from lineage.characters import plain
-from lineage.cli.arguments import Count, Flag, Whole, print_json
+from lineage.cli.arguments import Count, Flag, PathName, Seed, SheetCount, print_json
 from lineage.errors import UserError
 
 GROUP = Group("Data", sort_key=1)
@@ -19,12 +19,12 @@ def data_show(
     spec: str,
     /,
     *,
-    out: Path = Path("data.png"),
-    count: Count = 24,
-    columns: Count = 6,
+    out: PathName = Path("data.png"),
+    count: SheetCount = 24,
+    columns: SheetCount = 6,
     size: Count = 32,
     split: str = "train",
-    seed: Whole = 0,
+    seed: Seed = 0,
 ) -> None:
     """Draw a contact sheet with captions.
 
@@ -39,8 +39,9 @@ def data_show(
     """
     from lineage.data import load_dataset
     from lineage.data.tools import contact_sheet
-    from lineage.runs import save_picture
+    from lineage.picture_output import check_picture, save_picture
 
+    check_picture(out)
     dataset = load_dataset(spec, split, size, seed)
     save_picture(contact_sheet(dataset, count, columns), out)
     print(plain(f"{out}: {min(count, len(dataset))} of {len(dataset):,} pictures of {spec}"))
@@ -77,11 +78,11 @@ def data_export(
     spec: str,
     /,
     *,
-    out: Path,
+    out: PathName,
     count: Count | None = None,
     size: Count = 32,
     split: str = "train",
-    seed: Whole = 0,
+    seed: Seed = 0,
 ) -> None:
     """Write a data set as an imagefolder.
 
@@ -95,6 +96,8 @@ def data_export(
     """
     from lineage.data import load_dataset
     from lineage.data.tools import export
+    from lineage.files import check_output
 
+    check_output(out, folder=True)
     written = export(load_dataset(spec, split, size, seed), out, count)
     print(plain(f"{out}: {written:,} pictures in imagefolder form"))

@@ -5,19 +5,26 @@ Axes: B pictures, S side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from lineage.data.contract import to_bytes, to_unit
 from lineage.data.pictures import decode
 from lineage.errors import UserError
-from lineage.sheets import rows_sheet
+from lineage.files import check_regular
+from lineage.sheets import picture, rows_sheet, sheet
 from lineage.system import System, Visualises
+
+T = TypeVar("T")
+
+SCREEN_WIDTH = 1920  # pixels
+CELL, MARGIN = 128, 10  # side of a picture on a sheet, and the space beside it
 
 
 def unread_text(system: System, captions: list[str]) -> list[str]:
@@ -61,21 +68,94 @@ def options_of(
             raise UserError(f"{name} is a picture file: use --{name} in place of --set {name}=.")
         if path is not None:
             options[name] = _read_picture(path, system.size)
-    if "mask" in options:
-        options["mask"] = options["mask"].mean(1, keepdim=True) > 0  # white is painted over
+    image, mask = files.get("image"), files.get("mask")
+    if mask is not None:
+        options["mask"] = _read_mask(mask, system.size)
+        if image is not None and not _same_shape(_size(image), _size(mask)):
+            raise UserError(
+                f"{mask} must have the shape of {image}, not {_size(mask)} beside {_size(image)} "
+                "pixels."
+            )
     system.typed_options(options)  # a fault is found before a scorer is trained
     return options
 
 
+def idle_options(system: System, captions: list[str], options: Mapping[str, Any]) -> list[str]:
+    """A sentence about each option that changes no picture."""
+    idle = system.idle_options(captions, system.typed_options(options))
+    return [f"{name} has no effect: {reason}." for name, reason in idle.items()]
+
+
 def _read_picture(path: Path, size: int) -> Tensor:
     """A picture file as (1, 3, S, S) in [-1, 1]."""
+    return to_unit(_pixels(path, size))[None]
+
+
+def _read_mask(path: Path, size: int) -> Tensor:
+    """A mask file as (1, 1, S, S), true where more than half of a pixel is nearer to white.
+
+    Raises:
+        UserError: it is true everywhere or nowhere.
+    """
+    grey = _pixels(path, min(_size(path))).float().mean(0)  # of its own size
+    white = (grey > 127.5).float()[None, None]
+    mask = F.adaptive_avg_pool2d(white, (size, size)) > 0.5
+    if mask.all() or not mask.any():
+        raise UserError(
+            f"{path} must be white (255) where the picture is painted over and black (0) "
+            f"elsewhere: its values are {grey.min():.0f} to {grey.max():.0f}, so "
+            f"{'all' if mask.all() else 'nothing'} would be painted over."
+        )
+    return mask
+
+
+def _pixels(path: Path, size: int) -> Tensor:
+    """The centred square of a picture file, (3, S, S) uint8."""
+    return _opened(path, lambda: torch.from_numpy(decode(path, size).copy()))
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file, as it is shown."""
+
+    def read() -> tuple[int, int]:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+    return _opened(path, read)
+
+
+def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one size is the other, enlarged, up to a pixel of the smaller one."""
+    return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other)
+
+
+def _opened(path: Path, read: Callable[[], T]) -> T:
+    """Result of `read`. Raises `UserError` if the file is no picture."""
     try:
-        pixels = decode(path, size)
+        check_regular(path)
+        return read()
     except FileNotFoundError:
         raise UserError(f"There is no picture {path}.") from None
     except Exception as error:  # Pillow raises a dozen kinds for files that are broken or foreign
-        raise UserError(f"{path} is no picture that can be read ({error}).") from error
-    return to_unit(torch.from_numpy(pixels.copy()))[None]
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is no picture that can be read ({reason}).") from error
+
+
+def caption_sheet(images: Tensor, captions: list[str], count: int) -> Image.Image:
+    """A sheet of pictures (B, 3, S, S) uint8, `count` of each caption, in rows that a screen has
+    room for; each caption begins a row if it has several pictures.
+    """
+    cells = list(zip(captions, images, strict=True))
+    cell = picture(images[0], CELL).width + MARGIN
+    widest = max(1, SCREEN_WIDTH // cell)
+    if count == 1:
+        columns = min(8, widest)
+        return sheet(list(images), captions, columns, CELL)
+    groups = [cells[first : first + count] for first in range(0, len(cells), count)]
+    rows = [g[first : first + widest] for g in groups for first in range(0, count, widest)]
+    return rows_sheet(rows, CELL)
 
 
 def visualisation(system: System, caption: str, *, seed: int) -> Image.Image:

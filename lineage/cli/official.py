@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lineage.characters import plain
-from lineage.cli.arguments import Flag, Key
+from lineage.cli.arguments import Flag, Key, PathName
 
 
-def verify(files: list[Path], /, *, json: Flag = False) -> int:
+def verify(files: list[PathName], /, *, json: Flag = False) -> int:
     """Check our classes against numbers computed by the official code.
 
     Args:
@@ -21,12 +20,12 @@ def verify(files: list[Path], /, *, json: Flag = False) -> int:
     return run(files, json_output=json)
 
 
-def import_weights(key: Key, files: list[Path], /, *, out: Path) -> None:
+def import_weights(key: Key, files: list[PathName], /, *, out: PathName) -> None:
     """Turn published weights into a run folder.
 
     Args:
         key: System, as in `lineage list`.
-        files: Published .pth, .pt or .safetensors files; attngan also takes a .txt of words.
+        files: Published files, recognised by their content; attngan also takes a .txt of words.
         out: Run folder to write.
     """
     from lineage.official.importing import import_weights

@@ -6,26 +6,26 @@ import sys
 from pathlib import Path
 
 from lineage.characters import plain
-from lineage.cli.arguments import Count, Flag, Settings, Whole, settings_of
+from lineage.cli.arguments import Flag, PathName, Seed, Settings, SheetCount, settings_of
 from lineage.errors import UserError
 
 
 def sample(
-    run: Path,
+    run: PathName,
     captions: list[str],
     /,
     *,
-    out: Path = Path("sample.png"),
-    count: Count = 1,
+    out: PathName = Path("sample.png"),
+    count: SheetCount = 1,
     single: Flag = False,
-    image: Path | None = None,
-    mask: Path | None = None,
-    control: Path | None = None,
+    image: PathName | None = None,
+    mask: PathName | None = None,
+    control: PathName | None = None,
     options: Settings | None = None,
-    best_of: Count | None = None,
+    best_of: SheetCount | None = None,
     scorer: str | None = None,
     visualise: Flag = False,
-    seed: Whole = 0,
+    seed: Seed = 0,
     device: str = "auto",
 ) -> None:
     """Draw captions with a trained system.
@@ -48,8 +48,13 @@ def sample(
     """
     from lineage import runs
     from lineage.cli import drawing
-    from lineage.sheets import picture, sheet
+    from lineage.picture_output import check_picture, save_picture
+    from lineage.sheets import picture
+    from lineage.system import CAPTION_OPTIONS
 
+    ending = out.suffix or ".png"
+    first = out.with_name(f"{out.stem}_000{ending}") if single and out.name else out
+    check_picture(first)
     files = {"image": image, "mask": mask, "control": control}
     if visualise:
         others = {**files, "set": options, "best-of": best_of, "single": single, "count": count > 1}
@@ -58,13 +63,16 @@ def sample(
     if scorer is not None and best_of is None:
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
     system = runs.load(run, device)
-    for sentence in drawing.unread_text(system, captions):
+    values = drawing.options_of(system, settings_of(options), files)
+    texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
+    for sentence in drawing.unread_text(system, texts):
         print(f"lineage: {plain(sentence)}", file=sys.stderr)
     if visualise:
-        runs.save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
+        save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
         print(plain(out))
         return
-    values = drawing.options_of(system, settings_of(options), files)
+    for sentence in drawing.idle_options(system, captions, values):
+        print(f"lineage: {plain(sentence)}", file=sys.stderr)
     captions = [caption for caption in captions for _ in range(count)]
     images = drawing.draw(
         system,
@@ -77,9 +85,9 @@ def sample(
     )
     if single:
         for number, one in enumerate(images):
-            path = out.with_name(f"{out.stem}_{number:03d}{out.suffix or '.png'}")
-            runs.save_picture(picture(one), path)
+            path = out.with_name(f"{out.stem}_{number:03d}{ending}")
+            save_picture(picture(one), path)
             print(plain(path))
     else:
-        runs.save_picture(sheet(list(images), captions, count if count > 1 else 8), out)
+        save_picture(drawing.caption_sheet(images, captions, count), out)
         print(plain(out))

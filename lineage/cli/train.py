@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from lineage.characters import plain
 from lineage.cli.arguments import (
-    Count,
     Flag,
     Key,
     Minutes,
+    PathName,
     Preset,
+    Seed,
     Settings,
-    Whole,
+    Steps,
     pairs,
     settings_of,
 )
+from lineage.files import expanded
 
 
 def train(
@@ -29,9 +30,9 @@ def train(
     data: str | None = None,
     preset: Preset | None = None,
     minutes: Minutes | None = None,
-    steps: Count | None = None,
-    out: Path | None = None,
-    seed: Whole | None = None,
+    steps: Steps | None = None,
+    out: PathName | None = None,
+    seed: Seed | None = None,
     device: str | None = None,
     resume: Flag = False,
     stages_from: Annotated[list[str] | None, Parameter(name="--from")] = None,
@@ -65,7 +66,10 @@ def train(
         device=device,
         resume=resume,
         settings=settings_of(settings),
-        stages_from=pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae"),
+        stages_from={
+            name: expanded(run, f"--from {name}")
+            for name, run in pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae").items()
+        },
     )
     place = shlex.quote(str(folder))
     print(plain(f'{folder}: trained; draw with: lineage sample {place} "a caption"'))

@@ -39,10 +39,11 @@ from lineage.evaluation.run import (
     score_runs,
     write_sheets,
 )
-from lineage.files import Lock, check_output, unwritable
+from lineage.files import Lock, check_output, expanded, unwritable
+from lineage.picture_output import save_picture
 from lineage.plan import read_config
 from lineage.resume import differences, with_effect
-from lineage.runs import configure, fingerprint_of, load, save_picture
+from lineage.runs import configure, fingerprint_of, load
 from lineage.sheets import sheet
 from lineage.system import LabelledImage, Visualises
 from lineage.training.log import read_log
@@ -85,7 +86,7 @@ def compare(
         CheckFailed: a system could not be trained.
         Interrupted: a request to stop; the same command goes on.
     """
-    folder, keys = Path(out), list(dict.fromkeys(keys or working()))
+    folder, keys = expanded(out, "out"), list(dict.fromkeys(keys or working()))
     options = {"data": data, "minutes": minutes, "steps": steps, "seed": seed, "device": device}
     for key in keys:
         lookup(key)

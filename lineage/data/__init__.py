@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from lineage.config import Seed, typed
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped
 from lineage.errors import UserError, nearest
 from lineage.files import expanded
@@ -79,8 +80,7 @@ def load_dataset(
     Raises:
         UserError: The spec, the path, the split or the size is wrong, or nothing can be loaded.
     """
-    if seed < 0:
-        raise UserError(f"seed={seed} must be at least 0.")
+    seed = typed(Seed, seed, "seed")
     kind, rest = parse_spec(spec)
     return KINDS[kind](rest, split, size, seed)
 
@@ -96,7 +96,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return kind, rest
     if kind in KINDS and colon:
         raise UserError(f"{spec!r} lacks a folder; write {kind}:PATH.")
-    path = expanded(spec)
+    path = expanded(spec) if spec else Path(spec)
     if spec and os.path.exists(path):  # false, too, for a name that no file can have
         return recognise(path), spec
     if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", kind):

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Texts, configuration
+from lineage.config import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts, configuration
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.diffusion.model import DiffusionConfig, DiffusionModel, Space
 from lineage.diffusion.networks.unet import UNetConfig, make_unet
@@ -75,11 +75,11 @@ class KLConfig:
             channel_mult=(1, 2, 4, 4), attn_resolutions=(), z_channels=4
         )
     )
-    latent_channels: PositiveInt = 4
+    latent_channels: Dim = 4
     kl_weight: NonNegativeFloat = 1e-6
     pixel_loss: Literal["l1", "l2"] = "l1"
-    disc_channels: PositiveInt = 64
-    disc_layers: PositiveInt = 3
+    disc_channels: Dim = 64
+    disc_layers: Halvings = 3
     disc_weight: NonNegativeFloat = 0.5
     disc_start: NonNegativeInt = 50_001
     perceptual_weight: NonNegativeFloat = 1.0

@@ -22,10 +22,10 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ from lineage.diffusion.schedules import NoiseLevel, SamplingSchedule, Spacing
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
 from lineage.system import LabelledImage, System, Turn
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import TextEncoder, TextFeatures, caption_list
 
 MAX_BATCH_VALUES = 2**22
 """Largest number of pixel values that are sampled at once; it bounds memory."""
@@ -244,10 +244,7 @@ class DiffusionModel(System):
             x = noise.randn(*self.space.shape)
             return self.space.decode(sampler_fn(denoise, x, schedule, noise))
 
-        if strength is None:
-            strength = 0.6 if mask is None else 1.0
-        if not 0 < strength <= 1:
-            raise UserError(f"strength={strength} must be above 0 and at most 1.")
+        strength = _strength(strength, mask)
         schedule = schedule.shortened(max(1, round(strength * len(schedule))))
         if mask is None:
             mask = torch.ones_like(image[:, :1], dtype=torch.bool)
@@ -257,13 +254,33 @@ class DiffusionModel(System):
         x0 = sampler_fn(keep_outside(denoise, init_latents, latent_mask), x, schedule, noise)
         return torch.where(mask, self.space.decode(x0), image)
 
+    def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
+        names = ("sampler", "sampling_steps", "spacing", "eta")
+        _, schedule = self._sampler_and_schedule(*map(options.get, names))
+        if "image" in options:
+            strength = _strength(options.get("strength"), options.get("mask"))
+            schedule = schedule.shortened(max(1, round(strength * len(schedule))))
+        sigmas = [level.karras_sigma for level in schedule.levels[:-1]]
+        interval = options.get("interval", ())
+        low, high = interval if len(interval) == 2 else (0.0, math.inf)
+        idle: dict[str, str] = {}
+        if low > sigmas[0] or high < sigmas[-1]:
+            reason = f"no step lies between the sigmas {low:g} and {high:g} of interval"
+            idle = dict.fromkeys(("guidance", "negative", "rescale"), reason)
+        if options.get("guidance", self.config.guidance) == 1:
+            idle |= dict.fromkeys(("negative", "rescale", "interval"), "guidance=1 is no guidance")
+        if len(schedule) == 1:
+            idle["eta"] = "a single step adds no noise"
+        return {name: reason for name, reason in idle.items() if options.get(name)}
+
     def denoiser(
         self, captions: list[str], guidance: Guidance, threshold: str, negative: str = ""
     ) -> Denoise:
         """The network as samplers call it: x_t and its noise level -> estimate of x_0, for the
         captions, with guidance and threshold applied.
         """
-        batch_size, process = len(captions), self.process
+        captions, process = caption_list(captions), self.process
+        batch_size = len(captions)
         text = self.text.encode(captions)
         uncond_text = (
             self.text.encode([negative] * batch_size) if negative else self.text.null(batch_size)
@@ -346,6 +363,15 @@ class DiffusionModel(System):
             denoise = self.denoiser([caption], guidance, self.config.threshold)
             sampler_fn(denoise, noise.randn(*self.space.shape), schedule, noise, callback)
         return rows
+
+
+def _strength(strength: float | None, mask: Tensor | None) -> float:
+    """Share of the steps that are taken from a picture."""
+    if strength is None:
+        return 0.6 if mask is None else 1.0
+    if not 0 < strength <= 1:
+        raise UserError(f"strength={strength} must be above 0 and at most 1.")
+    return strength
 
 
 def keep_outside(denoise: Denoise, init_latents: Tensor, latent_mask: Tensor) -> Denoise:

@@ -81,7 +81,7 @@ class ProcessConfig:
             arXiv:2305.08891). Not for `noise`: eps does not determine x_0 there.
     """
 
-    num_timesteps: Annotated[Int, Field(ge=2)] = 1000
+    num_timesteps: Annotated[Int, Field(ge=2, le=100_000)] = 1000
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow"] = "linear"
     prediction: Literal["noise", "x0", "v", "flow", "edm"] = "noise"
     weighting: Literal["simple", "min_snr"] = "simple"

@@ -21,6 +21,7 @@ from lineage.evaluation.real import unseen_split
 from lineage.evaluation.scorer import Scorer
 from lineage.runs import read_config
 from lineage.system import System
+from lineage.text.contract import caption_list
 
 
 def best_of(
@@ -36,7 +37,7 @@ def best_of(
 
     Args:
         system: System that draws.
-        captions: B captions.
+        captions: B captions; one string is one caption.
         scorer: Scorer that ranks the candidates.
         candidates: N; the first B pictures are those that `generate` draws of `captions`.
         seed: Seed of the noise.
@@ -45,6 +46,7 @@ def best_of(
     Returns:
         Pictures (B, 3, S, S) uint8 on the CPU, and the cosines (B, N) of all candidates.
     """
+    captions = caption_list(captions)
     if candidates < 1:
         raise UserError(f"{candidates} candidates are too few: 1 or more.")
     repeated = [caption for _ in range(candidates) for caption in captions]

@@ -27,6 +27,7 @@ import lineage
 from lineage.characters import plain, protect
 from lineage.errors import CheckFailed, UserError
 from lineage.system import System
+from lineage.text.contract import caption_list
 from lineage.training.machine import peak_memory
 from lineage.training.store import read_json_object, write_json
 
@@ -56,7 +57,7 @@ def seconds_per_picture(system: System, captions: list[str], repeats: int = 3) -
     """Seconds per picture when all `captions` are drawn together: the median of `repeats`, after
     one more to warm up.
     """
-    times = []
+    captions, times = caption_list(captions), []
     for seed in range(repeats + 1):
         started = time.perf_counter()
         system.generate(captions, seed=seed)
@@ -71,6 +72,7 @@ def sampling_cost(system: System, captions: list[str], weights: Path) -> dict[st
 
     Peak memory is that of the whole process so far: the allocator's on a GPU, resident on a CPU.
     """
+    captions = caption_list(captions)
     return {
         "sampling_seconds_per_picture_at_1": seconds_per_picture(system, captions[:1]),
         "sampling_seconds_per_picture_at_16": seconds_per_picture(system, (captions * 16)[:16]),
@@ -89,7 +91,7 @@ def measure(run: Path, captions: Sequence[str], device: str = "auto") -> dict[st
     """
     process = subprocess.run(
         [sys.executable, "-m", "lineage.evaluation.cost", str(run), device],
-        input=json.dumps(list(captions)),
+        input=json.dumps(caption_list(captions)),
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -23,9 +23,11 @@ from lineage.data.contract import CaptionedDataset, to_unit
 from lineage.errors import UserError
 from lineage.evaluation.judge import Judge, resized
 from lineage.evaluation.scorer import Scorer, hub_scorer, in_chunks, scorer_for
+from lineage.files import expanded
 from lineage.nn.inception import fid_features, load_inception
 from lineage.runs import fingerprint_of, load
 from lineage.system import EmbedsImages, System
+from lineage.text.contract import caption_list
 from lineage.training.store import (
     cache_folder,
     cached,
@@ -67,7 +69,7 @@ def find_features(name: str, scorer: Scorer | None, device: torch.device) -> Fea
             raise UserError("--features scorer needs a scorer: leave out --scorer none.")
         return FeatureNetwork(scorer.name, scorer.width, scorer.image)
     if name.startswith("inception:"):
-        path = Path(name.removeprefix("inception:"))
+        path = expanded(name.removeprefix("inception:"))
         network = load_inception(path, "fid").to(device)
         name = f"Inception v3 ({path.name}, {fingerprint(path.read_bytes())})"
         return FeatureNetwork(name, 2048, lambda images: fid_features(network, images).cpu())
@@ -102,6 +104,8 @@ class MatchingScorer:
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
+        captions = caption_list(captions)
+
         def encode(rows: Tensor) -> Tensor:
             return self.system.text.encode([captions[row] for row in rows.tolist()]).sentence
 
@@ -133,9 +137,9 @@ def find_scorer(
     if name == "none":
         return None
     if name.startswith("hub:"):
-        return hub_scorer(name.removeprefix("hub:"), device)
+        return hub_scorer(str(expanded(name.removeprefix("hub:"), "hub:MODEL")), device)
     if name.startswith("damsm:"):
-        return matching_scorer(Path(name.removeprefix("damsm:")), device)
+        return matching_scorer(expanded(name.removeprefix("damsm:")), device)
     if name != "auto":
         raise UserError(f"There is no scorer {name!r}: auto, none, hub:MODEL or damsm:RUN.")
     return scorer_for(spec, train, fingerprint_of(train), unseen).to(device)

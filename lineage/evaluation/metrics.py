@@ -82,18 +82,19 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[Tensor, Te
     """Improved precision (M,) and recall (N,), 1 or 0 for each picture (Kynkaanniemi et al. 2019,
     equations 1 and 2).
 
-    Precision: whether a generated picture lies inside the ball of some real one; the ball's radius
-    is the distance to that picture's `k`-th real neighbour. Recall: the same, exchanged.
+    Precision: whether a generated picture's distance to some real one is at most that one's radius,
+    the distance to its `k`-th real neighbour. Recall: the same, exchanged.
     """
     x, y = _checked(real, k + 1), _checked(fake, k + 1)
     distance = _distances(x, y)  # (N, M)
-    precision = (distance < _radii(x, k)[:, None]).any(0)
-    recall = (distance < _radii(y, k)[None, :]).any(1)
+    precision = (distance <= _radii(x, k)[:, None]).any(0)
+    recall = (distance <= _radii(y, k)[None, :]).any(1)
     return precision.double(), recall.double()
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
-    """Density (M,) and coverage (N,) in the same balls (Naeem et al. 2020, equations 3 and 4).
+    """Density (M,) and coverage (N,) (Naeem et al. 2020, equations 3 and 4), in the same balls, but
+    without their boundary, as in the authors' code.
 
     Density: number of real pictures' balls that a generated one lies in, divided by `k`.
     Coverage: whether a generated picture lies in the ball of a real one, 1 or 0.
@@ -105,14 +106,15 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[Tensor, Te
 
 def spread(groups: Tensor) -> Tensor:
     """Mean distance between two samples of one caption: (G, K, D) -> (G,)."""
-    count = groups.shape[1]
-    distance = torch.cdist(groups.double(), groups.double())
+    count, groups = groups.shape[1], _finite(groups)
+    distance = torch.cdist(groups, groups)
     return distance.sum((1, 2)) / (count * (count - 1))
 
 
 def nearest_distance(rows: Tensor, others: Tensor) -> Tensor:
     """Distance of each row to the nearest of `others`: (M, D), (N, D) -> (M,)."""
-    parts = [_distances(part, others.double()).amin(1) for part in rows.double().split(256)]
+    rows, others = _finite(rows), _finite(others)
+    parts = [_distances(part, others).amin(1) for part in rows.split(256)]
     return torch.cat(parts)
 
 
@@ -123,7 +125,7 @@ def data_copying(fake: Tensor, real: Tensor) -> Tensor:
     picture it is the test for copying of Meehan et al. (2020, section 3): 0.5 where generated
     pictures lie as near as unseen real ones, towards 1 where they are copies.
     """
-    difference = fake.double()[:, None] - real.double()[None, :]
+    difference = _finite(fake)[:, None] - _finite(real)[None, :]
     return ((difference < 0).double() + (difference == 0).double() / 2).mean(1)
 
 
@@ -174,7 +176,7 @@ def r_precision(image: Tensor, candidates: Tensor) -> Tensor:
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosines along the last axis, in float64."""
-    return F.cosine_similarity(a.double(), b.double(), dim=-1)
+    return F.cosine_similarity(_finite(a), _finite(b), dim=-1)
 
 
 def _radii(rows: Tensor, k: int) -> Tensor:
@@ -201,5 +203,16 @@ def _checked(features: Tensor, min_rows: int) -> Tensor:
         raise UserError(
             f"A metric needs {min_rows} rows of features or more, not a tensor of shape "
             f"{tuple(features.shape)}."
+        )
+    return _finite(features)
+
+
+def _finite(features: Tensor) -> Tensor:
+    """`features` in float64; `UserError` if a number is not finite."""
+    wrong = ~features.isfinite()
+    if wrong.any():
+        raise UserError(
+            f"A metric needs finite numbers, but {int(wrong.sum())} of {wrong.numel()} are NaN or "
+            f"infinite, the first of them in row {int(wrong.nonzero()[0, 0])}."
         )
     return features.double()

@@ -14,6 +14,7 @@ the same captions. Results for real pictures are cached for each data set, size 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -25,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lineage.characters import plain
-from lineage.config import NonNegativeInt, PositiveInt, RunConfig, configuration
+from lineage.config import NUM_SEEDS, PositiveInt, RunConfig, Seed, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
@@ -41,7 +42,9 @@ from lineage.evaluation.real import (
     unseen_split,
 )
 from lineage.evaluation.scorer import check_captions
-from lineage.runs import load, read_config, save_picture
+from lineage.files import check_output, expanded
+from lineage.picture_output import save_picture
+from lineage.runs import load, read_config
 from lineage.sheets import sheet
 from lineage.system import Reconstructs, ScoresStages, System
 from lineage.training.cost import read_cost
@@ -72,7 +75,7 @@ class EvalConfig:
 
     data: str | None = None
     pictures: PositiveInt = 1000
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     prompts: str | Path | None = None
     features: str = "auto"
     scorer: str = "auto"
@@ -112,7 +115,8 @@ def evaluate(
     Args:
         runs: Run folders.
         out: Folder for `scores.json` and, for each run, the sheets `<run>_failed.png` and
-            `<run>_nearest.png`; nothing is written if None.
+            `<run>_nearest.png` under the name of its folder, or more of its path where names are
+            the same; nothing is written if None.
         **settings: Fields of `EvalConfig`.
 
     Returns:
@@ -122,12 +126,34 @@ def evaluate(
         UserError: a folder is no run, a setting is wrong, or the runs differ in data or size.
     """
     folders = [Path(runs)] if isinstance(runs, (str, Path)) else [Path(run) for run in runs]
+    names = run_names(folders)
+    if out is not None:
+        out = expanded(out, "out")
+        check_output(out / "scores.json")
     document, scored = score_runs(folders, EvalConfig(**settings))
     if out is not None:
-        write_json(Path(out) / "scores.json", document)
-        for folder, one in zip(folders, scored, strict=True):
-            write_sheets(one, Path(out), folder.name)
+        write_json(out / "scores.json", document)
+        for name, one in zip(names, scored, strict=True):
+            write_sheets(one, out, name)
     return document
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """A name of each run folder, for its files: as much of the end of its path as tells them apart.
+
+    Raises:
+        UserError: a folder is named twice.
+    """
+    first: dict[Path, Path] = {}
+    for folder in folders:
+        if (same := first.setdefault(folder.resolve(), folder)) is not folder:
+            raise UserError(f"{same} and {folder} are the same folder: name it once.")
+    parts = [Path(os.path.abspath(folder)).parts[1:] for folder in folders]
+    for length in range(1, max(map(len, parts), default=0) + 2):
+        names = ["_".join(part[-length:]) or "run" for part in parts]
+        if len({name.casefold() for name in names}) == len(names):
+            return names
+    return [f"{name}_{number}" for number, name in enumerate(names, start=1)]
 
 
 def score_runs(
@@ -238,7 +264,10 @@ def _score(
             return to_bytes(system.generate(captions, seed=seed, progress=bar.update)).cpu()
 
         of_prompts = draw(prompt_captions, config.seed) if prompts else torch.empty(0)
-        pictures, samples = draw(real.captions, config.seed + 1), draw(groups, config.seed + 2)
+        pictures, samples = (
+            draw(real.captions, _seed(config.seed, 1)),
+            draw(groups, _seed(config.seed, 2)),
+        )
     features = real.network.extract(pictures)
     scores: dict[str, Any] = {"run": str(folder), "system": run_config.key}
     failures: list[Failure] = []
@@ -264,6 +293,11 @@ def _score(
         "sampling": cached_cost(folder, real.captions[:16], config.device),
     }
     return ScoredRun(scores, failures, _nearest(real, pictures, features))
+
+
+def _seed(seed: int, number: int) -> int:
+    """Seed of another set of pictures; the first one follows the last."""
+    return (seed + number) % NUM_SEEDS
 
 
 def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> dict[str, Any]:
@@ -333,7 +367,7 @@ def _protocol(real: RealPictures, seed: int) -> dict[str, Any]:
         "real_split": real.data.split,
         "captions": "the first of each real picture",
         "size": real.data.size,
-        "seed": seed + 1,
+        "seed": _seed(seed, 1),
     }
     protocol: dict[str, Any] = {
         "intervals": "95 %, bootstrap over pictures; Wilson's if all have one verdict",
@@ -349,7 +383,7 @@ def _protocol(real: RealPictures, seed: int) -> dict[str, Any]:
             "captions": len(real.shared_captions()[0]),
             "samples_of_each": SPREAD_SAMPLES,
             "distance": "mean Euclidean distance of two samples",
-            "seed": seed + 2,
+            "seed": _seed(seed, 2),
         },
         "memorisation": {**sample, "training_pictures": len(real.train_features)},
         "stages": {

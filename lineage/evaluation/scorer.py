@@ -48,6 +48,7 @@ from lineage.errors import UserError
 from lineage.evaluation import sections
 from lineage.evaluation.judge import resized
 from lineage.files import write_bytes
+from lineage.text.contract import caption_list
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_from_json
 from lineage.training.group import Group
@@ -160,7 +161,7 @@ class ContrastiveScorer(nn.Module):
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
         length = self.config.max_words  # the same for all, whatever the longest caption
-        rows = [self.tokenizer.encode(caption)[:length] for caption in captions]
+        rows = [self.tokenizer.encode(caption)[:length] for caption in caption_list(captions)]
         ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])  # (B, L)
 
         def encode(part: Tensor) -> Tensor:
@@ -379,7 +380,9 @@ class HubScorer:
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
         length = {"max_length": self.model.config.text_config.max_position_embeddings}
-        words = self.processor.tokenizer(captions, padding="max_length", truncation=True, **length)
+        words = self.processor.tokenizer(
+            caption_list(captions), padding="max_length", truncation=True, **length
+        )
         ids = torch.tensor(words["input_ids"]).to(self.model.device)  # (B, L)
         return in_chunks(ids, lambda part: _pooled(self.model.get_text_features(part)))
 

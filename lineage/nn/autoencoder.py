@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import Ints, IntsFromZero, PositiveInt, configuration
+from lineage.config import Depth, Dim, IntsFromZero, Multipliers, configuration
 from lineage.errors import UserError
 from lineage.nn.attention import attend
 from lineage.nn.fast import channels_last_on_cpu, conv_of_upsampled
@@ -47,17 +47,15 @@ class AutoencoderConfig:
             convolution. The authors have 1; 2 needs a quarter of the work.
     """
 
-    channels: PositiveInt = 128
-    channel_mult: Ints = (1, 1, 2, 2, 4)
-    num_res_blocks: PositiveInt = 2
+    channels: Dim = 128
+    channel_mult: Multipliers = (1, 1, 2, 2, 4)
+    num_res_blocks: Depth = 2
     attn_resolutions: IntsFromZero = (16,)
-    resolution: PositiveInt = 256
-    z_channels: PositiveInt = 256
-    patch_size: PositiveInt = 1
+    resolution: Dim = 256
+    z_channels: Dim = 256
+    patch_size: Dim = 1
 
     def __post_init__(self) -> None:
-        if not self.channel_mult:
-            raise UserError("net.channel_mult must hold at least one number.")
         if self.resolution % self.factor:
             raise UserError(
                 f"net.resolution={self.resolution} is not divisible by {self.factor}: choose "

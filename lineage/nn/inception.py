@@ -30,12 +30,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.errors import UserError, nearest
+from lineage.weights import read_tensors
 
 CLASSES = {"imagenet": 1000, "fid": 1008}
 PUBLISHED = {
@@ -263,39 +263,23 @@ def load_inception(path: Path | str, variant: str) -> InceptionV3:
     as in old files.
 
     Args:
-        path: A `.safetensors` file, or one that `torch.load` reads without executing code.
+        path: A safetensors file, or one that `torch.load` reads without executing code.
 
     Raises:
         UserError: the file is missing, damaged, not a state dict, or of another network.
     """
     network = InceptionV3(variant)
     try:
-        state = _read(Path(path))
+        state = read_tensors(Path(path))
+    except UserError as error:
+        raise UserError(f"{str(error)[:-1]}; give {PUBLISHED[variant]}.") from error.__cause__
+    try:
         state = {name: value for name, value in state.items() if not name.startswith("AuxLogits.")}
         _check(state, network)
     except UserError as error:
         raise UserError(f"{path} {error}; give {PUBLISHED[variant]}.") from error.__cause__
     network.load_state_dict(state)
     return network.eval()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file by name. Raises `UserError` if it holds something else."""
-    if not path.exists():
-        raise UserError("does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for files that are cut short or foreign
-        first = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise UserError(f"is not a readable file of weights ({first[:120]})") from error
-    is_state_dict = isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    )
-    if not is_state_dict:
-        raise UserError("is not a state dict (names and their tensors)")
-    return state
 
 
 def _check(state: dict[str, Tensor], network: InceptionV3) -> None:

@@ -15,13 +15,14 @@ Axes: B pictures, C channels, H W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lineage.errors import UserError
+from lineage.weights import read_tensors
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """(channels, number of convolutions) at each resolution."""
@@ -123,32 +124,16 @@ def load_lpips(files: tuple[str, ...]) -> LPIPS:
             f"{', '.join(files)}: name the file of VGG16, and that of LPIPS if you have it."
         )
     vgg = VGG16()
-    state = {k: v for k, v in _read(paths[0]).items() if k.startswith("features.")}
+    state = {k: v for k, v in read_tensors(paths[0]).items() if k.startswith("features.")}
     try:
         vgg.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{paths[0]} does not hold torchvision's VGG16.") from error
     if len(paths) == 1:
         return LPIPS(vgg, [torch.full((channels,), 1 / channels) for channels, _ in BLOCKS])
-    saved = _read(paths[1])
+    saved = read_tensors(paths[1])
     weights = [saved.get(f"lin{layer}.model.1.weight") for layer in range(len(BLOCKS))]
     for weight, (channels, _) in zip(weights, BLOCKS, strict=True):
         if weight is None or weight.numel() != channels:
             raise UserError(f"{paths[1]} does not hold the weights of LPIPS on VGG16.")
     return LPIPS(vgg, [weight.flatten().float() for weight in weights if weight is not None])
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint by name."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}.") from None
-    except Exception as error:  # of a dozen kinds, for files that are foreign or cut short
-        raise UserError(f"{path} is no checkpoint of tensors alone.") from error
-    is_state = isinstance(state, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    )
-    if not is_state:
-        raise UserError(f"{path} holds no dictionary of tensors by name.")
-    return state

@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import lineage
+from lineage import weights
 from lineage.catalog import working
+from lineage.characters import decoded
 from lineage.config import RunConfig, to_dict
 from lineage.data import load_dataset
 from lineage.errors import UserError, nearest
+from lineage.files import check_output, read_regular
 from lineage.runs import build, plan
 from lineage.text.tokenizer import Tokenizer, make_tokenizer
 from lineage.training.stage import finished_weights
 from lineage.training.store import save_tensors, write_json
+
+MAX_WORDS = 10**8
+"""Largest number of bytes of a list of words."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str 
     names = ", ".join(map(str, paths))
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run already; choose another --out.")
+    check_output(folder, folder=True)
     folders = getattr(module, "ACCEPTS_FOLDERS", False)
     try:
         imported: Imported = module.import_weights([read_file(path, folders) for path in paths])
@@ -160,16 +165,17 @@ def read_file(path: Path, folders: bool) -> CheckpointFile:
     """
     if folders and path.is_dir():
         return CheckpointFile(path, {})
-    if path.suffix != ".txt":
+    if weights.kind_of(path) != "text" or path.suffix.lower() != ".txt":
         return CheckpointFile(path, read_checkpoint(path))
     try:
-        return CheckpointFile(path, {}, path.read_text(encoding="utf-8").splitlines())
+        text = decoded(read_regular(path, MAX_WORDS)).removesuffix("\n")
+        return CheckpointFile(path, {}, text.split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error}).") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, `.pt`, `.ckpt`, `.pkl` or `.safetensors` file, by name.
+    """The tensors of a checkpoint by name, whatever the ending of its file.
 
     Nothing is executed: objects that are no tensors, such as the classes of a module that was
     saved whole, are read as an empty `Shell`.
@@ -177,20 +183,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it is not a dictionary of tensors.
     """
-    if not path.is_file():
-        raise UserError(f"There is no file {path}.")
-    loaded: Any
-    try:
-        if path.suffix == ".safetensors":
-            loaded = load_file(path)
-        else:
-            archive = zipfile.is_zipfile(path)  # before torch 1.6 it was none, and held no classes
-            strange = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else []
-            with torch.serialization.safe_globals([(Shell, name) for name in strange]):
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a dozen kinds, for files that are foreign or cut short
-        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise UserError(f"{path} is no checkpoint of tensors alone ({line[:120]}).") from error
+    loaded = weights.read(path, placeholder=Shell)
     if isinstance(loaded, Shell):
         loaded = loaded.tensors()
     for name in ("state_dict", "model"):

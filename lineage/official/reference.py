@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lineage.errors import UserError
+from lineage.weights import kind_of
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ def read_reference(path: str | Path) -> Reference:
         UserError: if there is no such file, or it is not a safetensors file of the form above.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; name a reference file to verify.")
+    if kind_of(path) != "safetensors":
+        raise UserError(f"{path} is not a safetensors file: name a reference file to verify.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

@@ -135,6 +135,7 @@ def stages(config: Config, tokenizer: Tokenizer) -> list[Stage]:
         damsm,
         {"encoder": encoder, "config": config.damsm, "size": config.size},
         optim=config.damsm_optim,
+        optim_setting="damsm_optim",
         train=replace(config.train, sample_every=0),
         share=config.damsm_share,
     )

@@ -75,6 +75,7 @@ def codec_and_prior(
         build,
         arguments,
         optim=config.codec_optim,
+        optim_setting="codec_optim",
         train=codec_train,
         share=config.codec_share,
     )

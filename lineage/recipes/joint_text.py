@@ -55,6 +55,7 @@ def text_stage(config: JointTextConfig, tokenizer: Tokenizer, share: float) -> S
         joint_embedding,
         {"encoder": encoder, "size": config.size, "same": config.same},
         optim=_TEXT_OPTIM,
+        optim_setting="",
         train=replace(config.train, sample_every=0),
         share=share,
     )

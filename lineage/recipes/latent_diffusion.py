@@ -116,6 +116,7 @@ def autoencoder_and_denoiser(
         autoencoder,
         {"config": config.autoencoder, "size": config.size},
         optim=config.autoencoder_optim,
+        optim_setting="autoencoder_optim",
         train=replace(config.train, batch_size=config.autoencoder_batch_size, sample_every=0),
         share=config.autoencoder_share,
     )

@@ -39,21 +39,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import Float, PositiveInt, configuration
+from lineage.config import Dim, Float, PositiveInt, configuration
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
 from lineage.system import System, Turn
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import TextEncoder, TextFeatures, caption_list
 
 NUM_SPECIAL = 3  # token ids below this (padding, unknown, null) are no words
 MAX_PARTS = 9  # of a caption
@@ -306,8 +306,8 @@ class RetrievalConfig:
     """
 
     memory_size: PositiveInt = 4096
-    max_words: PositiveInt = 32
-    max_bytes: PositiveInt = 192
+    max_words: Dim = 32
+    max_bytes: Dim = 192
     threshold: PositiveInt = 40
     fill: Annotated[Float, Field(gt=0, le=1)] = 0.9
     min_cosine: Float = 0.1
@@ -392,9 +392,16 @@ class Retrieval(System):
             paste: If true, unseen scenes are pasted together; if false, the nearest caption's
                 picture is the answer.
         """
+        captions = caption_list(captions)
         uniform = noise.rand(1 + MAX_PARTS).tolist()  # one for the caption, one for each part
         pictures = [self.answer(c, u, paste) for c, u in zip(captions, uniform, strict=True)]
         return torch.stack(pictures).to(self.device)
+
+    def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
+        pasted = any(len(parts) > 1 or parts[0].count > 1 for parts in map(parse, captions))
+        if options.get("paste", True) or pasted:
+            return {}
+        return {"paste": "only several things are pasted together"}
 
     def answer(self, caption: str, uniform: list[float], paste: bool) -> Tensor:
         """The picture (3, S, S) of one caption, by the rules of the header."""

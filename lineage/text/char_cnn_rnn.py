@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.contract import Overflow, TextEncoder, TextFeatures
+from lineage.text.contract import Overflow, TextEncoder, TextFeatures, caption_list
 from lineage.text.tokenizer import Tokenizer, split_words
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
@@ -68,7 +68,9 @@ class CharCNNRNN(TextEncoder):
 
     def encode(self, captions: list[str]) -> TextFeatures:
         max_chars = self.config.max_chars
-        rows = [[self.char_ids.get(char, -1) for char in self._cut(c)] for c in captions]
+        rows = [
+            [self.char_ids.get(char, -1) for char in self._cut(c)] for c in caption_list(captions)
+        ]
         chars = torch.tensor([row + [-1] * (max_chars - len(row)) for row in rows])  # (B, T)
         lengths = torch.tensor([len(row) for row in rows])
         device = self.proj.weight.device

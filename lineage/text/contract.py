@@ -7,13 +7,18 @@ word's vector, Ds width of a sentence's.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def caption_list(captions: str | Sequence[str]) -> list[str]:
+    """Captions in a list; one string is one caption, not its letters."""
+    return [captions] if isinstance(captions, str) else list(captions)
 
 
 @dataclass
@@ -122,7 +127,9 @@ class TextEncoder(nn.Module):
 
     @abstractmethod
     def encode(self, captions: list[str]) -> TextFeatures:
-        """Features of B captions of any length and any words, the empty caption among them."""
+        """Features of B captions of any length and any words, the empty caption among them; one
+        string is one caption.
+        """
 
     @abstractmethod
     def null(self, count: int) -> TextFeatures:

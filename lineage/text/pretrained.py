@@ -19,7 +19,7 @@ from torch import Tensor
 from lineage.characters import well_formed
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.contract import Overflow, TextEncoder, TextFeatures
+from lineage.text.contract import Overflow, TextEncoder, TextFeatures, caption_list
 
 PRETRAINED = "pretrained:"
 CLIP = ("clip", "clip_text_model")  # types of a whole CLIP, and of its text model alone
@@ -55,7 +55,7 @@ class PretrainedEncoder(TextEncoder):
         tokenizer, model = self._load()
         model.to(device)
         inputs = tokenizer(
-            [well_formed(caption) for caption in captions],
+            [well_formed(caption) for caption in caption_list(captions)],
             padding="max_length",
             max_length=self.config.max_words,
             truncation=True,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
-from lineage.text.contract import Overflow, TextEncoder, TextFeatures
+from lineage.text.contract import Overflow, TextEncoder, TextFeatures, caption_list
 from lineage.text.tokenizer import NULL, PAD, Tokenizer
 
 UNITS = {"word": "words", "bpe": "tokens"}
@@ -42,7 +42,7 @@ class TokenEncoder(TextEncoder):
         """(B, L) ids and mask -> words (B, L, Dw), sentence (B, Ds)."""
 
     def encode(self, captions: list[str]) -> TextFeatures:
-        return self._features([self._ids(caption) for caption in captions])
+        return self._features([self._ids(caption) for caption in caption_list(captions)])
 
     def null(self, count: int) -> TextFeatures:
         return self._features([[NULL]] * count)
@@ -52,7 +52,11 @@ class TokenEncoder(TextEncoder):
 
     def unknown(self, captions: list[str], length: int | None = None) -> list[str]:
         length = min(length or self.config.max_words, self.config.max_words)
-        words = (word for caption in captions for word in self.tokenizer.unknown(caption, length))
+        words = (
+            word
+            for caption in caption_list(captions)
+            for word in self.tokenizer.unknown(caption, length)
+        )
         return list(dict.fromkeys(words))
 
     def overflow(self, caption: str, length: int | None = None) -> Overflow | None:

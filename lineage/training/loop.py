@@ -73,6 +73,7 @@ class Trainer:
         train: Budget, batch size, precision and so on.
         seed: Seed of data order, captions and noise.
         stage: Name for the log and the progress bar.
+        optim_setting: Name of the setting that holds `optim`; empty if none does.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Trainer:
         train: TrainConfig,
         seed: int = 0,
         stage: str = "model",
+        optim_setting: str = "optim",
     ) -> None:
         self.optim, self.train, self.seed, self.stage = optim, train, seed, stage
+        self.optim_setting = optim_setting
         self.device = pick_device(train.device)
         self.processes = Distributed.join(self.device)
         self.autocast = autocast(self.device, train.precision)  # never entered inside itself
@@ -106,7 +109,7 @@ class Trainer:
         for name in optim.lr_multipliers:
             if name not in modules:
                 raise UserError(
-                    f"optim.lr_multipliers.{name}: the groups of this stage are "
+                    f"{optim_setting}.lr_multipliers.{name}: the groups of this stage are "
                     f"{', '.join(modules)}."
                 )
         self.groups = {name: Group(name, parts, optim) for name, parts in modules.items()}
@@ -278,10 +281,16 @@ class Trainer:
             else "there is no checkpoint yet"
         )
         what = f"the gradient of {name[9:]}" if name.startswith("gradient/") else f"the loss {name}"
+        settings = (
+            [f"{self.optim_setting}.lr={self.optim.lr / 3:.1g}"] if self.optim_setting else []
+        )
+        with self.autocast:
+            if torch.is_autocast_enabled(self.device.type):
+                settings.append("train.precision=fp32")
+        mends = " or ".join(f"--set {setting}" for setting in settings) or "another --seed"
         return (
             f"Step {step} of {self.stage}: {what} became {value}, so training stopped; {saved}. "
-            f"Lower the rate (--set optim.lr={self.optim.lr / 3:.1g}) "
-            "or use --set train.precision=fp32."
+            f"Train again with {mends}."
         )
 
     def _report(self, log: Log | None, bar: tqdm, logged_seconds: float, logged_step: int) -> None:

@@ -60,6 +60,7 @@ class Stage:
         arguments: Keywords of `build`: configurations, numbers, text, encoder specs, and earlier
             stages, in whose place `build` receives their systems.
         optim: How each group is optimised.
+        optim_setting: Name of the run's field that holds `optim`; empty if none does.
         train: How the stage is trained; its budget is the whole run's.
         share: Share of the run's budget; the shares of a recipe sum to 1.
         prepare: Function that wraps the data set for this stage.
@@ -76,12 +77,14 @@ class Stage:
         arguments: Mapping[str, Any],
         *,
         optim: OptimConfig,
+        optim_setting: str = "optim",
         train: TrainConfig,
         share: float = 1.0,
         prepare: Prepare | None = None,
     ) -> None:
         self.name, self.build, self.arguments = name, build, dict(arguments)
         self.optim, self.train, self.share, self.prepare = optim, train, share, prepare
+        self.optim_setting = optim_setting
         self.system: Trainable | None = None
         self.weights: Path | None = None
 
@@ -247,7 +250,15 @@ class RunStages:
         dataset = self.dataset
         if stage.prepare is not None:
             dataset = stage.prepare(dataset, system.to(pick_device(train.device)))
-        trainer = Trainer(system, dataset, stage.optim, train, seed=self.seed, stage=stage.name)
+        trainer = Trainer(
+            system,
+            dataset,
+            stage.optim,
+            train,
+            seed=self.seed,
+            stage=stage.name,
+            optim_setting=stage.optim_setting,
+        )
         is_main = trainer.processes.is_main
         state_file = state_path(self.folder, stage, self.stages)
         if state_file.exists():

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lineage.characters import plain
 from lineage.errors import UserError
-from lineage.files import read_regular, write_bytes
+from lineage.files import expanded, read_regular, write_bytes
 
 T = TypeVar("T")
 
@@ -231,7 +231,7 @@ _told: set[str] = set()
 
 def cache_folder(kind: str) -> Path:
     """The folder of cached results of a kind, in `$LINEAGE_CACHE` or `~/.cache/lineage`."""
-    return Path(os.environ.get("LINEAGE_CACHE", Path.home() / ".cache" / "lineage")) / kind
+    return expanded(os.environ.get("LINEAGE_CACHE") or "~/.cache/lineage") / kind
 
 
 def cached(

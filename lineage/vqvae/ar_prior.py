@@ -33,8 +33,8 @@ codebook, V text tokens, S side of the pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import field, fields, replace
 from typing import Annotated, Any
 
 import torch
@@ -43,14 +43,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import (
-    Float,
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    configuration,
-)
+from lineage.config import Dim, Float, Fraction, NonNegativeFloat, NonNegativeInt, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
@@ -124,7 +117,7 @@ class PriorConfig:
     """
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    text_len: PositiveInt = 256
+    text_len: Dim = 256
     text_weight: Fraction = 1 / 8
     cond_drop_prob: Fraction = 0.1
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -323,14 +316,42 @@ class Prior(System):
             "top_p": top_p,
             "guidance": guidance,
         }
-        changes = {name: value for name, value in options.items() if value is not None}
-        sampling = replace(self.config.sampling, **changes)
+        sampling = self._sampling(options)
         prompt = None
         if image is not None:
-            rows = round((0.5 if keep is None else keep) * self.grid_size)
-            prompt = self.encode(image)[:, :rows].flatten(1)
+            prompt = self.encode(image)[:, : self._kept_rows(keep)].flatten(1)
         ids = self.sample_codes(self.text.encode(captions), noise, sampling, prompt)
         return self.codec.decode(ids)
+
+    def _sampling(self, options: Mapping[str, Any]) -> SamplingConfig:
+        """The configured sampling, changed by the options that are not None."""
+        names = [one.name for one in fields(SamplingConfig)]
+        changes = {n: options[n] for n in names if options.get(n) is not None}
+        return replace(self.config.sampling, **changes)
+
+    def _kept_rows(self, keep: float | None) -> int:
+        """Number of rows of codes that are kept of a picture."""
+        return round((0.5 if keep is None else keep) * self.grid_size)
+
+    def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
+        sampling, num_codes = self._sampling(options), self.codec.num_codes
+        kept_rows = self._kept_rows(options.get("keep")) if "image" in options else 0
+        idle: dict[str, str] = {}
+        if sampling.temperature == 0:
+            idle = dict.fromkeys(("top_k", "top_p"), "temperature=0 takes the likeliest code")
+        elif sampling.top_k == 1:
+            idle = dict.fromkeys(("temperature", "top_p"), "top_k=1 takes the likeliest code")
+        elif sampling.top_k >= num_codes:
+            idle = {"top_k": f"there are {num_codes} codes"}
+        if kept_rows == self.grid_size:
+            names = [one.name for one in fields(SamplingConfig)]
+            idle = dict.fromkeys(names, "the whole picture is kept")
+        default = self.config.sampling
+        changed = [n for n in idle if n in options and options[n] != getattr(default, n)]
+        named = {name: idle[name] for name in changed}
+        if "image" in options and kept_rows == 0:
+            named |= {"image": "no row of its codes is kept"}
+        return named
 
     # --- inspection and metrics ------------------------------------------------------------------
 

@@ -35,7 +35,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lineage.config import (
+    Depth,
+    Dim,
     Float,
+    Halvings,
     Int,
     NonNegativeFloat,
     PositiveFloat,
@@ -76,10 +79,10 @@ class DVAEConfig:
     """
 
     num_codes: PositiveInt = 8192
-    hidden_channels: Annotated[Int, Field(ge=4)] = 256
-    init_channels: PositiveInt = 128
-    blocks_per_group: PositiveInt = 2
-    num_groups: PositiveInt = 4
+    hidden_channels: Annotated[Int, Field(ge=4, le=2**16)] = 256
+    init_channels: Dim = 128
+    blocks_per_group: Depth = 2
+    num_groups: Halvings = 4
     final_temperature: PositiveFloat = 1 / 16
     kl_weight: NonNegativeFloat = 6.6
     anneal_steps: PositiveInt = 150_000

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import Fraction, NonNegativeFloat, PositiveInt, configuration
+from lineage.config import Dim, Fraction, NonNegativeFloat, PositiveInt, configuration
 
 EPSILON = 1e-5
 """Constant of the Laplace smoothing of cluster sizes."""
@@ -62,7 +62,7 @@ class QuantiserConfig:
     """
 
     num_codes: PositiveInt = 256
-    code_dim: PositiveInt = 16
+    code_dim: Dim = 16
     beta: NonNegativeFloat = 0.25
     update: Literal["ema", "loss"] = "ema"
     ema_decay: Fraction = 0.99

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lineage.config import Fraction, PositiveInt, configuration
+from lineage.config import Depth, Dim, Fraction, configuration
 from lineage.errors import UserError
 from lineage.nn.attention import attend
 
@@ -36,9 +36,9 @@ class TransformerConfig:
         dropout: Share of activations that each branch of a block drops in training.
     """
 
-    width: PositiveInt = 128
-    num_layers: PositiveInt = 5
-    num_heads: PositiveInt = 4
+    width: Dim = 128
+    num_layers: Depth = 5
+    num_heads: Depth = 4
     gelu: Literal["tanh", "exact"] = "tanh"
     dropout: Fraction = 0.0
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Texts, configuration
+from lineage.config import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts, configuration
 from lineage.data.contract import Batch
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.nn.gan import dcgan_weights
@@ -68,8 +68,8 @@ class VQGANConfig:
             num_codes=1024, code_dim=256, update="loss", init="normal"
         )
     )
-    disc_channels: PositiveInt = 64
-    disc_layers: PositiveInt = 3
+    disc_channels: Dim = 64
+    disc_layers: Halvings = 3
     disc_weight: NonNegativeFloat = 0.8
     disc_start: NonNegativeInt = 0
     perceptual_weight: NonNegativeFloat = 1.0

@@ -27,7 +27,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import Int, NonNegativeInt, PositiveFloat, PositiveInt, configuration
+from lineage.config import DepthFromZero, Dim, Halvings, Int, PositiveFloat, configuration
 from lineage.data.contract import Batch
 from lineage.nn.noise import NoiseStreams
 from lineage.nn.vqgan_losses import psnr
@@ -51,10 +51,10 @@ class VQVAEConfig:
     """
 
     quantiser: QuantiserConfig = field(default_factory=QuantiserConfig)
-    channels: Annotated[Int, Field(ge=2)] = 256
-    res_channels: PositiveInt = 256
-    num_res_blocks: NonNegativeInt = 2
-    num_downsamples: PositiveInt = 2
+    channels: Annotated[Int, Field(ge=2, le=2**16)] = 256
+    res_channels: Dim = 256
+    num_res_blocks: DepthFromZero = 2
+    num_downsamples: Halvings = 2
     data_variance: PositiveFloat = 1.0
 
     @property

@@ -149,6 +149,53 @@ def test_an_unknown_shell_is_refused(arguments: list[str], call: Call) -> None:
         (["train", "ddpm", *SMOKE, "--minutes", "-1"], ["--minutes"]),
         (["train", "ddpm", *SMOKE, "--minutes", "nan"], ["--minutes"]),
         (["train", "ddpm", *SMOKE, "--seed", "x"], ["--seed"]),
+        *[
+            ([*command, "--seed", seed], [f"--seed={seed} must be at", bound])
+            for command in (
+                ["train", "ddpm", *SMOKE],
+                ["compare", "ddpm", *SMOKE],
+                ["evaluate", "."],
+                ["sample", ".", "a star"],
+                ["data", "show", "shapes"],
+                ["data", "export", "shapes", "--out", "runs/a"],
+            )
+            for seed, bound in (("-1", "least 0"), (str(2**63), f"most {2**63 - 1}"))
+        ],
+        (["train", "ddpm", *SMOKE, "--steps", "1e30"], ["--steps", "1000000000000"]),
+        (["sample", ".", "a star", "--count", "1e9"], ["--count", "10000"]),
+        (["data", "show", "shapes", "--columns", "1e9"], ["--columns", "10000"]),
+        # paths
+        *[
+            (command, ["empty"])
+            for command in (
+                ["train", "ddpm", *SMOKE, "--out", ""],
+                ["train", "vqvae", *SMOKE, "--from", "codec="],
+                ["sample", "", "a star"],
+                ["sample", ".", "a star", "--out", ""],
+                ["evaluate", ""],
+                ["evaluate", ".", "--out", ""],
+                ["compare", "ddpm", *SMOKE, "--out", " "],
+                ["data", "export", "shapes", "--out", ""],
+                ["import-weights", "vqgan", "a.pt", "--out", ""],
+                ["verify", ""],
+            )
+        ],
+        *[
+            (command, ["~nosuchuser/x", "whole path"])
+            for command in (
+                ["train", "ddpm", *SMOKE, "--out", "~nosuchuser/x"],
+                ["train", "ddpm", *SMOKE, "--data", "~nosuchuser/x"],
+                ["train", "ddpm", *SMOKE, "--data", "folder:~nosuchuser/x"],
+                ["train", "vqvae", *SMOKE, "--from", "codec=~nosuchuser/x"],
+                ["evaluate", "runs/a", "~nosuchuser/x"],
+                ["verify", "~nosuchuser/x"],
+            )
+        ],
+        (["train", "ddpm", *SMOKE, "--data", ""], ["''"]),
+        (["train", "ddpm", *SMOKE, "--set", "text="], ["''"]),
+        (["train", "ddpm", *SMOKE, "--set", "x="], ["'x'"]),
+        (["train", "ddpm", *SMOKE, "--set", "key=dit"], ["key=dit", "lineage train dit"]),
+        (["train", "ddpm", *SMOKE, "--set", "preset=paper"], ["preset=paper", "--preset"]),
         (["sample", ".", "a star", "--count", "0"], ["--count"]),
         (["evaluate", ".", "--pictures", "0"], ["--pictures"]),
         (["evaluate", ".", "--batch", "few"], ["--batch", "few"]),

@@ -207,7 +207,9 @@ def test_a_prior_keeps_the_share_of_the_picture(
     new = to_bytes(system.generate("a blue square"))
     start = ["a blue square", "--image", "image.png", "--single", "--set"]
     assert torch.equal(pictures(sample("vqvae", *start, "keep=1")), whole)
-    assert torch.equal(pictures(sample("vqvae", *start, "keep=0")), new)
+    answer = sample("vqvae", *start, "keep=0")
+    assert answer.errors == "lineage: image has no effect: no row of its codes is kept.\n"
+    assert torch.equal(read("sample_000.png"), new[0])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])

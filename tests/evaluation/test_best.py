@@ -195,3 +195,9 @@ def test_a_run_without_a_matching_model_is_refused(smoke_run: Callable[[str], An
     folder = smoke_run("vqvae").folder
     with pytest.raises(UserError, match="without a DAMSM"):
         scorer_of_run(f"damsm:{folder}", folder, CPU)
+
+
+def test_one_string_is_one_caption() -> None:
+    system, scorer = Colours(), ColourScorer()
+    one, _ = best_of(system, "red", scorer, 3)
+    assert torch.equal(one, best_of(system, ["red"], scorer, 3)[0]) and len(one) == 1

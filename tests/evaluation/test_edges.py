@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,3 +142,31 @@ def test_relations_are_genevals() -> None:
     for _ in range(2000):
         a, b = random_object(), random_object()
         assert relations(a, b) == geneval(a, b)
+
+
+def test_a_file_of_prompts_is_read_as_other_texts_are(tmp_path: Path) -> None:
+    """With a mark of its byte order, line ends of any system, and separators inside of a prompt."""
+    prompt = "a circle\u2028or so"
+    row = {"tag": "t", "prompt": prompt, "include": [{"class": "circle"}]}
+    text = json.dumps(row, ensure_ascii=False)
+    for raw in (
+        text.encode("utf-8-sig"),
+        f"{text}\r\n\r\n{text}".encode(),
+        text.encode("utf-16"),
+    ):
+        (tmp_path / "x").write_bytes(raw)
+        assert {one.prompt for one in read_prompts(tmp_path / "x")} == {prompt}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX pipes")
+def test_a_pipe_a_device_and_a_folder_are_no_prompts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, what in (
+        (tmp_path / "pipe", "a pipe"),
+        (Path("/dev/zero"), "a device"),
+        (tmp_path, "a folder"),
+        (tmp_path / "none", "No such file"),
+    ):
+        with pytest.raises(UserError, match=what) as caught:
+            read_prompts(path)
+        assert str(path) in str(caught.value)

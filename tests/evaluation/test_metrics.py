@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from lineage.errors import UserError
 from lineage.evaluation import metrics
@@ -110,3 +112,43 @@ def test_text_fit_by_hand() -> None:
 def test_too_few_rows_are_an_error() -> None:
     with pytest.raises(UserError, match="4 rows"):
         metrics.precision_recall(features(3), features(10))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_equal_features_have_all_precision_and_recall(k: int) -> None:
+    """Equations 1 and 2 count a distance of exactly the radius."""
+    for rows in (torch.ones(6, 2), torch.arange(6.0)[:, None]):
+        precision, recall = metrics.precision_recall(rows, rows, k)
+        assert precision.eq(1).all() and recall.eq(1).all()
+    line = torch.arange(6.0)[:, None]
+    precision, recall = metrics.precision_recall(line, line + 100, k)
+    assert precision.eq(0).all() and recall.eq(0).all()
+    edge = line + line.new_tensor(float(k))  # the last k lie outside, the first of them at its edge
+    assert metrics.precision_recall(line, edge, k)[0].tolist() == [1.0] * 6
+
+
+GOOD = torch.rand(12, 4, generator=torch.Generator().manual_seed(0))
+ON_FEATURES: dict[str, Callable[[Tensor], object]] = {
+    "frechet_distance": lambda x: metrics.frechet_distance(GOOD, x),
+    "kernel_distance": lambda x: metrics.kernel_distance(x, GOOD),
+    "precision_recall": lambda x: metrics.precision_recall(GOOD, x),
+    "density_coverage": lambda x: metrics.density_coverage(x, GOOD),
+    "mean_and_covariance": metrics.mean_and_covariance,
+    "inception_score": lambda x: metrics.inception_score(x, 2),
+    "nearest_distance": lambda x: metrics.nearest_distance(x, GOOD),
+    "spread": lambda x: metrics.spread(x[None]),
+    "data_copying": lambda x: metrics.data_copying(x[:, 0], GOOD[:, 0]),
+    "clip_score": lambda x: metrics.clip_score(x, GOOD),
+    "r_precision": lambda x: metrics.r_precision(x, GOOD[:, None].expand(-1, 3, -1)),
+}
+
+
+@pytest.mark.parametrize("name", ON_FEATURES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_an_error(name: str, value: float) -> None:
+    ON_FEATURES[name](GOOD)
+    features = GOOD.clone()
+    features[3, 0] = value
+    with pytest.raises(UserError, match="A metric needs finite numbers, but 1 of") as caught:
+        ON_FEATURES[name](features)
+    assert "\n" not in str(caught.value)

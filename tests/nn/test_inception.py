@@ -318,22 +318,32 @@ def assert_error(path: Path, variant: str, problem: str) -> None:
 
 @pytest.mark.parametrize("variant", ["imagenet", "fid"])
 def test_a_missing_file(variant: str, tmp_path: Path) -> None:
-    assert_error(tmp_path / "none.pth", variant, "does not exist")
+    path = tmp_path / "none.pth"
+    with pytest.raises(UserError) as caught:
+        load_inception(path, variant)
+    assert str(caught.value) == f"There is no file {path}; {GIVE[variant]}"
 
 
-@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors", "folder.pth"])
-def test_a_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("cut.pth", "is text"),
+        ("cut.safetensors", "is text"),
+        ("folder.pth", "is a folder, not a file"),
+    ],
+)
+def test_a_file_that_cannot_be_read(name: str, what: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name.startswith("folder"):
         path.mkdir()
     else:
         path.write_bytes(b"not weights at all")
-    assert_error(path, "fid", r"is not a readable file of weights \([^\n]+\)")
+    assert_error(path, "fid", f"{what}: name the file of weights")
 
 
 def test_a_file_that_would_execute_code(tmp_path: Path) -> None:
     path = saved(tmp_path / "network.pth", torch.nn.Linear(1, 1))
-    assert_error(path, "fid", r"is not a readable file of weights \([^\n]+\)")
+    assert_error(path, "fid", r"is no checkpoint of tensors alone \([^\n]+\)")
 
 
 @pytest.mark.parametrize(

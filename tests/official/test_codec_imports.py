@@ -637,7 +637,7 @@ def test_missing_files_are_named(tmp_path: Path, refused: Refused) -> None:
     files, absent = save_dvae(tmp_path).files, tmp_path / "absent.pkl"
     refused("vqgan", [absent], "There is no file")
     refused("dalle", [files[0], absent], "There is no file", "absent.pkl")
-    refused("vqgan", [tmp_path], "There is no file")
+    refused("vqgan", [tmp_path], "is a folder")
 
 
 def test_files_of_another_system_are_refused(tmp_path: Path, refused: Refused) -> None:

@@ -309,11 +309,11 @@ def test_faults_of_the_user(write: Callable[..., Path], tmp_path: Path) -> None:
     odd = {**toy_tensors(), "weights": torch.ones(1)}
     no_output = {"state/a": torch.ones(1)}
     for path, words in [
-        (tmp_path / "absent.safetensors", "does not exist"),
+        (tmp_path / "absent.safetensors", "There is no file"),
         (tmp_path, "is a folder"),
-        (corrupt, "not a readable safetensors file"),
+        (corrupt, "no checkpoint of a known form"),
         (cut, "not a readable safetensors file"),
-        (empty, "not a readable safetensors file"),
+        (empty, "is empty"),
         (write(config=None), "lacks 'config'"),
         (write(source=None, config=None), "lacks 'source' and 'config'"),
         (write(config="{"), "not JSON"),

@@ -427,3 +427,11 @@ def test_cat_keeps_the_order_and_pads(text: TextFeatures) -> None:
         assert torch.equal(part, whole)
     assert joined.mask.sum(1).tolist() == [1, 1, 3, 2, 1, 3, 1]
     assert torch.equal(joined.sentence[6], null.sentence[0])
+
+
+def test_one_string_is_one_caption(encoder: TextEncoder) -> None:
+    """And not a batch of its letters."""
+    text, one = encoder.encode("a red zorp"), encoder.encode(["a red zorp"])  # type: ignore[arg-type]
+    assert len(text) == 1
+    assert all(torch.equal(a, b) for a, b in zip(parts(text), parts(one), strict=True))
+    assert encoder.unknown("a red zorp") == encoder.unknown(["a red zorp"])  # type: ignore[arg-type]

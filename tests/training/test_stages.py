@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from toys import ZeroEncoder
 
+from lineage.catalog import working
 from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
+from lineage.recipes import find_recipe, preset
 from lineage.system import System, Turn
 from lineage.text.contract import TextFeatures
+from lineage.text.tokenizer import WordTokenizer
 from lineage.training.log import read_log
 from lineage.training.loop import Stopped, Trainer
 from lineage.training.stage import RunStages, Stage, finished_weights, replace_stage
@@ -54,6 +57,16 @@ class Spread(Mean):
         rest = (batch.image - self.mean.colour.weight[None, :, :, None]).square()
         difference = rest - self.colour.weight[None, :, :, None]
         yield Turn("colour", {"square": difference.square().mean()})
+
+
+@pytest.mark.parametrize("key", working())
+def test_each_stage_names_the_setting_of_its_optimiser(key: str, tokenizer: WordTokenizer) -> None:
+    config: Any = preset(key, "smoke")
+    for stage in find_recipe(key).stages(config, tokenizer):
+        if stage.optim_setting:
+            assert getattr(config, stage.optim_setting) is stage.optim, stage.name
+        else:
+            assert all(value is not stage.optim for value in vars(config).values()), stage.name
 
 
 OPTIM = OptimConfig(lr=0.05, warmup=0, ema_decay=0.5)

@@ -17,14 +17,15 @@ of a word and of the sentence.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import NonNegativeInt, PositiveFloat, PositiveInt, configuration
+from lineage.config import Depth, Dim, DimFromZero, Float, configuration
 from lineage.diffusion.networks.layers import timestep_embedding, zero_module
 from lineage.errors import UserError
 from lineage.nn.attention import Attention
@@ -51,12 +52,12 @@ class DiTConfig:
         gelu: Kind of GELU: `tanh`, as the authors', or `exact`.
     """
 
-    width: PositiveInt = 1152
-    depth: PositiveInt = 28
-    num_heads: PositiveInt = 16
-    patch_size: PositiveInt = 2
-    mlp_ratio: PositiveFloat = 4.0
-    max_words: NonNegativeInt = 64
+    width: Dim = 1152
+    depth: Depth = 28
+    num_heads: Depth = 16
+    patch_size: Dim = 2
+    mlp_ratio: Annotated[Float, Field(gt=0, le=64)] = 4.0
+    max_words: DimFromZero = 64
     gelu: Literal["tanh", "exact"] = "tanh"
 
     def __post_init__(self) -> None:

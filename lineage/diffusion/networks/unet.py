@@ -33,12 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.config import (
+    Depth,
+    Dim,
+    DimFromZero,
     Fraction,
-    Ints,
     IntsFromZero,
+    Multipliers,
     NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
     configuration,
 )
 from lineage.diffusion.networks.attention_blocks import (
@@ -83,19 +84,19 @@ class UNetConfig:
         dropout: Share of activations that residual blocks drop in training.
     """
 
-    channels: PositiveInt = 128
-    channel_mult: Ints = (1, 2, 2, 2)
-    num_res_blocks: PositiveInt = 2
+    channels: Dim = 128
+    channel_mult: Multipliers = (1, 2, 2, 2)
+    num_res_blocks: Depth = 2
     attention_levels: IntsFromZero = (1,)
-    num_heads: PositiveInt = 1
-    head_dim: NonNegativeInt = 0
-    patch_size: PositiveInt = 1
+    num_heads: Depth = 1
+    head_dim: DimFromZero = 0
+    patch_size: Dim = 1
     conditioning: Literal["none", "sentence", "cross", "joint", "transformer"] = "cross"
-    transformer_depth: PositiveInt = 1
+    transformer_depth: Depth = 1
     attend_padding: bool = False
     scale_shift_norm: bool = False
     resblock_updown: bool = False
-    norm_groups: NonNegativeInt = 0
+    norm_groups: DimFromZero = 0
     norm_eps: NonNegativeFloat = 1e-5
     dropout: Fraction = 0.1
 
