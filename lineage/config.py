@@ -246,6 +246,17 @@ class TrainConfig:
     prefetch: NonNegativeInt | None = None
     device: str = "auto"
 
+    def spent(self, step: int, seconds: float, pictures: int) -> float:
+        """Share of the budget that is spent: 1 or more when a run is done, 0 without a budget."""
+        shares = [0.0]
+        if self.minutes is not None:
+            shares.append(seconds / (60 * self.minutes))
+        if self.max_steps is not None:
+            shares.append(step / self.max_steps)
+        if self.max_pictures is not None:
+            shares.append(pictures / self.max_pictures)
+        return max(shares)
+
 
 @configuration
 class RunConfig:

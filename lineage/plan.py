@@ -18,6 +18,7 @@ from lineage.errors import UserError, nearest
 from lineage.recipes import find_recipe, preset
 from lineage.system import System
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
+from lineage.training.cost import read_cost
 from lineage.training.stage import (
     NOT_IN_KEY,
     Stage,
@@ -27,7 +28,7 @@ from lineage.training.stage import (
 )
 from lineage.training.store import load_state, load_tensors, read_json
 
-NOT_SETTINGS = ("made_with", "data_fingerprint", "stages_from")
+NOT_SETTINGS = ("made_with", "data_fingerprint", "stages_from", "changes")
 """Entries of config.json that are no settings of a run."""
 
 
@@ -76,18 +77,14 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
     _stage_of(source, name)
     last = _stages_of(source)[-1].name == name
     path = folder / "model.safetensors" if last else finished_weights(folder, name)
-    interrupted = last and (folder / "state.pt").exists() and name not in _cost(folder)
+    cost = read_cost(folder).get(name, {"finished": False})
+    interrupted = last and (folder / "state.pt").exists() and not cost.get("finished", True)
     if interrupted or not path.exists():
         raise UserError(
             f"Stage {name} of {folder} is not finished, so there is no {path} to take: go on with "
             "that run first (--resume)."
         )
     return {**source, "weights": str(path)}
-
-
-def _cost(folder: Path) -> dict[str, Any]:
-    path = folder / "cost.json"
-    return dict(read_json(path)) if path.exists() else {}
 
 
 def _stages_of(source: Mapping[str, Any]) -> list[Stage]:

@@ -5,16 +5,19 @@ tokenizer.json      the tokeniser, trained from the captions
 model.safetensors   weights to sample from (moving averages)
 state.pt            everything that resuming needs
 metrics.jsonl       the log
-cost.json           steps, pictures, seconds and memory of each stage
+cost.json           steps, pictures, seconds and memory of each stage so far
 samples/            sheets of the same captions and seeds as training goes on
 stages/             checkpoints and finished weights of the stages before the last
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import platform
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,15 @@ import torch
 from PIL import Image
 
 import lineage
+from lineage.characters import plain
 from lineage.config import RunConfig, to_dict, with_field
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
 from lineage.errors import Interrupted, UserError
-from lineage.files import unwritable
+from lineage.files import Lock, check_output, unwritable, write_bytes
 from lineage.nn.noise import stream_seed
 from lineage.plan import (
+    NOT_SETTINGS,
     build,
     check_checkpoints,
     check_effects,
@@ -38,13 +43,15 @@ from lineage.plan import (
     read_tokenizer,
     source_of,
 )
-from lineage.recipes import find_recipe, preset
+from lineage.recipes import find_recipe
+from lineage.recipes import preset as recipe_preset
+from lineage.resume import check_changes, differences, record
 from lineage.sheets import sheet
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
-from lineage.training.stage import RunStages, Stopped, finished_weights, load_weights
-from lineage.training.store import read_json, write_json
+from lineage.training.stage import RunStages, Stage, Stopped, finished_weights, load_weights
+from lineage.training.store import read_json, remove_partials, tell_once, write_json
 
 # --- configuration --------------------------------------------------------------------------------
 
@@ -64,7 +71,7 @@ def configure(
 
     `minutes` and `steps` replace the preset's budget.
     """
-    return _changed(preset(key, preset_name), data, minutes, steps, seed, device, settings)
+    return _changed(recipe_preset(key, preset_name), data, minutes, steps, seed, device, settings)
 
 
 def _changed(
@@ -93,7 +100,7 @@ def train(
     key: str,
     *,
     data: str | None = None,
-    preset: str = "tiny",
+    preset: str | None = None,
     minutes: float | None = None,
     steps: int | None = None,
     out: str | Path | None = None,
@@ -105,16 +112,19 @@ def train(
 ) -> Path:
     """Train all stages of a system; returns the run folder.
 
+    Nothing is written before all arguments are known to fit, and one process at a time trains in a
+    folder.
+
     Args:
         key: Key of the system, as in `lineage list`.
-        data: Spec of the data set; the preset's default is `shapes`.
-        preset: `smoke`, `tiny`, `small` or `paper`.
+        data: Data set; the preset's default is `shapes`.
+        preset: `smoke`, `tiny`, `small` or `paper`; `tiny` if None.
         minutes, steps: The budget, in place of the preset's.
         out: The run folder; `runs/<key>` if None.
         seed: Seed of the weights, the data order and the noise.
         device: `cpu`, `cuda`, `mps` or `auto`.
-        resume: If true, go on with the run in `out`, with its own settings; a new budget may be
-            given.
+        resume: If true, go on with the run in `out`, with its own settings; a new budget and new
+            rates may be given, and are recorded. Without a run there, a new one begins.
         settings: Any other field of the configuration by its dotted name, as `{"optim.lr": 3e-4}`.
         stages_from: Stages that are taken from other runs as they are, as
             `{"codec": "runs/vqvae"}`.
@@ -126,94 +136,176 @@ def train(
     """
     folder = Path(out) if out is not None else Path("runs") / key
     find_recipe(key)
-    started = (folder / "config.json").exists()
-    if started and not resume:
-        raise UserError(
-            f"{folder} holds a run already: add --resume to go on with it, or choose another --out."
-        )
-    if started:
-        config = read_config(folder)
-        if config.key != key:
-            raise UserError(
-                f"{folder} holds a run of {config.key}, not of {key}: choose another --out."
-            )
-        sources = read_json(folder / "config.json").get("stages_from", {})
-        for name, other in (stages_from or {}).items():
-            if sources.get(name, {}).get("run") != str(other):
-                raise UserError(f"--from {name}={other} cannot be changed: choose another --out.")
-        config = _changed(config, data, minutes, steps, seed, device, settings)
-    else:
-        config = configure(
-            key,
-            preset_name=preset,
-            data=data,
-            minutes=minutes,
-            steps=steps,
-            seed=seed,
-            device=device,
-            settings=settings,
-        )
-        sources = {name: source_of(other, name) for name, other in (stages_from or {}).items()}
+    arguments = (data, minutes, steps, seed, device, settings)
     keep_freed_memory()
-    processes = Distributed.join(pick_device(config.train.device))
-    processes.barrier()  # all have looked for a run in the folder before the first one writes
-    run = _prepare(folder, config, sources, settings or {}, started, processes.is_main)
-    try:
-        run.run()
-    except Stopped:
-        parts = ["lineage", "train", key, "--out", str(folder), "--resume"]
-        raise Interrupted(
-            f"Stopped; everything is saved. Go on with: {shlex.join(parts)}"
-        ) from None
+    with contextlib.ExitStack() as stack:
+        started = _holds_run(folder)
+        if started and not resume:
+            raise _taken(folder)
+        if started:
+            stack.enter_context(_lock(folder))
+            run = _resumed(folder, key, preset, arguments, stages_from or {})
+        else:
+            check_output(folder, folder=True)
+            config = _changed(recipe_preset(key, preset or "tiny"), *arguments)
+            sources = {name: source_of(other, name) for name, other in (stages_from or {}).items()}
+            run = _new(folder, config, sources, settings or {})
+            stack.enter_context(_new_folder(folder))
+            stack.enter_context(_lock(folder))
+            if _is_main() and _holds_run(folder):  # of a process that was quicker
+                raise _taken(folder)
+            if resume and _is_main():
+                tell_once(f"There is no run in {plain(folder)} yet: a new one begins.")
+        if _is_main():
+            remove_partials(folder)
+        try:
+            run.run()
+        except Stopped:
+            parts = ["lineage", "train", key, "--out", str(folder), "--resume"]
+            raise Interrupted(
+                f"Stopped; everything is saved. Go on with: {shlex.join(parts)}"
+            ) from None
     return folder
 
 
-def _prepare(
+def _holds_run(folder: Path) -> bool:
+    return os.path.lexists(folder / "config.json")
+
+
+def _taken(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} holds a run already: add --resume to go on with it, or choose another --out."
+    )
+
+
+def _lock(folder: Path) -> contextlib.AbstractContextManager[object]:
+    """The lock of a run folder, which the process that writes files holds."""
+    return Lock(folder) if _is_main() else contextlib.nullcontext()
+
+
+def _is_main() -> bool:
+    """Whether this is the first process of a `torchrun`, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder; it is removed again if it stays empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _resumed(
     folder: Path,
-    config: RunConfig,
-    sources: dict[str, Any],
-    settings: Mapping[str, Any],
-    started: bool,
-    writes: bool,
+    key: str,
+    preset: str | None,
+    arguments: tuple[Any, ...],
+    stages_from: Mapping[str, str | Path],
 ) -> RunStages:
-    """Data, tokeniser and stages of a run, and its first files, which one process writes."""
+    """The run in `folder`, ready to go on; nothing is written yet."""
+    before, saved = read_config(folder), read_json(folder / "config.json")
+    if before.key != key:
+        raise UserError(
+            f"{folder} holds a run of {before.key}, not of {key}: choose another --out."
+        )
+    if preset is not None and preset != before.preset:
+        raise UserError(
+            f"--preset {preset} does not fit the run in {folder}, which has preset "
+            f"{before.preset}: leave it out, or choose another --out."
+        )
+    sources = saved.get("stages_from", {})
+    for name, other in stages_from.items():
+        if sources.get(name, {}).get("run") != str(other):
+            raise UserError(f"--from {name}={other} cannot be changed: choose another --out.")
+    config = _changed(before, *arguments)
+    fields = differences(before, config)
+    check_changes(folder, fields)
     dataset = load_dataset(config.data, "train", config.size, config.seed)
     fingerprint = fingerprint_of(dataset)
-    if started:
-        before = read_json(folder / "config.json").get("data_fingerprint")
-        if before != fingerprint:
-            raise UserError(
-                f"The data {config.data} is no longer what the run in {folder} began with "
-                f"({before} then, {fingerprint} now): restore it, or choose another --out."
-            )
-        tokenizer = read_tokenizer(folder)
-    else:
-        encoder = config.encoder
-        captions = dataset.all_captions()
-        tokenizer = make_tokenizer(encoder.tokenizer, captions, encoder.vocab_size)
-    stages = plan(config, tokenizer, sources)
-    if sources and not started:
-        check_effects(config, tokenizer, settings, sources)
-    for stage in stages:  # a run that is resumed no longer needs the other run's folder
+    if saved.get("data_fingerprint") != fingerprint:
+        raise UserError(
+            f"The data {config.data} is no longer what the run in {folder} began with "
+            f"({saved.get('data_fingerprint')} then, {fingerprint} now): restore it, or choose "
+            "another --out."
+        )
+    stages = plan(config, read_tokenizer(folder), sources)
+    for stage in stages:  # the other run's folder is no longer needed
         if stage.weights is not None and (own := finished_weights(folder, stage.name)).exists():
             stage.weights = own
-    with torch.device("meta"):
-        system = build(stages)  # a fault is found before anything is written
-    check_weights(stages)
-    if started:
-        check_checkpoints(folder, stages)
-    stages[-1].clear()
-    system.text.check()
-    if writes:
-        made_with = {
-            "lineage": lineage.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        saved = {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with}
+    _check_stages(stages)
+    check_checkpoints(folder, stages)
+    threads, now = saved.get("made_with", {}).get("threads"), torch.get_num_threads()
+    if threads not in (None, now):
+        tell_once(
+            f"The run in {plain(folder)} began with {threads} threads and goes on with {now}, so "
+            "the last bits of its weights are not those of a run that was never stopped; "
+            f"OMP_NUM_THREADS={threads} keeps them."
+        )
+    changes = record(folder, stages, fields, saved.get("changes", []))
+    kept = {name: saved[name] for name in NOT_SETTINGS if name in saved}
+    new = {**to_dict(config), **kept, **({"changes": changes} if changes else {})}
+
+    def begin() -> None:
+        if new != saved:
+            write_json(folder / "config.json", new)
+
+    return _stages(folder, config, stages, dataset, fingerprint, begin)
+
+
+def _new(
+    folder: Path, config: RunConfig, sources: dict[str, Any], settings: Mapping[str, Any]
+) -> RunStages:
+    """A new run in `folder`; nothing is written yet."""
+    Distributed.join(pick_device(config.train.device)).barrier()  # none has written yet
+    dataset = load_dataset(config.data, "train", config.size, config.seed)
+    fingerprint, encoder = fingerprint_of(dataset), config.encoder
+    tokenizer = make_tokenizer(encoder.tokenizer, dataset.all_captions(), encoder.vocab_size)
+    stages = plan(config, tokenizer, sources)
+    if sources:
+        check_effects(config, tokenizer, settings, sources)
+    _check_stages(stages)
+    made_with = {
+        "lineage": lineage.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    saved = {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with}
+
+    def begin() -> None:
         write_json(folder / "tokenizer.json", tokenizer.to_json())
         write_json(folder / "config.json", {**saved, "stages_from": sources})
+
+    return _stages(folder, config, stages, dataset, fingerprint, begin)
+
+
+def _check_stages(stages: list[Stage]) -> None:
+    """Raise `UserError` if the stages cannot be built, or lack files that they need."""
+    with torch.device("meta"):
+        system = build(stages)
+    check_weights(stages)
+    stages[-1].clear()
+    system.text.check()
+
+
+def _stages(
+    folder: Path,
+    config: RunConfig,
+    stages: list[Stage],
+    dataset: CaptionedDataset,
+    fingerprint: str,
+    begin: Callable[[], None],
+) -> RunStages:
     examples = dataset.showcase(16)
+    is_main = Distributed.join(pick_device(config.train.device)).is_main
 
     def draw_sheet(system: System, stage: str, step: int) -> None:
         sample_sheet(system, examples, folder / "samples" / f"{stage}_{step:06d}.png")
@@ -232,6 +324,7 @@ def _prepare(
         seed=config.seed,
         seed_weights=lambda: _seed_weights(config.seed),
         sheet=draw_sheet,
+        begin=begin if is_main else lambda: None,
     )
 
 
@@ -265,15 +358,17 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
     Raises `UserError` if it cannot be written or its ending is not one of a picture.
     """
+    buffer, kind = io.BytesIO(), Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"{path} does not end like a picture file; try {path.with_suffix('.png')}.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    except ValueError as error:
+        image.save(buffer, kind)
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} does not end like a picture file; try {path.with_suffix('.png')}."
+            f"A picture of {image.width} x {image.height} pixels cannot be saved as {kind} "
+            f"({error}); try {path.with_suffix('.png')}."
         ) from error
-    except OSError as error:
-        raise unwritable(path, error) from error
+    write_bytes(path, buffer.getvalue())
 
 
 # --- run folders ----------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -51,6 +53,7 @@ app = App(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
+        _let_signals_interrupt()
         command, bound = _parse(sys.argv[1:] if arguments is None else list(arguments))
         code = command(*bound.args, **bound.kwargs) or 0
         sys.stdout.flush()  # a closed pipe is noticed here and not when Python ends
@@ -68,6 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" {error.filename}" if error.filename else ""
         print(f"lineage: {error.strerror or error}:{where}.", file=sys.stderr)
         return 2
+
+
+def _let_signals_interrupt() -> None:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, unless they are ignored or handled."""
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
 
 
 def _parse(arguments: list[str]) -> tuple[Callable[..., int | None], inspect.BoundArguments]:

@@ -81,6 +81,8 @@ def compare(
     steps: Count | None = None,
     out: Path = Path("runs/compare"),
     pictures: Count = 1000,
+    features: str = "auto",
+    scorer: str = "auto",
     seed: Whole | None = None,
     device: str | None = None,
     settings: Settings | None = None,
@@ -95,6 +97,8 @@ def compare(
         steps: Budget of each system in steps.
         out: Folder to write.
         pictures: Largest number of pictures to draw for the scores.
+        features: judge, scorer, inception:FILE or auto.
+        scorer: hub:MODEL (a path or an id), damsm:RUN, none or auto.
         seed: Seed of the weights, the order of the data and the noise.
         device: cpu, cuda, mps or auto.
         settings: Field of the configurations, as in --set optim.lr=3e-4; may be repeated.
@@ -109,6 +113,8 @@ def compare(
         steps=steps,
         out=out,
         pictures=pictures,
+        features=features,
+        scorer=scorer,
         seed=seed,
         device=device,
         settings=settings_of(settings),

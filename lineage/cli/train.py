@@ -25,7 +25,7 @@ def train(
     /,
     *,
     data: str | None = None,
-    preset: Preset = "tiny",
+    preset: Preset | None = None,
     minutes: Minutes | None = None,
     steps: Count | None = None,
     out: Path | None = None,
@@ -40,7 +40,7 @@ def train(
     Args:
         key: System, as in `lineage list`.
         data: Data set; shapes if left out.
-        preset: Size of the system.
+        preset: Size of the system; tiny if left out.
         minutes: Budget in minutes of training.
         steps: Budget in steps.
         out: Run folder to write; runs/KEY if left out.

@@ -26,17 +26,28 @@ from torch import Tensor
 
 from lineage.catalog import CATALOG, lookup, working
 from lineage.comparison.report import SystemPage, write_report
-from lineage.config import to_dict
+from lineage.config import RunConfig, to_dict
+from lineage.data import load_dataset
 from lineage.data.contract import Example, to_bytes
 from lineage.errors import CheckFailed, Interrupted, UserError
 from lineage.evaluation.cost import machine
 from lineage.evaluation.real import unseen_split
-from lineage.evaluation.run import EvalConfig, ScoredRun, score_runs, write_sheets
-from lineage.runs import configure, load, read_config, save_picture
+from lineage.evaluation.run import (
+    EvalConfig,
+    ScoredRun,
+    check_scoring,
+    score_runs,
+    write_sheets,
+)
+from lineage.files import Lock, check_output, unwritable
+from lineage.plan import read_config
+from lineage.resume import differences, with_effect
+from lineage.runs import configure, fingerprint_of, load, save_picture
 from lineage.sheets import sheet
 from lineage.system import LabelledImage, Visualises
 from lineage.training.log import read_log
-from lineage.training.store import write_json
+from lineage.training.loop import STOP_SIGNALS
+from lineage.training.store import read_json, write_json
 
 CAPTIONS = 12  # rows of the sheet
 SEEDS = (0, 1)  # of the pictures of each caption and system
@@ -54,15 +65,20 @@ def compare(
     device: str | None = None,
     settings: Mapping[str, Any] | None = None,
     pictures: int = 1000,
+    features: str = "auto",
+    scorer: str = "auto",
 ) -> Path:
     """Train each system on the same budget, score it and write the report; returns its path.
+
+    A run in `out` that was stopped goes on, and a finished one is not trained again; one that was
+    made with other settings than those asked for is refused.
 
     Args:
         keys: Keys of the systems; None for all that work.
         data, minutes, steps, preset, seed, device, settings: As for `lineage.train`; the same for
             every system.
-        out: Folder for runs and report. Finished runs in it are not trained again.
-        pictures: Largest number of pictures for the scores of each; see `lineage.evaluate`.
+        out: Folder for runs and report.
+        pictures, features, scorer: As for `lineage.evaluate`.
 
     Raises:
         UserError: an argument does not fit some system; raised before any is trained.
@@ -81,20 +97,43 @@ def compare(
         raise UserError(
             f"The systems draw at different sizes at preset {preset}; set one with --set size=..."
         )
+    for key, one in zip(keys, configs, strict=True):
+        _check_existing(folder / key, one)
     config = configs[0]
-    scoring = EvalConfig(pictures=pictures, device=config.train.device)
+    scoring = EvalConfig(
+        pictures=pictures, device=config.train.device, features=features, scorer=scorer
+    )
+    check_scoring(config.data, config.size, config.seed, scoring)
+    check_output(folder, folder=True)
     examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
     flags = ["--preset", preset, *_flags(options, settings or {})]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with Lock(folder):
+        for number, key in enumerate(keys, start=1):
+            print(f"[{number}/{len(keys)}] {key}: {CATALOG[key].title}", file=sys.stderr)
+            resume = ["--resume"] if (folder / key / "config.json").exists() else []
+            _train(key, ["--out", str(folder / key), *resume, *flags])
+        return _report(folder, keys, config, scoring, examples, flags)
 
-    for number, key in enumerate(keys, start=1):
-        print(f"[{number}/{len(keys)}] {key}: {CATALOG[key].title}", file=sys.stderr)
-        _train(key, ["--out", str(folder / key), "--resume", *flags])
+
+def _report(
+    folder: Path,
+    keys: Sequence[str],
+    config: RunConfig,
+    scoring: EvalConfig,
+    examples: Sequence[Example],
+    flags: Sequence[str],
+) -> Path:
+    """Score the trained systems and write the report; returns its path."""
     scores, scored = score_runs([folder / key for key in keys], scoring)
     runs = dict(zip(keys, scored, strict=True))
     for key, run in runs.items():
         write_sheets(run, folder, key)
     pages = {key: _page(folder / key, examples, run) for key, run in runs.items()}
-    summary = {
+    summary: dict[str, Any] = {
         "systems": {key: _system_summary(key, folder / key, run) for key, run in runs.items()},
         "scores": scores,
         "order": keys,
@@ -102,10 +141,10 @@ def compare(
         "seeds": list(SEEDS),
         "data": config.data,
         "size": config.size,
-        "preset": preset,
+        "preset": config.preset,
         "budget": {"minutes": config.train.minutes, "steps": config.train.max_steps},
         "machine": machine(),
-        "reproduce": _commands(keys, flags, pictures, folder.name),
+        "reproduce": _commands(keys, flags, scoring, folder.name),
     }
     write_json(folder / "report.json", summary)
     real = [example.image for example in examples]
@@ -114,24 +153,52 @@ def compare(
     return folder / "report.html"
 
 
+def _check_existing(folder: Path, config: RunConfig) -> None:
+    """Raise `UserError` if `folder` holds a run of other settings than `config`."""
+    if not (folder / "config.json").exists():
+        return
+    before = read_config(folder)
+    if fields := with_effect(differences(before, config)):
+        name, (old, new) = next(iter(fields.items()))
+        raise UserError(
+            f"{folder} was trained with {name}={old}, not {new} as asked: choose another --out, or "
+            "delete that folder to train it again."
+        )
+    saved = read_json(folder / "config.json")
+    if saved.get("changes"):
+        raise UserError(
+            f"{folder} was trained with other settings up to step {saved['changes'][-1]['step']} "
+            "(`changes` in its config.json): choose another --out, or delete that folder."
+        )
+    dataset = load_dataset(config.data, "train", config.size, config.seed)
+    if saved.get("data_fingerprint") != fingerprint_of(dataset):
+        raise UserError(
+            f"The data {config.data} is no longer what {folder} was trained on: restore it, or "
+            "choose another --out."
+        )
+
+
 def _train(key: str, flags: Sequence[str]) -> None:
     """Train one system in a process of its own, or continue its run."""
-    command = [sys.executable, "-m", "lineage", "train", key, *flags]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "lineage.comparison.child", "train", key, *flags]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
     def terminate(number: int, frame: object) -> None:
         child.terminate()
 
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if main else None
+    numbers = [number for number in STOP_SIGNALS if main and number != signal.SIGINT]
+    before = {number: signal.signal(number, terminate) for number in numbers}
+    interrupted = False
     try:
         code = child.wait()
     except KeyboardInterrupt:  # the terminal has sent it to the child as well
-        code = child.wait() or 130
+        interrupted = True
+        code = child.wait()
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-    if code in (130, -signal.SIGTERM):
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if interrupted or code in (130, *(-number for number in STOP_SIGNALS)):
         raise Interrupted("The comparison stopped; give the same command again to go on.")
     if code == 2:
         raise UserError(f"{key} could not be trained, for the reason above.")
@@ -146,10 +213,14 @@ def _flags(options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]
     return [part for pair in pairs for part in pair]
 
 
-def _commands(keys: Sequence[str], flags: Sequence[str], pictures: int, out: str) -> list[str]:
+def _commands(
+    keys: Sequence[str], flags: Sequence[str], scoring: EvalConfig, out: str
+) -> list[str]:
     """Commands that make this report again, and each run alone."""
-    scoring = ["--pictures", str(pictures)] if pictures != EvalConfig().pictures else []
-    lines = [["lineage", "compare", *keys, *flags, *scoring, "--out", out]]
+    names = ("pictures", "features", "scorer")
+    changed = [n for n in names if getattr(scoring, n) != getattr(EvalConfig(), n)]
+    own = [part for n in changed for part in (f"--{n}", str(getattr(scoring, n)))]
+    lines = [["lineage", "compare", *keys, *flags, *own, "--out", out]]
     lines += [["lineage", "train", key, *flags, "--out", f"{out}/{key}"] for key in keys]
     return [shlex.join(line) for line in lines]
 

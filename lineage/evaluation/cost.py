@@ -27,7 +27,7 @@ import lineage
 from lineage.errors import CheckFailed, UserError
 from lineage.system import System
 from lineage.training.machine import peak_memory
-from lineage.training.store import read_json, write_json
+from lineage.training.store import read_json_object, write_json
 
 PACKAGE = Path(lineage.__file__).parent
 
@@ -108,8 +108,8 @@ def cached_cost(run: Path, captions: Sequence[str], device: str = "auto") -> dic
         "device": device,
     }
     path = run / "evaluation" / "cost.json"
-    cached = read_json(path) if path.exists() else {}
-    if cached.get("measured_on") == measured_on:
+    cached = read_json_object(path)
+    if cached.get("measured_on") == measured_on and isinstance(cached.get("cost"), dict):
         return dict(cached["cost"])
     cost = measure(run, captions, device)
     try:

@@ -10,7 +10,6 @@ A number from one network says nothing about one from another, so each states it
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from lineage.runs import fingerprint_of, load
 from lineage.system import EmbedsImages, System
 from lineage.training.store import (
     cache_folder,
+    cached,
     fingerprint,
     load_tensors,
     read_json,
@@ -168,9 +168,4 @@ def _cached(
 ) -> T:
     text = json.dumps({**inputs, "lineage": lineage.__version__}, sort_keys=True)
     path = cache_folder("evaluate") / (fingerprint(text.encode()) + ending)
-    if path.exists():
-        with contextlib.suppress(UserError):
-            return read(path)
-    value = compute()
-    write(path, value)
-    return value
+    return cached(path, read, compute, write)

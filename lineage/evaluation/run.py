@@ -39,11 +39,13 @@ from lineage.evaluation.real import (
     prompt_set,
     unseen_split,
 )
+from lineage.evaluation.scorer import check_captions
 from lineage.runs import load, read_config, save_picture
 from lineage.sheets import sheet
 from lineage.system import Reconstructs, ScoresStages, System
+from lineage.training.cost import read_cost
 from lineage.training.machine import pick_device
-from lineage.training.store import read_json, write_json
+from lineage.training.store import write_json
 
 MAX_FAILURES = 24  # pictures on the sheet of failures
 MAX_NEAREST = 12  # pairs on the sheet of pictures nearest to training pictures
@@ -177,10 +179,23 @@ def _common_data(
     return spec, size, min(config.seed for config in configs)
 
 
+def check_scoring(spec: str, size: int, data_seed: int, config: EvalConfig) -> None:
+    """Raise `UserError` if runs on this data cannot be scored: before they are trained."""
+    unseen = unseen_split(spec, size, data_seed)
+    judged = prompt_set(unseen, config.prompts, Judge.load(), config.seed) is not None
+    if config.scorer == "none" and config.features in ("auto", "scorer") and not judged:
+        raise UserError(
+            "This data needs a feature network: leave out --scorer none, or add --features judge."
+        )
+    if config.scorer == "auto" and not judged:
+        check_captions(load_dataset(spec, "train", size, data_seed))
+
+
 def _real_pictures(
     spec: str, size: int, data_seed: int, config: EvalConfig
 ) -> tuple[RealPictures, PromptSet | None]:
     """The real pictures, and the prompts if the judge can read the data."""
+    check_scoring(spec, size, data_seed, config)
     device = pick_device(config.device)
     unseen = unseen_split(spec, size, data_seed)
     prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
@@ -189,10 +204,6 @@ def _real_pictures(
     name = config.features
     if name == "auto":
         name = "judge" if prompts else "scorer"
-    if name == "scorer" and scorer is None:
-        raise UserError(
-            "This data needs a feature network: leave out --scorer none, or give --features."
-        )
     network = find_features(name, scorer, device)
     return RealPictures(unseen, train, config.pictures, network, scorer, config.seed), prompts
 
@@ -242,7 +253,7 @@ def _score(
         image, text = real.scorer.image(pictures), real.scorer.text(real.captions)
         scores["text_fit"] = real.text_fit(image, text, real.captions)
     scores["cost"] = {
-        "training": read_json(folder / "cost.json"),
+        "training": read_cost(folder),
         "sampling": cached_cost(folder, real.captions[:16], config.device),
     }
     return ScoredRun(scores, failures, _nearest(real, pictures, features))

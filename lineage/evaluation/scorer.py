@@ -26,7 +26,6 @@ Axes: B pictures or captions, S pixels, L words, C channels, D joint width.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -42,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lineage.characters import plain
 from lineage.config import OptimConfig, TextConfig, from_dict, to_dict
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.errors import UserError
@@ -53,7 +53,7 @@ from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_fro
 from lineage.training.group import Group
 from lineage.training.loader import Loader
 from lineage.training.machine import Distributed
-from lineage.training.store import cache_folder, fingerprint
+from lineage.training.store import cache_folder, cached, fingerprint
 
 VERSION = 2  # of network and training; scorers that another version has cached are not used
 TEXT = TextConfig(vocab_size=1024, max_words=32, width=48, num_layers=2, num_heads=4)
@@ -239,6 +239,17 @@ def degraded(images: Tensor, generator: torch.Generator) -> Tensor:
     return small + sigma * torch.randn(small.shape, generator=generator)
 
 
+def check_captions(dataset: CaptionedDataset) -> list[str]:
+    """All captions; raises `UserError` if there are no two to tell apart."""
+    captions = list(dataset.all_captions())
+    if len(set(captions)) < 2:
+        raise UserError(
+            f"All captions of {plain(dataset.name)} are the same, so no scorer can be fitted: add "
+            "--scorer none --features judge, or more captions."
+        )
+    return captions
+
+
 def fit_scorer(
     dataset: CaptionedDataset,
     validation: CaptionedDataset | None = None,
@@ -262,11 +273,7 @@ def fit_scorer(
     Raises:
         UserError: all captions are the same, so there is nothing to tell apart.
     """
-    captions = list(dataset.all_captions())
-    if len(set(captions)) < 2:
-        raise UserError(
-            f"All captions of {dataset.name} are the same: a scorer needs at least 2 to tell apart."
-        )
+    captions = check_captions(dataset)
     steps = STEPS if steps is None else steps
     batch_size = batch_size if dataset.endless else min(batch_size, len(dataset))
     with torch.random.fork_rng(devices=[]):  # the global random state is restored
@@ -339,13 +346,11 @@ def scorer_for(
             return load_scorer(path)
     inputs = [data_fingerprint, train.size, steps or STEPS, seed, VERSION, validation is not None]
     path = cache_folder("scorers") / f"{fingerprint(json.dumps(inputs).encode())}.safetensors"
-    if path.exists():
-        with contextlib.suppress(UserError):
-            return load_scorer(path)
-    scorer = fit_scorer(train, validation, steps=steps, seed=seed, progress=progress)
-    with contextlib.suppress(UserError):
-        scorer.save(path)
-    return scorer
+
+    def fit() -> ContrastiveScorer:
+        return fit_scorer(train, validation, steps=steps, seed=seed, progress=progress)
+
+    return cached(path, load_scorer, fit, lambda path, scorer: scorer.save(path))
 
 
 # --- published models -------------------------------------------------------------------------

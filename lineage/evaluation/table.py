@@ -138,6 +138,7 @@ def _cost(runs: Mapping[str, Row], machine: Row) -> ScoreTable:
     rows = {}
     for name, run in runs.items():
         training, sampling = run["cost"]["training"].values(), run["cost"]["sampling"]
+        peak = max((stage["peak_memory_bytes"] for stage in training), default=0)
         rows[name] = {
             "parameters": as_count(sampling["parameters"]["all"]),
             "FLOPs": as_count(sampling["flops_per_picture"]),
@@ -147,7 +148,7 @@ def _cost(runs: Mapping[str, Row], machine: Row) -> ScoreTable:
             "trained/s": " / ".join(f"{s['pictures_per_second']:.0f}" for s in training),
             "alone": as_seconds(sampling["sampling_seconds_per_picture_at_1"]),
             "of 16": as_seconds(sampling["sampling_seconds_per_picture_at_16"]),
-            "training": as_bytes(max((s["peak_memory_bytes"] for s in training), default=0)),
+            "training": as_bytes(peak) if peak else "–",
             "sampling": as_bytes(sampling["sampling_peak_memory_bytes"]),
             "file": as_bytes(sampling["model_bytes"]),
         }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lineage.config import OptimConfig
 from lineage.training.machine import Distributed
+from lineage.training.store import is_plain_tensor
 
 
 class Group:
@@ -72,12 +73,47 @@ class Group:
         return {name: one.state_dict() for name, one in self.optimizers.items()}
 
     def load_optimizer_states(self, saved: dict[str, Any]) -> None:
-        """Restore `optimizer_states`. Raises `KeyError`, `ValueError` for those of other groups."""
+        """Restore `optimizer_states`: the moments alone, while rates and the like stay ours.
+
+        Raises `KeyError`, `ValueError`, `TypeError` for those of other groups.
+        """
         for name, one in self.optimizers.items():
-            one.load_state_dict(saved[name])
-            for parameter, state in one.state.items():  # a fused step would write out of bounds
-                if any(v.dim() and v.shape != parameter.shape for v in state.values()):
-                    raise ValueError("the optimiser's state is of parameters of other shapes")
+            own, state = one.state_dict()["param_groups"], saved[name]["state"]
+            if [part["params"] for part in saved[name]["param_groups"]] != [
+                part["params"] for part in own
+            ]:
+                raise ValueError("the optimiser's state is of other parameters")
+            numbers = [number for part in own for number in part["params"]]
+            parameters = [p for part in one.param_groups for p in part["params"]]
+            of = dict(zip(numbers, parameters, strict=True))
+            for number, moments in state.items():
+                _check_moments(moments, _MOMENTS[name], of[number])
+            one.load_state_dict({"state": state, "param_groups": own})
+
+    def load_average(self, saved: Sequence[Tensor]) -> None:
+        """Restore `average`. Raises `ValueError`, `TypeError` for that of another group."""
+        for average, value in zip(self.average or [], saved, strict=True):
+            _check_tensor("average", value, average.shape)
+            average.copy_(value)
+
+
+_MOMENTS = {"optimizer": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
+"""Names of what each optimiser stores for a parameter."""
+
+
+def _check_moments(moments: dict[str, Any], names: set[str], parameter: Tensor) -> None:
+    """Raise `ValueError` if what is saved for a parameter does not fit it: a fused step would read
+    and write out of bounds.
+    """
+    if moments.keys() != names:
+        raise ValueError("the optimiser's state is of another optimiser")
+    for name, value in moments.items():
+        _check_tensor(name, value, torch.Size() if name == "step" else parameter.shape)
+
+
+def _check_tensor(name: str, value: Any, shape: torch.Size) -> None:
+    if not is_plain_tensor(value) or value.shape != shape or not value.is_floating_point():
+        raise ValueError(f"the optimiser's {name} is of another shape or kind")
 
 
 def _adam(parameters: Sequence[Tensor], config: OptimConfig, lr: float) -> torch.optim.Optimizer:

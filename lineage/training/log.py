@@ -14,20 +14,38 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lineage.characters import plain
 from lineage.errors import UserError
-from lineage.files import unwritable, write_bytes
+from lineage.files import read_regular, unwritable, write_bytes
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`, without a last line that was cut short."""
-    lines = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
+    """Lines of a `metrics.jsonl`, without those that are damaged."""
+    return [line for _, line in _lines(path) if line is not None]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Every line of a log as bytes and as an object; None for a line that is none of a log's."""
+    if not path.exists():
+        return []
+    try:
+        raw = read_regular(path)
+    except OSError as error:
+        raise UserError(f"{plain(path)} cannot be read: {error.strerror}; remove it.") from error
+    return [(line, _parsed(line)) for line in raw.split(b"\n") if line]
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    fits = (
+        isinstance(line, dict)
+        and isinstance(line.get("stage"), str)
+        and all(isinstance(line.get(name), (int, float)) for name in ("step", "seconds"))
+    )
+    return line if fits else None
 
 
 class Log:
@@ -39,10 +57,14 @@ class Log:
 
     def truncate(self, stage: str, step: int) -> None:
         """Drop the lines of a stage after the checkpoint from which a run continues."""
-        lines = [
-            line for line in read_log(self.path) if line["stage"] != stage or line["step"] <= step
+        lines = _lines(self.path)
+        torn = bool(lines) and lines[-1][1] is None  # the last one was cut short by a kill
+        kept = [
+            raw
+            for raw, line in (lines[:-1] if torn else lines)
+            if line is None or line["stage"] != stage or line["step"] <= step
         ]
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_bytes(self.path, b"".join(raw + b"\n" for raw in kept))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""

@@ -54,8 +54,13 @@ METRIC_STEPS = 5
 """Number of steps per log line on which metrics are collected, its first step among them."""
 
 
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
 class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+    """The run was asked to stop (Ctrl-C, SIGTERM, SIGHUP) and has saved its state."""
 
 
 class Trainer:
@@ -185,16 +190,8 @@ class Trainer:
         return warm * (1.0 - spent) if self.optim.decay == "linear" else warm
 
     def spent(self) -> float:
-        """Share of the budget that is spent: 1 or more when the run is done, 0 without a budget."""
-        train = self.train
-        shares = [0.0]
-        if train.minutes is not None:
-            shares.append(self.seconds / (60 * train.minutes))
-        if train.max_steps is not None:
-            shares.append(self.step / train.max_steps)
-        if train.max_pictures is not None:
-            shares.append(self.step * self.batch_size / train.max_pictures)
-        return max(shares)
+        """Share of the budget that is spent; see `TrainConfig.spent`."""
+        return self.train.spent(self.step, self.seconds, self.step * self.batch_size)
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -215,7 +212,7 @@ class Trainer:
         Raises:
             CheckFailed: A loss is not finite; the sentence names step and term. The last checkpoint
                 is from before.
-            Stopped: After Ctrl-C or SIGTERM, once the state is saved.
+            Stopped: After Ctrl-C, SIGTERM or SIGHUP, once the state is saved.
         """
         train = self.train
         batches = self.loader.batches(self.step)
@@ -224,6 +221,9 @@ class Trainer:
         with self._signals(), _frozen_heap(), self._bar() as bar:
             clock, cpu, logged_step = time.perf_counter(), time.process_time(), self.step
             logged_seconds = self.seconds
+            if self.step and due(train.sample_every) and self.spent() < 1:
+                sample()  # the sheet that a kill after the checkpoint may have prevented
+                clock, cpu = time.perf_counter(), time.process_time()
             while self._agreed_spent() < 1 and not self._stop_requested:
                 collect = (self.step - logged_step) % metrics_every == 0
                 self._unchecked.append((self.step + 1, self.advance(next(batches), collect)))
@@ -332,8 +332,8 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM stop the loop after the current step; a second Ctrl-C stops it at
-        once.
+        """Let Ctrl-C, SIGTERM and SIGHUP stop the loop after the current step; a second one stops
+        it at once. A signal that is ignored, as SIGHUP is under nohup, stays so.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -344,8 +344,11 @@ class Trainer:
                 raise KeyboardInterrupt
             self._stop_requested = True
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, request_stop) for number in numbers}
+        before = {
+            number: signal.signal(number, request_stop)
+            for number in STOP_SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             yield
         finally:
@@ -376,12 +379,11 @@ class Trainer:
                 saved = state["groups"][name]
                 group.load_optimizer_states(saved)
                 if group.average is not None:
-                    for average, value in zip(group.average, saved["average"], strict=True):
-                        average.copy_(value)
+                    group.load_average(saved["average"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.cpu_seconds = float(state["cpu_seconds"])
             self._saved_step = self.step
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             first = (str(error).splitlines() or ["incomplete"])[0]
             raise UserError(
                 f"The checkpoint of stage {self.stage} does not fit this configuration "

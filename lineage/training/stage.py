@@ -11,30 +11,34 @@ saved in the run folder.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lineage.characters import plain
 from lineage.config import OptimConfig, TrainConfig, to_dict
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError
 from lineage.system import System, Trainable
+from lineage.training.cost import write_cost
 from lineage.training.log import Log
 from lineage.training.loop import Stopped, Trainer
-from lineage.training.machine import Distributed, peak_memory, pick_device
+from lineage.training.machine import Distributed, pick_device
 from lineage.training.store import (
     cache_folder,
     fingerprint,
     load_state,
     load_tensors,
-    read_json,
     save_state,
     save_tensors,
-    write_json,
+    tell_once,
+    write_cache,
 )
 
 NOT_IN_KEY = (
@@ -172,6 +176,7 @@ class RunStages:
         seed: Seed of data order and noise.
         seed_weights: Function that sets the random state from which every system is built.
         sheet: Function that draws a sample sheet of a system, given stage and step.
+        begin: Function that writes the run's first files; called once all is known to fit.
     """
 
     folder: Path
@@ -181,6 +186,7 @@ class RunStages:
     seed: int
     seed_weights: Callable[[], None]
     sheet: Callable[[System, str, int], None]
+    begin: Callable[[], None] = lambda: None
     keys: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Trainable:
@@ -200,17 +206,27 @@ class RunStages:
             cached = cache_folder("stages") / key / "model.safetensors"
             if stage.weights is not None:
                 load_weights(system, stage.weights)
-            elif not last and cached.exists():
-                load_weights(system, cached)
-            else:
+            elif last or not _load_cached(system, cached):
                 system = self._train(stage, system, last, stage.name in fixed_keys)
             if not last and Distributed.join(next(system.parameters()).device).is_main:
-                for path in (cached, finished_weights(self.folder, stage.name)):
-                    if not path.exists():
-                        save_tensors(path, system.state_dict())
+                self._save_finished(stage, system, cached)
             stage.system = system.eval()
         assert self.stages[-1].system is not None
         return self.stages[-1].system
+
+    def _begin(self) -> None:
+        """Write the run's first files, once."""
+        self.begin()
+        self.begin = lambda: None
+
+    def _save_finished(self, stage: Stage, system: Trainable, cached: Path) -> None:
+        """Save a finished stage in the run folder, and for other runs in the cache."""
+        own = finished_weights(self.folder, stage.name)
+        if not _holds(own, system):
+            self._begin()
+            save_tensors(own, system.state_dict())
+        if not os.path.exists(cached):
+            write_cache(lambda: save_tensors(cached, system.state_dict()))
 
     def _fixed_keys(self) -> dict[str, str]:
         """Keys of the stages that a later stage was built from: its weights hold theirs, so they
@@ -242,6 +258,7 @@ class RunStages:
                     f"{stage.name!r}; choose another --out."
                 )
             trainer.load_state(state)
+        self._begin()
         log = Log(self.folder) if is_main else None
         if log is not None:
             log.truncate(stage.name, trainer.step)
@@ -252,6 +269,7 @@ class RunStages:
                 if last:
                     with trainer.averaged() as averaged:
                         save_tensors(self.folder / "model.safetensors", averaged.state_dict())
+                write_cost(self.folder, trainer)
             trainer.processes.barrier()
 
         def sample() -> None:
@@ -268,31 +286,10 @@ class RunStages:
         finally:
             if log is not None:
                 log.close()
-        self._write_cost(trainer)
         with trainer.averaged() as averaged:
             final = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
         trainer.system.load_state_dict(final)
         return trainer.system
-
-    def _write_cost(self, trainer: Trainer) -> None:
-        """Add the cost of the stage to `cost.json`."""
-        if not trainer.processes.is_main:
-            return
-        path = self.folder / "cost.json"
-        cost = read_json(path) if path.exists() else {}
-        if cost.get(trainer.stage, {}).get("steps") == trainer.step:
-            return  # the stage was finished before
-        pictures = trainer.step * trainer.batch_size
-        cost[trainer.stage] = {
-            "steps": trainer.step,
-            "pictures": pictures,
-            "seconds": round(trainer.seconds, 3),
-            "cpu_seconds": round(trainer.cpu_seconds, 3),
-            "pictures_per_second": round(pictures / max(1e-9, trainer.seconds), 2),
-            "peak_memory_bytes": peak_memory(trainer.device),
-            "device": trainer.device.type,
-        }
-        write_json(path, cost)
 
 
 def state_path(folder: Path, stage: Stage, stages: list[Stage]) -> Path:
@@ -307,16 +304,54 @@ def finished_weights(folder: Path, name: str) -> Path:
 
 
 def load_weights(system: Trainable, path: Path) -> None:
-    """Load saved weights strictly. Raises `UserError` if they are of another network."""
+    """Load saved weights strictly.
+
+    Raises:
+        UserError: they are of another network, or some are no numbers.
+    """
     tensors = load_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{plain(path)} holds weights that are no numbers (in {plain(name)}), so training "
+                "has failed: train again with a lower rate."
+            )
     try:
         system.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise UserError(
-            f"{path} does not hold the weights of {type(system).__name__} "
-            f"({(lines[1] if len(lines) > 1 else lines[0]).strip()[:120]})."
+            f"{plain(path)} does not hold the weights of {type(system).__name__} "
+            f"({plain((lines[1] if len(lines) > 1 else lines[0]).strip()[:120])})."
         ) from error
+
+
+def _load_cached(system: Trainable, path: Path) -> bool:
+    """Load the weights of a finished stage from the cache; False if it must be trained."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        load_weights(system, path)
+    except UserError as error:
+        tell_once(f"{error} The stage is trained again.")
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return False
+    return True
+
+
+def _holds(path: Path, system: Trainable) -> bool:
+    """Whether a file holds the weights of `system`."""
+    if not path.exists():
+        return False
+    try:
+        saved = load_tensors(path)
+    except UserError:
+        return False
+    now = system.state_dict()
+    return saved.keys() == now.keys() and all(
+        saved[name].equal(tensor.cpu()) for name, tensor in now.items()
+    )
 
 
 __all__ = [

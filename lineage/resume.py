@@ -1,0 +1,88 @@
+"""What a run may change when it goes on, and what is remembered of it.
+
+A run goes on with its own settings. Another budget, or another rate after a loss that became
+infinite, may be given; `config.json` then lists, under `changes`, what was trained with the
+settings before. What a network or the data is built from cannot change.
+
+    {"changes": [{"stage": "denoiser", "step": 500, "fields": {"optim.lr": [0.002, 0.001]}}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lineage.characters import plain
+from lineage.config import RunConfig, to_dict
+from lineage.errors import UserError
+from lineage.training.stage import NOT_IN_KEY, Stage, state_path
+from lineage.training.store import load_state
+
+Fields = dict[str, tuple[Any, Any]]
+"""Value before and value now of each setting that differs, by its dotted name."""
+
+
+def differences(before: RunConfig, now: RunConfig) -> Fields:
+    """Settings that differ between two configurations of one system."""
+    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    names = [*old, *(name for name in new if name not in old)]
+    return {n: (old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)}
+
+
+def _flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{at}{name}.")
+        else:
+            flat[at + name] = value
+    return flat
+
+
+def with_effect(fields: Fields) -> Fields:
+    """Those on which the result of a run depends."""
+    return {name: pair for name, pair in fields.items() if name.split(".")[-1] not in NOT_IN_KEY}
+
+
+def check_changes(folder: Path, fields: Fields) -> None:
+    """Raise `UserError` for a setting that a run in `folder` cannot change."""
+    for name, (before, now) in fields.items():
+        group = name.split(".")[0]
+        if group != "train" and not group.endswith("optim") and with_effect({name: (before, now)}):
+            raise UserError(
+                f"{name}={now} does not fit the run in {plain(folder)}, which has {name}={before}: "
+                "leave it out, or choose another --out."
+            )
+
+
+def record(
+    folder: Path, stages: list[Stage], fields: Fields, changes: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The changes of a run in `folder`, with `fields` from where it stands now.
+
+    Raises:
+        UserError: the run is finished, so that they would have no effect.
+    """
+    fields = with_effect(fields)
+    if not fields:
+        return changes
+    for stage in reversed(stages):
+        path = state_path(folder, stage, stages)
+        if path.exists():
+            break
+    else:
+        return changes  # nothing was trained with the settings before
+    state, train = load_state(path), stage.budgeted()
+    step = int(state["step"])
+    if stage is stages[-1]:
+        spent = train.spent(step, float(state.get("seconds", 0)), step * train.batch_size)
+        if spent >= 1:
+            name, (before, now) = next(iter(fields.items()))
+            raise UserError(
+                f"The run in {plain(folder)} has spent its budget ({step} steps of {stage.name}), "
+                f"so {name}={now} (it has {before}) would have no effect: give a larger budget, or "
+                "choose another --out."
+            )
+    pairs = {name: list(pair) for name, pair in fields.items()}
+    return [*changes, {"stage": stage.name, "step": step, "fields": pairs}]

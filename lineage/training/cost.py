@@ -1,0 +1,67 @@
+"""What training has cost so far: `cost.json` of a run folder, written with every checkpoint.
+
+{stage: {"steps", "pictures", "seconds", "cpu_seconds", "pictures_per_second",
+         "peak_memory_bytes", "device", "finished"}}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lineage.training.log import read_log
+from lineage.training.loop import Trainer
+from lineage.training.machine import peak_memory
+from lineage.training.store import read_json_object, write_json
+
+NUMBERS = ("steps", "pictures", "seconds", "cpu_seconds", "pictures_per_second")
+
+
+def read_cost(folder: Path) -> dict[str, dict[str, Any]]:
+    """The cost of each stage; from the log, without memory, if `cost.json` is missing or broken."""
+    saved = read_json_object(folder / "cost.json")
+    if saved and all(_is_cost(entry) for entry in saved.values()):
+        return saved
+    last = {line["stage"]: line for line in read_log(folder / "metrics.jsonl")}
+    entries = {
+        stage: {
+            "steps": line["step"],
+            "pictures": line.get("pictures", 0),
+            "seconds": line.get("seconds", 0.0),
+            "cpu_seconds": line.get("cpu_seconds", 0.0),
+            "pictures_per_second": line.get("pictures_per_second", 0.0),
+            "peak_memory_bytes": 0,
+            "device": "",
+            "finished": False,
+        }
+        for stage, line in last.items()
+    }
+    return {stage: entry for stage, entry in entries.items() if _is_cost(entry)}
+
+
+def _is_cost(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(name), (int, float)) for name in (*NUMBERS, "peak_memory_bytes")
+    )
+
+
+def write_cost(folder: Path, trainer: Trainer) -> None:
+    """Bring the entry of the trainer's stage up to date."""
+    cost = read_cost(folder)
+    before = cost.get(trainer.stage, {})
+    finished = trainer.spent() >= 1
+    if before.get("steps") == trainer.step and before.get("finished") == finished:
+        return  # a finished run that was resumed has trained nothing
+    pictures = trainer.step * trainer.batch_size
+    peak = peak_memory(trainer.device)
+    cost[trainer.stage] = {
+        "steps": trainer.step,
+        "pictures": pictures,
+        "seconds": round(trainer.seconds, 3),
+        "cpu_seconds": round(trainer.cpu_seconds, 3),
+        "pictures_per_second": round(pictures / max(1e-9, trainer.seconds), 2),
+        "peak_memory_bytes": max(peak, before.get("peak_memory_bytes", 0)),
+        "device": trainer.device.type,
+        "finished": finished,
+    }
+    write_json(folder / "cost.json", cost)
