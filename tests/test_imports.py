@@ -139,5 +139,16 @@ def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
 
 def test_every_part_has_rules() -> None:
     """A new package must be given its rules."""
-    top = {"", "__main__", "cli", "plan", "runs", "recipes", "evaluation", "comparison", "official"}
+    top = {
+        "",
+        "__main__",
+        "cli",
+        "plan",
+        "resume",
+        "runs",
+        "recipes",
+        "evaluation",
+        "comparison",
+        "official",
+    }
     assert {part_of(name_of(path)) for path in FILES} - top <= set(MAY)

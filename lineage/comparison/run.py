@@ -180,7 +180,7 @@ def _check_existing(folder: Path, config: RunConfig) -> None:
 
 def _train(key: str, flags: Sequence[str]) -> None:
     """Train one system in a process of its own, or continue its run."""
-    command = [sys.executable, "-m", "lineage.comparison.child", "train", key, *flags]
+    command = [sys.executable, "-m", "lineage.cli.child", "train", key, *flags]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
     def terminate(number: int, frame: object) -> None:

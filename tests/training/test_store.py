@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from lineage.errors import UserError
+from lineage.files import write_bytes
 from lineage.training.log import Log, read_log
 from lineage.training.store import (
     load_state,
@@ -20,11 +23,13 @@ from lineage.training.store import (
     read_json,
     save_state,
     save_tensors,
-    write_bytes,
+    unseal_state,
+    unseal_tensors,
     write_json,
 )
 
 STATE: dict[str, Any] = {
+    "stage": "model",
     "step": 3,
     "weights": {"a": torch.arange(4.0)},
     "groups": {"g": {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "ema_decay": None}},
@@ -229,3 +234,44 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     log.write(line("one", 6))
     assert [entry["step"] for entry in read_log(path)] == [5, 6]
     assert read_log(tmp_path / "absent.jsonl") == []
+
+
+@pytest.mark.parametrize("kind", ["tensors", "state"])
+def test_a_flipped_bit_is_never_read(kind: str, tmp_path: Path) -> None:
+    """Wherever it is; and a file without a hash, as older versions wrote it, is read."""
+    path = tmp_path / kind
+    tensors = {"a": torch.randn(50)}
+    read: Callable[[Path], dict[str, Any]]
+    if kind == "tensors":
+        read = load_tensors
+        save_tensors(path, tensors)
+    else:
+        read = load_state
+        save_state(path, {**STATE, "weights": tensors})
+    whole = path.read_bytes()
+    for position in range(0, len(whole), max(1, len(whole) // 60)):
+        changed = bytearray(whole)
+        changed[position] ^= 4
+        path.write_bytes(changed)
+        try:
+            value = read(path)
+        except UserError:
+            continue
+        back = value if kind == "tensors" else value["weights"]
+        assert torch.equal(back["a"], tensors["a"]), position
+    unseal = unseal_tensors if kind == "tensors" else unseal_state
+    path.write_bytes(unseal(whole))
+    back = read(path)
+    assert torch.equal((back if kind == "tensors" else back["weights"])["a"], tensors["a"])
+
+
+def test_a_compressed_state_is_refused(tmp_path: Path) -> None:
+    """A few bytes of it may fill the memory."""
+    save_state(tmp_path / "state.pt", STATE)
+    with zipfile.ZipFile(tmp_path / "state.pt") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match="compressed"):
+        load_state(tmp_path / "bomb.pt")

@@ -1,4 +1,4 @@
-"""`python -m lineage.comparison.child ARGUMENTS`: a `lineage` command that ends with its parent.
+"""`python -m lineage.cli.child ARGUMENTS`: a `lineage` command that ends with its parent.
 
 The parent holds the other end of standard input. When that is closed, however the parent ended,
 the command is asked to stop, saves, and ends.
