@@ -382,7 +382,8 @@ def main() -> None:
     out = options.out.resolve()
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # its thread does not survive a fork
-    made_by = {"command": "OMP_NUM_THREADS=1 python benchmarks/faults.py", "machine": machine()}
+    command_line = shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]])
+    made_by = {"command": f"OMP_NUM_THREADS=1 {command_line}", "machine": machine()}
     write_json(out, {**measure(options.systems, options.stride), "made_by": made_by})
 
 
