@@ -1,10 +1,12 @@
 """Text at the edges: from file names, files and arguments, and to terminals and files.
 
-    decoded    bytes of a text file -> text
-    valid      any text -> text that can be written as UTF-8
-    plain      any text -> text that a terminal, a log or a page shows as it is
-    same_name  the key by which two file names are one
-    protect    make the standard streams write every text, in any encoding
+    decoded      bytes of a text file -> text
+    well_formed  any text -> text that can be written as UTF-8
+    valid        the same, without the character 0
+    plain        any text -> text that a terminal, a log or a page shows as it is
+    escaped      any text -> ASCII
+    same_name    the key by which two file names are one
+    protect      while it holds, the standard streams take every text and survive a lost reader
 
 Python holds the bytes of a name or an argument that is not UTF-8 as lone surrogates
 (`surrogateescape`), and a terminal obeys control characters. Both end here.
@@ -13,10 +15,14 @@ Python holds the bytes of a name or an argument that is not UTF-8 as lone surrog
 from __future__ import annotations
 
 import codecs
+import contextlib
+import errno
 import io
+import os
 import sys
 import unicodedata
-from typing import TextIO
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -43,10 +49,14 @@ def decoded(raw: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for each character that UTF-8 cannot hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def valid(text: str) -> str:
-    """`text` with U+FFFD for each character that UTF-8 cannot hold, and without the character 0."""
-    joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return joined.replace("\0", REPLACEMENT)
+    """`well_formed` text without the character 0."""
+    return well_formed(text).replace("\0", REPLACEMENT)
 
 
 def plain(text: object) -> str:
@@ -63,10 +73,10 @@ def _shown(char: str) -> str:
         return f"\\x{code - 0xDC00:02x}"
     if char not in _HIDDEN and unicodedata.category(char) not in ("Cc", "Cs"):
         return char
-    return char.encode("ascii", "backslashreplace").decode() if code > 127 else _escaped(code)
+    return escaped(char) if code > 127 else _control(code)
 
 
-def _escaped(code: int) -> str:
+def _control(code: int) -> str:
     return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code, f"\\x{code:02x}")
 
 
@@ -75,13 +85,106 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def protect() -> None:
-    """Let standard output and error write any text: what their encoding lacks is escaped."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+def escaped(text: str) -> str:
+    """`text` with `\\xe9`, `\\u4e2d` and the like for all that is not ASCII."""
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def holds_unicode(stream: TextIO) -> bool:
     """Whether the stream's encoding has every character."""
     return (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
+
+
+# --- standard streams -----------------------------------------------------------------------------
+
+
+class OutputError(Exception):
+    """Standard output cannot be written; `reason` says why."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(reason.strerror or str(reason))
+        self.reason = reason
+
+    @property
+    def unread(self) -> bool:
+        """Whether the reader has gone, as in `lineage list | head -1`."""
+        return isinstance(self.reason, BrokenPipeError)
+
+
+class _Diagnostics:
+    """Standard error: what nobody can read is dropped, so that no work ends for a progress bar."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as the process does
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        """Send what is still in the stream's buffer, and all that follows, nowhere."""
+        with contextlib.suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Output(_Diagnostics):
+    """Standard output: what cannot be written raises `OutputError`."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        super().__init__(stream)
+        self._closed = stream is None
+
+    def write(self, text: str) -> int:
+        if self._closed:
+            raise OutputError(OSError(errno.EBADF, "it is closed"))
+        return super().write(text)
+
+    def _fail(self, error: OSError) -> None:
+        super()._fail(error)
+        raise OutputError(error) from None
+
+
+@contextlib.contextmanager
+def protect() -> Iterator[None]:
+    """Within this context, the standard streams take any text, and nobody need read them.
+
+    What their encoding lacks is escaped. What standard error cannot write is dropped; what standard
+    output cannot write raises `OutputError`.
+    """
+    _open_closed_descriptors()
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout = cast(TextIO, _Output(sys.stdout))
+    sys.stderr = cast(TextIO, _Diagnostics(sys.stderr))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _open_closed_descriptors() -> None:
+    """Give closed standard streams a descriptor: a file that is opened later must not be theirs."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)  # also makes it one that child processes inherit
+            if null != number:
+                os.close(null)

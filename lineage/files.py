@@ -1,5 +1,6 @@
 """Files at the edges: reading what a stranger wrote, and writing whole files or none.
 
+expanded       a path with its `~`, wherever it comes from
 read_regular   bytes of a regular file of bounded size
 write_bytes    a file, all of it or nothing
 check_output   that a file can be written, before the work whose result it is to hold
@@ -19,6 +20,15 @@ from types import TracebackType
 
 from lineage.characters import plain
 from lineage.errors import UserError
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` as the home folder, or as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
 
 # --- reading --------------------------------------------------------------------------------------
 

@@ -137,8 +137,9 @@ def check_checkpoints(folder: Path, stages: list[Stage]) -> None:
         if stage.system is None or not path.exists():
             continue
         weights = load_state(path)["weights"]
-        saved = {name: tensor.shape for name, tensor in weights.items()}
-        sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
+        saved = {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+        own = stage.system.state_dict()
+        sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
         if saved != sizes:
             name = min(n for n, _ in saved.items() ^ sizes.items())
             raise UserError(

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lineage.fonts import SIZE, Lettering, clusters
+
 _MARGIN = 10
-_FONT_SIZE = 13  # pixels
-_LINE = _FONT_SIZE + 4
+_LINE = SIZE + 4  # pixels from one line of text to the next
 _MAX_LINES = 5  # of a caption; a longer one ends in an ellipsis
 
 
@@ -33,8 +34,8 @@ def sheet(
     pictures = [picture(image, side) for image in images]
     cell = max(side, *(p.width for p in pictures))
     columns = min(columns, len(pictures))
-    font = ImageFont.load_default(_FONT_SIZE)
-    texts = [wrap(caption, font, cell) for caption in captions]
+    letterings = [Lettering(caption) for caption in captions]
+    texts = [wrap(lettering, cell) for lettering in letterings]
     rows = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
     heights = [cell + _LINE * max(len(texts[i]) for i in row) + 2 * _MARGIN for row in rows]
     size = (columns * (cell + _MARGIN) + _MARGIN, sum(heights) + _MARGIN)
@@ -46,7 +47,7 @@ def sheet(
             left = _MARGIN + column * (cell + _MARGIN)
             canvas.paste(pictures[i], (left + (cell - pictures[i].width) // 2, top))
             for number, text in enumerate(texts[i]):
-                draw.text((left, top + cell + 4 + number * _LINE), text, fill="black", font=font)
+                letterings[i].draw(draw, left, top + cell + 4 + number * _LINE, text)
         top += height
     return canvas
 
@@ -59,23 +60,27 @@ def rows_sheet(rows: Sequence[Sequence[tuple[str, Tensor]]], side: int = 128) ->
     return sheet([image for _, image in cells], [label for label, _ in cells], columns, side)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def wrap(lettering: Lettering, width: int) -> list[str]:
     """A caption in lines no wider than `width` pixels; wider words are broken."""
     lines = [""]
-    for word in text.split():
+    for word in lettering.text.split():
         joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
+        if lettering.length(joined) <= width:
             lines[-1] = joined
             continue
         lines.append("")
-        for letter in word:
-            if font.getlength(lines[-1] + letter) > width:
+        for cluster in clusters(word):
+            if lettering.length(lines[-1] + cluster) > width:
                 lines.append("")
-            lines[-1] += letter
+            lines[-1] += cluster
+            if len(lines) > _MAX_LINES + 2:  # the first may be empty, and the last is not shown
+                break
+        if len(lines) > _MAX_LINES + 2:
+            break
     lines = [line for line in lines if line] or [""]
     if len(lines) <= _MAX_LINES:
         return lines
-    last = lines[_MAX_LINES - 1]
-    while last and font.getlength(last + "...") > width:
-        last = last[:-1]
-    return [*lines[: _MAX_LINES - 1], last.rstrip() + "..."]
+    last = clusters(lines[_MAX_LINES - 1])
+    while last and lettering.length("".join(last) + "...") > width:
+        last.pop()
+    return [*lines[: _MAX_LINES - 1], "".join(last).rstrip() + "..."]

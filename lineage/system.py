@@ -111,11 +111,13 @@ class System(Trainable):
 
     Attributes:
         size: S, side of the pictures in pixels.
+        text_len: Number of the words' vectors that the system uses; None for all.
         sample_batch_size: Number of pictures that `generate` draws at once.
     """
 
     text: TextEncoder
     size: int
+    text_len: int | None = None
     sample_batch_size: int = 64
 
     @abstractmethod

@@ -19,7 +19,6 @@ and nothing else.
 from __future__ import annotations
 
 import inspect
-import os
 import signal
 import sys
 import threading
@@ -29,6 +28,7 @@ from typing import Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from lineage import __version__, catalog
+from lineage.characters import OutputError, plain, protect
 from lineage.cli import data, official, sample, score, train
 from lineage.cli.arguments import Flag, commands, print_json, sentence
 from lineage.errors import UserError
@@ -52,24 +52,35 @@ app = App(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    code = 0
+    with protect():
+        try:
+            code = _run(sys.argv[1:] if arguments is None else list(arguments))
+            sys.stdout.flush()  # a reader that has gone is noticed here and not when Python ends
+        except OutputError as error:
+            if not error.unread:
+                _say(f"Standard output cannot be written ({error}): send it to another file.")
+                return 2
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command and say what went wrong; returns the exit code."""
     try:
         _let_signals_interrupt()
-        command, bound = _parse(sys.argv[1:] if arguments is None else list(arguments))
-        code = command(*bound.args, **bound.kwargs) or 0
-        sys.stdout.flush()  # a closed pipe is noticed here and not when Python ends
-        return code
+        command, bound = _parse(arguments)
+        return command(*bound.args, **bound.kwargs) or 0
     except UserError as error:
-        print(f"lineage: {error}", file=sys.stderr)
+        _say(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("lineage: interrupted; what was saved before is whole.", file=sys.stderr)
+        _say("interrupted; what was saved before is whole.")
         return 130
-    except BrokenPipeError:  # `lineage list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as end:  # of --help and --version
+        return int(end.code or 0)
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        print(f"lineage: {error.strerror or error}:{where}.", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        _say(f"{error.strerror or error}{where}.")
         return 2
 
 
@@ -80,6 +91,10 @@ def _let_signals_interrupt() -> None:
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, signal.default_int_handler)
+
+
+def _say(sentence: object) -> None:
+    print(f"lineage: {plain(sentence)}", file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> tuple[Callable[..., int | None], inspect.BoundArguments]:
@@ -131,4 +146,4 @@ def install_completion(*, shell: Literal["bash", "zsh", "fish"] | None = None) -
         path = app.install_completion(shell=shell)
     except ShellDetectionError:
         raise UserError("The shell is not known: add --shell bash, zsh or fish.") from None
-    print(f"{path}: written; it works in new shells")
+    print(f"{plain(path)}: written; it works in new shells")

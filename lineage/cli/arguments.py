@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from cyclopts import (
 )
 
 from lineage import catalog
+from lineage.characters import holds_unicode, plain
 from lineage.errors import UserError, nearest
 
 # --- types ----------------------------------------------------------------------------------------
@@ -67,7 +69,10 @@ def settings_of(items: Sequence[str] | None) -> dict[str, str]:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print one JSON document, with `\\u` escapes where the terminal would not show a character."""
+    readable = holds_unicode(sys.stdout)
+    text = json.dumps(value, indent=2, ensure_ascii=not readable)
+    print("".join(c if c == "\n" or plain(c) == c else json.dumps(c)[1:-1] for c in text))
 
 
 # --- faults ---------------------------------------------------------------------------------------

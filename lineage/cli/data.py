@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cyclopts import App, Group
 
+from lineage.characters import plain
 from lineage.cli.arguments import Count, Flag, Whole, print_json
 from lineage.errors import UserError
 
@@ -42,7 +43,7 @@ def data_show(
 
     dataset = load_dataset(spec, split, size, seed)
     save_picture(contact_sheet(dataset, count, columns), out)
-    print(f"{out}: {min(count, len(dataset))} of {len(dataset):,} pictures of {spec}")
+    print(plain(f"{out}: {min(count, len(dataset))} of {len(dataset):,} pictures of {spec}"))
 
 
 @data.command(name="check")
@@ -55,14 +56,18 @@ def data_check(spec: str, /, *, size: Count = 32, json: Flag = False) -> None:
         json: If true, print one JSON document.
     """
     from lineage.data.tools import check
+    from lineage.text.tokenizer import default_limits
 
-    report = check(spec, size)
+    report = check(spec, size, default_limits())
     if json:
         print_json(report)
     else:
-        print(f"{spec}: {report['loaded']:,} pictures, {report['captions']:,} captions")
+        print(f"{plain(spec)}: {report['loaded']:,} pictures, {report['captions']:,} captions")
+        for limit, number in report["cut"].items():
+            if number:
+                print(f"  longer than {limit}, which is all that encoders read: {number:,}")
         for skipped in report["skipped"]:
-            print(f"  left out {skipped['path']}: {skipped['reason']}")
+            print(plain(f"  left out {skipped['path']}: {skipped['reason']}"))
     if not report["loaded"]:
         raise UserError(f"{spec} holds no picture with a caption that can be read.")
 
@@ -92,4 +97,4 @@ def data_export(
     from lineage.data.tools import export
 
     written = export(load_dataset(spec, split, size, seed), out, count)
-    print(f"{out}: {written:,} pictures in imagefolder form")
+    print(plain(f"{out}: {written:,} pictures in imagefolder form"))

@@ -20,6 +20,14 @@ from lineage.sheets import rows_sheet
 from lineage.system import System, Visualises
 
 
+def unread_text(system: System, captions: list[str]) -> list[str]:
+    """What the system does not read in the captions, or has no token for, in a few words each."""
+    ends = [system.text.overflow(caption, system.text_len) for caption in dict.fromkeys(captions)]
+    notes = [f"not read, beyond {end.limit}: {end.text}" for end in ends if end is not None]
+    unknown = system.text.unknown(captions, system.text_len)
+    return [*notes, *([f"unknown words: {', '.join(unknown)}"] if unknown else [])]
+
+
 def draw(
     system: System,
     captions: list[str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lineage.characters import plain
 from lineage.cli.arguments import Flag, Key
 
 
@@ -31,5 +32,5 @@ def import_weights(key: Key, files: list[Path], /, *, out: Path) -> None:
     from lineage.official.importing import import_weights
 
     if note := import_weights(key, files, out):
-        print(f"lineage: {note}", file=sys.stderr)
-    print(out)
+        print(f"lineage: {plain(note)}", file=sys.stderr)
+    print(plain(out))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lineage.characters import plain
 from lineage.cli.arguments import Count, Flag, Settings, Whole, settings_of
 from lineage.errors import UserError
 
@@ -57,11 +58,11 @@ def sample(
     if scorer is not None and best_of is None:
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
     system = runs.load(run, device)
-    if unknown := system.text.unknown(captions):
-        print(f"lineage: unknown words: {', '.join(unknown)}", file=sys.stderr)
+    for sentence in drawing.unread_text(system, captions):
+        print(f"lineage: {plain(sentence)}", file=sys.stderr)
     if visualise:
         runs.save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
-        print(out)
+        print(plain(out))
         return
     values = drawing.options_of(system, settings_of(options), files)
     captions = [caption for caption in captions for _ in range(count)]
@@ -78,7 +79,7 @@ def sample(
         for number, one in enumerate(images):
             path = out.with_name(f"{out.stem}_{number:03d}{out.suffix or '.png'}")
             runs.save_picture(picture(one), path)
-            print(path)
+            print(plain(path))
     else:
         runs.save_picture(sheet(list(images), captions, count if count > 1 else 8), out)
-        print(out)
+        print(plain(out))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from lineage.characters import plain
 from lineage.cli.arguments import (
     Count,
     Flag,
@@ -119,4 +120,4 @@ def compare(
         device=device,
         settings=settings_of(settings),
     )
-    print(report)
+    print(plain(report))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from lineage.characters import plain
 from lineage.cli.arguments import (
     Count,
     Flag,
@@ -65,4 +67,5 @@ def train(
         settings=settings_of(settings),
         stages_from=pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae"),
     )
-    print(f'{folder}: trained; draw with: lineage sample {folder} "a caption"')
+    place = shlex.quote(str(folder))
+    print(plain(f'{folder}: trained; draw with: lineage sample {place} "a caption"'))

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lineage.characters import well_formed
 from lineage.evaluation.run import Failure
 from lineage.evaluation.table import score_tables
 from lineage.files import write_bytes
@@ -28,7 +29,8 @@ from lineage.system import LabelledImage
 from lineage.units import as_seconds
 
 _INK = "#0a0b0c"  # replaced by the page's own text colour
-_LINES = ("#3b7ddd", "#d9822b", "#2f9e6e", "#b0569f", "#8a8f2a", "#7a5cc9")
+_COLOURS = ("#3b7ddd", "#d9822b", "#2f9e6e", "#b0569f", "#8a8f2a", "#7a5cc9")
+_DASHES = ("-", "--", ":", "-.")
 
 MAX_TERMS = 12  # curves in one figure; beyond, the sum of each group's terms
 MAX_FAILURES = 12  # failed pictures of a system on the page
@@ -80,7 +82,7 @@ def write_report(
         bars=bars(summary["scores"], summary["order"]),
         tables=score_tables(summary["scores"]),
     )
-    write_bytes(path, page.encode())
+    write_bytes(path, well_formed(page).encode())
 
 
 def bars(scores: dict[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
@@ -136,9 +138,10 @@ def curve(log: list[dict[str, Any]]) -> Markup | None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lineage", "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
-        for name, colour in zip(names, _LINES * 9, strict=False):
+        for number, name in enumerate(names):
             points = [(m, line[name]) for m, line in zip(minutes, log, strict=True) if name in line]
-            axes.plot(*zip(*thinned(points), strict=True), label=name, color=colour, linewidth=1.2)
+            colour, dash = line_style(number)
+            axes.plot(*zip(*thinned(points), strict=True), dash, label=name, color=colour, lw=1.2)
         if all(line.get(name, 1) > 0 for line in log for name in names):
             axes.set_yscale("log")
         axes.set_xlabel("minutes of training", color=_INK)
@@ -147,11 +150,25 @@ def curve(log: list[dict[str, Any]]) -> Markup | None:
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(_INK)
-        figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK, fontsize=7)
+        longest = max(map(len, names))  # of 331 points, a letter needs about 4.5 and a line 45
+        figure.legend(
+            loc="outside upper left",
+            ncols=min(3, max(1, round(331 // (45 + 4.5 * longest)))),
+            handlelength=3,
+            frameon=False,
+            labelcolor=_INK,
+            fontsize=7,
+        )
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     return Markup(svg[svg.index("<svg") :].replace(_INK, "currentColor"))
+
+
+def line_style(number: int) -> tuple[str, str]:
+    """Colour and dash of a curve: 24 pairs, and neighbours differ in both."""
+    colours, dashes = len(_COLOURS), len(_DASHES)
+    return _COLOURS[number % colours], _DASHES[(number + number // colours) % dashes]
 
 
 def _group_sums(

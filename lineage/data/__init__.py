@@ -19,12 +19,14 @@ each picture), `tools` (contact sheet, check, export).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped
 from lineage.errors import UserError, nearest
+from lineage.files import expanded
 
 __all__ = ["KINDS", "Batch", "CaptionedDataset", "Example", "Skipped", "load_dataset", "parse_spec"]
 
@@ -93,8 +95,8 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return kind, rest
     if kind in KINDS and colon:
         raise UserError(f"{spec!r} lacks a folder; write {kind}:PATH.")
-    path = Path(spec).expanduser()
-    if spec and path.exists():
+    path = expanded(spec)
+    if spec and os.path.exists(path):  # false, too, for a name that no file can have
         return recognise(path), spec
     if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", kind):
         raise UserError(f"There is no kind of data set {kind!r}: {nearest(kind, KINDS)}")
@@ -110,9 +112,14 @@ def recognise(path: Path) -> str:
     """
     if not path.is_dir():
         raise UserError(f"{str(path)!r} is a file; name the folder that contains it.")
-    from lineage.data.imagefolder import has_metadata, misnamed_metadata
+    from lineage.data.folder import count_pairs
+    from lineage.data.imagefolder import count_listed
+    from lineage.data.pictures import list_files
+    from lineage.data.tables import is_misnamed, is_table
 
-    if has_metadata(path):
-        return "imagefolder"
-    # The reader of metadata explains a misnamed metadata file better.
-    return "imagefolder" if misnamed_metadata(path) and not any(path.rglob("*.txt")) else "folder"
+    files = list_files(path, [])
+    pairs = count_pairs(files)
+    if pairs:  # a table beside texts has to list as many pictures as the texts do
+        return "imagefolder" if count_listed(path, files) >= pairs else "folder"
+    # The reader of tables explains a misnamed one better.
+    return "imagefolder" if any(is_table(f) or is_misnamed(f) for f in files) else "folder"

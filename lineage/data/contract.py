@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineage.characters import plain
+
 
 @dataclass(frozen=True)
 class Example:
@@ -96,10 +98,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that was left out, and the reason, in words that say how to repair it."""
+    """A file that was left out, and the reason, in words that say how to repair it.
+
+    Both are as a terminal can show them: control characters and bytes that are not UTF-8 are
+    escaped.
+    """
 
     path: str
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("path", "reason"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
 
 def to_unit(image: Tensor) -> Tensor:

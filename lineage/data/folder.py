@@ -4,18 +4,21 @@
     dogs/rex.txt      its captions in UTF-8, one on each line that is not blank
 
 Folders may be nested. An example's id is its path without the suffix, `dogs/rex`, so that equal
-names in different folders do not collide. All examples belong to the split `train`. Hidden files
-and files of other kinds are ignored.
+names in different folders do not collide. Bytes of a name that are not UTF-8 are escaped in the id.
+A picture and its text may write accents in different ways (`è` as one character or as two). All
+examples belong to the split `train`. Hidden files and files of other kinds are ignored.
 
-Left out and reported: a picture without a text, a text without a picture, a text that is empty or
-not UTF-8, a picture that cannot be decoded, and a second picture with the same id (`rex.png` beside
-`rex.jpg`).
+Left out and reported: a picture without a text, a text without a picture, a text that is empty, too
+large or not UTF-8, a picture that cannot be decoded, a second picture with the same id (`rex.png`
+beside `rex.jpg`), a table of metadata, and a folder that cannot be opened.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
+from lineage.characters import decoded, same_name
 from lineage.data.contract import Skipped
 from lineage.data.pictures import (
     PictureDataset,
@@ -24,7 +27,13 @@ from lineage.data.pictures import (
     is_picture,
     list_files,
     open_root,
+    unique_ids,
 )
+from lineage.data.tables import is_misnamed, is_table
+from lineage.files import read_regular
+
+MAX_BYTES = 1_000_000
+"""Largest size of a text file with captions."""
 
 LAYOUT_HINT = (
     "put a text file of the same name beside each picture (cat.png and cat.txt, one caption a "
@@ -48,26 +57,60 @@ def read(root: Path, skipped: list[Skipped]) -> list[Record]:
     """Records of a folder, sorted by id; files that are left out are added to `skipped`."""
     files = list_files(root, skipped)
     pictures = _by_key([f for f in files if is_picture(f)], "picture", skipped)
-    texts = _by_key([f for f in files if f.lower().endswith(".txt")], "text", skipped)
-    for key in sorted(texts.keys() - pictures.keys()):
+    texts = _by_key([f for f in files if _is_text(f)], "text", skipped)
+    pairs = _pairs(pictures, texts)
+    for key in sorted(texts.keys() - set(pairs.values())):
         skipped.append(Skipped(texts[key], "a text without a picture of the same name"))
-    records = []
+    for file in files:
+        if is_table(file) or is_misnamed(file):
+            reason = "a table is not read where texts hold the captions"
+            hint = "; write imagefolder:PATH to read it instead" if is_table(file) else ""
+            skipped.append(Skipped(file, reason + hint))
+    paths, captions = [], []
     for key, picture in sorted(pictures.items()):
-        if key not in texts:
+        if key not in pairs:
             name = PurePosixPath(key).name
             skipped.append(Skipped(picture, f"a picture without captions: {name}.txt is missing"))
-            continue
-        captions = _captions(root, texts[key], skipped)
-        if captions:
-            records.append(Record(key, picture, captions))
-    return records
+        elif own := _captions(root, texts[pairs[key]], skipped):
+            paths.append(picture)
+            captions.append(own)
+    ids = unique_ids([_key(path) for path in paths])
+    return [Record(*fields) for fields in zip(ids, paths, captions, strict=True)]
+
+
+def count_pairs(files: Iterable[str]) -> int:
+    """Number of pictures among the files that have a text of the same name."""
+    texts = {same_name(_key(f)) for f in files if _is_text(f)}
+    return sum(same_name(_key(f)) in texts for f in files if is_picture(f))
+
+
+def _is_text(path: str) -> bool:
+    return path.lower().endswith(".txt")
+
+
+def _key(path: str) -> str:
+    """Path without its suffix."""
+    return str(PurePosixPath(path).with_suffix(""))
+
+
+def _pairs(pictures: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, str]:
+    """Key of the text for the key of each picture that has one.
+
+    Where no text has exactly the picture's name, one with its accents written in another way fits.
+    """
+    pairs = {key: key for key in pictures if key in texts}
+    others = {same_name(key): key for key in texts if key not in pairs}
+    for key in pictures:
+        if key not in pairs and same_name(key) in others:
+            pairs[key] = others.pop(same_name(key))
+    return pairs
 
 
 def _by_key(paths: list[str], what: str, skipped: list[Skipped]) -> dict[str, str]:
     """Paths by their path without suffix: the first of each; the others are reported."""
     by_key: dict[str, str] = {}
     for path in paths:
-        key = str(PurePosixPath(path).with_suffix(""))
+        key = _key(path)
         if key in by_key:
             name = PurePosixPath(by_key[key]).name
             skipped.append(Skipped(path, f"a second {what} of the same name; {name} is used"))
@@ -79,7 +122,7 @@ def _by_key(paths: list[str], what: str, skipped: list[Skipped]) -> dict[str, st
 def _captions(root: Path, path: str, skipped: list[Skipped]) -> tuple[str, ...]:
     """Captions in a text file; if it has none, the reason is added to `skipped`."""
     try:
-        text = (root / path).read_text(encoding="utf-8-sig")  # any line ending arrives as \n
+        text = decoded(read_regular(root / path, MAX_BYTES))
     except UnicodeDecodeError as error:
         reason = f"the captions are not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
         skipped.append(Skipped(path, reason))

@@ -7,35 +7,38 @@ or
     train/a.png
     test/metadata.jsonl  ...
 
-`file_name` is relative to its metadata file. Captions are read from the columns `text`, `caption`,
-`captions`, `prompt`, `text_0`, `caption_0` and so on, and `alt_texts`, in this order; each holds a
-string or a list of strings. The captions of several rows of one picture are joined.
+`file_name` is relative to its metadata file, which may lie in any folder of the set; an absolute
+path inside the folder is taken too. Accents may be written in it as one character or as two.
+
+Captions are read from the columns `text`, `caption`, `captions`, `prompt`, `text_0`, `caption_0`
+and so on, and `alt_texts`, in this order; each holds a string, a number or a list of strings. The
+captions of several rows of one picture are joined.
 
 The split of a picture is its row's `split`; else the first folder of its path that has the name of
 a split (`train`, `validation` or `val`, `valid`, `dev`, `test`); else `train`. The column `label`
 becomes the label if it has a whole number in every row. All other columns go into `Example.meta`;
 an object in the column `meta`, as exported data sets have it, is merged into it.
 
-An example's id is its path without the suffix, or with it where two paths differ in nothing else.
+An example's id is its path without the suffix, or with it where two paths differ in nothing else;
+bytes that are not UTF-8 are escaped in it.
 
-Left out and reported: a row that is not a JSON object, or has no `file_name`, no caption, or a path
-outside the folder; a row whose picture is missing or broken, or that puts a picture into a second
-split; a picture that no row names.
+Left out and reported: a row that cannot be read, or has no `file_name`, no caption, a path outside
+the folder or a label of more than 64 bits; a row whose picture is missing or broken, or that puts a
+picture into a second split; a picture that no row names; a table under a name that is not read.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lineage.characters import plain, same_name
 from lineage.data.contract import Skipped
 from lineage.data.pictures import (
     SPLIT_NAMES,
@@ -46,12 +49,13 @@ from lineage.data.pictures import (
     list_files,
     open_root,
     split_name,
+    unique_ids,
 )
+from lineage.data.tables import Row, is_misnamed, is_table, read_table, why_misnamed
 from lineage.errors import UserError
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
-NUMBERED = re.compile(r"(?:caption|text)_(\d+)")
+NUMBERED = re.compile(r"(?:caption|text)_([0-9]{1,9})")
 ALTERNATIVES = "alt_texts"  # read last, because evaluation uses the first caption
 ALL_COLUMNS = (*CAPTION_COLUMNS, "caption_0 ...", "text_0 ...", ALTERNATIVES)
 
@@ -59,21 +63,6 @@ LAYOUT_HINT = (
     "the folder needs a metadata.jsonl with a line for each picture, such as "
     '{"file_name": "images/a.png", "text": "a red kite"}.'
 )
-
-
-@dataclass
-class Row:
-    """One row of a metadata file.
-
-    Attributes:
-        where: File and line, for messages.
-        folder: Folder of the metadata file, relative to the root.
-        values: Cells by column.
-    """
-
-    where: str
-    folder: str
-    values: dict[str, Any]
 
 
 @dataclass
@@ -99,22 +88,12 @@ def load(path: str, split: str = "train", size: int = 32) -> PictureDataset:
     return PictureDataset(f"imagefolder:{path}", root, records, split, size, skipped, LAYOUT_HINT)
 
 
-def has_metadata(root: Path) -> bool:
-    """Whether the folder, or one directly below it, contains metadata."""
-    return any(
-        (folder / name).is_file()
-        for folder in (root, *(f for f in sorted(root.iterdir()) if f.is_dir()))
-        for name in METADATA
-    )
-
-
-def misnamed_metadata(root: Path) -> list[str]:
-    """Files in the folder, or one level below, that were probably meant to be the metadata."""
-    return sorted(
-        f.relative_to(root).as_posix()
-        for f in (*root.glob("*"), *root.glob("*/*"))
-        if f.is_file() and f.name.lower().startswith("metadata.") and f.name not in METADATA
-    )
+def count_listed(root: Path, files: Sequence[str]) -> int:
+    """Number of pictures that the tables among the files list with a caption."""
+    names = PictureNames(root, files)
+    rows = (row for table in files if is_table(table) for row in read_table(root, table, []))
+    paths = (names.find(row) for row in rows if _captions(row.values))
+    return len({path for path in paths if isinstance(path, str)})
 
 
 def read(root: Path, skipped: list[Skipped]) -> list[Record]:
@@ -124,102 +103,34 @@ def read(root: Path, skipped: list[Skipped]) -> list[Record]:
         UserError: There is no metadata file, or none of them has a caption column.
     """
     files = list_files(root, skipped)
-    tables = [f for f in files if PurePosixPath(f).name in METADATA]
+    tables = [f for f in files if is_table(f)]
+    misnamed = [f for f in files if is_misnamed(f)]
     if not tables:
-        raise UserError(_no_metadata(root))
-    rows = [row for table in tables for row in _rows(root, table, skipped)]
+        message = f"There is no metadata.jsonl or metadata.csv in {plain(root)}"
+        hint = f"{plain(misnamed[0])} {why_misnamed(misnamed[0])}" if misnamed else LAYOUT_HINT
+        raise UserError(f"{message}; {hint}")
+    rows = [row for table in tables for row in read_table(root, table, skipped)]
     columns = {column for row in rows for column in row.values}
     if rows and not any(_is_caption(column) for column in columns):
         raise UserError(
-            f"{tables[0]} in {root} has no column of captions: it has "
-            f"{', '.join(sorted(columns))}; name the caption column one of "
-            f"{', '.join(ALL_COLUMNS)}."
+            f"{plain(tables[0])} in {plain(root)} has no column of captions: it has "
+            f"{_listed(columns)}; name the caption column one of {', '.join(ALL_COLUMNS)}."
         )
-    named: set[str] = set()
-    entries = _entries(root, rows, named, skipped)
+    names = PictureNames(root, files)
+    entries = _entries(names, rows, skipped)
     skipped += [
         Skipped(f, "no row of the metadata names this picture")
         for f in files
-        if is_picture(f) and f not in named
+        if is_picture(f) and f not in names.found
     ]
+    skipped += [Skipped(f, f"the table is not read: it {why_misnamed(f)}") for f in misnamed]
     return _records(entries)
 
 
-def _no_metadata(root: Path) -> str:
-    message = f"There is no metadata.jsonl or metadata.csv in {root}"
-    wrong = misnamed_metadata(root)
-    if not wrong:
-        return f"{message}; {LAYOUT_HINT}"
-    if wrong[0].endswith(".parquet"):
-        return f"{message}; {wrong[0]} cannot be read, write its table as metadata.csv."
-    return (
-        f"{message}; {wrong[0]} must be named metadata.jsonl and have one JSON object on each line."
-    )
-
-
-def _rows(root: Path, table: str, skipped: list[Skipped]) -> Iterator[Row]:
-    """Rows of one metadata file."""
-    try:
-        raw = (root / table).read_bytes()
-    except OSError as error:
-        skipped.append(Skipped(table, f"the metadata cannot be read: {error.strerror}"))
-        return
-    folder = str(PurePosixPath(table).parent)
-    parse = _csv_rows if table.endswith(".csv") else _json_rows
-    for line, values in parse(raw.removeprefix(b"\xef\xbb\xbf"), table, skipped):
-        yield Row(f"{table}:{line}", folder, values)
-
-
-def _json_rows(
-    raw: bytes, table: str, skipped: list[Skipped]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line.decode("utf-8"))
-        except ValueError as error:  # of the encoding or of the JSON
-            skipped.append(Skipped(table, f"line {number} is not valid JSON: {error}"))
-            continue
-        if isinstance(values, dict):
-            yield number, values
-        else:
-            skipped.append(Skipped(table, f"line {number} is not a JSON object"))
-
-
-def _csv_rows(
-    raw: bytes, table: str, skipped: list[Skipped]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a table with a header, separated by commas, semicolons or tabs."""
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        skipped.append(
-            Skipped(table, f"the table is not UTF-8 (byte {error.start + 1}); save it as UTF-8")
-        )
-        return
-    header = text.split("\n", 1)[0]
-    separator = next((s for s in ",;\t" if s in header), ",")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    try:
-        for row in reader:
-            # Cells beyond the header have the key None; missing cells of a row, the value None.
-            yield (
-                reader.line_num,
-                {key.strip(): _cell(value or "") for key, value in row.items() if key is not None},
-            )
-    except csv.Error as error:
-        skipped.append(Skipped(table, f"line {reader.line_num} is not valid CSV: {error}"))
-
-
-def _cell(value: str) -> Any:
-    """A CSV cell; a list or an object in JSON is parsed."""
-    if value[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+def _listed(columns: Iterable[str]) -> str:
+    """Names of columns for a sentence, as many as fit."""
+    names = sorted(plain(column)[:40] for column in columns)
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def _is_caption(column: str) -> bool:
@@ -235,32 +146,78 @@ def _captions(values: dict[str, Any]) -> tuple[str, ...]:
     texts: list[str] = []
     for column in (*CAPTION_COLUMNS, *numbered, ALTERNATIVES):
         value = values.get(column)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)  # as a CSV file has it
         texts += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
     return clean_captions(texts)
 
 
-def _entries(
-    root: Path, rows: Iterable[Row], named: set[str], skipped: list[Skipped]
-) -> list[Entry]:
-    """One entry for each picture of `rows`. Every path that a row names is added to `named`."""
-    entries: dict[str, Entry] = {}
-    for row in rows:
+class PictureNames:
+    """The pictures that the rows of a folder's tables name.
+
+    Args:
+        root: Folder of the data set.
+        files: Relative paths of the files in it.
+
+    Attributes:
+        found: Every path that `find` has returned or reported as missing.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str]) -> None:
+        self.root = root
+        self.found: set[str] = set()
+        self._by_name = {same_name(path): path for path in reversed(files)}
+
+    def find(self, row: Row) -> str | Skipped:
+        """Path of the row's picture relative to the root, or why there is none."""
         name = row.values.get("file_name")
         if not isinstance(name, str) or not name.strip():
-            has = ", ".join(sorted(row.values)) or "nothing"
-            skipped.append(Skipped(row.where, f"the row has no file_name (it has {has})"))
-            continue
-        path = _inside(root, row.folder, name.strip())
-        if path is None:
-            skipped.append(Skipped(name, f"the file_name leads out of the folder ({row.where})"))
-            continue
-        named.add(path)
-        if not (root / path).is_file():
-            skipped.append(Skipped(path, f"the picture is missing ({row.where})"))
+            has = _listed(column for column in row.values if column != "file_name") or "nothing"
+            return Skipped(row.where, f"the row has no file_name (it has {has})")
+        path = name
+        try:
+            path = self._relative(row.folder, name.strip())
+            if path == ".." or path.startswith(("../", "/")) or re.match(r"[A-Za-z]:", path):
+                return Skipped(name, f"the file_name leads out of the folder ({row.where})")
+            if not os.path.lexists(self.root / path):
+                path = self._by_name.get(same_name(path), path)
+            self.found.add(path)
+            is_folder = stat.S_ISDIR(os.stat(self.root / path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return Skipped(path, f"the picture is missing ({row.where})")
+        except OSError as error:
+            return Skipped(path, f"the picture cannot be opened: {error.strerror} ({row.where})")
+        except ValueError:  # the character 0, or half a surrogate pair
+            return Skipped(path, f"no file can have this file_name ({row.where})")
+        if is_folder:
+            return Skipped(path, f"the file_name is the name of a folder ({row.where})")
+        return path
+
+    def _relative(self, folder: str, name: str) -> str:
+        """`name` as a path relative to the root; outside, it is absolute or starts with `..`."""
+        if "\\" in name and not os.path.exists(self.root / folder / name):
+            name = name.replace("\\", "/")  # written on Windows
+        if os.path.isabs(name):
+            root = os.path.abspath(self.root)
+            return os.path.relpath(name, root).replace(os.sep, "/")
+        return os.path.normpath(PurePosixPath(folder, name)).replace(os.sep, "/")
+
+
+def _entries(names: PictureNames, rows: Iterable[Row], skipped: list[Skipped]) -> list[Entry]:
+    """One entry for each picture of `rows`."""
+    entries: dict[str, Entry] = {}
+    for row in rows:
+        path = names.find(row)
+        if isinstance(path, Skipped):
+            skipped.append(path)
             continue
         captions = _captions(row.values)
         if not captions:
             skipped.append(Skipped(path, f"the row has no caption ({row.where})"))
+            continue
+        if _is_too_large(row.values.get("label")):
+            reason = f"the label is no number of 64 bits; write another number ({row.where})"
+            skipped.append(Skipped(path, reason))
             continue
         split = _split(row, path)
         entry = entries.setdefault(path, Entry(path, split))
@@ -273,15 +230,6 @@ def _entries(
         entry.captions += captions
         entry.values = row.values | entry.values
     return list(entries.values())
-
-
-def _inside(root: Path, folder: str, name: str) -> str | None:
-    """`name` as a path relative to the root, or None if it lies outside."""
-    if "\\" in name and not (root / folder / name).exists():
-        name = name.replace("\\", "/")  # written on Windows
-    path = os.path.normpath(PurePosixPath(folder, name)).replace(os.sep, "/")
-    outside = path.startswith(("../", "/")) or path == ".." or PurePosixPath(path).is_absolute()
-    return None if outside or re.match(r"[A-Za-z]:", path) else path
 
 
 def _split(row: Row, path: str) -> str:
@@ -299,26 +247,36 @@ def _records(entries: list[Entry]) -> list[Record]:
     """Records of the entries, with ids, labels and meta."""
     stems = [str(PurePosixPath(entry.path).with_suffix("")) for entry in entries]
     counts = Counter(stems)
+    paths = [
+        stem if counts[stem] == 1 else entry.path
+        for stem, entry in zip(stems, entries, strict=True)
+    ]
     labels = [_whole_number(entry.values.get("label")) for entry in entries]
     labelled = all(label is not None for label in labels)
     return [
         Record(
-            id=stem if counts[stem] == 1 else entry.path,
+            id=example_id,
             path=entry.path,
             captions=clean_captions(entry.captions),
             label=label if labelled else None,
             split=entry.split,
             meta=_meta(entry.values, drop_label=labelled),
         )
-        for entry, stem, label in zip(entries, stems, labels, strict=True)
+        for example_id, entry, label in zip(unique_ids(paths), entries, labels, strict=True)
     ]
 
 
 def _whole_number(value: object) -> int | None:
     """A number, or the text "3" of a CSV file, as an int; None for anything else."""
-    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}\s*", value):
-        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value):
+        return int(value.strip()[:40])  # enough of it to see that it is too large
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_too_large(label: object) -> bool:
+    """Whether a label is a whole number that a tensor cannot hold."""
+    number = _whole_number(label)
+    return number is not None and not -(2**63) <= number < 2**63
 
 
 def _meta(values: dict[str, Any], drop_label: bool) -> dict[str, Any]:

@@ -3,11 +3,8 @@
 A reader (`folder`, `imagefolder`, ...) lists `Record`s. `PictureDataset` decodes the pictures of
 one split once and stores them as bytes in memory, so that a batch is one indexed copy.
 
-The steps of decoding, in order:
-    turn the picture upright as its EXIF orientation says;
-    put transparency on white, convert any colour mode to RGB, take the first frame of several;
-    crop to the largest centred square, so that nothing is stretched;
-    resize to (size, size) with Lanczos. A picture that has this size keeps its exact pixels.
+Paths are as the operating system has them, where Python holds a byte that is not UTF-8 as a lone
+surrogate. Ids and everything that is shown have such bytes escaped (`characters.plain`).
 
 Axes: N pictures, B of a batch, 3 channels, S = `size`.
 """
@@ -27,12 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from lineage.characters import plain, valid
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
+from lineage.data.picture_files import decode, why_broken
 from lineage.errors import UserError
+from lineage.files import expanded
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"})
 """Suffixes of pictures in lower case."""
@@ -85,8 +84,22 @@ def split_name(name: str) -> str:
 
 def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
     """Stripped captions in order, without empty and repeated ones, always valid as UTF-8."""
-    valid = (text.encode("utf-8", "replace").decode("utf-8").strip() for text in texts)
-    return tuple(dict.fromkeys(text for text in valid if text))
+    stripped = (valid(text).strip() for text in texts)
+    return tuple(dict.fromkeys(text for text in stripped if text))
+
+
+def unique_ids(paths: Sequence[str]) -> list[str]:
+    """Ids from different paths: what cannot be shown is escaped, and no two are equal."""
+    shown = [plain(path) for path in paths]
+    first = set(shown)
+    ids: dict[str, None] = {}
+    for name in shown:
+        own, copy = name, 1
+        while own in ids or (copy > 1 and own in first):
+            copy += 1
+            own = f"{name}-{copy}"
+        ids[own] = None
+    return list(ids)
 
 
 def list_files(root: Path, skipped: list[Skipped]) -> list[str]:
@@ -95,23 +108,35 @@ def list_files(root: Path, skipped: list[Skipped]) -> list[str]:
     Hidden files and those that macOS adds to archives (`._*`, `__MACOSX`) are ignored. Folders that
     cannot be opened are added to `skipped`. Links are followed, but each real folder is read once.
     """
-
-    def report(error: OSError) -> None:
-        path = os.path.relpath(error.filename or root, root)
-        skipped.append(Skipped(path, f"the folder cannot be opened: {error.strerror}"))
-
     paths: list[str] = []
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=report):
-        real = os.path.realpath(folder)
-        if real in visited:
-            folders.clear()
+    visited: set[tuple[int, int]] = set()
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        path = os.path.join(root, folder)
+        try:
+            info = os.stat(path)
+            with os.scandir(path) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            reason = f"the folder cannot be opened: {error.strerror}"
+            skipped.append(Skipped(folder or ".", reason))
             continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not _hidden(name))
-        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        paths += [str(relative / name) for name in files if not _hidden(name)]
+        if (info.st_dev, info.st_ino) in visited:
+            continue
+        visited.add((info.st_dev, info.st_ino))
+        for entry in inside:
+            if not _hidden(entry.name):
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                (folders if _is_folder(entry) else paths).append(relative)
     return sorted(paths)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link or a file of a failing disk; the reader of files reports it
+        return False
 
 
 def _hidden(name: str) -> bool:
@@ -121,40 +146,6 @@ def _hidden(name: str) -> bool:
 def is_picture(path: str) -> bool:
     """Whether a path has the suffix of a picture; the file is not opened."""
     return PurePosixPath(path).suffix.lower() in SUFFIXES
-
-
-def decode(file: Path, size: int) -> NDArray[np.uint8]:
-    """The picture in a file, (3, S, S). For a broken file it raises Pillow's errors."""
-    with Image.open(file) as opened:
-        # A large JPEG is decoded at a fraction of its size, but at least twice the size needed.
-        opened.draft("RGB", (2 * size, 2 * size))
-        square = ImageOps.fit(
-            _rgb(ImageOps.exif_transpose(opened)), (size, size), Image.Resampling.LANCZOS
-        )
-    return np.asarray(square, np.uint8).transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """A picture of any colour mode in RGB; transparent pixels become white."""
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
-        image = Image.fromarray(
-            (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        )
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def why_broken(error: Exception, file: Path) -> str:
-    """Reason why a picture could not be decoded, in words for the user."""
-    if isinstance(error, PermissionError):
-        return "the picture cannot be opened: permission denied"
-    if file.is_file() and file.stat().st_size == 0:
-        return "the picture's file is empty; copy it again"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "no picture of a known format is in this file; copy or convert it again"
-    return f"the picture is broken ({error}); copy it again"
 
 
 class PictureDataset(CaptionedDataset):
@@ -209,8 +200,10 @@ class PictureDataset(CaptionedDataset):
         chosen = [r for r in records if self.split in ("all", r.split)]
         if not chosen:
             counts = Counter(r.split for r in records)
-            has = ", ".join(f"{split} ({count:,})" for split, count in counts.items())
-            raise UserError(f"{self.name} has no split {self.split!r}: it has {has}, and 'all'.")
+            has = ", ".join(f"{plain(split)} ({count:,})" for split, count in counts.items())
+            raise UserError(
+                f"{plain(self.name)} has no split {self.split!r}: it has {has}, and 'all'."
+            )
         return chosen
 
     def _decode(self, records: list[Record]) -> tuple[list[Record], NDArray[np.uint8]]:
@@ -230,7 +223,7 @@ class PictureDataset(CaptionedDataset):
             errors = list(
                 tqdm(
                     pool.map(fill, range(len(records))),
-                    f"reading {self.name}",
+                    f"reading {plain(self.name)}",
                     total=len(records),
                     disable=len(records) <= PROGRESS_FROM or None,  # None: only on a terminal
                     unit=" pictures",
@@ -276,7 +269,7 @@ class PictureDataset(CaptionedDataset):
             image=self.images[index].clone(),
             captions=record.captions,
             label=record.label,
-            meta={"source": record.path, "split": record.split} | record.meta,
+            meta={"source": plain(record.path)} | record.meta | {"split": record.split},
         )
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
@@ -316,13 +309,14 @@ class EmptyDatasetError(UserError):
         if skipped:
             others = f" (and {len(skipped) - 1:,} more left out)" if len(skipped) > 1 else ""
             reason = f"{skipped[0].path}: {skipped[0].reason}{others}"
-        super().__init__(f"Nothing can be loaded from {name}: {reason}; {layout_hint}".rstrip("; "))
+        message = f"Nothing can be loaded from {plain(name)}: {reason}; {layout_hint}"
+        super().__init__(message.rstrip("; "))
 
 
 def open_root(path: str) -> Path:
     """Folder of the data set; raises `UserError` if it does not exist."""
-    root = Path(path).expanduser()
-    if not root.exists():
+    root = expanded(path)
+    if not os.path.exists(root):  # also false for a name that no file can have
         raise UserError(f"There is no folder {path!r}; check the spelling and the current folder.")
     if not root.is_dir():
         raise UserError(f"{path!r} is a file, not a folder with pictures.")

@@ -7,16 +7,19 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
 
+from lineage.characters import same_name
 from lineage.data import ENDLESS, load_dataset, parse_spec
 from lineage.data.contract import CaptionedDataset, Example, Skipped
 from lineage.data.pictures import EmptyDatasetError
 from lineage.errors import UserError
+from lineage.files import expanded
 from lineage.sheets import picture, sheet
 
 
@@ -34,14 +37,23 @@ def contact_sheet(dataset: CaptionedDataset, count: int = 16, columns: int = 4) 
     return sheet([e.image for e in examples], [e.captions[0] for e in examples], columns)
 
 
-def check(spec: str, size: int = 32) -> dict[str, Any]:
+def check(
+    spec: str, size: int = 32, limits: Mapping[str, Callable[[str], bool]] = MappingProxyType({})
+) -> dict[str, Any]:
     """Load all splits of a data set and count.
 
     For an endless data set it counts the nominal length of `train` and renders no picture.
 
+    Args:
+        spec: Data set.
+        size: Side of the pictures in pixels.
+        limits: Functions that return whether a caption is longer than some encoders read, by the
+            limit's name.
+
     Returns:
-        {"loaded": number of pictures, "captions": number of captions, "skipped": [{"path",
-        "reason"}, ...]}. If the folder has files but none is usable, `loaded` is 0.
+        {"loaded": number of pictures, "captions": number of captions, "cut": {limit: number of
+        longer captions}, "skipped": [{"path", "reason"}, ...]}. If the folder has files but none is
+        usable, `loaded` is 0.
 
     Raises:
         UserError: The spec is wrong, or the folder is empty.
@@ -52,14 +64,17 @@ def check(spec: str, size: int = 32) -> dict[str, Any]:
     except EmptyDatasetError as error:
         if not error.skipped:
             raise
-        return _counts(0, 0, error.skipped)
-    captions = sum(1 for _ in dataset.all_captions(limit=len(dataset)))
-    return _counts(len(dataset), captions, dataset.skipped)
+        return _counts(0, 0, dict.fromkeys(limits, 0), error.skipped)
+    captions = list(dataset.all_captions(limit=len(dataset)))
+    cut = {name: sum(map(is_longer, captions)) for name, is_longer in limits.items()}
+    return _counts(len(dataset), len(captions), cut, dataset.skipped)
 
 
-def _counts(loaded: int, captions: int, skipped: list[Skipped]) -> dict[str, Any]:
+def _counts(
+    loaded: int, captions: int, cut: dict[str, int], skipped: list[Skipped]
+) -> dict[str, Any]:
     files = [{"path": s.path, "reason": s.reason} for s in skipped]
-    return {"loaded": loaded, "captions": captions, "skipped": files}
+    return {"loaded": loaded, "captions": captions, "cut": cut, "skipped": files}
 
 
 def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = None) -> int:
@@ -80,7 +95,7 @@ def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = No
     Raises:
         UserError: The folder has contents, or cannot be written.
     """
-    target = Path(folder).expanduser()
+    target = expanded(folder)
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     if number < 1:
@@ -89,7 +104,7 @@ def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = No
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{str(folder)!r} is not empty; choose a new or an empty folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name[:60]}-", dir=target.parent))
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
@@ -138,7 +153,8 @@ def _row(example: Example, file_name: str, split: str) -> dict[str, Any]:
         row["alt_texts"] = list(example.captions[1:])
     if example.label is not None:
         row["label"] = example.label
-    row["split"] = meta.pop("split", split)
+    own = meta.pop("split", split)
+    row["split"] = own if isinstance(own, str) and own.strip() else split
     return row | ({"meta": meta} if meta else {})
 
 
@@ -163,8 +179,8 @@ def _file_name(example_id: str, taken: set[str]) -> str:
     """
     safe = re.sub(r"[^\w.-]", "_", example_id).lstrip(".")[:60].rstrip(".") or "picture"
     name, copy = safe, 1
-    while name.lower() in taken:
+    while same_name(name).lower() in taken:
         copy += 1
         name = f"{safe}-{copy}"
-    taken.add(name.lower())
+    taken.add(same_name(name).lower())
     return name

@@ -24,6 +24,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lineage
+from lineage.characters import plain, protect
 from lineage.errors import CheckFailed, UserError
 from lineage.system import System
 from lineage.training.machine import peak_memory
@@ -115,7 +116,7 @@ def cached_cost(run: Path, captions: Sequence[str], device: str = "auto") -> dic
     try:
         write_json(path, {"measured_on": measured_on, "cost": cost})
     except UserError as error:  # a run in a read-only folder can be scored as well
-        print(f"lineage: {error}", file=sys.stderr)
+        print(f"lineage: {plain(error)}", file=sys.stderr)
     return cost
 
 
@@ -171,8 +172,9 @@ def main() -> None:
     from lineage.runs import load
 
     run, device = sys.argv[1:]
-    cost = sampling_cost(load(run, device), json.load(sys.stdin), Path(run) / "model.safetensors")
-    print(json.dumps(cost))
+    with protect():
+        captions, weights = json.load(sys.stdin), Path(run) / "model.safetensors"
+        print(json.dumps(sampling_cost(load(run, device), captions, weights)))
 
 
 if __name__ == "__main__":

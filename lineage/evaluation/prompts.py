@@ -33,13 +33,16 @@ from typing import Any
 
 import numpy as np
 
+from lineage.characters import decoded
 from lineage.data.shapes import LEVELS, Level, heldout_pair, heldout_relation
 from lineage.data.shapes_captions import NUMBERS, PLACES, RELATIONS
 from lineage.data.shapes_draw import BACKGROUNDS, COLOURS, SDF
 from lineage.errors import UserError, nearest
+from lineage.files import read_regular
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("test", "heldout")
+MAX_BYTES = 100_000_000  # of a file of prompts
 MAX_PROMPTS = {"test": 60, "heldout": 30}  # of a task
 
 SHAPES, COLOUR_NAMES, GROUNDS = tuple(SDF), tuple(COLOURS), tuple(BACKGROUNDS)
@@ -252,12 +255,8 @@ def read_prompts(path: Path, level: str = "hard") -> list[Prompt]:
         UserError: the file is missing, or a line describes what its level does not have; the
             sentence names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a file of prompts: {error}.") from error
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             try:
                 prompts.append(_prompt_from_json(json.loads(line), level))
@@ -268,6 +267,20 @@ def read_prompts(path: Path, level: str = "hard") -> list[Prompt]:
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
     return prompts
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file; other separators than line feeds are part of a line, as in JSON."""
+    raw = b""
+    try:
+        raw = read_regular(path, MAX_BYTES)
+        return decoded(raw).split("\n")
+    except UnicodeDecodeError as error:
+        number = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {number}, is not UTF-8; save the file as UTF-8.") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path} cannot be read as a file of prompts: {reason}.") from error
 
 
 _LINE_KEYS = ("tag", "include", "exclude", "prompt", "level", "split", "background")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lineage.characters import plain
 from lineage.config import NonNegativeInt, PositiveInt, RunConfig, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes, to_unit
@@ -225,7 +226,13 @@ def _score(
     prompt_captions = [prompt.prompt for prompt in prompts.prompts] if prompts else []
     groups = [caption for caption in shared for _ in range(SPREAD_SAMPLES)]
     total = len(prompt_captions) + len(real.captions) + len(groups)
-    with tqdm(total=total, desc=f"drawing {folder.name}", unit="picture", leave=False) as bar:
+    with tqdm(
+        total=total,
+        desc=f"drawing {plain(folder.name)}",
+        unit=" pictures",
+        leave=False,
+        disable=None,  # shown only on a terminal
+    ) as bar:
 
         def draw(captions: list[str], seed: int) -> Tensor:
             return to_bytes(system.generate(captions, seed=seed, progress=bar.update)).cpu()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lineage.characters import plain
 from lineage.evaluation.judge import PARTS
 from lineage.units import as_bytes, as_count, as_seconds
 
@@ -42,7 +43,8 @@ class ScoreTable:
 
 def tables(document: Row) -> str:
     """The whole document as text."""
-    parts = [*map(str, score_tables(document)), *map("Note: {}".format, document["warnings"])]
+    notes = [f"Note: {plain(warning)}" for warning in document["warnings"]]
+    parts = [*map(str, score_tables(document)), *notes]
     return "\n\n".join(parts)
 
 
@@ -50,7 +52,7 @@ def score_tables(document: Row) -> list[ScoreTable]:
     """The tables of a document; those without any score are left out."""
     systems = [run["system"] for run in document["runs"]]
     runs = {
-        str(run["system"] if systems.count(run["system"]) == 1 else run["run"]): run
+        plain(run["system"] if systems.count(run["system"]) == 1 else run["run"]): run
         for run in document["runs"]
     }
     rows = {**runs, "real pictures": document["real"], "shuffled captions": document["shuffled"]}

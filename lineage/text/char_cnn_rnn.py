@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.contract import TextEncoder, TextFeatures
-from lineage.text.tokenizer import Tokenizer
+from lineage.text.contract import Overflow, TextEncoder, TextFeatures
+from lineage.text.tokenizer import Tokenizer, split_words
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
 """The alphabet of Zhang et al. 2015, and the blank: 70, with the hyphen twice as in their list."""
@@ -99,6 +99,15 @@ class CharCNNRNN(TextEncoder):
 
     def null(self, count: int) -> TextFeatures:
         return self.encode([""] * count)
+
+    def unknown(self, captions: list[str], length: int | None = None) -> list[str]:
+        """Words with a character outside the alphabet."""
+        words = (word for caption in captions for word in split_words(self._cut(caption)))
+        return list(dict.fromkeys(word for word in words if not self.char_ids.keys() >= set(word)))
+
+    def overflow(self, caption: str, length: int | None = None) -> Overflow | None:
+        text = caption.lower().strip()[self.config.max_chars :].strip()
+        return Overflow(f"{self.config.max_chars} characters", text) if text else None
 
     def _cut(self, caption: str) -> str:
         return caption.lower().strip()[: self.config.max_chars]

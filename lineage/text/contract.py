@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,18 @@ class TextFeatures:
         )
 
 
+class Overflow(NamedTuple):
+    """The end of a caption, which an encoder does not read.
+
+    Attributes:
+        limit: How much it reads, as in "32 words".
+        text: The words that follow.
+    """
+
+    limit: str
+    text: str
+
+
 class TextEncoder(nn.Module):
     """The contract of every text encoder.
 
@@ -122,6 +135,18 @@ class TextEncoder(nn.Module):
     def check(self) -> None:
         """Raise `UserError` if files that the encoder needs are missing."""
 
-    def unknown(self, captions: list[str]) -> list[str]:
-        """Words of `captions` that the encoder has no token for, in order, each once."""
+    def unknown(self, captions: list[str], length: int | None = None) -> list[str]:
+        """Words that are read but have no token, in order, each once.
+
+        Args:
+            length: Number of the words' vectors that are used; None for all.
+        """
         return []
+
+    def overflow(self, caption: str, length: int | None = None) -> Overflow | None:
+        """The end of a caption that is too long to be read; None if all of it is read.
+
+        Args:
+            length: Number of the words' vectors that are used; None for all.
+        """
+        return None

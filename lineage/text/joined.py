@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import Overflow, TextEncoder, TextFeatures
 
 JOINED = "joined:"
 
@@ -84,10 +84,15 @@ class JoinedEncoder(TextEncoder):
         for encoder in self._encoders():
             encoder.check()
 
-    def unknown(self, captions: list[str]) -> list[str]:
+    def unknown(self, captions: list[str], length: int | None = None) -> list[str]:
         """Words that no encoder has a token for."""
-        first, *others = (encoder.unknown(captions) for encoder in self._encoders())
+        first, *others = (encoder.unknown(captions, length) for encoder in self._encoders())
         return [word for word in first if all(word in other for other in others)]
+
+    def overflow(self, caption: str, length: int | None = None) -> Overflow | None:
+        """What no encoder reads."""
+        ends = [encoder.overflow(caption, length) for encoder in self._encoders()]
+        return min(ends, key=lambda end: len(end.text) if end else 0)
 
     def _encoders(self) -> list[TextEncoder]:
         return list(self.encoders)  # type: ignore[arg-type]

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineage.characters import well_formed
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import Overflow, TextEncoder, TextFeatures
 
 PRETRAINED = "pretrained:"
 CLIP = ("clip", "clip_text_model")  # types of a whole CLIP, and of its text model alone
@@ -54,7 +55,7 @@ class PretrainedEncoder(TextEncoder):
         tokenizer, model = self._load()
         model.to(device)
         inputs = tokenizer(
-            captions,
+            [well_formed(caption) for caption in captions],
             padding="max_length",
             max_length=self.config.max_words,
             truncation=True,
@@ -80,8 +81,18 @@ class PretrainedEncoder(TextEncoder):
 
     def tokens(self, caption: str) -> list[str]:
         tokenizer, _ = self._load()
-        ids = tokenizer(caption, max_length=self.config.max_words, truncation=True)["input_ids"]
+        length = self.config.max_words
+        ids = tokenizer(well_formed(caption), max_length=length, truncation=True)["input_ids"]
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+
+    def overflow(self, caption: str, length: int | None = None) -> Overflow | None:
+        tokenizer, _ = self._load()
+        length = min(length or self.config.max_words, self.config.max_words)
+        ids = tokenizer(well_formed(caption), add_special_tokens=False, verbose=False)["input_ids"]
+        room = max(0, length - tokenizer.num_special_tokens_to_add())
+        if len(ids) <= room:
+            return None
+        return Overflow(f"{length} tokens", tokenizer.decode(ids[room:]).strip())
 
     def _load(self) -> tuple[Any, Any]:
         """(tokeniser, model), read at the first call.

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.contract import Overflow, TextEncoder, TextFeatures
 from lineage.text.tokenizer import NULL, PAD, Tokenizer
+
+UNITS = {"word": "words", "bpe": "tokens"}
+"""What the tokens of each kind of tokeniser are called."""
 
 
 class TokenEncoder(TextEncoder):
@@ -47,9 +50,15 @@ class TokenEncoder(TextEncoder):
     def tokens(self, caption: str) -> list[str]:
         return [self.tokenizer.decode([i]).strip() or "<null>" for i in self._ids(caption)]
 
-    def unknown(self, captions: list[str]) -> list[str]:
-        words = (word for caption in captions for word in self.tokenizer.unknown(caption))
+    def unknown(self, captions: list[str], length: int | None = None) -> list[str]:
+        length = min(length or self.config.max_words, self.config.max_words)
+        words = (word for caption in captions for word in self.tokenizer.unknown(caption, length))
         return list(dict.fromkeys(words))
+
+    def overflow(self, caption: str, length: int | None = None) -> Overflow | None:
+        length = min(length or self.config.max_words, self.config.max_words)
+        text = self.tokenizer.rest(caption, length)
+        return Overflow(f"{length} {UNITS[self.tokenizer.kind]}", text) if text else None
 
     def _ids(self, caption: str) -> list[int]:
         return self.tokenizer.encode(caption)[: self.config.max_words]

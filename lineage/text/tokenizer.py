@@ -16,9 +16,11 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from lineage.characters import well_formed
+from lineage.config import TextConfig
 from lineage.errors import UserError, nearest
 
 PAD, UNK, NULL = 0, 1, 2
@@ -32,7 +34,7 @@ def split_words(caption: str) -> list[str]:
 
     `A dog's ball.` -> `a`, `dog's`, `ball`, `.`
     """
-    return _WORD.findall(caption.lower())
+    return _WORD.findall(well_formed(caption).lower())
 
 
 class Tokenizer(ABC):
@@ -60,9 +62,15 @@ class Tokenizer(ABC):
     def to_json(self) -> dict[str, Any]:
         """Everything that `tokenizer_from_json` needs, as plain JSON values."""
 
-    def unknown(self, caption: str) -> list[str]:
-        """Words of `caption` that have no token of their own."""
+    def unknown(self, caption: str, length: int | None = None) -> list[str]:
+        """Words of `caption` that have no token of their own, before its first `length` tokens end;
+        in the whole caption if `length` is None.
+        """
         return []
+
+    @abstractmethod
+    def rest(self, caption: str, length: int) -> str:
+        """Text of `caption` after its first `length` tokens."""
 
 
 class WordTokenizer(Tokenizer):
@@ -101,13 +109,23 @@ class WordTokenizer(Tokenizer):
             self.words[i - offset] if i >= offset else "<unk>" for i in ids if i not in (PAD, NULL)
         )
 
-    def unknown(self, caption: str) -> list[str]:
-        return [word for word in self._split(caption) if word not in self._id]
+    def unknown(self, caption: str, length: int | None = None) -> list[str]:
+        words = self._split(caption)
+        return [word for word in words[: self._end(words, length)] if word not in self._id]
+
+    def rest(self, caption: str, length: int) -> str:
+        words = self._split(caption)
+        return " ".join(words[self._end(words, length) :])
 
     def _split(self, caption: str) -> list[str]:
         if self.drop_unknown:
-            return re.findall(r"\w+", caption.lower())
+            return re.findall(r"\w+", well_formed(caption).lower())
         return split_words(caption)
+
+    def _end(self, words: list[str], length: int | None) -> int:
+        """Number of words that the first `length` tokens stand for."""
+        tokens = [i for i, word in enumerate(words) if word in self._id or not self.drop_unknown]
+        return len(words) if length is None or len(tokens) <= length else tokens[length]
 
     def __len__(self) -> int:
         return len(self.words) + len(SPECIAL)
@@ -143,7 +161,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def _split(cls, caption: str) -> list[str]:
-        return cls._SPLIT.findall(" " + " ".join(caption.lower().split()))
+        return cls._SPLIT.findall(" " + " ".join(well_formed(caption).lower().split()))
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -189,6 +207,9 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self._bytes[i] for i in ids).decode(errors="replace").strip()
 
+    def rest(self, caption: str, length: int) -> str:
+        return self.decode(self.encode(caption)[length:])
+
     def __len__(self) -> int:
         return self._MERGED + len(self.merges)
 
@@ -208,6 +229,17 @@ def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
             merged.append(ids[i])
             i += 1
     return merged
+
+
+def default_limits() -> dict[str, Callable[[str], bool]]:
+    """Whether a caption is longer than the encoders read unless a run sets their sizes, by limit:
+    the words of most encoders, the characters of `char_cnn_rnn`.
+    """
+    words, chars = TextConfig().max_words, TextConfig().max_chars
+    return {
+        f"{words} words": lambda caption: len(split_words(caption)) > words,
+        f"{chars} characters": lambda caption: len(caption.strip()) > chars,
+    }
 
 
 def make_tokenizer(kind: str, captions: Iterable[str], vocab_size: int) -> Tokenizer:

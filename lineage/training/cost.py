@@ -47,9 +47,11 @@ def _is_cost(entry: Any) -> bool:
 
 def write_cost(folder: Path, trainer: Trainer) -> None:
     """Bring the entry of the trainer's stage up to date."""
-    cost = read_cost(folder)
-    before = cost.get(trainer.stage, {})
-    finished = trainer.spent() >= 1
+    finished, cost = trainer.spent() >= 1, read_cost(folder)
+    saved = read_json_object(folder / "cost.json").get(trainer.stage)
+    before: dict[str, Any] = {"peak_memory_bytes": 0}
+    if isinstance(saved, dict) and _is_cost(saved):
+        before = saved
     if before.get("steps") == trainer.step and before.get("finished") == finished:
         return  # a finished run that was resumed has trained nothing
     pictures = trainer.step * trainer.batch_size
@@ -60,7 +62,7 @@ def write_cost(folder: Path, trainer: Trainer) -> None:
         "seconds": round(trainer.seconds, 3),
         "cpu_seconds": round(trainer.cpu_seconds, 3),
         "pictures_per_second": round(pictures / max(1e-9, trainer.seconds), 2),
-        "peak_memory_bytes": max(peak, before.get("peak_memory_bytes", 0)),
+        "peak_memory_bytes": max(peak, before["peak_memory_bytes"]),
         "device": trainer.device.type,
         "finished": finished,
     }

@@ -93,7 +93,7 @@ class Group:
     def load_average(self, saved: Sequence[Tensor]) -> None:
         """Restore `average`. Raises `ValueError`, `TypeError` for that of another group."""
         for average, value in zip(self.average or [], saved, strict=True):
-            _check_tensor("average", value, average.shape)
+            _check_tensor("average", value, average.shape, average.dtype)
             average.copy_(value)
 
 
@@ -108,11 +108,14 @@ def _check_moments(moments: dict[str, Any], names: set[str], parameter: Tensor) 
     if moments.keys() != names:
         raise ValueError("the optimiser's state is of another optimiser")
     for name, value in moments.items():
-        _check_tensor(name, value, torch.Size() if name == "step" else parameter.shape)
+        shape, dtype = parameter.shape, parameter.dtype
+        if name == "step":
+            shape, dtype = torch.Size(), torch.float32
+        _check_tensor(name, value, shape, dtype)
 
 
-def _check_tensor(name: str, value: Any, shape: torch.Size) -> None:
-    if not is_plain_tensor(value) or value.shape != shape or not value.is_floating_point():
+def _check_tensor(name: str, value: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+    if not is_plain_tensor(value) or value.shape != shape or value.dtype != dtype:
         raise ValueError(f"the optimiser's {name} is of another shape or kind")
 
 

@@ -193,7 +193,7 @@ def _check_state(state: Any) -> None:
     """Raise `ValueError` if a state is not of the form that `Trainer.state` gives it."""
     if not isinstance(state, dict) or not {"stage", "step", "weights", "groups"} <= state.keys():
         raise ValueError("it lacks a stage, a step, weights or groups")
-    whole = isinstance(state["step"], int) and state["step"] >= 0
+    whole = type(state["step"]) is int and state["step"] >= 0
     if not whole or not isinstance(state["stage"], str):
         raise ValueError("its stage or step is of a wrong type")
     if not isinstance(state["groups"], dict):

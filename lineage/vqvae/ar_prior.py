@@ -148,6 +148,7 @@ class Prior(System):
                 "of one code."
             )
         self.config, self.text, self.size = config, text, size
+        self.text_len = config.text_len
         self.codec = codec.requires_grad_(False)
         self.grid_size, width = size // codec.factor, config.transformer.width
         self.transformer = Transformer(config.transformer)

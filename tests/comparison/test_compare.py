@@ -19,9 +19,11 @@ import lineage
 from lineage.comparison import run
 from lineage.comparison.report import (
     MAX_FAILURES,
+    MAX_TERMS,
     bars,
     curve,
     embed,
+    line_style,
     thinned,
     wall_time,
     write_report,
@@ -96,6 +98,14 @@ def test_the_page_is_one_file(folder: Path, page: Page) -> None:
     assert "@import" not in text
     assert not any(tag in ("script", "iframe", "link", "object") for tag, _ in page.tags)
     assert page.open == []
+
+
+def test_long_words_wrap_except_in_tables_that_scroll(folder: Path) -> None:
+    """A caption of one long word would make the page wider than a phone."""
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"\n  body {[^}]*overflow-wrap: anywhere", text)
+    assert re.search(r"\n  table {[^}]*overflow-wrap: normal", text)
+    assert not re.search(r"\n  (\.row[^{]*|p|h1|\.failures figcaption) {[^}]*nowrap", text)
 
 
 def test_the_page_shows_every_picture(folder: Path, page: Page) -> None:
@@ -262,6 +272,46 @@ def test_a_second_comparison_keeps_the_cost_of_training(folder: Path) -> None:
     assert read_json(folder / KEYS[0] / "cost.json") == measured[KEYS[0]]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"settings": {"optim.lr": 0.01}}, "optim.lr=.*0.01 as asked"),
+        ({"steps": 3}, "train.max_steps=2, not 3 as asked"),
+        ({"minutes": 0.1, "steps": None}, "train.m"),
+        ({"seed": 4}, "seed=0, not 4"),
+        ({"preset": "tiny", "steps": 2}, "preset=smoke|tiny"),
+    ],
+    ids=["rate", "steps", "minutes", "seed", "preset"],
+)
+def test_runs_of_other_settings_are_not_reported(
+    options: dict[str, Any], words: str, folder: Path
+) -> None:
+    """Neither trained on, nor shown under settings that they were not made with."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    asked = {"preset": "smoke", "steps": STEPS, "out": folder, "pictures": PICTURES, **options}
+    with pytest.raises(UserError, match=words) as caught:
+        lineage.compare(KEYS, **asked)
+    assert "--out" in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_data_without_two_captions_is_refused_before_training(tmp_path: Path) -> None:
+    """And what the sentence says to do works."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("a circle")
+    asked: dict[str, Any] = {"data": str(data), "preset": "smoke", "steps": 1, "pictures": 8}
+    with pytest.raises(UserError, match="--scorer none --features judge"):
+        lineage.compare(["retrieval"], out=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+    asked |= {"scorer": "none", "features": "judge"}
+    report = lineage.compare(["retrieval"], out=tmp_path / "out", **asked)
+    reproduce = read_json(report.with_name("report.json"))["reproduce"]
+    assert report.is_file() and "--features judge --scorer none" in reproduce[0]
+
+
 def test_errors_come_before_anything_is_trained(tmp_path: Path) -> None:
     for keys, options, words in (
         (["gan_int_cls", "ddmp"], {}, "'ddpm'"),
@@ -401,6 +451,17 @@ def test_a_curve_of_several_stages_shows_them_all() -> None:
     first = [{**line, "stage": "one"} for line in log_of(a__x=1.0)]
     figure = curve(first + [{**line, "stage": "two"} for line in log_of(b__y=1.0)])
     assert figure is not None and "a/x" in figure and "b/y" in figure
+
+
+def test_curves_differ_in_colour_and_dash() -> None:
+    styles = [line_style(number) for number in range(24)]
+    assert len(set(styles)) == 24
+    for one, other in zip(styles, styles[1:], strict=False):
+        assert one[0] != other[0] and one[1] != other[1]
+    figure = curve(log_of(**{f"g__{'abcdefghijkl'[k]}": 1.0 + k for k in range(MAX_TERMS)}))
+    assert figure is not None
+    drawn = re.findall(r'clip-path="[^"]*" style="([^"]*stroke-width: 1.2[^"]*)"', figure)
+    assert len(set(drawn)) == len(drawn) == MAX_TERMS
 
 
 def test_a_curve_below_zero_is_drawn() -> None:

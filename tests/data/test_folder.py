@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
+import os
+import sys
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lineage.data import load_dataset, parse_spec, pictures
+from lineage.data import folder, load_dataset, parse_spec, pictures
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.data.pictures import PictureDataset
 from lineage.errors import UserError
@@ -105,6 +111,120 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
         save_picture(tmp_path / hidden)
     data = load_dataset(f"folder:{tmp_path}")
     assert len(data) == 1 and data.skipped == []
+
+
+def test_names_of_any_bytes_are_escaped_and_unique(tmp_path: Path) -> None:
+    names = ["caf\udce9", r"caf\xe9", "a\nb", "\x1b[31m", "dir\udcff/x"]
+    for number, name in enumerate(names):
+        save_pair(tmp_path, name, "x", colour=(number, 0, 0))
+    save_picture(tmp_path / "mute\udce9.png")
+    data = load_dataset(str(tmp_path))
+    expected = {
+        r"\x1b[31m": 3,
+        r"a\nb": 2,
+        r"caf\xe9": 1,
+        r"caf\xe9-2": 0,
+        r"dir\xff/x": 4,
+    }
+    assert {e.id: int(e.image[0, 0, 0]) for e in data} == expected
+    assert {s.path for s in data.skipped} == {r"mute\xe9.png"}
+    assert isinstance(data, PictureDataset) and data.fingerprint()
+    assert data.batch([0, 1], [0, 0], seed=1).id == [e.id for e in data][:2]
+    assert all(e.meta["source"].isprintable() for e in data)
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "crème") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    ("picture", "text"),
+    [
+        (COMPOSED, DECOMPOSED),
+        (DECOMPOSED, COMPOSED),
+        (f"{COMPOSED}/{DECOMPOSED}", f"{DECOMPOSED}/{COMPOSED}"),
+    ],
+)
+def test_accents_may_be_written_in_two_ways(tmp_path: Path, picture: str, text: str) -> None:
+    save_picture(tmp_path / f"{picture}.png")
+    save_captions(tmp_path / f"{text}.txt", "x")
+    data = load_dataset(str(tmp_path))
+    assert [e.id for e in data] == [picture] and data.skipped == []
+
+
+def test_an_exact_name_goes_before_one_with_other_accents(tmp_path: Path) -> None:
+    for name, caption in ((COMPOSED, "one"), (DECOMPOSED, "two")):
+        save_pair(tmp_path, name, caption)
+    captions = {e.id: e.captions for e in load_dataset(str(tmp_path))}
+    assert captions == {COMPOSED: ("one",), DECOMPOSED: ("two",)}
+    (tmp_path / f"{DECOMPOSED}.txt").unlink()
+    data = load_dataset(str(tmp_path))
+    assert {e.id: e.captions for e in data} == {COMPOSED: ("one",)}
+    assert list(reasons(data)) == [f"{DECOMPOSED}.png"]
+
+
+def test_texts_may_be_utf16_and_hold_halves_of_characters(tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("un café\r\nЮ\0".encode("utf-16"))
+    assert load_dataset(str(tmp_path))[0].captions == ("un café", "Ю\N{REPLACEMENT CHARACTER}")
+
+
+def test_only_regular_files_of_bounded_size_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("good", "pipe", "device", "large", "gone"):
+        save_pair(tmp_path, name, "x")
+        if name in ("pipe", "device", "gone"):
+            (tmp_path / f"{name}.txt").unlink()
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    with (tmp_path / "large.txt").open("ab") as file:
+        file.truncate(folder.MAX_BYTES + 1)
+    os.mkfifo(tmp_path / "tube.png")
+    save_captions(tmp_path / "tube.txt", "x")
+    data = load_dataset(str(tmp_path))
+    assert [e.id for e in data] == ["good"]
+    skipped = reasons(data)
+    for path, words in {
+        "pipe.txt": "it is a pipe",
+        "device.txt": "it is a device",
+        "large.txt": "more than the 1 MB",
+        "gone.txt": "No such file",
+        "tube.png": "it is a pipe",
+    }.items():
+        assert words in skipped.pop(path)
+    assert not skipped
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ENAMETOOLONG])
+def test_a_folder_that_fails_is_named_and_the_rest_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    for key in ("a", "closed/b", "closed/inside/c", "z/d"):
+        save_pair(tmp_path, key, "x")
+    scandir = os.scandir
+
+    def fail(path: Any = ".") -> Any:
+        if Path(os.fsdecode(path)).name == "closed":
+            raise OSError(error, os.strerror(error), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    for spec in (str(tmp_path), f"folder:{tmp_path}"):
+        data = load_dataset(spec)
+        assert [e.id for e in data] == ["a", "z/d"]
+        assert reasons(data) == {"closed": f"the folder cannot be opened: {os.strerror(error)}"}
+
+
+def test_the_depth_of_folders_is_not_bounded_by_python(tmp_path: Path) -> None:
+    save_pair(tmp_path.joinpath(*["d"] * 150), "a", "x")
+    limit, frames = sys.getrecursionlimit(), len(inspect.stack())
+    sys.setrecursionlimit(frames + 100)
+    try:
+        files = pictures.list_files(tmp_path, [])
+    finally:
+        sys.setrecursionlimit(limit)
+    assert files == ["d/" * 150 + "a.png", "d/" * 150 + "a.txt"]
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
@@ -280,6 +400,10 @@ def test_specs_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (r"C:\pictures", "no data set or folder"),
         ("C:/pictures", "no data set or folder"),
         ("", "no data set or folder"),
+        ("~nosuchuser/x", "no data set or folder"),
+        ("folder:~nosuchuser/x", "There is no folder"),
+        ("a\0b", "no data set or folder"),
+        ("folder:" + "x" * 5000, "There is no folder"),
     ],
 )
 def test_wrong_specs_are_explained(spec: str, sentence: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,9 @@ def test_metadata_at_the_root_is_read(tmp_path: Path) -> None:
         ({"caption_10": "c", "caption_2": "b", "caption_0": "a"}, ("a", "b", "c")),
         ({"text_0": "a", "text_1": None}, ("a",)),
         ({"text": ["a", 3, None]}, ("a",)),
+        ({"text": 7}, ("7",)),
+        ({"text": 7.5, "prompt": True}, ("7.5",)),
+        ({"text": "a", "caption_" + "9" * 5000: "b"}, ("a",)),
     ],
 )
 def test_every_caption_column_is_read(
@@ -212,15 +218,181 @@ def test_half_a_surrogate_does_not_break_later_steps(tmp_path: Path) -> None:
     load_dataset(str(tmp_path))[0].captions[0].encode("utf-8")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("label", [10239237003504588839, -(2**63) - 1, 10**300])
+def test_a_label_of_more_than_64_bits_is_named(tmp_path: Path, label: int, suffix: str) -> None:
+    labels = [2**63 - 1, label, -(2**63)]
+    if suffix == "jsonl":
+        rows = [{"file_name": f"{n}.png", "text": "x", "label": v} for n, v in enumerate(labels)]
+        save_table(tmp_path / "metadata.jsonl", rows)
+    else:
+        lines = [f"{n}.png,x,{v}" for n, v in enumerate(labels)]
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,label", *lines]))
+        for number in range(3):
+            save_picture(tmp_path / f"{number}.png")
+    data = load_dataset(str(tmp_path))
+    assert [e.label for e in data] == [labels[0], labels[2]]
+    assert "64 bits" in reasons(data)["1.png"]
+
+
+ODD_NAMES = {
+    "\ud800.png": "no file can have this file_name",
+    "a\0.png": "no file can have this file_name",
+    "n" * 300 + ".png": "cannot be opened: File name too long",
+    "a/" * 3000 + "b.png": "cannot be opened: File name too long",
+    ".": "name of a folder",
+    "sub": "name of a folder",
+    "..": "leads out",
+    "/": "leads out",
+    "sub/../../a.png": "leads out",
+    "C:/a.png": "leads out",
+    "a.png/b.png": "is missing",
+    " ": "no file_name",
+    7: "no file_name",
+    None: "no file_name",
+}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=lambda name: ascii(name)[:12])
+def test_a_row_with_an_odd_name_is_named_and_the_rest_loads(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "sub").mkdir()
+    save_picture(tmp_path / "a.png")
+    odd = {"file_name": name, "text": "odd"}
+    rows = [{"file_name": "a.png", "text": "a"}, odd, {"file_name": "a.png", "text": "b"}]
+    save_table(tmp_path / "metadata.jsonl", rows, pictures=False)
+    data = load_dataset(str(tmp_path))
+    assert [e.captions for e in data] == [("a", "b")]
+    assert len(data.skipped) == 1 and ODD_NAMES[name] in data.skipped[0].reason
+    assert data.skipped[0].path.isprintable() and "metadata.jsonl:2" in str(data.skipped[0])
+
+
+def test_an_absolute_path_inside_the_folder_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"file_name": str(tmp_path / "set" / "a.png"), "text": "x"}
+    save_picture(tmp_path / "set" / "a.png")
+    save_table(tmp_path / "set" / "tables" / "metadata.jsonl", [row], pictures=False)
+    monkeypatch.chdir(tmp_path)
+    for spec in (str(tmp_path / "set"), "set"):
+        assert [e.id for e in load_dataset(spec)] == ["a"]
+
+
+def test_names_of_any_bytes_are_found(tmp_path: Path) -> None:
+    rows = [{"file_name": "caf\udce9.png", "text": "x"}, {"file_name": "b\udcff.png", "text": "y"}]
+    save_table(tmp_path / "metadata.jsonl", rows)
+    data = load_dataset(str(tmp_path))
+    assert [e.id for e in data] == [r"caf\xe9", r"b\xff"] and data.skipped == []
+    assert data[0].meta["source"] == r"caf\xe9.png"
+
+
+@pytest.mark.parametrize(("on_disk", "in_row"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_may_be_written_in_two_ways(tmp_path: Path, on_disk: str, in_row: str) -> None:
+    names = {form: unicodedata.normalize(form, "é/crème.png") for form in (on_disk, in_row)}
+    save_picture(tmp_path / names[on_disk])
+    row = {"file_name": names[in_row], "text": "x"}
+    save_table(tmp_path / "metadata.jsonl", [row], pictures=False)
+    data = load_dataset(str(tmp_path))
+    assert [e.meta["source"] for e in data] == [names[on_disk]] and data.skipped == []
+
+
+def test_ids_differ_where_paths_and_stems_meet(tmp_path: Path) -> None:
+    names = ("a.png", "a.jpg", "a.png.png")
+    save_table(tmp_path / "metadata.jsonl", [{"file_name": n, "text": "x"} for n in names])
+    assert [e.id for e in load_dataset(str(tmp_path))] == ["a.png", "a.jpg", "a.png-2"]
+
+
+def test_half_a_surrogate_in_any_column_is_replaced(tmp_path: Path) -> None:
+    row = {"file_name": "a.png", "text": "x\ud800", "k\ud800": ["\udcff", {"\ud800": "\ud800"}]}
+    save_table(tmp_path / "metadata.jsonl", [row])
+    example = load_dataset(str(tmp_path))[0]
+    assert example.captions == ("x\ufffd",)
+    assert example.meta["k\ufffd"] == ["\ufffd", {"\ufffd": "\ufffd"}]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
+def test_metadata_is_found_at_any_depth(tmp_path: Path, depth: int) -> None:
+    folder = tmp_path.joinpath(*["sub"] * depth)
+    save_table(folder / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}])
+    assert parse_spec(str(tmp_path))[0] == "imagefolder"
+    assert [e.id for e in load_dataset(str(tmp_path))] == ["sub/" * depth + "a"]
+
+
+@pytest.mark.parametrize(
+    ("table", "kind"),
+    [
+        ("name,licence\nlogo.png,mine\n", "folder"),
+        ("file_name,text\nlogo.png,a logo\n", "folder"),
+        ("file_name,licence\n../a.png,x\n../b.png,x\n", "folder"),
+        ("no table", "folder"),
+        ("file_name,text\n../a.png,x\n../b.png,y\n", "imagefolder"),
+    ],
+)
+def test_a_table_beside_texts_counts_only_if_it_lists_the_pictures(
+    tmp_path: Path, table: str, kind: str
+) -> None:
+    for name in ("a", "b"):
+        save_picture(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a text")
+    save_picture(tmp_path / "info" / "logo.png")
+    (tmp_path / "info" / "metadata.csv").write_text(table)
+    assert parse_spec(str(tmp_path))[0] == kind
+    data = load_dataset(str(tmp_path))
+    assert [e.id for e in data] == ["a", "b"]
+    if kind == "folder":
+        assert "imagefolder:PATH" in reasons(data)["info/metadata.csv"]
+
+
+def test_a_second_table_under_a_wrong_name_is_named(tmp_path: Path) -> None:
+    save_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}])
+    (tmp_path / "metadata2.jsonl").write_text('{"file_name": "b.png", "text": "x"}\n')
+    assert "must be named" in reasons(load_dataset(str(tmp_path)))["metadata2.jsonl"]
+
+
+def test_pipes_are_named_and_never_opened(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{name}.png", "text": "x"} for name in ("a", "tube")]
+    save_table(tmp_path / "set" / "metadata.jsonl", rows[:1])
+    os.mkfifo(tmp_path / "set" / "tube.png")
+    save_table(tmp_path / "set" / "metadata.jsonl", rows, pictures=False)
+    os.mkfifo(tmp_path / "metadata.csv")
+    data = load_dataset(str(tmp_path))
+    assert [e.id for e in data] == ["set/a"]
+    skipped = reasons(data)
+    assert set(skipped) == {"metadata.csv", "set/tube.png"}
+    assert all("it is a pipe, not a file" in reason for reason in skipped.values())
+
+
+def test_a_picture_in_a_closed_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"file_name": name, "text": "x"} for name in ("a.png", "closed/b.png")]
+    save_table(tmp_path / "metadata.jsonl", rows)
+    lstat, real = os.stat, os.path.lexists
+    monkeypatch.setattr(os.path, "lexists", lambda path: real(path) and "closed" not in str(path))
+
+    def fail(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("b.png"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "stat", fail)
+    data = load_dataset(str(tmp_path))
+    assert [e.id for e in data] == ["a"]
+    assert "cannot be opened: Permission denied" in reasons(data)["closed/b.png"]
+
+
 def test_metadata_without_a_caption_column_is_an_error(tmp_path: Path) -> None:
     save_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "description": "x"}])
     with pytest.raises(UserError, match=r"description, file_name; name the caption column.*text"):
         load_dataset(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["metadata.json", "metadata.json1", "train/metadata.JSONL"])
+MISNAMED = ("metadata.json", "metadata.json1", "train/metadata.JSONL", "Metadata.JSONL")
+
+
+@pytest.mark.parametrize("name", [*MISNAMED, "metadata1000.jsonl", "train/metadata1000.jsonl"])
 def test_misnamed_metadata_is_explained(tmp_path: Path, name: str) -> None:
     save_picture(tmp_path / "a.png")
+    (tmp_path / "README.txt").write_text("about this set")
     (tmp_path / "train").mkdir()
     (tmp_path / name).write_text('{"file_name": "a.png", "text": "x"}\n')
     for spec in (f"imagefolder:{tmp_path}", str(tmp_path)):

@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from lineage.characters import same_name
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example
 from lineage.data.tools import _file_name, check, contact_sheet, export
 from lineage.errors import UserError
+from lineage.text.tokenizer import default_limits
 
 
 class Odd(CaptionedDataset):
@@ -70,10 +72,38 @@ def test_an_export_of_all_splits_keeps_them(tmp_path: Path) -> None:
         assert [e.meta["source"].split("/")[0] for e in again] == [split.replace("idation", "")]
 
 
+@pytest.mark.parametrize("own", [None, "test", "odd"])
+def test_an_export_keeps_the_record_s_own_split(tmp_path: Path, own: str | None) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
+    row = {"file_name": "a.png", "text": "x", "meta": {"split": "weird", "meta": {"k": 1}}}
+    row |= {"split": own} if own else {}
+    (tmp_path / "in" / "metadata.jsonl").write_text(json.dumps(row))
+    split = own or "train"
+    before = load_dataset(str(tmp_path / "in"), split, 16)
+    assert before[0].meta == {"source": "a.png", "split": split, "meta": {"k": 1}}
+    export(before, tmp_path / "out")
+    assert load_dataset(str(tmp_path / "out"), split, 16)[0].meta == before[0].meta
+
+
+def test_an_export_escapes_names_that_are_not_utf8(tmp_path: Path) -> None:
+    source, target = tmp_path / "in\udce9", tmp_path / "out\udce9"
+    source.mkdir()
+    for name in ("caf\udce9", "\x1b[31m"):
+        Image.new("RGB", (16, 16)).save(source / f"{name}.png")
+        (source / f"{name}.txt").write_text("x")
+    assert check(str(source))["loaded"] == 2
+    assert export(load_dataset(str(source), size=16), target) == 2
+    files = sorted(p.name for p in (target / "images").iterdir())
+    assert files == ["_x1b_31m.png", "caf_xe9.png"]
+    assert len(load_dataset(str(target), size=16)) == 2
+
+
 def test_file_names_are_safe_and_unique() -> None:
     taken: set[str] = set()
     names = [_file_name(x, taken) for x in ("a/b", "a_b", "A\\B", "../../etc", ".", "é" * 99)]
-    assert len({n.lower() for n in names}) == len(names)
+    names += [_file_name(x, taken) for x in ("\u1100\u1161", "\uac00")]  # one syllable, two ways
+    assert len({same_name(n).lower() for n in names}) == len(names)
     assert names[:2] == ["a_b", "a_b-2"]
     assert all("/" not in n and not n.startswith(".") and len(n.encode()) < 200 for n in names)
 
@@ -112,7 +142,17 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 
 def test_check_counts_shapes_without_rendering() -> None:
-    assert check("shapes:easy", 32) == {"loaded": 20_000, "captions": 100_000, "skipped": []}
+    counts = {"loaded": 20_000, "captions": 100_000, "cut": {}, "skipped": []}
+    assert check("shapes:easy", 32) == counts
+
+
+def test_check_counts_captions_that_are_too_long(tmp_path: Path) -> None:
+    for number, caption in enumerate(["a ring", "red " * 32, "red " * 33, "x" * 202]):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    report = check(str(tmp_path), 16, default_limits())
+    assert report["cut"] == {"32 words": 1, "201 characters": 1}
+    assert json.loads(json.dumps(report)) == report
 
 
 def test_check_counts_all_splits(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ grammar reads the captions here, and scenes of training are searched for each co
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -337,6 +339,50 @@ def test_a_broken_line_is_one_sentence_that_names_it(name: str, tmp_path: Path) 
     path.write_text(f"{GOOD}\n\n{text}\n{GOOD}\n")
     sentence = error_of(path)
     assert "line 3" in sentence and clue in sentence
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: b"\xff\xfe" + text.encode("utf-16-le"),
+        lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.replace("\n", "\r").encode(),
+        lambda text: text.rstrip("\n").encode(),
+    ],
+    ids=["BOM", "UTF-16 LE", "UTF-16 BE", "CRLF", "CR", "no end of line"],
+)
+def test_a_file_is_read_as_editors_save_it(encode: Callable[[str], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(encode(f"{GOOD}\n\n{line(prompt='ein grüner Kreis')}\n"))
+    assert [p.prompt for p in read_prompts(path)] == ["a red circle", "ein grüner Kreis"]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x7f", "\u00a0"])
+def test_a_separator_inside_a_string_ends_no_line(separator: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    prompt = f"a red{separator}circle"
+    text = json.dumps({**json.loads(GOOD), "prompt": prompt}, ensure_ascii=False)
+    path.write_text(f"{text}\n{GOOD}\n", encoding="utf-8")
+    assert [p.prompt for p in read_prompts(path)] == [prompt, "a red circle"]
+
+
+def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(f"{GOOD}\n{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}\n')
+    assert "line 3" in error_of(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX files")
+def test_a_pipe_or_a_device_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe" in error_of(tmp_path / "pipe")
+    assert "device" in error_of(Path("/dev/zero"))
+    assert "folder" in error_of(tmp_path)
+    monkeypatch.setattr("lineage.evaluation.prompts.MAX_BYTES", 10)
+    (tmp_path / "large").write_text(GOOD)
+    assert "MB" in error_of(tmp_path / "large")
 
 
 @pytest.mark.parametrize("data", [b"", b"\n \n", bytes(range(256)), b"\x89PNG\r\n\x1a\n\x00\xff"])

@@ -115,6 +115,30 @@ def test_other_characters_give_other_features(one: str, other: str) -> None:
     assert encoder.unknown([one, "zorp"]) == []
 
 
+@pytest.mark.parametrize(
+    ("caption", "unknown"),
+    [
+        ("红色的圆", ["红色的圆"]),
+        ("a 红色 circle, a 红色 ring", ["红色"]),
+        ("красный круг", ["красный", "круг"]),
+        ("A RED Circle; 50% (of $7)!", []),
+        ("a red\tcircle\n", []),
+        ("a dog’s ball", ["’"]),
+        ("", []),
+    ],
+)
+def test_words_of_other_alphabets_are_unknown(caption: str, unknown: list[str]) -> None:
+    assert make().unknown([caption]) == unknown
+
+
+def test_characters_beyond_the_limit_are_the_overflow() -> None:
+    encoder = make()
+    limit = encoder.config.max_chars
+    caption = "A" * limit + "b 圆"
+    assert encoder.overflow(f"  {caption} ") == (f"{limit} characters", "b 圆")
+    assert encoder.unknown([caption]) == [] and encoder.overflow(caption[:limit]) is None
+
+
 def test_characters_outside_the_alphabet_are_all_the_same() -> None:
     """An accent or an emoji is a column of zeros, and raises nothing."""
     encoder = make()

@@ -231,6 +231,32 @@ def test_a_word_is_unknown_if_no_encoder_has_a_token_for_it(join: str) -> None:
     assert make("joined:char_cnn_rnn+bag", join).unknown(["a zorp"]) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "overflow"),
+    [
+        ("joined:bag+lstm", ("10 words", "purple ring")),
+        ("joined:char_cnn_rnn+bag", None),
+        ("joined:bag+char_cnn_rnn", None),
+    ],
+)
+def test_what_one_encoder_reads_does_not_overflow(
+    name: str, overflow: tuple[str, str] | None, join: str
+) -> None:
+    assert make(name, join).overflow(LONG) == overflow
+
+
+def test_the_overflow_is_that_of_the_encoder_that_reads_most(join: str) -> None:
+    encoder = make("joined:bag+char_cnn_rnn", join, max_chars=100)
+    caption = LONG + " red" * 20
+    assert encoder.overflow(caption) == ("100 characters", caption[100:])
+    assert encoder.overflow("x" * 150 + " red" * 10) == ("10 words", "red")
+
+
+def test_a_word_that_no_encoder_reads_is_not_unknown(join: str) -> None:
+    assert make("joined:bag+lstm", join).unknown([f"{LONG} zorp"]) == []
+    assert make("joined:bag+char_cnn_rnn", join).unknown(["a 圆 zorp"]) == ["圆"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_encoders_are_trained(name: str, join: str) -> None:
     encoder = make(name, join)

@@ -230,6 +230,26 @@ def test_every_word_has_a_token(kind: str, caption: str, folders: dict[str, Path
     assert encoder.unknown([caption]) == []
 
 
+@pytest.mark.parametrize(("kind", "rest"), [("clip", 6), ("bert", 6), ("t5", 7)])
+def test_tokens_beyond_the_limit_are_the_overflow(
+    kind: str, rest: int, folders: dict[str, Path]
+) -> None:
+    """Start and end take up room as well."""
+    encoder = make(folders[kind])
+    overflow = encoder.overflow("a " * 8 + "red circle")
+    assert overflow == ("8 tokens", " ".join(["a"] * (8 - rest) + ["red", "circle"]))
+    assert encoder.overflow("a " * rest) is None and encoder.overflow("") is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caption_that_is_no_utf8_is_read(kind: str, folders: dict[str, Path]) -> None:
+    encoder = make(folders[kind])
+    read, plain = encoder.encode(["a \udcff"]), encoder.encode(["a \ufffd"])
+    assert torch.equal(read.ids, plain.ids)
+    assert encoder.tokens("a \udcff") == encoder.tokens("a \ufffd")
+    assert encoder.overflow("a \udcff") is None
+
+
 @pytest.mark.parametrize("max_words", [3, MAX_WORDS, MAX_POSITIONS])
 def test_captions_have_max_words_positions(max_words: int, folders: dict[str, Path]) -> None:
     for kind, folder in folders.items():

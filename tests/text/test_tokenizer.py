@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -160,6 +161,38 @@ def test_a_known_word_is_not_dropped_with_its_ending() -> None:
     one = WordTokenizer(["the", "bird", "s", "beak", "red", "breasted"], drop_unknown=True)
     assert one.encode("The bird's beak.") == [3, 4, 5, 6]
     assert one.encode("the red-breasted bird") == [3, 7, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("drop_unknown", "length", "unknown", "rest"),
+    [
+        (False, 3, ["zorp"], "bird , a quux"),
+        (False, 6, ["zorp", ","], "quux"),
+        (False, 7, ["zorp", ",", "quux"], ""),
+        (True, 2, ["zorp"], "bird a quux"),
+        (True, 4, ["zorp", "quux"], ""),
+        (True, 9, ["zorp", "quux"], ""),
+    ],
+)
+def test_words_are_read_up_to_a_number_of_tokens(
+    drop_unknown: bool, length: int, unknown: list[str], rest: str
+) -> None:
+    """Words that are left out take up no room."""
+    one = WordTokenizer(["a", "red", "bird"], drop_unknown)
+    caption = "A zorp red bird, a quux"
+    assert one.unknown(caption, length) == unknown
+    assert one.rest(caption, length) == rest
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+@pytest.mark.parametrize("caption", ["a \udcff", "\ud800 a", "a \ud83d b"])
+def test_text_that_is_no_utf8_is_trained_on_and_encoded(kind: str, caption: str) -> None:
+    """Arguments and metadata may hold it; it is read as U+FFFD."""
+    replaced = re.sub("[\ud800-\udfff]", "\ufffd", caption)
+    one, other = (make_tokenizer(kind, [text] * 9, 300) for text in (caption, replaced))
+    assert json.dumps(one.to_json()) == json.dumps(other.to_json())
+    assert one.encode(caption) == one.encode(replaced)
+    assert one.unknown(caption) == [] and "\ufffd" in one.decode(one.encode(caption))
 
 
 @pytest.mark.parametrize("drop_unknown", [False, True])

@@ -1,0 +1,229 @@
+"""One picture file -> pixels: the only place of the package that opens a stranger's picture.
+
+The steps of `decode`, in order:
+    check that it is a regular file of bounded size, with a bounded number of pixels;
+    convert any colour mode to RGB, transparency on white, the first frame of several;
+    turn the picture upright as its EXIF orientation says;
+    crop to the largest centred square, so that nothing is stretched;
+    resize to (size, size) with Lanczos. A picture that has this size keeps its exact pixels.
+
+Metadata that Pillow cannot read (EXIF, colour profiles, text) does not make a picture unreadable:
+the file is decoded without it.
+
+Memory: a picture is converted in bands, so that it is held once as the file has it and once in RGB.
+A picture of more than `LARGE` pixels is reduced on the way, and only a few are decoded at a time.
+
+Axes: 3 channels, S = `size`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+
+from lineage.characters import plain
+from lineage.files import NotRegularError, TooLargeError, check_regular
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's remarks on odd metadata
+
+MAX_BYTES = 200_000_000
+"""Largest size of a picture file."""
+MAX_WHOLE = 50_000_000
+"""Largest number of pixels in a format of `_WHOLE`; of others, Pillow's limit holds."""
+LARGE = 16_000_000
+"""Number of pixels above which a picture is reduced while it is converted."""
+BAND = 1_000_000
+"""Number of pixels that are converted at once."""
+
+_WHOLE = ("WEBP", "AVIF", "JPEG2000")  # Pillow holds such a picture several times in memory
+_LARGE_AT_ONCE = threading.Semaphore(2)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Turn that undoes each EXIF orientation."""
+
+
+def decode(file: Path, size: int) -> NDArray[np.uint8]:
+    """The picture in a file, (3, S, S).
+
+    Raises:
+        Exception: The file is no picture that can be read; `why_broken` gives the reason.
+    """
+    check_regular(file, MAX_BYTES)
+    try:
+        return _pixels(file, size)
+    except (Image.DecompressionBombError, MemoryError, TooLargeError):
+        raise
+    except Exception:  # Pillow's decoders raise errors of many kinds
+        bare = _without_metadata(file.read_bytes())
+        if bare is not None:
+            with contextlib.suppress(Exception):  # the first error tells more
+                return _pixels(io.BytesIO(bare), size)
+        raise
+
+
+def why_broken(error: Exception, file: Path) -> str:
+    """Reason why a picture could not be decoded, in words for the user."""
+    if isinstance(error, PermissionError):
+        return "the picture cannot be opened: permission denied"
+    if isinstance(error, (NotRegularError, TooLargeError)):
+        return f"the picture cannot be read: {error.strerror}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"the picture is too large: {_area(file)} (a decompression bomb?); make it smaller"
+    if isinstance(error, MemoryError):
+        return "the picture needs more memory than there is; make it smaller"
+    if isinstance(error, Image.UnidentifiedImageError):
+        if _is_empty(file):
+            return "the picture's file is empty; copy it again"
+        return "no picture of a known format is in this file; copy or convert it again"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"the picture cannot be read: {error.strerror}"
+    return f"the picture is broken ({plain(error)}); copy it again"
+
+
+def _is_empty(file: Path) -> bool:
+    try:
+        return check_regular(file) == 0
+    except OSError:
+        return False
+
+
+def _area(file: Path) -> str:
+    """Width and height of a PNG, GIF or BMP; of another format, that they exceed the limit."""
+    with file.open("rb") as opened:
+        head = opened.read(26)
+    layouts = {b"\x89PNG": (">II", 16), b"GIF8": ("<HH", 6), b"BM": ("<ii", 18)}
+    for magic, (layout, start) in layouts.items():
+        if head.startswith(magic):
+            width, height = (abs(side) for side in struct.unpack_from(layout, head, start))
+            return f"it has {width:,} x {height:,} pixels"
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    return f"it has more than {limit / 1e6:,.0f} million pixels"
+
+
+def _pixels(source: Path | IO[bytes], size: int) -> NDArray[np.uint8]:
+    with Image.open(source) as image:
+        if image.format == "EPS":  # a program; Pillow would run Ghostscript on it
+            raise Image.UnidentifiedImageError("a PostScript file")
+        if image.format in _WHOLE and image.width * image.height > MAX_WHOLE:
+            reason = f"it has {image.width:,} x {image.height:,} pixels; make it smaller"
+            raise TooLargeError(errno.EFBIG, reason)
+        # A large JPEG is decoded at a fraction of its size, but at least twice the size needed.
+        image.draft("RGB", (2 * size, 2 * size))
+        large = image.width * image.height > LARGE
+        with _LARGE_AT_ONCE if large else contextlib.nullcontext():
+            image.load()
+            rgb = _reduced_square(image, size) if large else _in_bands(image, (0, 0, *image.size))
+        upright = _upright(image, rgb)
+    square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square, np.uint8).transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
+
+
+def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
+    """`rgb`, turned as the EXIF orientation of `image` says."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # an EXIF block of junk raises errors of many kinds
+        return rgb
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _reduced_square(image: Image.Image, size: int) -> Image.Image:
+    """The centred square in RGB, reduced by a whole factor to at least four times `size`."""
+    factor = max(1, min(image.size) // (4 * size))
+    side = min(image.size) // factor * factor
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return _in_bands(image, (left, top, left + side, top + side), factor)
+
+
+def _in_bands(image: Image.Image, box: tuple[int, int, int, int], factor: int = 1) -> Image.Image:
+    """The pixels in `box` in RGB, reduced by a whole factor that divides its sides."""
+    left, top, right, bottom = box
+    canvas = Image.new("RGB", ((right - left) // factor, (bottom - top) // factor))
+    rows = max(1, BAND // ((right - left) * factor)) * factor
+    for first in range(top, bottom, rows):
+        band = image.crop((left, first, right, min(first + rows, bottom)))
+        canvas.paste(_rgb(band).reduce(factor), (0, (first - top) // factor))
+    return canvas
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A picture of any colour mode in RGB; transparent pixels become white."""
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
+        values = np.asarray(image).astype(np.int64)
+        grey = (values >> 8).clip(0, 255).astype(np.uint8)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        image = Image.fromarray(grey)
+    elif isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits; Pillow kept the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+# --- files without their metadata -----------------------------------------------------------------
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+def _without_metadata(raw: bytes) -> bytes | None:
+    """A PNG or JPEG file with only the parts that its pixels need; None for another format."""
+    if raw.startswith(_PNG):
+        return _PNG + b"".join(_png_chunks(raw))
+    if raw.startswith(b"\xff\xd8"):
+        return b"\xff\xd8" + b"".join(_jpeg_segments(raw))
+    return None
+
+
+def _png_chunks(raw: bytes) -> Iterator[bytes]:
+    """Chunks of the pixels, and the orientation where its checksum is right."""
+    start = len(_PNG)
+    while start + 12 <= len(raw):
+        length = int.from_bytes(raw[start : start + 4], "big")
+        name, end = raw[start + 4 : start + 8], start + 12 + length
+        chunk = raw[start:end]
+        if name in _PNG_PIXELS or (name == b"eXIf" and _is_sound(chunk)):
+            yield chunk
+        start = end
+
+
+def _is_sound(chunk: bytes) -> bool:
+    return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+
+
+def _jpeg_segments(raw: bytes) -> Iterator[bytes]:
+    """Segments of the pixels: all but comments and the applications' own, save Adobe's colours."""
+    start = 2
+    while raw[start : start + 1] == b"\xff":
+        marker = raw[start + 1 : start + 2]
+        end = start + 2 + int.from_bytes(raw[start + 2 : start + 4], "big")
+        if marker == b"\xda" or end > len(raw):  # the pixels, which end the list of segments
+            break
+        is_metadata = b"\xe0" <= marker <= b"\xef" and marker != b"\xee"
+        if not is_metadata and marker != b"\xfe":
+            yield raw[start:end]
+        start = max(end, start + 4)
+    yield raw[start:]

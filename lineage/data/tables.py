@@ -1,0 +1,242 @@
+"""Tables of metadata, `metadata.jsonl` and `metadata.csv`: rows with the line that each begins on.
+
+A table is UTF-8, or UTF-16 with a byte order mark. A row that cannot be read is reported with its
+line, and the rows after it are read.
+
+JSON: one object on each line. Numbers that JSON has no way to write (`NaN`, `Infinity`, `1e999`)
+are faults.
+
+CSV: a head with the names of the columns, cells separated by commas, semicolons or tabs. A cell may
+stand in double quotes and then hold separators and line ends; a double quote in it is written
+twice. A cell with a list is a list: in JSON (`["a dog", "a cat"]`), or as pandas and NumPy write it
+(`['a dog', 'a cat']`).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from lineage.characters import decoded, valid
+from lineage.data.contract import Skipped
+from lineage.files import read_regular
+
+NAMES = ("metadata.jsonl", "metadata.csv")
+MAX_BYTES = 1_000_000_000
+"""Largest size of a table."""
+MAX_DEPTH = 50
+"""Largest number of lists and objects inside one another in a cell."""
+
+_TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
+_SIMILAR = re.compile(r"metadata.*\.(json\w*|csv\w*|tsv|xlsx?|parquet)", re.IGNORECASE)
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+
+
+@dataclass
+class Row:
+    """One row of a table.
+
+    Attributes:
+        where: File and line, for messages.
+        folder: Folder of the table, relative to the root.
+        values: Cells by column. All text in them can be written as UTF-8, save `file_name`, which
+            may hold bytes of a file's name that are not UTF-8.
+    """
+
+    where: str
+    folder: str
+    values: dict[str, Any]
+
+
+def is_table(path: str) -> bool:
+    """Whether a path has the name of a table of metadata."""
+    return PurePosixPath(path).name in NAMES
+
+
+def is_misnamed(path: str) -> bool:
+    """Whether a file was probably meant to be a table, but has a name that is not read."""
+    return not is_table(path) and bool(_SIMILAR.fullmatch(PurePosixPath(path).name))
+
+
+def why_misnamed(path: str) -> str:
+    """End of a sentence that starts with a path for which `is_misnamed` is true."""
+    ending = PurePosixPath(path).suffix.lower()
+    if ending in (".parquet", ".xls", ".xlsx"):
+        return "cannot be read, write its table as metadata.csv."
+    if ending.startswith((".csv", ".tsv")):
+        return "must be named metadata.csv."
+    return "must be named metadata.jsonl and have one JSON object on each line."
+
+
+def read_table(root: Path, table: str, skipped: list[Skipped]) -> Iterator[Row]:
+    """Rows of the table at `root / table`; what cannot be read is added to `skipped`."""
+    try:
+        raw = read_regular(root / table, MAX_BYTES)
+    except OSError as error:
+        skipped.append(Skipped(table, f"the metadata cannot be read: {error.strerror}"))
+        return
+    try:
+        text = decoded(raw)
+    except UnicodeDecodeError:  # only the lines with wrong bytes are left out
+        text = raw.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
+    folder = str(PurePosixPath(table).parent)
+    parse = _csv_rows if table.endswith(".csv") else _json_rows
+    for line, values in parse(text):
+        if isinstance(values, str):
+            skipped.append(Skipped(table, f"line {line} {values}"))
+        else:
+            yield Row(f"{table}:{line}", folder, values)
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line and cells of each row, or what is wrong with the line."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        if _NOT_UTF8.search(line):
+            yield number, "is not valid JSON: it is not UTF-8; save the file as UTF-8"
+            continue
+        try:
+            values = _json(line)
+            yield number, _checked(values) if isinstance(values, dict) else "is not a JSON object"
+        except ValueError as error:
+            yield number, f"is not valid JSON: {error}"
+
+
+def _json(text: str) -> Any:
+    """The value of a text in JSON.
+
+    Raises:
+        ValueError: The text is not JSON, or is nested too deep, or holds no finite number.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        if "digits" in str(error):  # Python's limit for whole numbers
+            raise ValueError("it holds a number of more than 4,000 digits") from None
+        raise
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON; write null")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text[:20])
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """The cells of a row with valid text; a cell that is nested too deep raises `ValueError`."""
+    # An exported set holds the columns of a row one level deeper, in `meta`.
+    return {
+        valid(column): cell
+        if column == "file_name" and isinstance(cell, str)
+        else _bounded(cell, MAX_DEPTH + (column == "meta"))
+        for column, cell in values.items()
+    }
+
+
+def _bounded(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return valid(value)
+    if not isinstance(value, (list, dict)):
+        return value
+    if depth == 0:
+        raise ValueError(_TOO_DEEP)
+    if isinstance(value, list):
+        return [_bounded(item, depth - 1) for item in value]
+    return {valid(key): _bounded(item, depth - 1) for key, item in value.items()}
+
+
+# --- CSV ------------------------------------------------------------------------------------------
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line and cells of each row, or what is wrong with the line."""
+    separator = next((s for s in ",;\t" if s in text.split("\n", 1)[0]), ",")
+    head: list[str] | None = None
+    for line, cells, fault in _csv_records(text, separator):
+        if fault:
+            yield line, fault
+            if head is None:
+                return
+        elif head is None:
+            head = [cell.strip() for cell in cells]
+        elif any(cells[len(head) :]):
+            yield (
+                line,
+                f"has {len(cells)} cells and the head has {len(head)}; put double quotes around a "
+                f"cell that holds {separator!r}",
+            )
+        else:
+            cells += [""] * (len(head) - len(cells))
+            try:
+                yield line, _checked(dict(zip(head, map(_cell, cells), strict=False)))
+            except ValueError as error:
+                yield line, f"is not a row: {error}"
+
+
+def _csv_records(text: str, separator: str) -> Iterator[tuple[int, list[str], str]]:
+    """Line, cells and fault ("" for none) of each record; blank lines are left out."""
+    cell = re.compile(rf'"([^"]*(?:""[^"]*)*)" *(?=[{separator}\n]|\Z)|([^{separator}\n]*)')
+    start, line = 0, 1
+    while start < len(text):
+        cells, fault, at = [], "", start
+        while True:
+            found = cell.match(text, at)
+            assert found is not None  # the second form matches any text, also none
+            quoted, bare = found.groups()
+            if quoted is None and bare.startswith('"') and bare.count('"') % 2:
+                fault = "has a double quote that never closes; write it twice inside a quoted cell"
+            cells.append(bare if quoted is None else quoted.replace('""', '"'))
+            at = found.end()
+            if at == len(text) or text[at] == "\n":
+                break
+            at += 1
+        record = text[start:at]
+        if _NOT_UTF8.search(record):
+            fault = "is not UTF-8; save the table as UTF-8"
+        if fault or record.strip():
+            yield line, cells, fault
+        line += record.count("\n") + 1
+        start = at + 1
+
+
+_QUOTED = re.compile(r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\s*,?""", re.DOTALL)
+
+
+def _cell(text: str) -> Any:
+    """A CSV cell; a list or an object in JSON, and a list of texts in Python, is parsed."""
+    if text[:1] not in ("[", "{"):
+        return text
+    try:
+        return _json(text)
+    except ValueError:
+        texts = _python_list(text)
+        return text if texts is None else texts
+
+
+def _python_list(text: str) -> list[str] | None:
+    """The texts in `['a dog', 'a cat']`, or None if it is not such a list."""
+    texts, at = [], 1
+    while item := _QUOTED.match(text, at):
+        try:
+            texts.append(ast.literal_eval(item[1]))
+        except (SyntaxError, ValueError):
+            return None
+        at = item.end()
+    return texts if text[at:].strip() == "]" else None

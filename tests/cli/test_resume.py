@@ -1,0 +1,197 @@
+"""Going on with a run: what fits goes on and is recorded, what does not changes no byte."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Answer
+from refusal import assert_refused
+
+import lineage
+from lineage.errors import Interrupted, UserError
+from lineage.evaluation.prompts import make_prompts, to_lines
+from lineage.files import Lock
+from lineage.training.cost import read_cost
+from lineage.training.loop import Trainer
+from lineage.training.store import load_tensors, read_json, save_tensors
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def finished(smoke_run: Callable[[str], Any], tmp_path: Path) -> Path:
+    """A copy of a finished run of `ddpm`, 20 steps at preset smoke."""
+    return Path(shutil.copytree(smoke_run("ddpm").folder, tmp_path / "finished"))
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of `ddpm` that was stopped after 3 of 6 steps."""
+    advance = Trainer.advance
+
+    def stop_at_3(self: Trainer, *arguments: Any) -> Any:
+        if self.step == 2:
+            self._stop_requested = True
+        return advance(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", stop_at_3)
+        with pytest.raises(Interrupted):
+            lineage.train("ddpm", preset="smoke", steps=6, out=tmp_path / "stopped")
+    return tmp_path / "stopped"
+
+
+def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Bytes and time of each file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "encoder.width=64"], ["encoder.width=64", "--out"]),
+        (["--set", "model.guidance=7"], ["model.guidance=7.0", "leave it out"]),
+        (["--seed", "5"], ["seed=5", "has seed=0"]),
+        (["--data", "shapes:hard"], ["data=shapes:hard", "has data=shapes"]),
+        (["--set", "size=32"], ["size=32"]),
+        (["--set", "text=transformer"], ["text=transformer"]),
+        (["--preset", "tiny"], ["--preset tiny", "smoke"]),
+        (["--set", "optim.lr=0.01"], ["optim.lr=0.01", "20 steps", "budget"]),
+        (["--set", "train.batch_size=4"], ["train.batch_size=4", "20 steps"]),
+        (["--steps", "10"], ["train.max_steps=10", "20 steps"]),
+        (["--from", "codec=nowhere"], ["--from codec=nowhere"]),
+    ],
+)
+def test_what_does_not_fit_a_finished_run_changes_no_byte(
+    arguments: list[str], words: list[str], call: Call, finished: Path
+) -> None:
+    before = contents(finished)
+    answer = call("train", "ddpm", "--out", finished, "--resume", *arguments)
+    assert_refused(answer, *words)
+    assert contents(finished) == before
+
+
+def test_changes_of_a_run_are_recorded(call: Call, stopped: Path) -> None:
+    """A rate may be lowered on the way; the report can then tell what trained which steps."""
+    before = read_json(stopped / "config.json")
+    start = ("train", "ddpm", "--out", stopped, "--resume")
+    assert call(*start, "--set", "optim.lr=0.0005", "--preset", "smoke").code == 0
+    saved = read_json(stopped / "config.json")
+    change = {"stage": "denoiser", "step": 3, "fields": {"optim.lr": [0.002, 0.0005]}}
+    assert saved["changes"] == [change] and saved["optim"]["lr"] == 0.0005
+    assert saved["made_with"] == before["made_with"]
+    assert call(*start, "--steps", 8).code == 0
+    assert [c["step"] for c in read_json(stopped / "config.json")["changes"]] == [3, 6]
+    assert call(*start, "--set", "train.log_every=7").code == 0  # the result does not depend on it
+    assert len(read_json(stopped / "config.json")["changes"]) == 2
+
+
+def test_another_number_of_threads_is_reported(call: Call, stopped: Path) -> None:
+    config = stopped / "config.json"
+    saved = read_json(config)
+    assert saved["made_with"]["threads"] == torch.get_num_threads()
+    text = config.read_text()
+    config.write_text(text.replace(f'"threads": {torch.get_num_threads()}', '"threads": 61'))
+    answer = call("train", "ddpm", "--out", stopped, "--resume")
+    assert answer.code == 0 and "OMP_NUM_THREADS=61" in answer.errors
+
+
+def test_one_process_trains_in_a_folder(call: Call, finished: Path, tmp_path: Path) -> None:
+    before = contents(finished)
+    with Lock(finished):
+        refused = call("train", "ddpm", "--out", finished, "--resume", "--steps", 30)
+    assert_refused(refused, "Another process", "finished")
+    assert contents(finished) == before
+    (tmp_path / "new").mkdir()
+    with Lock(tmp_path / "new"):
+        refused = call("train", "ddpm", "--preset", "smoke", "--out", tmp_path / "new")
+    assert_refused(refused, "Another process")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_refused_new_run_leaves_no_folder(call: Call, tmp_path: Path) -> None:
+    answer = call("train", "ddpm", "--set", "size=20", "--out", tmp_path / "a" / "b")
+    assert answer.code == 2 and not (tmp_path / "a").exists()
+
+
+def test_partials_of_a_killed_process_are_removed(call: Call, finished: Path) -> None:
+    partial = finished / "stages" / ".state.pt.77-abcd.partial"
+    partial.parent.mkdir()
+    partial.write_bytes(b"half")
+    assert call("train", "ddpm", "--out", finished, "--resume").code == 0
+    assert not partial.exists()
+
+
+def test_a_stopped_run_is_scored_with_its_cost_so_far(stopped: Path) -> None:
+    cost = read_cost(stopped)["denoiser"]
+    assert cost["steps"] == 3 and cost["seconds"] > 0 and not cost["finished"]
+    for content in ("[]", "{", '{"denoiser": 3}', '{"denoiser": {"steps": "3"}}'):
+        (stopped / "cost.json").write_text(content)
+        assert read_cost(stopped)["denoiser"]["steps"] == 3  # from the log
+    (stopped / "cost.json").unlink()
+    line = next(text for text in to_lines(make_prompts("easy")).splitlines() if text)
+    (stopped.parent / "one.jsonl").write_text(line)
+    scores = lineage.evaluate(stopped, pictures=10, prompts=stopped.parent / "one.jsonl")
+    assert scores["runs"][0]["cost"]["training"]["denoiser"]["steps"] == 3
+
+
+def test_damaged_lines_of_the_log_stay(call: Call, stopped: Path) -> None:
+    log = stopped / "metrics.jsonl"
+    whole = log.read_bytes()
+    junk = b'[1, 2]\n[not json\n\xff\xfe\n{"stage": 3}\n' + b"[" * 100_000 + b"\n"
+    log.write_bytes(junk + whole + b'{"stage": "denoiser", "st')
+    assert call("train", "ddpm", "--out", stopped, "--resume").code == 0
+    after = log.read_bytes()
+    assert after.startswith(junk + whole) and b'"st\n' not in after
+    assert after.count(b"\n") > (junk + whole).count(b"\n")
+
+
+def test_weights_that_are_no_numbers_are_reported(call: Call, finished: Path) -> None:
+    path = finished / "model.safetensors"
+    tensors = load_tensors(path)
+    name = next(n for n, t in tensors.items() if t.is_floating_point())
+    save_tensors(path, {**tensors, name: torch.full_like(tensors[name], torch.nan)})
+    assert_refused(call("sample", finished, "a red circle"), "model.safetensors", "no numbers")
+
+
+@pytest.mark.parametrize("place", ["file/cache", "/proc/no/cache"])
+def test_a_cache_is_no_requirement(
+    place: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / place))  # an absolute one stays absolute
+    run = tmp_path / f"run-{Path(place).parts[0].strip('/')}"
+    answer = call("train", "gan_int_cls", "--preset", "smoke", "--steps", 2, "--out", run)
+    assert answer.code == 0 and answer.errors.count("LINEAGE_CACHE") == 1
+    assert (run / "model.safetensors").is_file()
+
+
+def test_an_unfinished_run_is_not_taken_as_a_stage(stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        lineage.train("ddpm", out=tmp_path / "b", stages_from={"denoiser": stopped})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_outside_of_training_ends_with_one_sentence(
+    number: int, finished: Path, tmp_path: Path
+) -> None:
+    """Here while pictures are drawn."""
+    command = [sys.executable, "-m", "lineage", "sample", str(finished), "a circle"]
+    command += ["--count", "20000", "--out", str(tmp_path / "sheet.png")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    time.sleep(6)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.count("\n") == 1 and "interrupted" in errors
