@@ -52,6 +52,7 @@ from lineage.training.store import read_json, write_json
 OUT = Path(__file__).parent.parent / "results" / "faults.json"
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
 KINDS = ("killed", "killed after", *ERRORS)
+RESULTS = ("resumed to the same bytes", "loads", "one sentence", "went on", "failed")
 TRAIN = "--preset smoke --data data --out run --steps 4 --set train.batch_size=2"
 EVERY = "--set train.checkpoint_every=2 --set train.sample_every=2 --set train.log_every=2"
 UNET = "--set model.unet.attention_levels=0 --set model.unet.channel_mult=1"
@@ -336,8 +337,25 @@ def scenarios(key: str, root: Path) -> dict[str, Scenario]:
     }
 
 
+def count(
+    name: str, scenario: Scenario, stride: int, failures: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Inject every `stride`-th fault; returns how many had each result, and adds to `failures`."""
+    counts = {kind: dict.fromkeys(RESULTS, 0) for kind in KINDS}
+    faults = [(n, kind) for n in range(len(scenario.events)) for kind in KINDS]
+    for number, kind in faults[::stride]:
+        results, wrong = scenario.trial(number, kind)
+        for result in results:
+            counts[kind][result] += 1
+        if wrong:
+            where = {"event": number, "call": scenario.events[number], "kind": kind}
+            failures.append({"system": name, **where, "wrong": wrong})
+            print(failures[-1], file=sys.stderr)
+    return {"events": len(scenario.events), "kinds": counts}
+
+
 def measure(keys: list[str], stride: int) -> dict[str, Any]:
-    """Inject the faults; every `stride`-th of them, in turn over kinds and events."""
+    """Inject the faults of some systems."""
     systems: dict[str, Any] = {}
     failures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -352,23 +370,9 @@ def measure(keys: list[str], stride: int) -> dict[str, Any]:
             os.environ["LINEAGE_CACHE"] = "cache"
             command(shlex.split(SYSTEMS[key]))  # imports once what training imports
             for name, scenario in scenarios(key, root).items():
-                counts = {kind: dict.fromkeys(RESULTS, 0) for kind in KINDS}
-                faults = [(n, kind) for n in range(len(scenario.events)) for kind in KINDS]
-                for number, kind in faults[::stride]:
-                    results, wrong = scenario.trial(number, kind)
-                    for result in results:
-                        counts[kind][result] += 1
-                    if wrong:
-                        event = scenario.events[number]
-                        where = {"system": name, "event": number, "call": event, "kind": kind}
-                        failures.append({**where, "wrong": wrong})
-                        print(failures[-1], file=sys.stderr)
-                systems[name] = {"events": len(scenario.events), "kinds": counts}
+                systems[name] = count(name, scenario, stride, failures)
                 print(name, systems[name])
     return {"systems": systems, "failures": failures}
-
-
-RESULTS = ("resumed to the same bytes", "loads", "one sentence", "went on", "failed")
 
 
 def main() -> None:
@@ -377,7 +381,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=1, help="inject only every n-th fault")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    if options.stride % len(KINDS) == 0 and options.stride:
+    if options.stride % len(KINDS) == 0:
         parser.error(f"--stride {options.stride} would leave out kinds of faults")
     out = options.out.resolve()
     torch.set_num_threads(1)

@@ -459,7 +459,7 @@ def test_a_file_that_is_none(
         sampled = call("sample", stopped, "a red circle")
         assert one_sentence(sampled) and name in sampled.errors
     if name == "model.safetensors" or (name, make) == ("cost.json", Path.mkdir):
-        return  # training does not read them, and finds at its first checkpoint that it cannot write
+        return  # training does not read them; a checkpoint finds that they cannot be written
     resumed = resume()
     assert_refused_or_same(resumed, stopped, whole)
     assert name not in NEEDED or (resumed.code == 2 and name in resumed.errors)
