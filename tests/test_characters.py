@@ -180,6 +180,11 @@ def test_json_is_valid_in_every_encoding_and_without_control_characters(value: o
         assert all(plain(line) == line for line in printed.split("\n"))
 
 
+def test_json_has_only_numbers_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), float("inf"), 0.5], "b": -float("inf")})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, None, 0.5], "b": None}
+
+
 def test_json_keeps_letters_where_the_stream_has_them(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"caption": "красный \x1b круг"})
     assert "красный \\u001b круг" in capsys.readouterr().out

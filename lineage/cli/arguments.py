@@ -69,9 +69,11 @@ def settings_of(items: Sequence[str] | None) -> dict[str, str]:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document, with `\\u` escapes where the terminal would not show a character."""
-    readable = holds_unicode(sys.stdout)
-    text = json.dumps(value, indent=2, ensure_ascii=not readable)
+    """Print one JSON document: `\\u` escapes for characters that the terminal would not show, null
+    for numbers that JSON does not have (NaN, infinity).
+    """
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=2, ensure_ascii=not holds_unicode(sys.stdout))
     print("".join(c if c == "\n" or plain(c) == c else json.dumps(c)[1:-1] for c in text))
 
 

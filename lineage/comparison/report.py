@@ -20,7 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lineage.characters import well_formed
+from lineage.characters import valid
 from lineage.evaluation.run import Failure
 from lineage.evaluation.table import score_tables
 from lineage.files import write_bytes
@@ -82,7 +82,7 @@ def write_report(
         bars=bars(summary["scores"], summary["order"]),
         tables=score_tables(summary["scores"]),
     )
-    write_bytes(path, well_formed(page).encode())
+    write_bytes(path, valid(page).encode())
 
 
 def bars(scores: dict[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:

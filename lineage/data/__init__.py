@@ -13,8 +13,9 @@ Splits are `train`, `validation` (in files also `val`, `valid`, `dev`) and `test
 disk also have `all`, `shapes` has `heldout`.
 
 Modules: `contract` (what a data set is), `shapes*` (the procedural world), `pictures` (what all
-data sets on a disk share), one file for each layout, `cached` (adds what a network computes from
-each picture), `tools` (contact sheet, check, export).
+data sets on a disk share), `picture_files` (one file -> pixels), `tables` (rows of metadata), one
+file for each layout, `cached` (adds what a network computes from each picture), `tools` (contact
+sheet, check, export).
 """
 
 from __future__ import annotations

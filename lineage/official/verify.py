@@ -34,6 +34,7 @@ from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar
 import torch
 from torch import Tensor
 
+from lineage.characters import plain
 from lineage.errors import UserError
 from lineage.official.reference import Reference, first_line, read_reference
 
@@ -365,7 +366,7 @@ def as_text(check: FileCheck) -> str:
     lines = [f"{check.path}: {check.system or 'unknown'}"]
     lines += [check.note] if check.note else []
     if not check.covered:
-        return "\n".join(lines)
+        return "\n".join(map(plain, lines))
     name_width = max(len(c.name) for c in check.outputs)
     shape_width = max(len(_shape(c.shape)) for c in check.outputs)
     for c in check.outputs:
@@ -377,7 +378,7 @@ def as_text(check: FileCheck) -> str:
         lines.append(line + (f"  {c.reason}" if c.reason else ""))
     agree = sum(c.passed for c in check.outputs)
     lines.append(f"  {agree} of {len(check.outputs)} outputs agree.")
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def as_json(checks: Sequence[FileCheck]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lineage.comparison import run
 from lineage.comparison.report import (
     MAX_FAILURES,
     MAX_TERMS,
+    SystemPage,
     bars,
     curve,
     embed,
@@ -211,6 +212,20 @@ def test_the_sheet_is_a_picture(folder: Path) -> None:
     for key in KEYS:
         for name in ("failed", "nearest"):
             assert (folder / f"{key}_{name}.png").is_file()
+
+
+def test_a_page_holds_any_caption(folder: Path, tmp_path: Path) -> None:
+    summary = read_json(folder / "report.json")
+    summary["captions"] = ["a \ud800\0 circle", "\u202ereversed", "דוגמה", "x" * 5000]
+    empty = SystemPage([[torch.zeros(3, 8, 8, dtype=torch.uint8)]] * 4, [], [], [])
+    write_report(
+        tmp_path / "page.html",
+        summary,
+        [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 4,
+        dict.fromkeys(KEYS, empty),
+    )
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<p dir="auto">a \ufffd\ufffd circle</p>' in text and "\0" not in text
 
 
 def test_the_page_shows_how_a_picture_is_made(

@@ -133,6 +133,11 @@ def test_names_of_any_bytes_are_escaped_and_unique(tmp_path: Path) -> None:
     assert all(e.meta["source"].isprintable() for e in data)
 
 
+def test_an_escaped_name_is_not_taken_from_another() -> None:
+    paths = ["a\n", r"a\n", r"a\n-2", "b"]
+    assert pictures.unique_ids(paths) == [r"a\n", r"a\n-3", r"a\n-2", "b"]
+
+
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "crème") for form in ("NFC", "NFD"))
 
 

@@ -84,7 +84,7 @@ def test_a_wrong_row_of_csv_does_not_swallow_the_next(
 
 def test_lines_are_counted_from_the_first_line_of_each_row(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text(
-        'file_name,text\n\na.png,"two\nlines"\r\nb.png,x\rc.png,"y\n'
+        'file_name,text\n \na.png,"two\nlines"\r\nb.png,x\rc.png,"y\n'
     )
     skipped: list[Skipped] = []
     rows = list(read_table(tmp_path, "metadata.csv", skipped))

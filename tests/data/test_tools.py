@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from lineage.characters import same_name
+from lineage.cli import main
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example
 from lineage.data.tools import _file_name, check, contact_sheet, export
@@ -97,6 +98,25 @@ def test_an_export_escapes_names_that_are_not_utf8(tmp_path: Path) -> None:
     files = sorted(p.name for p in (target / "images").iterdir())
     assert files == ["_x1b_31m.png", "caf_xe9.png"]
     assert len(load_dataset(str(target), size=16)) == 2
+
+
+def test_what_the_command_prints_is_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "in\x1b[31m\udce9"
+    root.mkdir()
+    for name in ("a", "mute\x1b[2J\udce9\n"):
+        Image.new("RGB", (16, 16)).save(root / f"{name}.png")
+    (root / "a.txt").write_text("x")
+    for command in (
+        ["check", str(root)],
+        ["show", str(root), "--out", str(tmp_path / "\x1b.png")],
+        ["export", str(root), "--out", str(tmp_path / "out\x1b")],
+    ):
+        assert main(["data", *command]) == 0
+    printed = capsys.readouterr().out
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert len(printed.splitlines()) == 4 and r"mute\x1b[2J\xe9\n.png" in printed
 
 
 def test_file_names_are_safe_and_unique() -> None:

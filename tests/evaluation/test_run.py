@@ -132,9 +132,19 @@ def test_the_table_has_the_scores_of_the_json(document: dict[str, Any]) -> None:
     assert max(map(len, text.splitlines())) < 400
 
 
+def test_a_table_has_no_control_sequences(document: dict[str, Any]) -> None:
+    """Two runs of one system are told apart by the names of their folders."""
+    runs = [{**document["runs"][0], "run": name} for name in ("a\x1b[31m", "b\udcff")]
+    text = tables({**document, "runs": runs, "warnings": ["\x1b[31m"]})
+    assert "\x1b" not in text and "a\\x1b[31m" in text and "b\\xff" in text
+
+
 def test_json_alone_is_on_standard_output(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And no bar on standard error, which is no terminal here."""
     assert main(["evaluate", str(run), "--pictures", str(PICTURES), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["runs"][0]["system"] == "gan_int_cls"
+    out, errors = capfd.readouterr()
+    assert json.loads(out)["runs"][0]["system"] == "gan_int_cls"
+    assert "drawing" not in errors
 
 
 def test_too_few_pictures_have_no_fid(run: Path) -> None:

@@ -226,6 +226,15 @@ def test_zeros_and_infinities_in_the_reference(
         json.dumps(as_json([check]), allow_nan=False)
 
 
+def test_a_file_is_named_without_control_sequences(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_instead(monkeypatch, fid=0.25)
+    path = write({"output/fid": torch.tensor(0.25).double()})
+    (check,) = verify([path.rename(path.with_name("a\x1b[31m.safetensors"))])
+    assert check.passed and "\x1b" not in as_text(check) and "a\\x1b[31m" in as_text(check)
+
+
 def test_python_number_is_a_value(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
