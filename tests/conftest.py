@@ -144,20 +144,50 @@ class Answer(NamedTuple):
     errors: str
 
 
+Tree = dict[Path, tuple[bytes, int]]
+
+
+def tree(*folders: Path) -> Tree:
+    """Bytes and time of change of every file below some folders; folders and pipes have none."""
+    files: Tree = {}
+    for path in [path for folder in folders for path in (folder, *folder.rglob("*"))]:
+        regular = path.is_file()
+        content = path.read_bytes() if regular else b""
+        files[path] = (content, path.lstat().st_mtime_ns if regular else 0)
+    return files
+
+
 @pytest.fixture
 def call(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Answer]:
-    """Run one command in this process, in a folder of its own."""
+    """Run one command in this process, in a folder of its own.
+
+    A command that is refused (exit code 2) must have changed no file there, and none in a folder
+    that it was given.
+    """
     monkeypatch.chdir(tmp_path)
+    base = tmp_path_factory.getbasetemp()
 
     def run(*arguments: object) -> Answer:
+        given = [Path(str(a)).absolute() for a in arguments]
+        inside = [path for path in given if base in path.parents and path.is_dir()]
+        folders = [tmp_path, Path.cwd(), *inside]
+        before = tree(*folders)
         capfd.readouterr()
         try:
             code = main([str(a) for a in arguments])
         except SystemExit as end:  # --help and --version
             code = int(end.code or 0)
-        return Answer(code, *capfd.readouterr())
+        answer = Answer(code, *capfd.readouterr())
+        if code == 2:
+            after = tree(*folders)
+            changed = {path for path, _ in before.items() ^ after.items()}
+            assert not changed, f"{answer.errors}changed {', '.join(map(str, sorted(changed)))}"
+        return answer
 
     return run
 
