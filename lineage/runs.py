@@ -247,8 +247,7 @@ def _resumed(
     for stage in stages:  # the other run's folder is no longer needed
         if stage.weights is not None and (own := finished_weights(folder, stage.name)).exists():
             stage.weights = own
-    _check_stages(stages, config)
-    check_checkpoints(folder, stages)
+    _check_stages(stages, config, folder)
     threads, now = saved.get("made_with", {}).get("threads"), torch.get_num_threads()
     if threads not in (None, now):
         tell_once(
@@ -294,8 +293,10 @@ def _new(
     return _stages(folder, config, stages, dataset, fingerprint, begin)
 
 
-def _check_stages(stages: list[Stage], config: RunConfig) -> None:
-    """Raise `UserError` if the stages cannot be built, need too much memory, or lack files."""
+def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = None) -> None:
+    """Raise `UserError` if the stages cannot be built, need too much memory, lack files, or do not
+    fit the checkpoints in `folder`.
+    """
     with torch.device("meta"):
         system = build(stages)
     default = recipe_preset(config.key, config.preset)
@@ -303,6 +304,8 @@ def _check_stages(stages: list[Stage], config: RunConfig) -> None:
         if stage.weights is None and stage.system is not None:
             check_memory(stage.system, stage.optim, stage.train, config.size, config, default)
     check_weights(stages)
+    if folder is not None:
+        check_checkpoints(folder, stages)
     stages[-1].clear()
     system.text.check()
 
