@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,8 @@ def keys_of(config: Any, tokenizer: WordTokenizer) -> dict[str, str]:
 
 def changed(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
     """The configuration with another possible value of the setting `name`."""
+    if name == "preset":  # which only the command line and `configure` set
+        return replace(config, preset="tiny")
     value: Any = to_dict(config)
     for part in name.split("."):
         value = value[part]
@@ -329,7 +332,6 @@ def changed(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
             "data": ["shapes:hard"],
             "text": [encoder for encoder in ENCODERS if encoder != value],
             "device": ["cpu"],
-            "preset": ["tiny"],
         }
         words = ("adam", "muon", "linear", "loss", "normal", "bpe", "gru", "exact", "fp32", "off")
         choices = texts.get(leaf, [*words, "sequence"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,8 @@ WORDS = (
 
 def another(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
     """The configuration with another possible value of the setting `name`."""
+    if name == "preset":  # which only the command line and `configure` set
+        return replace(config, preset="tiny")
     value: Any = to_dict(config)
     for part in name.split("."):
         value = value[part]

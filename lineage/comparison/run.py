@@ -90,6 +90,7 @@ def compare(
     options = {"data": data, "minutes": minutes, "steps": steps, "seed": seed, "device": device}
     for key in keys:
         lookup(key)
+    check_output(folder, folder=True)
     configs: list[Any] = [
         configure(key, preset_name=preset, settings=settings, **options)  # type: ignore[arg-type]
         for key in keys
@@ -105,7 +106,6 @@ def compare(
         pictures=pictures, device=config.train.device, features=features, scorer=scorer
     )
     check_scoring(config.data, config.size, config.seed, scoring)
-    check_output(folder, folder=True)
     examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
     flags = ["--preset", preset, *_flags(options, settings or {})]
     try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,12 +184,16 @@ def test_an_unfinished_run_is_not_taken_as_a_stage(stopped: Path, tmp_path: Path
 def test_a_signal_outside_of_training_ends_with_one_sentence(
     number: int, finished: Path, tmp_path: Path
 ) -> None:
-    """Here while pictures are drawn."""
-    command = [sys.executable, "-m", "lineage", "sample", str(finished), "a circle"]
-    command += ["--count", "20000", "--out", str(tmp_path / "sheet.png")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    time.sleep(6)
+    """Here while a run is loaded."""
+    program = (
+        "import sys, lineage.runs; from lineage.cli import main\n"
+        "def slow(*arguments): print('loading', flush=True); import time; time.sleep(60)\n"
+        "lineage.runs.load = slow; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "sample", str(finished), "a circle"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and errors.count("\n") == 1 and "interrupted" in errors

@@ -54,7 +54,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(call: Call, tmp_path: Path) -> 
     """Code in a pickle is not run, and no folder is left behind."""
     Path("netG.pth").write_bytes(b"cos\nsystem\n(S'touch it_ran'\ntR.")
     refused = call("import-weights", "stackgan", "netG.pth", "--out", "runs/a")
-    assert_refused(refused, "netG.pth", "tensors alone")
+    assert_refused(refused, "netG.pth", "is text")
     assert not (tmp_path / "it_ran").exists() and not (tmp_path / "runs").exists()
 
 

@@ -188,7 +188,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(
 
 
 @pytest.mark.parametrize(
-    "command", [["evaluate", "nowhere"], ["compare", "no"], ["data", "export", "x"]]
+    "command", [["evaluate", "nowhere"], ["compare", "retrieval"], ["data", "export", "x"]]
 )
 @pytest.mark.parametrize("out", ["taken", "taken/x", "/proc/x"])
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(

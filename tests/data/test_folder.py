@@ -405,9 +405,9 @@ def test_specs_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (r"C:\pictures", "no data set or folder"),
         ("C:/pictures", "no data set or folder"),
         ("", "no data set or folder"),
-        ("~nosuchuser/x", "no data set or folder"),
-        ("folder:~nosuchuser/x", "There is no folder"),
-        ("a\0b", "no data set or folder"),
+        ("~nosuchuser/x", "home folder that is not known"),
+        ("folder:~nosuchuser/x", "home folder that is not known"),
+        ("a\0b", "character 0"),
         ("folder:" + "x" * 5000, "There is no folder"),
     ],
 )
