@@ -24,8 +24,7 @@ from lineage.evaluation.cost import machine
 from lineage.evaluation.judge import Judge, verdict
 from lineage.evaluation.prompts import Prompt, make_prompts
 from lineage.evaluation.scenes import draw_scenes, scene_spec
-from lineage.picture_output import save_picture
-from lineage.sheets import sheet
+from lineage.sheets import save_picture, sheet
 from lineage.training.store import write_json
 
 MARGIN = 3

@@ -415,10 +415,15 @@ def _origin(cls: Any, path: list[str]) -> Any:
     return typing.get_origin(_hint_at(cls, path))
 
 
-def field_names(config: Any, at: str = "") -> list[str]:
-    """Every dotted name that `with_field` reaches."""
-    names: list[str] = []
+def flat(config: Any, at: str = "") -> dict[str, Any]:
+    """Every setting of a configuration, by its dotted name."""
+    settings: dict[str, Any] = {}
     for name, value in (config if isinstance(config, dict) else to_dict(config)).items():
         nested = isinstance(value, dict) and value
-        names += field_names(value, f"{at}{name}.") if nested else [at + name]
-    return names
+        settings |= flat(value, f"{at}{name}.") if nested else {at + name: value}
+    return settings
+
+
+def field_names(config: Any) -> list[str]:
+    """Every dotted name that `with_field` reaches."""
+    return list(flat(config))

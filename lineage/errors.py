@@ -1,4 +1,4 @@
-"""Errors that the user can correct, each with a message of one sentence.
+"""Errors that the user can correct, each with a message of one sentence, and notes to the user.
 
 A wrong input, a full disk or a typing error raises `UserError`. The command line prints its message
 on standard error and exits with its code, without a traceback. Any other exception is a defect of
@@ -8,13 +8,22 @@ this package and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+
+from lineage.characters import plain
 
 
 class UserError(Exception):
-    """One sentence that names the wrong file or value and says how to correct it. Exit code 2."""
+    """One sentence that names the wrong file or value and says how to correct it. Exit code 2.
+
+    Control characters in it are escaped: a name or a value may come from anywhere.
+    """
 
     exit_code = 2
+
+    def __init__(self, sentence: object) -> None:
+        super().__init__(plain(sentence))
 
 
 class CheckFailed(UserError):
@@ -43,3 +52,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "there is: " + ", ".join(names)
+
+
+_said: set[str] = set()
+
+
+def say(sentence: object) -> None:
+    """Print a sentence to the user on standard error."""
+    print(f"lineage: {plain(sentence)}", file=sys.stderr)
+
+
+def say_once(sentence: str) -> None:
+    """`say`, the first time only."""
+    if sentence not in _said:
+        _said.add(sentence)
+        say(sentence)

@@ -1,4 +1,4 @@
-"""Files at the edges: reading what a stranger wrote, and writing whole files or none.
+"""Files at the edges: reading untrusted files, and writing whole files or none.
 
 expanded       a path with the user's home folder in place of ~
 read_regular   bytes of a regular file of bounded size
@@ -14,11 +14,9 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
-from lineage.characters import plain
 from lineage.errors import UserError
 
 # --- paths ----------------------------------------------------------------------------------------
@@ -37,12 +35,12 @@ def expanded(path: str | Path, name: str = "The path") -> Path:
     if not text.strip():
         raise UserError(f"{name} is empty: name a file or folder.")
     if "\0" in text:
-        raise UserError(f"{plain(text)} is no path: it holds a character 0.")
+        raise UserError(f"{text} is no path: it holds a character 0.")
     try:
         return Path(text).expanduser()
     except RuntimeError:  # there is no such user, or HOME is not set and the system knows no other
         raise UserError(
-            f"{plain(text)} begins with a home folder that is not known: write the whole path."
+            f"{text} begins with a home folder that is not known: write the whole path."
         ) from None
 
 
@@ -77,7 +75,9 @@ def check_regular(path: Path, limit: int | None = None) -> int:
     """
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
-        kind = next((name for name, is_kind in _KINDS.items() if is_kind(info.st_mode)), "no file")
+        kind = next(
+            (name for name, is_kind in _KINDS.items() if is_kind(info.st_mode)), "a special file"
+        )
         raise NotRegularError(errno.EINVAL, f"it is {kind}, not a file", str(path))
     if limit is not None and info.st_size > limit:
         raise TooLargeError(
@@ -103,10 +103,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         UserError: the file cannot be written; the old one is still whole.
     """
-    partial = None
+    partial, name = None, os.fsdecode(os.fsencode(path.name)[:200])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name[:200]}.{os.getpid()}-{os.urandom(4).hex()}.partial")
+        partial = path.with_name(f".{name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
         with open(partial, "xb") as file:
             file.write(data)
             file.flush()
@@ -119,7 +119,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise unwritable(path, error) from error
 
 
-_MENDS = {
+_ADVICE = {
     errno.ENOSPC: "free some space there or choose another folder",
     errno.EDQUOT: "your quota is used up: free some space there or choose another folder",
     errno.EACCES: "choose a folder that you may write to, or change its permissions",
@@ -135,12 +135,10 @@ _MENDS = {
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """The error for a file that could not be written: the reason, and the mend that fits it."""
+    """The error for a file that could not be written: the reason, and what to do about it."""
     reason = error.strerror or str(error)
-    mend = _MENDS.get(error.errno or 0, "choose another folder")
-    return UserError(
-        f"Could not write {plain(path)}: {reason}; {mend}. What was saved before is whole."
-    )
+    advice = _ADVICE.get(error.errno or 0, "choose another folder")
+    return UserError(f"Could not write {path}: {reason}; {advice}.")
 
 
 def check_output(path: Path, *, folder: bool = False) -> None:
@@ -171,49 +169,52 @@ def check_output(path: Path, *, folder: bool = False) -> None:
 # --- one process at a time ------------------------------------------------------------------------
 
 
-class Lock:
-    """The right to write in a folder, for one process at a time; a context manager.
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The right to write in `folder`, for one process at a time.
 
-    The operating system holds the lock and drops it when the process ends, however it ends. No file
-    is left behind. On a file system without locks, nothing is locked.
+    A missing folder is made, and removed again if it stays empty. The operating system holds the
+    lock and drops it when the process ends, however it ends; no file is left behind. On a file
+    system without locks, nothing is locked.
 
-    Args:
-        folder: Existing folder.
-
-    Raises (on entry):
-        UserError: another process holds the lock.
+    Raises:
+        UserError: another process is at work there, or the folder cannot be made.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> Lock:
-        try:
-            import fcntl
-        except ImportError:  # Windows, which cannot lock a folder
-            return self
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(folder)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if descriptor is not None:
             os.close(descriptor)
-            raise UserError(
-                f"Another process is at work in {plain(self.folder)}: wait until it has ended, or "
-                "choose another --out."
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            return self
-        self._descriptor = descriptor
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the lock of a folder; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, which cannot lock a folder
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+    except BlockingIOError:
+        is_free = False
+    except OSError:
+        os.close(descriptor)
+        return None
+    if not is_free:  # held, or removed by the process that held it
+        os.close(descriptor)
+        raise UserError(
+            f"Another process is at work in {folder}: wait until it has ended, or choose another "
+            "--out."
+        )
+    return descriptor

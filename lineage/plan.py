@@ -13,8 +13,9 @@ from typing import Any, get_type_hints
 
 import torch
 
-from lineage.config import RunConfig, from_dict, to_dict, with_field
+from lineage.config import RunConfig, flat, from_dict, to_dict, with_field
 from lineage.errors import UserError, nearest
+from lineage.files import expanded
 from lineage.recipes import find_recipe, preset
 from lineage.system import System
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
@@ -65,7 +66,7 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no run with that stage finished; the sentence says why.
     """
-    folder = Path(run)
+    folder = expanded(run, f"--from {name}")
     config, tokenizer = read_config(folder), read_tokenizer(folder)
     saved = read_json(folder / "config.json")
     source = {
@@ -160,13 +161,11 @@ def check_effects(
         data = {"data": one.data, "size": one.size, "seed": one.seed}
         return [stage.key(data) for stage in plan(one, tokenizer, stages_from)]
 
-    default = preset(config.key, config.preset)
+    default = flat(preset(config.key, config.preset))
     for name in settings:
         if name.rpartition(".")[2] in NOT_IN_KEY or hasattr(config, f"with_{name}"):
             continue
-        value: Any = to_dict(default)
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = default.get(name)
         other = with_field(config, name, value) if value is not None else config
         if other != config and keys(other) == keys(config):
             taken = ", ".join(f"{stage} of {s['run']}" for stage, s in stages_from.items())

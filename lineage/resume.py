@@ -1,4 +1,4 @@
-"""What a run may change when it goes on, and what is remembered of it.
+"""Changes of settings when a run goes on, and their record.
 
 A run goes on with its own settings. Another budget, or another rate after a loss that became
 infinite, may be given; `config.json` then lists, under `changes`, what was trained with the
@@ -9,12 +9,10 @@ settings before. What a network or the data is built from cannot change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lineage.characters import plain
-from lineage.config import RunConfig, to_dict
+from lineage.config import RunConfig, flat
 from lineage.errors import UserError
 from lineage.training.stage import NOT_IN_KEY, Stage, state_path
 from lineage.training.store import load_state
@@ -25,23 +23,13 @@ Fields = dict[str, tuple[Any, Any]]
 
 def differences(before: RunConfig, now: RunConfig) -> Fields:
     """Settings that differ between two configurations of one system."""
-    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    old, new = flat(before), flat(now)
     names = [*old, *(name for name in new if name not in old)]
     return {n: (old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)}
 
 
-def _flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{at}{name}.")
-        else:
-            flat[at + name] = value
-    return flat
-
-
-def with_effect(fields: Fields) -> Fields:
-    """Those on which the result of a run depends."""
+def result_settings(fields: Fields) -> Fields:
+    """The settings among `fields` on which the result of a run depends."""
     return {name: pair for name, pair in fields.items() if name.split(".")[-1] not in NOT_IN_KEY}
 
 
@@ -49,14 +37,15 @@ def check_changes(folder: Path, fields: Fields) -> None:
     """Raise `UserError` for a setting that a run in `folder` cannot change."""
     for name, (before, now) in fields.items():
         group = name.split(".")[0]
-        if group != "train" and not group.endswith("optim") and with_effect({name: (before, now)}):
+        may_change = group == "train" or group.endswith("optim")
+        if not may_change and result_settings({name: (before, now)}):
             raise UserError(
-                f"{name}={now} does not fit the run in {plain(folder)}, which has {name}={before}: "
+                f"{name}={now} does not fit the run in {folder}, which has {name}={before}: "
                 "leave it out, or choose another --out."
             )
 
 
-def record(
+def recorded_changes(
     folder: Path, stages: list[Stage], fields: Fields, changes: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The changes of a run in `folder`, with `fields` from where it stands now.
@@ -64,7 +53,7 @@ def record(
     Raises:
         UserError: the run is finished, so that they would have no effect.
     """
-    fields = with_effect(fields)
+    fields = result_settings(fields)
     if not fields:
         return changes
     for stage in reversed(stages):
@@ -80,9 +69,16 @@ def record(
         if spent >= 1:
             name, (before, now) = next(iter(fields.items()))
             raise UserError(
-                f"The run in {plain(folder)} has spent its budget ({step} steps of {stage.name}), "
+                f"The run in {folder} has spent its budget ({step} steps of {stage.name}), "
                 f"so {name}={now} (it has {before}) would have no effect: give a larger budget, or "
                 "choose another --out."
             )
+    for earlier in stages[: stages.index(stage)]:
+        for name in fields:
+            if earlier.optim_setting and name.split(".")[0] == earlier.optim_setting:
+                raise UserError(
+                    f"{name}={fields[name][1]} would have no effect: stage {earlier.name} of the "
+                    f"run in {folder} is finished. Leave it out, or choose another --out."
+                )
     pairs = {name: list(pair) for name, pair in fields.items()}
     return [*changes, {"stage": stage.name, "step": step, "fields": pairs}]

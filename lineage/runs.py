@@ -1,6 +1,7 @@
 """Runs: from a system's key to a run folder, and from a run folder to a system that draws.
 
-config.json         every setting, what the run was made with, and stages of other runs
+config.json         every setting, hash of the data, what the run was made with, stages of other
+                    runs, changes of settings on the way
 tokenizer.json      the tokeniser, trained from the captions
 model.safetensors   weights to sample from (moving averages)
 state.pt            everything that resuming needs
@@ -16,21 +17,19 @@ import contextlib
 import os
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lineage
-from lineage.characters import plain
 from lineage.config import RunConfig, to_dict, with_field
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
-from lineage.errors import Interrupted, UserError
-from lineage.files import Lock, check_output, expanded, unwritable
+from lineage.errors import Interrupted, UserError, say_once
+from lineage.files import check_output, claimed, expanded
 from lineage.nn.noise import stream_seed
-from lineage.picture_output import save_picture
 from lineage.plan import (
     NOT_SETTINGS,
     build,
@@ -44,8 +43,8 @@ from lineage.plan import (
 )
 from lineage.recipes import find_recipe
 from lineage.recipes import preset as recipe_preset
-from lineage.resume import check_changes, differences, record
-from lineage.sheets import sheet
+from lineage.resume import check_changes, differences, recorded_changes
+from lineage.sheets import save_picture, sheet
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
@@ -55,7 +54,6 @@ from lineage.training.store import (
     cache_folder,
     read_json,
     remove_partials,
-    tell_once,
     write_json,
 )
 
@@ -144,25 +142,24 @@ def train(
     find_recipe(key)
     cache_folder("stages")  # a wrong name of the cache is found before anything is written
     arguments = (data, minutes, steps, seed, device, settings)
+    taken = {name: expanded(run, f"--from {name}") for name, run in (stages_from or {}).items()}
     keep_freed_memory()
-    with contextlib.ExitStack() as stack:
-        started = _holds_run(folder)
-        if started and not resume:
-            raise _taken(folder)
+    started = _holds_run(folder)
+    if started and not resume:
+        raise _taken(folder)
+    if not started:
+        check_output(folder, folder=True)
+        config = _changed(recipe_preset(key, preset or "tiny"), *arguments)
+        sources = {name: source_of(other, name) for name, other in taken.items()}
+        run = _new(folder, config, sources, settings or {})
+    with claimed(folder) if _is_main() else contextlib.nullcontext():
         if started:
-            stack.enter_context(_lock(folder))
-            run = _resumed(folder, key, preset, arguments, stages_from or {})
-        else:
-            check_output(folder, folder=True)
-            config = _changed(recipe_preset(key, preset or "tiny"), *arguments)
-            sources = {name: source_of(other, name) for name, other in (stages_from or {}).items()}
-            run = _new(folder, config, sources, settings or {})
-            stack.enter_context(_new_folder(folder))
-            stack.enter_context(_lock(folder))
-            if _is_main() and _holds_run(folder):  # of a process that was quicker
+            run = _resumed(folder, key, preset, arguments, taken)
+        elif _is_main():
+            if _holds_run(folder):  # of a process that was quicker
                 raise _taken(folder)
-            if resume and _is_main():
-                tell_once(f"There is no run in {plain(folder)} yet: a new one begins.")
+            if resume:
+                say_once(f"There is no run in {folder} yet: a new one begins.")
         if _is_main():
             remove_partials(folder)
         try:
@@ -185,29 +182,9 @@ def _taken(folder: Path) -> UserError:
     )
 
 
-def _lock(folder: Path) -> contextlib.AbstractContextManager[object]:
-    """The lock of a run folder, which the process that writes files holds."""
-    return Lock(folder) if _is_main() else contextlib.nullcontext()
-
-
 def _is_main() -> bool:
     """Whether this is the first process of a `torchrun`, or alone."""
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[None]:
-    """Make a folder; it is removed again if it stays empty."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 def _resumed(
@@ -215,7 +192,7 @@ def _resumed(
     key: str,
     preset: str | None,
     arguments: tuple[Any, ...],
-    stages_from: Mapping[str, str | Path],
+    stages_from: Mapping[str, Path],
 ) -> RunStages:
     """The run in `folder`, ready to go on; nothing is written yet."""
     before, saved = read_config(folder), read_json(folder / "config.json")
@@ -250,12 +227,11 @@ def _resumed(
     _check_stages(stages, config, folder)
     threads, now = saved.get("made_with", {}).get("threads"), torch.get_num_threads()
     if threads not in (None, now):
-        tell_once(
-            f"The run in {plain(folder)} began with {threads} threads and goes on with {now}, so "
-            "the last bits of its weights are not those of a run that was never stopped; "
-            f"OMP_NUM_THREADS={threads} keeps them."
+        say_once(
+            f"The run in {folder} began with {threads} threads; with {now} its last bits may "
+            f"differ from those of an unstopped run. Set OMP_NUM_THREADS={threads} to keep them."
         )
-    changes = record(folder, stages, fields, saved.get("changes", []))
+    changes = recorded_changes(folder, stages, fields, saved.get("changes", []))
     kept = {name: saved[name] for name in NOT_SETTINGS if name in saved}
     new = {**to_dict(config), **kept, **({"changes": changes} if changes else {})}
 
@@ -263,7 +239,9 @@ def _resumed(
         if new != saved:
             write_json(folder / "config.json", new)
 
-    return _stages(folder, config, stages, dataset, fingerprint, begin)
+    run = _stages(folder, config, stages, dataset, fingerprint, begin)
+    run.changed = frozenset(change["stage"] for change in changes)
+    return run
 
 
 def _new(
@@ -378,7 +356,7 @@ def load(run: str | Path, device: str = "auto") -> System:
     Raises:
         UserError: the folder holds no run, or a file of it is damaged; the sentence names the file.
     """
-    folder = Path(run)
+    folder = expanded(run, "run")
     if not folder.is_dir():
         raise UserError(f"There is no run folder {folder}.")
     config = read_config(folder).without_files()

@@ -1,14 +1,18 @@
-"""Sheets: pictures side by side, with captions below."""
+"""Sheets: pictures side by side with captions below, and the files that they are saved to."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lineage.errors import UserError
+from lineage.files import check_output, write_bytes
 from lineage.fonts import SIZE, Lettering, clusters
 
 _MARGIN = 10
@@ -84,3 +88,49 @@ def wrap(lettering: Lettering, width: int) -> list[str]:
     while last and lettering.length("".join(last) + "...") > width:
         last.pop()
     return [*lines[: _MAX_LINES - 1], "".join(last).rstrip() + "..."]
+
+
+# --- picture files -------------------------------------------------------------------------------
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture can be written to `path`, before the work whose result it shows.
+
+    Raises:
+        UserError: its ending is not one of a picture, or the file cannot be written.
+    """
+    check_output(path)
+    probe = Image.new("RGB", (300, 2))
+    try:
+        with Image.open(io.BytesIO(_encoded(probe, path))) as reopened:
+            same_size = reopened.size == probe.size  # icons are made smaller
+    except Exception:  # of many kinds: unknown endings, formats without writer or without colours
+        same_size = False
+    if not same_size:
+        raise UserError(
+            f"{path} does not end like a picture file that can be written; try "
+            f"{path.with_suffix('.png')}."
+        )
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a picture, all of it or nothing, in the format of the path's ending.
+
+    Raises:
+        UserError: the file cannot be written, or its format has no room for so large a picture.
+    """
+    try:
+        data = _encoded(image, path)
+    except Exception as error:  # of many kinds: each format has its own limits
+        raise UserError(
+            f"A sheet of {image.width:,} x {image.height:,} pixels does not fit into "
+            f"{path} ({error}): write it to {path.with_suffix('.png')}, or draw "
+            "fewer pictures."
+        ) from error
+    write_bytes(path, data)
+
+
+def _encoded(image: Image.Image, path: Path) -> bytes:
+    file = io.BytesIO()
+    image.save(file, Image.registered_extensions()[path.suffix.lower()])
+    return file.getvalue()

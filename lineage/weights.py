@@ -83,7 +83,7 @@ def kind_of(path: Path) -> str:
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "text"
     try:
-        text = head.decode("utf-8", "strict" if size <= HEAD else "ignore")
+        text = codecs.getincrementaldecoder("utf-8")().decode(head, final=size <= HEAD)
     except UnicodeDecodeError:
         text = "\0"
     if all(char.isprintable() or char.isspace() for char in text):
@@ -97,12 +97,14 @@ def _check_archive(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except zipfile.BadZipFile as error:
-        raise UserError(f"{plain(path)} is cut short: copy or download it again.") from error
+        raise UserError(f"{path} is cut short: copy or download it again.") from error
     if not any(member.filename.endswith("data.pkl") for member in members):
-        raise UserError(f"{plain(path)} is an archive: unpack it, and name the file of weights.")
+        raise UserError(f"{path} is an archive: unpack it, and name the file of weights.")
     unpacked = sum(member.file_size for member in members)
     if unpacked > 4 * size + 2**20:  # torch compresses nothing
-        raise UserError(f"{plain(path)} would unpack to {unpacked / 1e9:,.1f} GB: it is refused.")
+        raise UserError(
+            f"{path} would unpack to {unpacked / 1e9:,.1f} GB: save it again with torch.save."
+        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     )
     if not is_state_dict:
-        raise UserError(f"{plain(path)} is not a state dict (names and their tensors).")
+        raise UserError(f"{path} is not a state dict (names and their tensors).")
     return state
 
 
@@ -129,7 +131,7 @@ def read(path: Path, placeholder: type | None = None) -> Any:
     path = expanded(path)
     kind = kind_of(path)
     if kind == "text":
-        raise UserError(f"{plain(path)} is text: name the file of weights.")
+        raise UserError(f"{path} is text: name the file of weights.")
     try:
         if kind == "safetensors":
             return safetensors.torch.load_file(path)
@@ -141,6 +143,4 @@ def read(path: Path, placeholder: type | None = None) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)  # by its content
     except Exception as error:  # of a dozen kinds, for files that are foreign or cut short
         line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise UserError(
-            f"{plain(path)} is no checkpoint of tensors alone ({line[:120]})."
-        ) from error
+        raise UserError(f"{path} is no checkpoint of tensors alone ({line[:120]}).") from error

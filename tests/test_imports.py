@@ -20,7 +20,7 @@ CONTRACTS = {"errors", "config", "system", "data.contract", "text.contract", "nn
 """Modules that a family may import beside its own."""
 
 MAY = {
-    "errors": set(),
+    "errors": {"characters"},
     "characters": set(),
     "files": BASE,
     "units": set(),
@@ -30,7 +30,6 @@ MAY = {
     "sheets": FILES_TOO | {"fonts"},
     "system": {"config", "errors", "data.contract", "nn.noise", "text.contract"},
     "weights": FILES_TOO,
-    "picture_output": FILES_TOO,
     "nn": BASE | {"config", "weights"},
     "data": FILES_TOO | {"config"},
     "text": FILES_TOO | {"nn", "config"},

@@ -31,7 +31,7 @@ from lineage import __version__, catalog
 from lineage.characters import OutputError, plain, protect
 from lineage.cli import data, official, sample, score, train
 from lineage.cli.arguments import Flag, commands, print_json, sentence
-from lineage.errors import UserError
+from lineage.errors import UserError, say
 
 SEE = Group("See", sort_key=0)
 TRAIN = Group("Train and draw", sort_key=2)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a reader that has gone is noticed here and not when Python ends
         except OutputError as error:
             if not error.unread:
-                _say(f"Standard output cannot be written ({error}): send it to another file.")
+                say(f"Standard output cannot be written ({error}): send it to another file.")
                 return 2
     return code
 
@@ -71,16 +71,16 @@ def _run(arguments: list[str]) -> int:
         command, bound = _parse(arguments)
         return command(*bound.args, **bound.kwargs) or 0
     except UserError as error:
-        _say(error)
+        say(error)
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted; what was saved before is whole.")
+        say("interrupted; what was saved before is whole.")
         return 130
     except SystemExit as end:  # of --help and --version
         return int(end.code or 0)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        _say(f"{error.strerror or error}{where}.")
+        say(f"{error.strerror or error}{where}.")
         return 2
 
 
@@ -91,10 +91,6 @@ def _let_signals_interrupt() -> None:
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, signal.default_int_handler)
-
-
-def _say(sentence: object) -> None:
-    print(f"lineage: {plain(sentence)}", file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> tuple[Callable[..., int | None], inspect.BoundArguments]:

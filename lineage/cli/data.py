@@ -39,7 +39,7 @@ def data_show(
     """
     from lineage.data import load_dataset
     from lineage.data.tools import contact_sheet
-    from lineage.picture_output import check_picture, save_picture
+    from lineage.sheets import check_picture, save_picture
 
     check_picture(out)
     dataset = load_dataset(spec, split, size, seed)

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from lineage.data.contract import to_bytes, to_unit
-from lineage.data.pictures import decode
+from lineage.data.decoding import decode, shown_size, why_broken
 from lineage.errors import UserError
-from lineage.files import check_regular
 from lineage.sheets import picture, rows_sheet, sheet
 from lineage.system import System, Visualises
 
@@ -116,14 +115,7 @@ def _pixels(path: Path, size: int) -> Tensor:
 
 def _size(path: Path) -> tuple[int, int]:
     """Width and height of a picture file, as it is shown."""
-
-    def read() -> tuple[int, int]:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (height, width) if turned else (width, height)
-
-    return _opened(path, read)
+    return _opened(path, lambda: shown_size(path))
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -134,13 +126,11 @@ def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
 def _opened(path: Path, read: Callable[[], T]) -> T:
     """Result of `read`. Raises `UserError` if the file is no picture."""
     try:
-        check_regular(path)
         return read()
     except FileNotFoundError:
         raise UserError(f"There is no picture {path}.") from None
     except Exception as error:  # Pillow raises a dozen kinds for files that are broken or foreign
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} is no picture that can be read ({reason}).") from error
+        raise UserError(f"{path}: {why_broken(error, path)}.") from error
 
 
 def caption_sheet(images: Tensor, captions: list[str], count: int) -> Image.Image:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from lineage.characters import plain
 from lineage.cli.arguments import Flag, Key, PathName
+from lineage.errors import say
 
 
 def verify(files: list[PathName], /, *, json: Flag = False) -> int:
@@ -31,5 +30,5 @@ def import_weights(key: Key, files: list[PathName], /, *, out: PathName) -> None
     from lineage.official.importing import import_weights
 
     if note := import_weights(key, files, out):
-        print(f"lineage: {plain(note)}", file=sys.stderr)
+        say(note)
     print(plain(out))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from lineage.characters import plain
 from lineage.cli.arguments import Flag, PathName, Seed, Settings, SheetCount, settings_of
-from lineage.errors import UserError
+from lineage.errors import UserError, say
 
 
 def sample(
@@ -48,8 +47,7 @@ def sample(
     """
     from lineage import runs
     from lineage.cli import drawing
-    from lineage.picture_output import check_picture, save_picture
-    from lineage.sheets import picture
+    from lineage.sheets import check_picture, picture, save_picture
     from lineage.system import CAPTION_OPTIONS
 
     ending = out.suffix or ".png"
@@ -66,13 +64,13 @@ def sample(
     values = drawing.options_of(system, settings_of(options), files)
     texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
     for sentence in drawing.unread_text(system, texts):
-        print(f"lineage: {plain(sentence)}", file=sys.stderr)
+        say(sentence)
     if visualise:
         save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
         print(plain(out))
         return
     for sentence in drawing.idle_options(system, captions, values):
-        print(f"lineage: {plain(sentence)}", file=sys.stderr)
+        say(sentence)
     captions = [caption for caption in captions for _ in range(count)]
     images = drawing.draw(
         system,

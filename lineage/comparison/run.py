@@ -13,12 +13,13 @@ own, and in a folder of its own, so that the same command continues a comparison
 
 from __future__ import annotations
 
+import functools
 import shlex
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,11 @@ from lineage.evaluation.run import (
     score_runs,
     write_sheets,
 )
-from lineage.files import Lock, check_output, expanded, unwritable
-from lineage.picture_output import save_picture
+from lineage.files import check_output, claimed, expanded
 from lineage.plan import read_config
-from lineage.resume import differences, with_effect
+from lineage.resume import differences, result_settings
 from lineage.runs import configure, fingerprint_of, load
-from lineage.sheets import sheet
+from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
 from lineage.training.log import read_log
 from lineage.training.loop import STOP_SIGNALS
@@ -99,20 +99,21 @@ def compare(
         raise UserError(
             f"The systems draw at different sizes at preset {preset}; set one with --set size=..."
         )
-    for key, one in zip(keys, configs, strict=True):
-        _check_existing(folder / key, one)
     config = configs[0]
+
+    @functools.cache
+    def fingerprint() -> str:
+        return fingerprint_of(load_dataset(config.data, "train", config.size, config.seed))
+
+    for key, one in zip(keys, configs, strict=True):
+        _check_existing(folder / key, one, fingerprint)
     scoring = EvalConfig(
         pictures=pictures, device=config.train.device, features=features, scorer=scorer
     )
     check_scoring(config.data, config.size, config.seed, scoring)
     examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
     flags = ["--preset", preset, *_flags(options, settings or {})]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    with Lock(folder):
+    with claimed(folder):
         for number, key in enumerate(keys, start=1):
             print(f"[{number}/{len(keys)}] {key}: {CATALOG[key].title}", file=sys.stderr)
             resume = ["--resume"] if (folder / key / "config.json").exists() else []
@@ -154,12 +155,12 @@ def _report(
     return folder / "report.html"
 
 
-def _check_existing(folder: Path, config: RunConfig) -> None:
-    """Raise `UserError` if `folder` holds a run of other settings than `config`."""
+def _check_existing(folder: Path, config: RunConfig, fingerprint: Callable[[], str]) -> None:
+    """Raise `UserError` if `folder` holds a run of other settings or data than asked for."""
     if not (folder / "config.json").exists():
         return
     before = read_config(folder)
-    if fields := with_effect(differences(before, config)):
+    if fields := result_settings(differences(before, config)):
         name, (old, new) = next(iter(fields.items()))
         raise UserError(
             f"{folder} was trained with {name}={old}, not {new} as asked: choose another --out, or "
@@ -171,8 +172,7 @@ def _check_existing(folder: Path, config: RunConfig) -> None:
             f"{folder} was trained with other settings up to step {saved['changes'][-1]['step']} "
             "(`changes` in its config.json): choose another --out, or delete that folder."
         )
-    dataset = load_dataset(config.data, "train", config.size, config.seed)
-    if saved.get("data_fingerprint") != fingerprint_of(dataset):
+    if saved.get("data_fingerprint") != fingerprint():
         raise UserError(
             f"The data {config.data} is no longer what {folder} was trained on: restore it, or "
             "choose another --out."
@@ -188,7 +188,11 @@ def _train(key: str, flags: Sequence[str]) -> None:
         child.terminate()
 
     main = threading.current_thread() is threading.main_thread()
-    numbers = [number for number in STOP_SIGNALS if main and number != signal.SIGINT]
+    numbers = [
+        number
+        for number in STOP_SIGNALS
+        if main and number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, terminate) for number in numbers}
     interrupted = False
     try:

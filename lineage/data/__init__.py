@@ -13,7 +13,7 @@ Splits are `train`, `validation` (in files also `val`, `valid`, `dev`) and `test
 disk also have `all`, `shapes` has `heldout`.
 
 Modules: `contract` (what a data set is), `shapes*` (the procedural world), `pictures` (what all
-data sets on a disk share), `picture_files` (one file -> pixels), `tables` (rows of metadata), one
+data sets on a disk share), `decoding` (one file -> pixels), `tables` (rows of metadata), one
 file for each layout, `cached` (adds what a network computes from each picture), `tools` (contact
 sheet, check, export).
 """

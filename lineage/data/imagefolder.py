@@ -113,7 +113,7 @@ def read(root: Path, skipped: list[Skipped]) -> list[Record]:
     columns = {column for row in rows for column in row.values}
     if rows and not any(_is_caption(column) for column in columns):
         raise UserError(
-            f"{plain(tables[0])} in {plain(root)} has no column of captions: it has "
+            f"{tables[0]} in {root} has no column of captions: it has "
             f"{_listed(columns)}; name the caption column one of {', '.join(ALL_COLUMNS)}."
         )
     names = PictureNames(root, files)

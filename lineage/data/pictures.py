@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lineage.characters import plain, valid
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
-from lineage.data.picture_files import decode, why_broken
+from lineage.data.decoding import decode, why_broken
 from lineage.errors import UserError
 from lineage.files import expanded
 
@@ -201,9 +201,7 @@ class PictureDataset(CaptionedDataset):
         if not chosen:
             counts = Counter(r.split for r in records)
             has = ", ".join(f"{plain(split)} ({count:,})" for split, count in counts.items())
-            raise UserError(
-                f"{plain(self.name)} has no split {self.split!r}: it has {has}, and 'all'."
-            )
+            raise UserError(f"{self.name} has no split {self.split!r}: it has {has}, and 'all'.")
         return chosen
 
     def _decode(self, records: list[Record]) -> tuple[list[Record], NDArray[np.uint8]]:

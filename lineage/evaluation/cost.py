@@ -24,12 +24,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lineage
-from lineage.characters import plain, protect
-from lineage.errors import CheckFailed, UserError
+from lineage.characters import protect
+from lineage.errors import CheckFailed
 from lineage.system import System
 from lineage.text.contract import caption_list
 from lineage.training.machine import peak_memory
-from lineage.training.store import read_json_object, write_json
+from lineage.training.store import read_json_object, write_cache, write_json
 
 PACKAGE = Path(lineage.__file__).parent
 
@@ -115,10 +115,7 @@ def cached_cost(run: Path, captions: Sequence[str], device: str = "auto") -> dic
     if cached.get("measured_on") == measured_on and isinstance(cached.get("cost"), dict):
         return dict(cached["cost"])
     cost = measure(run, captions, device)
-    try:
-        write_json(path, {"measured_on": measured_on, "cost": cost})
-    except UserError as error:  # a run in a read-only folder can be scored as well
-        print(f"lineage: {plain(error)}", file=sys.stderr)
+    write_cache(lambda: write_json(path, {"measured_on": measured_on, "cost": cost}))
     return cost
 
 

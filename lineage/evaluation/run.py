@@ -41,11 +41,10 @@ from lineage.evaluation.real import (
     prompt_set,
     unseen_split,
 )
-from lineage.evaluation.scorer import check_captions
+from lineage.evaluation.scorer import Scorer, check_captions
 from lineage.files import check_output, expanded
-from lineage.picture_output import save_picture
 from lineage.runs import load, read_config
-from lineage.sheets import sheet
+from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
 from lineage.training.cost import read_cost
 from lineage.training.machine import pick_device
@@ -207,31 +206,41 @@ def _common_data(
 
 
 def check_scoring(spec: str, size: int, data_seed: int, config: EvalConfig) -> None:
-    """Raise `UserError` if runs on this data cannot be scored: before they are trained."""
+    """Raise `UserError` if runs on this data cannot be scored; asked before they are trained."""
+    device = pick_device(config.device)
     unseen = unseen_split(spec, size, data_seed)
     judged = prompt_set(unseen, config.prompts, Judge.load(), config.seed) is not None
-    if config.scorer == "none" and config.features in ("auto", "scorer") and not judged:
-        raise UserError(
-            "This data needs a feature network: leave out --scorer none, or add --features judge."
-        )
-    if config.scorer == "auto" and not judged:
+    if config.features not in ("auto", "judge", "scorer"):
+        find_features(config.features, None, device)
+    if config.scorer != "auto":
+        train = load_dataset(spec, "train", size, data_seed)
+        scorer = find_scorer(config.scorer, spec, train, unseen, device)
+        _features_name(config, judged, scorer)
+    elif not judged:
         check_captions(load_dataset(spec, "train", size, data_seed))
+
+
+def _features_name(config: EvalConfig, judged: bool, scorer: Scorer | None) -> str:
+    """Name of the feature network. Raises `UserError` if it needs a scorer and there is none."""
+    of_data = "judge" if judged else "scorer"
+    name = of_data if config.features == "auto" else config.features
+    if name == "scorer" and scorer is None:
+        raise UserError(
+            "The features need a scorer: leave out --scorer none, or add --features judge."
+        )
+    return name
 
 
 def _real_pictures(
     spec: str, size: int, data_seed: int, config: EvalConfig
 ) -> tuple[RealPictures, PromptSet | None]:
     """The real pictures, and the prompts if the judge can read the data."""
-    check_scoring(spec, size, data_seed, config)
     device = pick_device(config.device)
     unseen = unseen_split(spec, size, data_seed)
     prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
     train = load_dataset(spec, "train", size, data_seed)
     scorer = find_scorer(config.scorer, spec, train, unseen, device)
-    name = config.features
-    if name == "auto":
-        name = "judge" if prompts else "scorer"
-    network = find_features(name, scorer, device)
+    network = find_features(_features_name(config, prompts is not None, scorer), scorer, device)
     return RealPictures(unseen, train, config.pictures, network, scorer, config.seed), prompts
 
 

@@ -41,7 +41,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lineage.characters import plain
 from lineage.config import OptimConfig, TextConfig, from_dict, to_dict
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.errors import UserError
@@ -245,7 +244,7 @@ def check_captions(dataset: CaptionedDataset) -> list[str]:
     captions = list(dataset.all_captions())
     if len(set(captions)) < 2:
         raise UserError(
-            f"All captions of {plain(dataset.name)} are the same, so no scorer can be fitted: add "
+            f"All captions of {dataset.name} are the same, so no scorer can be fitted: add "
             "--scorer none --features judge, or more captions."
         )
     return captions

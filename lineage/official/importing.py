@@ -24,7 +24,7 @@ from lineage.characters import decoded
 from lineage.config import RunConfig, to_dict
 from lineage.data import load_dataset
 from lineage.errors import UserError, nearest
-from lineage.files import check_output, read_regular
+from lineage.files import check_output, expanded, read_regular
 from lineage.runs import build, plan
 from lineage.text.tokenizer import Tokenizer, make_tokenizer
 from lineage.training.stage import finished_weights
@@ -115,8 +115,8 @@ def import_weights(key: str, files: str | Path | Sequence[str | Path], out: str 
         UserError: no importer, files that are no checkpoint of that system, or a folder in use.
     """
     module = importer_of(key)
-    folder = Path(out)
-    paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
+    folder = expanded(out, "out")
+    paths = [expanded(file) for file in ([files] if isinstance(files, str | Path) else files)]
     names = ", ".join(map(str, paths))
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run already; choose another --out.")

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lineage.characters import well_formed
+
 
 def caption_list(captions: str | Sequence[str]) -> list[str]:
-    """Captions in a list; one string is one caption, not its letters."""
-    return [captions] if isinstance(captions, str) else list(captions)
+    """Captions in a list, all valid as UTF-8; one string is one caption, not its letters."""
+    return [well_formed(text) for text in ([captions] if isinstance(captions, str) else captions)]
 
 
 @dataclass

@@ -55,7 +55,7 @@ class PretrainedEncoder(TextEncoder):
         tokenizer, model = self._load()
         model.to(device)
         inputs = tokenizer(
-            [well_formed(caption) for caption in caption_list(captions)],
+            caption_list(captions),
             padding="max_length",
             max_length=self.config.max_words,
             truncation=True,

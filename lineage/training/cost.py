@@ -1,4 +1,4 @@
-"""What training has cost so far: `cost.json` of a run folder, written with every checkpoint.
+"""Cost of training so far: `cost.json` of a run folder, written with every checkpoint.
 
 {stage: {"steps", "pictures", "seconds", "cpu_seconds", "pictures_per_second",
          "peak_memory_bytes", "device", "finished"}}

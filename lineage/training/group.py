@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lineage.config import OptimConfig
 from lineage.training.machine import Distributed
-from lineage.training.store import is_plain_tensor
+from lineage.training.store import is_dense
 
 
 class Group:
@@ -115,7 +115,7 @@ def _check_moments(moments: dict[str, Any], names: set[str], parameter: Tensor) 
 
 
 def _check_tensor(name: str, value: Any, shape: torch.Size, dtype: torch.dtype) -> None:
-    if not is_plain_tensor(value) or value.shape != shape or value.dtype != dtype:
+    if not is_dense(value) or value.shape != shape or value.dtype != dtype:
         raise ValueError(f"the optimiser's {name} is of another shape or kind")
 
 

@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lineage.characters import plain
 from lineage.errors import UserError
 from lineage.files import read_regular, unwritable, write_bytes
 
@@ -31,7 +30,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     try:
         raw = read_regular(path)
     except OSError as error:
-        raise UserError(f"{plain(path)} cannot be read: {error.strerror}; remove it.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; remove it.") from error
     return [(line, _parsed(line)) for line in raw.split(b"\n") if line]
 
 

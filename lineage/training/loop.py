@@ -8,8 +8,8 @@ parameters.
 
 Exact resume: batch, noise and dropout of step n are functions of (seed, n); a checkpoint holds
 weights, averages, optimiser states, the step and the seconds spent. On the CPU, a run that was
-killed and resumed therefore ends with the same bits as an unstopped one, if its budget is in steps
-or pictures (minutes are not the same twice).
+killed and resumed with the same number of threads therefore ends with the same bits as an unstopped
+one, if its budget is in steps or pictures (minutes are not the same twice).
 """
 
 from __future__ import annotations
@@ -280,17 +280,20 @@ class Trainer:
             if self._saved_step
             else "there is no checkpoint yet"
         )
-        what = f"the gradient of {name[9:]}" if name.startswith("gradient/") else f"the loss {name}"
-        settings = (
-            [f"{self.optim_setting}.lr={self.optim.lr / 3:.1g}"] if self.optim_setting else []
+        kind, _, rest = name.partition("/")
+        what = {"gradient": f"the gradient of {rest}", "metric": f"the metric {rest}"}.get(
+            kind, f"the loss {name}"
         )
+        lr = min(self.optim.lr / 3, 1e-3)
+        settings = [f"{self.optim_setting}.lr={lr:.1g}"] if self.optim_setting else []
         with self.autocast:
             if torch.is_autocast_enabled(self.device.type):
                 settings.append("train.precision=fp32")
-        mends = " or ".join(f"--set {setting}" for setting in settings) or "another --seed"
+        changes = " or ".join(f"--set {setting}" for setting in settings)
+        advice = f"Go on with --resume {changes}" if changes else "Train again with another --seed"
         return (
             f"Step {step} of {self.stage}: {what} became {value}, so training stopped; {saved}. "
-            f"Train again with {mends}."
+            f"{advice}."
         )
 
     def _report(self, log: Log | None, bar: tqdm, logged_seconds: float, logged_step: int) -> None:
@@ -341,15 +344,15 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let Ctrl-C, SIGTERM and SIGHUP stop the loop after the current step; a second one stops
-        it at once. A signal that is ignored, as SIGHUP is under nohup, stays so.
+        """Let Ctrl-C, SIGTERM and SIGHUP stop the loop after the current step; a second Ctrl-C
+        stops it at once. A signal that is ignored, as SIGHUP is under nohup, stays so.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def request_stop(number: int, frame: FrameType | None) -> None:
-            if self._stop_requested:
+            if self._stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._stop_requested = True
 

@@ -1,4 +1,4 @@
-"""Whether a stage fits into memory at all, found out before anything is written."""
+"""Check, before anything is written, that a stage fits into memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from lineage.config import OptimConfig, TrainConfig, field_names, to_dict
+from lineage.config import OptimConfig, TrainConfig, flat
 from lineage.errors import UserError
 from lineage.system import Trainable
+from lineage.training.machine import pick_device
 
 BYTES = 4  # of a number in float32
 NOT_SIZES = ("seed", "_steps", "max_pictures", "_every", "warmup", "disc_start", "cache_size")
@@ -42,7 +43,7 @@ def check_memory(
         what = "The model and its optimiser need"
     raise UserError(
         f"{what} {max(model, batch) / 1e9:,.1f} GB, and there are {memory / 1e9:,.1f} GB: lower "
-        f"{largest_change(config, default)}."
+        f"{largest_change(config, default, of_batch=batch > model)}."
     )
 
 
@@ -62,27 +63,27 @@ def batch_bytes(train: TrainConfig, size: int) -> int:
 
 def total_memory(device: str) -> int:
     """Bytes of the memory of a device: a GPU's own, or the machine's."""
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.get_device_properties(0).total_memory
+    on = pick_device(device)
+    if on.type == "cuda":
+        return torch.cuda.get_device_properties(on).total_memory
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows: nothing is refused
         return 2**62
 
 
-def largest_change(config: Any, default: Any) -> str:
-    """The whole number of `config` that is the largest multiple of its value in `default`."""
-    before, now = to_dict(default), to_dict(config)
+def largest_change(config: Any, default: Any, of_batch: bool = False) -> str:
+    """The whole number of `config` that is the largest multiple of its value in `default`.
+
+    Args:
+        of_batch: If true, among sizes of batches and pictures alone.
+    """
+    before, now = flat(default), flat(config)
     multiples: dict[str, float] = {}
-    for name in field_names(config):
-        old, new = _value(before, name), _value(now, name)
-        is_size = type(old) is int and type(new) is int and not name.endswith(NOT_SIZES)
-        if is_size and new > old:
+    for name, new in now.items():
+        old = before.get(name)
+        if name.endswith(NOT_SIZES) or (of_batch and not name.endswith("size")):
+            continue
+        if type(old) is int and type(new) is int and new > old:
             multiples[f"{name}={new}"] = new / max(1, old)
     return max(multiples, key=lambda name: multiples[name], default="--preset")
-
-
-def _value(saved: Any, name: str) -> Any:
-    for part in name.split("."):
-        saved = saved.get(part) if isinstance(saved, dict) else None
-    return saved

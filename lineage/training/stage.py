@@ -11,9 +11,7 @@ saved in the run folder.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -24,7 +22,7 @@ from typing import Any
 from lineage.characters import plain
 from lineage.config import OptimConfig, TrainConfig, to_dict
 from lineage.data.contract import CaptionedDataset
-from lineage.errors import UserError
+from lineage.errors import UserError, say_once
 from lineage.system import System, Trainable
 from lineage.training.cost import write_cost
 from lineage.training.log import Log
@@ -37,7 +35,6 @@ from lineage.training.store import (
     load_tensors,
     save_state,
     save_tensors,
-    tell_once,
     write_cache,
 )
 
@@ -133,7 +130,7 @@ class Stage:
             "data": dict(data),
         }
         text = json.dumps(content, sort_keys=True)
-        return f"{self.name}-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+        return f"{self.name}-{fingerprint(text.encode())}"
 
 
 def _plain(value: Any, data: Mapping[str, Any]) -> Any:
@@ -180,6 +177,8 @@ class RunStages:
         seed_weights: Function that sets the random state from which every system is built.
         sheet: Function that draws a sample sheet of a system, given stage and step.
         begin: Function that writes the run's first files; called once all is known to fit.
+        changed: Stages that were trained with several settings, whose weights the cache must not
+            give to other runs.
     """
 
     folder: Path
@@ -190,6 +189,7 @@ class RunStages:
     seed_weights: Callable[[], None]
     sheet: Callable[[System, str, int], None]
     begin: Callable[[], None] = lambda: None
+    changed: frozenset[str] = frozenset()
     keys: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Trainable:
@@ -209,13 +209,23 @@ class RunStages:
             cached = cache_folder("stages") / key / "model.safetensors"
             if stage.weights is not None:
                 load_weights(system, stage.weights)
-            elif last or not _load_cached(system, cached):
+            elif last or not self._load_finished(stage, system, cached, fixed_keys):
                 system = self._train(stage, system, last, stage.name in fixed_keys)
             if not last and Distributed.join(next(system.parameters()).device).is_main:
                 self._save_finished(stage, system, cached)
             stage.system = system.eval()
         assert self.stages[-1].system is not None
         return self.stages[-1].system
+
+    def _load_finished(
+        self, stage: Stage, system: Trainable, cached: Path, fixed_keys: Mapping[str, str]
+    ) -> bool:
+        """Load a stage that was finished before, here or in another run; False if there is none."""
+        if stage.name in fixed_keys:  # a later stage was built from it
+            own = finished_weights(self.folder, stage.name)
+            if _load_cached(system, own):
+                return True
+        return stage.name not in self.changed and _load_cached(system, cached)
 
     def _begin(self) -> None:
         """Write the run's first files, once."""
@@ -228,7 +238,7 @@ class RunStages:
         if not _holds(own, system):
             self._begin()
             save_tensors(own, system.state_dict())
-        if not os.path.exists(cached):
+        if stage.name not in self.changed and not _holds(cached, system):
             write_cache(lambda: save_tensors(cached, system.state_dict()))
 
     def _fixed_keys(self) -> dict[str, str]:
@@ -324,7 +334,7 @@ def load_weights(system: Trainable, path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(
-                f"{plain(path)} holds weights that are no numbers (in {plain(name)}), so training "
+                f"{path} holds weights that are no numbers (in {name}), so training "
                 "has failed: train again with a lower rate."
             )
     try:
@@ -332,7 +342,7 @@ def load_weights(system: Trainable, path: Path) -> None:
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise UserError(
-            f"{plain(path)} does not hold the weights of {type(system).__name__} "
+            f"{path} does not hold the weights of {type(system).__name__} "
             f"({plain((lines[1] if len(lines) > 1 else lines[0]).strip()[:120])})."
         ) from error
 
@@ -344,9 +354,7 @@ def _load_cached(system: Trainable, path: Path) -> bool:
     try:
         load_weights(system, path)
     except UserError as error:
-        tell_once(f"{error} The stage is trained again.")
-        with contextlib.suppress(OSError):
-            path.unlink()
+        say_once(f"{str(error).split('; ')[0].rstrip('.')}: the stage is trained again.")
         return False
     return True
 

@@ -1,22 +1,20 @@
-"""Reading and writing the files of a run folder; a file is whole or absent, and what is read is
-what was written.
+"""Reading and writing the files of a run folder and of the cache.
 
-Every file is written to a temporary name in the same folder and then renamed, so that a killed run
-or a full disk leaves the last good file in place. Tensors are saved as safetensors, training state
-as a torch file that is read with `weights_only=True`: no pickle is ever executed. Both carry a hash
-of their bytes, so that a damaged file is never read as other weights; files without one, such as
-those of older versions, are read as they are.
+A file is whole or absent (`files.write_bytes`), so that a killed run or a full disk leaves the last
+good one in place; only `metrics.jsonl` is appended to. Tensors are saved as safetensors, training
+state as a torch file that is read with `weights_only=True`: no pickle is ever executed. Both carry
+a hash of their bytes, so that a damaged file is never read as other weights; files without one,
+such as those of older versions, are read as they are. What is in the cache can be computed again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
-import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lineage.characters import plain
-from lineage.errors import UserError
+from lineage.errors import UserError, say_once
 from lineage.files import expanded, read_regular, write_bytes
 
 T = TypeVar("T")
@@ -56,12 +54,10 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_regular(path, MAX_JSON).decode("utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(
-            f"There is no {plain(path)}: is {plain(path.parent)} a run folder?"
-        ) from None
+        raise UserError(f"There is no {path}: is {path.parent} a run folder?") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{plain(path)} cannot be read ({_first(error)}); restore it or train again."
+            f"{path} cannot be read ({_first(error)}); restore it or train again."
         ) from error
 
 
@@ -151,10 +147,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(unseal_tensors(read_regular(path)))
     except FileNotFoundError:
-        raise UserError(f"There is no {plain(path)}: has the run saved anything yet?") from None
+        raise UserError(f"There is no {path}: has the run saved anything yet?") from None
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, MemoryError) as error:
         raise UserError(
-            f"{plain(path)} is not a readable safetensors file ({_first(error)}); train again."
+            f"{path} is not a readable safetensors file ({_first(error)}); train again."
         ) from error
 
 
@@ -182,7 +178,7 @@ def load_state(path: Path) -> dict[str, Any]:
         _check_state(state)
     except Exception as error:  # torch raises a dozen kinds for files that are cut short or foreign
         raise UserError(
-            f"{plain(path)} is damaged or not a checkpoint of this program ({_first(error)}); "
+            f"{path} is damaged or not a checkpoint of this program ({_first(error)}); "
             "delete it to start this stage again from step 0."
         ) from error
     checked: dict[str, Any] = state
@@ -199,7 +195,7 @@ def _check_state(state: Any) -> None:
     if not isinstance(state["groups"], dict):
         raise ValueError("its groups are of a wrong type")
     if not isinstance(state["weights"], dict) or not all(
-        isinstance(name, str) and is_plain_tensor(value) for name, value in state["weights"].items()
+        isinstance(name, str) and is_dense(value) for name, value in state["weights"].items()
     ):
         raise ValueError("its weights are not tensors by name")
     keys = state.get("keys", {})
@@ -210,7 +206,7 @@ def _check_state(state: Any) -> None:
         raise ValueError("its keys are not those of stages")
 
 
-def is_plain_tensor(value: Any) -> bool:
+def is_dense(value: Any) -> bool:
     """Whether `value` is a dense tensor that holds each of its numbers in memory of its own."""
     return (
         isinstance(value, Tensor)
@@ -225,8 +221,6 @@ def is_plain_tensor(value: Any) -> bool:
 
 
 # --- cache ----------------------------------------------------------------------------------------
-
-_told: set[str] = set()
 
 
 def cache_folder(kind: str) -> Path:
@@ -248,36 +242,30 @@ def cached(
         try:
             return read(path)
         except UserError as error:
-            tell_once(f"{error} It is computed again.")
+            say_once(f"{_without_advice(error)}: it is computed again.")
     value = compute()
     write_cache(lambda: write(path, value))
     return value
 
 
 def write_cache(write: Callable[[], None]) -> None:
-    """Call `write`; if the cache cannot be written, say so once and go on."""
+    """Call `write`; if what it caches cannot be written, say so once and go on."""
     try:
         write()
     except UserError as error:
-        tell_once(f"{error} LINEAGE_CACHE names another folder for the cache; going on without.")
+        say_once(
+            f"{_without_advice(error)}: going on without this cache; LINEAGE_CACHE sets another "
+            "folder for it."
+        )
 
 
-def tell_once(text: str) -> None:
-    """A sentence on standard error, the first time only."""
-    if text not in _told:
-        _told.add(text)
-        print(f"lineage: {text}", file=sys.stderr)
+def _without_advice(error: UserError) -> str:
+    """The first clause of an error's sentence."""
+    return str(error).split("; ")[0].rstrip(".")
 
 
-def remove_partials(folder: Path, older_than: float = 0.0) -> None:
-    """Delete temporary files that a killed process left in `folder`.
-
-    Args:
-        older_than: Age in seconds; younger ones may be of a process that lives.
-    """
+def remove_partials(folder: Path) -> None:
+    """Delete temporary files that a killed process left in `folder`; the caller holds its lock."""
     for path in folder.rglob(".*.partial"):
-        try:
-            if time.time() - path.stat().st_mtime >= older_than:
-                path.unlink()
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -18,7 +18,7 @@ from refusal import assert_refused
 import lineage
 from lineage.errors import Interrupted, UserError
 from lineage.evaluation.prompts import make_prompts, to_lines
-from lineage.files import Lock
+from lineage.files import claimed
 from lineage.training.cost import read_cost
 from lineage.training.loop import Trainer
 from lineage.training.store import load_tensors, read_json, save_tensors
@@ -107,12 +107,12 @@ def test_another_number_of_threads_is_reported(call: Call, stopped: Path) -> Non
 
 def test_one_process_trains_in_a_folder(call: Call, finished: Path, tmp_path: Path) -> None:
     before = contents(finished)
-    with Lock(finished):
+    with claimed(finished):
         refused = call("train", "ddpm", "--out", finished, "--resume", "--steps", 30)
     assert_refused(refused, "Another process", "finished")
     assert contents(finished) == before
     (tmp_path / "new").mkdir()
-    with Lock(tmp_path / "new"):
+    with claimed(tmp_path / "new"):
         refused = call("train", "ddpm", "--preset", "smoke", "--out", tmp_path / "new")
     assert_refused(refused, "Another process")
     assert list((tmp_path / "new").iterdir()) == []

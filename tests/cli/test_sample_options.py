@@ -19,7 +19,7 @@ from refusal import assert_refused
 import lineage
 from lineage.cli.drawing import caption_sheet
 from lineage.errors import UserError
-from lineage.picture_output import check_picture, save_picture
+from lineage.sheets import check_picture, save_picture
 
 SIDE = 16
 

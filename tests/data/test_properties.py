@@ -25,7 +25,7 @@ from PIL import Image
 from lineage.characters import plain, valid
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset
-from lineage.data.picture_files import decode, why_broken
+from lineage.data.decoding import decode, why_broken
 from lineage.data.pictures import PictureDataset
 from lineage.data.tables import read_table
 from lineage.data.tools import check, export

@@ -1,4 +1,4 @@
-"""One picture file -> pixels: the only place of the package that opens a stranger's picture.
+"""One picture file -> pixels: the only place of the package that opens an untrusted picture.
 
 The steps of `decode`, in order:
     check that it is a regular file of bounded size, with a bounded number of pixels;
@@ -81,6 +81,15 @@ def decode(file: Path, size: int) -> NDArray[np.uint8]:
         raise
 
 
+def shown_size(file: Path) -> tuple[int, int]:
+    """Width and height of the picture in a file, turned upright. Raises as `decode`."""
+    check_regular(file, MAX_BYTES)
+    with Image.open(file) as image:
+        width, height = image.size
+        turned = _orientation(image) >= 5
+    return (height, width) if turned else (width, height)
+
+
 def why_broken(error: Exception, file: Path) -> str:
     """Reason why a picture could not be decoded, in words for the user."""
     if isinstance(error, PermissionError):
@@ -140,11 +149,17 @@ def _pixels(source: Path | IO[bytes], size: int) -> NDArray[np.uint8]:
 
 def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
     """`rgb`, turned as the EXIF orientation of `image` says."""
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # an EXIF block of junk raises errors of many kinds
-        return rgb
+    turn = _TURNS.get(_orientation(image))
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where there is none that can be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # an EXIF block of junk raises errors of many kinds
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _reduced_square(image: Image.Image, size: int) -> Image.Image:

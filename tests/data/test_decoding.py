@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from lineage.data import picture_files
-from lineage.data.picture_files import decode, why_broken
+from lineage.data import decoding
+from lineage.data.decoding import decode, why_broken
 from lineage.files import TooLargeError
 
 
@@ -128,7 +128,7 @@ def test_only_regular_files_of_bounded_size_are_opened(tmp_path: Path) -> None:
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(picture_files.MAX_BYTES + 1_000_000)  # a hole: it takes no space
+        file.truncate(decoding.MAX_BYTES + 1_000_000)  # a hole: it takes no space
     with socket.socket(socket.AF_UNIX) as server:
         here = Path.cwd()
         os.chdir(tmp_path)  # the path of a socket has at most about 100 letters
@@ -191,7 +191,7 @@ def test_a_format_that_is_held_several_times_in_memory_has_a_lower_limit(
 ) -> None:
     for name in ("a.webp", "a.png"):
         Image.new("RGB", (32, 24)).save(tmp_path / name)
-    monkeypatch.setattr(picture_files, "MAX_WHOLE", 32 * 24 - 1)
+    monkeypatch.setattr(decoding, "MAX_WHOLE", 32 * 24 - 1)
     assert "it has 32 x 24 pixels" in reason(tmp_path / "a.webp")
     assert decode(tmp_path / "a.png", 8).shape == (3, 8, 8)
 
@@ -224,7 +224,7 @@ def odd_pictures(folder: Path) -> list[Path]:
 def test_bands_do_not_change_a_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = odd_pictures(tmp_path)
     expected = [decode(file, 16) for file in files]
-    monkeypatch.setattr(picture_files, "BAND", 61 * 7)
+    monkeypatch.setattr(decoding, "BAND", 61 * 7)
     for file, pixels in zip(files, expected, strict=True):
         assert (decode(file, 16) == pixels).all(), file.name
 
@@ -234,7 +234,7 @@ def test_a_large_picture_is_converted_in_small_parts(
 ) -> None:
     files = [file for file in odd_pictures(tmp_path) if file.stem != "1"]
     expected = [decode(file, 4) for file in files]
-    parts, rgb = [], picture_files._rgb
+    parts, rgb = [], decoding._rgb
     sizes, fit = [], ImageOps.fit
 
     def spy_size(image: Image.Image, *rest: Any) -> Image.Image:
@@ -245,10 +245,10 @@ def test_a_large_picture_is_converted_in_small_parts(
         parts.append(image.width * image.height)
         return rgb(image)
 
-    monkeypatch.setattr(picture_files, "_rgb", spy)
+    monkeypatch.setattr(decoding, "_rgb", spy)
     monkeypatch.setattr(ImageOps, "fit", spy_size)
-    monkeypatch.setattr(picture_files, "LARGE", 1000)
-    monkeypatch.setattr(picture_files, "BAND", 61 * 4)
+    monkeypatch.setattr(decoding, "LARGE", 1000)
+    monkeypatch.setattr(decoding, "BAND", 61 * 4)
     for file, pixels in zip(files, expected, strict=True):
         # The square is up to three columns narrower; the ramp rises by 4.2 a column.
         assert np.abs(decode(file, 4).astype(int) - pixels).max() <= 3 * 4.2, file.name
