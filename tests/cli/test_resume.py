@@ -197,3 +197,36 @@ def test_a_signal_outside_of_training_ends_with_one_sentence(
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and errors.count("\n") == 1 and "interrupted" in errors
+
+
+def test_a_rate_of_a_finished_stage_is_refused(call: Call, tmp_path: Path) -> None:
+    """Its weights are made; the rate would be reported as theirs."""
+    start = ("train", "vqvae", "--preset", "smoke", "--steps", 6, "--out", tmp_path / "run")
+    assert call(*start).code == 0
+    refused = call(*start[:4], "--steps", 9, *start[6:], "--resume", "--set", "codec_optim.lr=0.1")
+    assert_refused(refused, "codec_optim.lr=0.1", "stage codec")
+
+
+def test_a_stage_trained_with_several_rates_is_not_cached(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that asks for the second rate alone must not be given its weights."""
+    advance = Trainer.advance
+
+    def stop_in_the_codec(self: Trainer, *arguments: Any) -> Any:
+        if self.stage == "codec" and self.step == 1:
+            self._stop_requested = True
+        return advance(self, *arguments)
+
+    run = ("train", "vqvae", "--preset", "smoke", "--steps", "12", "--set", "seed=77")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", stop_in_the_codec)
+        assert call(*run, "--out", tmp_path / "mixed").code == 130
+    rate = ("--set", "codec_optim.lr=0.0123")
+    mixed = call(*run, "--out", tmp_path / "mixed", "--resume", *rate)
+    assert mixed.code == 0
+    assert call(*run, "--out", tmp_path / "plain", *rate).code == 0
+    codecs = [
+        load_tensors(tmp_path / n / "stages/codec/model.safetensors") for n in ("mixed", "plain")
+    ]
+    assert any(not torch.equal(codecs[0][name], codecs[1][name]) for name in codecs[0])

@@ -232,7 +232,7 @@ def test_files_that_are_no_pictures_are_refused(flag: str, sample: Sample) -> No
     Path("folder.png").mkdir()
     for name in ("nowhere.png", "empty.png", "text.png", "cut.png", "folder.png"):
         answer = sample("vqvae", "a blue square", flag, name)
-        assert_nothing_drawn(answer, name, "no picture")
+        assert_nothing_drawn(answer, name, "picture")
 
 
 @pytest.mark.parametrize(

@@ -306,23 +306,23 @@ def test_a_gradient_that_is_not_finite_is_named(shapes: CaptionedDataset) -> Non
 
 
 @pytest.mark.parametrize(
-    ("setting", "precision", "mends"),
+    ("setting", "precision", "advice"),
     [
-        ("codec_optim", "fp32", "--set codec_optim.lr=0.03."),
-        ("optim", "bf16", "--set optim.lr=0.03 or --set train.precision=fp32."),
-        ("", "bf16", "--set train.precision=fp32."),
-        ("", "fp32", "another --seed."),
+        ("codec_optim", "fp32", "--resume --set codec_optim.lr=0.001."),
+        ("optim", "bf16", "--resume --set optim.lr=0.001 or --set train.precision=fp32."),
+        ("", "bf16", "--resume --set train.precision=fp32."),
+        ("", "fp32", "Train again with another --seed."),
     ],
 )
-def test_the_mends_of_a_loss_that_is_not_finite_have_an_effect(
-    setting: str, precision: Any, mends: str, shapes: CaptionedDataset
+def test_the_advice_on_a_loss_that_is_not_finite_has_an_effect(
+    setting: str, precision: Any, advice: str, shapes: CaptionedDataset
 ) -> None:
     """The rate of the stage that failed, and full precision where it was not full."""
     train = TrainConfig(max_steps=2, batch_size=4, precision=precision)
     optim = OptimConfig(lr=0.1)
     with pytest.raises(CheckFailed) as caught:
         Trainer(Hill(1), shapes, optim, train, optim_setting=setting).run()
-    assert str(caught.value).endswith(f"Train again with {mends}")
+    assert str(caught.value).endswith(advice)
 
 
 class Measured(Hill):
