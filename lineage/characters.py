@@ -32,6 +32,8 @@ _HIDDEN = frozenset(
 """Separators of lines and paragraphs, and marks that change the direction of what follows."""
 
 _MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, with which it begins
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -39,13 +41,16 @@ _MARKS = (
 
 
 def decoded(raw: bytes) -> str:
-    """Text of a file in UTF-8, or in UTF-16 with a byte order mark; every line ends in `\\n`.
+    """Text of a file in UTF-8, or UTF-16 or UTF-32 with a byte order mark; lines end in `\\n`.
 
     Raises:
-        UnicodeDecodeError: the bytes are neither; its `start` is the first wrong byte.
+        UnicodeDecodeError: the bytes are none of these; its `start` is the first wrong byte.
     """
     mark, encoding = next(((m, e) for m, e in _MARKS if raw.startswith(m)), (b"", "utf-8"))
     text = raw[len(mark) :].decode(encoding)
+    if not mark and 4 * raw.count(0) > len(raw):  # UTF-16 or UTF-32 without a mark, or no text
+        at = raw.find(0)
+        raise UnicodeDecodeError(encoding, raw, at, at + 1, "a zero byte, which no text holds")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

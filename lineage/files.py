@@ -31,6 +31,8 @@ def expanded(path: str | Path, name: str = "The path") -> Path:
     Raises:
         UserError: it is empty, holds a character 0, or names a home folder that does not exist.
     """
+    if not isinstance(path, (str, Path)):
+        raise UserError(f"{name} must be a path, not {path!r:.80}.")
     text = str(path)
     if not text.strip():
         raise UserError(f"{name} is empty: name a file or folder.")

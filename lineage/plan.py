@@ -68,7 +68,7 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
     """
     folder = expanded(run, f"--from {name}")
     config, tokenizer = read_config(folder), read_tokenizer(folder)
-    saved = read_json(folder / "config.json")
+    saved = read_saved(folder)
     source = {
         "run": str(folder),
         "config": to_dict(config.without_files()),
@@ -85,7 +85,7 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
             f"Stage {name} of {folder} is not finished, so there is no {path} to take: go on with "
             "that run first (--resume)."
         )
-    return {**source, "weights": str(path)}
+    return {**source, "weights": str(path.resolve())}
 
 
 def _stages_of(source: Mapping[str, Any]) -> list[Stage]:
@@ -112,7 +112,9 @@ def _check_kind(stages: list[Stage], name: str, other: Stage, run: str) -> None:
         for argument, value in later.arguments.items():
             if not isinstance(value, Stage) or value.name != name:
                 continue
-            wanted = get_type_hints(later.build)[argument]
+            is_class = isinstance(later.build, type)
+            hints = get_type_hints(later.build.__init__ if is_class else later.build)
+            wanted = hints[argument]
             if not isinstance(system, wanted):
                 raise UserError(
                     f"Stage {later.name} needs a {wanted.__name__} as its stage {name}, and {run} "
@@ -189,7 +191,31 @@ def read_config(folder: Path) -> RunConfig:
 
     Raises `UserError` if it is missing, broken or of an unknown system.
     """
-    return _config_from(read_json(folder / "config.json"), folder / "config.json")
+    return _config_from(read_saved(folder), folder / "config.json")
+
+
+def read_saved(folder: Path) -> dict[str, Any]:
+    """The contents of a run folder's config.json.
+
+    Raises `UserError` if it is missing, or an entry is of another type than a run writes.
+    """
+    path = folder / "config.json"
+    saved = read_json(path)
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is not the configuration of a run: {saved!r:.40} is no system.")
+    sources = saved.get("stages_from", {})
+    fits = (
+        isinstance(saved.get("made_with", {}), dict)
+        and isinstance(saved.get("changes", []), list)
+        and isinstance(sources, dict)
+        and all(isinstance(one, dict) and one.keys() >= _SOURCE for one in sources.values())
+    )
+    if not fits:
+        raise UserError(f"{path} is damaged: restore it, or train again.")
+    return saved
+
+
+_SOURCE = {"run", "config", "tokenizer", "stages_from"}
 
 
 def _config_from(saved: Any, path: Path) -> RunConfig:

@@ -17,7 +17,7 @@ import contextlib
 import os
 import platform
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from lineage.plan import (
     check_weights,
     plan,
     read_config,
+    read_saved,
     read_tokenizer,
     source_of,
 )
@@ -52,7 +53,6 @@ from lineage.training.memory import check_memory
 from lineage.training.stage import RunStages, Stage, Stopped, finished_weights, load_weights
 from lineage.training.store import (
     cache_folder,
-    read_json,
     remove_partials,
     write_json,
 )
@@ -147,6 +147,7 @@ def train(
     started = _holds_run(folder)
     if started and not resume:
         raise _taken(folder)
+    _check_places(folder, started)
     if not started:
         check_output(folder, folder=True)
         config = _changed(recipe_preset(key, preset or "tiny"), *arguments)
@@ -176,6 +177,25 @@ def _holds_run(folder: Path) -> bool:
     return os.path.lexists(folder / "config.json")
 
 
+_FILES = ("model.safetensors", "state.pt", "cost.json", "metrics.jsonl", "tokenizer.json")
+_FOLDERS = ("samples", "stages")
+
+
+def _check_places(folder: Path, started: bool) -> None:
+    """Raise `UserError` if something else stands where a run has its files."""
+    if not started:
+        for name in ("model.safetensors", "state.pt", "stages"):
+            if os.path.lexists(folder / name):
+                raise UserError(
+                    f"{folder} holds {name} of a run, but no config.json: restore that file, or "
+                    "choose another --out."
+                )
+    for name in (*_FILES, *_FOLDERS):
+        path, is_right = folder / name, os.path.isdir if name in _FOLDERS else os.path.isfile
+        if os.path.exists(path) and not is_right(path):
+            raise UserError(f"{path} is not what a run has there: remove it, or restore the run.")
+
+
 def _taken(folder: Path) -> UserError:
     return UserError(
         f"{folder} holds a run already: add --resume to go on with it, or choose another --out."
@@ -195,7 +215,7 @@ def _resumed(
     stages_from: Mapping[str, Path],
 ) -> RunStages:
     """The run in `folder`, ready to go on; nothing is written yet."""
-    before, saved = read_config(folder), read_json(folder / "config.json")
+    before, saved = read_config(folder), read_saved(folder)
     if before.key != key:
         raise UserError(
             f"{folder} holds a run of {before.key}, not of {key}: choose another --out."
@@ -226,7 +246,7 @@ def _resumed(
             stage.weights = own
     _check_stages(stages, config, folder)
     threads, now = saved.get("made_with", {}).get("threads"), torch.get_num_threads()
-    if threads not in (None, now):
+    if isinstance(threads, int) and threads != now:
         say_once(
             f"The run in {folder} began with {threads} threads; with {now} its last bits may "
             f"differ from those of an unstopped run. Set OMP_NUM_THREADS={threads} to keep them."
@@ -239,9 +259,7 @@ def _resumed(
         if new != saved:
             write_json(folder / "config.json", new)
 
-    run = _stages(folder, config, stages, dataset, fingerprint, begin)
-    run.changed = frozenset(change["stage"] for change in changes)
-    return run
+    return _stages(folder, config, stages, dataset, fingerprint, begin)
 
 
 def _new(
@@ -271,10 +289,23 @@ def _new(
     return _stages(folder, config, stages, dataset, fingerprint, begin)
 
 
+def check_runs(configs: Sequence[RunConfig]) -> None:
+    """Raise `UserError` if one of several runs on the same data could not be trained."""
+    first = configs[0]
+    dataset = load_dataset(first.data, "train", first.size, first.seed)
+    for config in configs:
+        encoder = config.encoder
+        tokenizer = make_tokenizer(encoder.tokenizer, dataset.all_captions(), encoder.vocab_size)
+        _check_stages(plan(config, tokenizer), config)
+
+
 def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = None) -> None:
     """Raise `UserError` if the stages cannot be built, need too much memory, lack files, or do not
     fit the checkpoints in `folder`.
     """
+    train = config.train
+    if train.minutes is None and train.max_steps is None and train.max_pictures is None:
+        raise UserError("The run has no budget and would never end: add --minutes or --steps.")
     with torch.device("meta"):
         system = build(stages)
     default = recipe_preset(config.key, config.preset)
@@ -360,7 +391,7 @@ def load(run: str | Path, device: str = "auto") -> System:
     if not folder.is_dir():
         raise UserError(f"There is no run folder {folder}.")
     config = read_config(folder).without_files()
-    sources = read_json(folder / "config.json").get("stages_from", {})
+    sources = read_saved(folder).get("stages_from", {})
     keep_freed_memory()
     system = build(plan(config, read_tokenizer(folder), sources))
     load_weights(system, folder / "model.safetensors")

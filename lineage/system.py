@@ -158,7 +158,13 @@ class System(Trainable):
         pictures = []
         for part, streams, own in self.sample_batches(captions, seed, options):
             with self.inference():
-                pictures.append(self.sample(part, streams, **own).float().clamp(-1, 1))
+                drawn = self.sample(part, streams, **own).float()
+            if not drawn.isfinite().all():
+                raise UserError(
+                    "The pictures are no numbers (NaN or infinite): options such as guidance or "
+                    "eta are too large, or training has failed."
+                )
+            pictures.append(drawn.clamp(-1, 1))
             if progress is not None:
                 progress(len(part))
         return torch.cat(pictures)
@@ -236,13 +242,19 @@ class System(Trainable):
         if not isinstance(value, Tensor):
             raise UserError(f"{name} must be a tensor of pictures, not {value!r}.")
         wanted = (count, 1 if name == "mask" else 3, self.size, self.size)
-        if len(value) == 1:
+        if value.dim() == 4 and len(value) == 1:
             value = value.expand(count, *value.shape[1:])
         if value.shape != wanted:
             raise UserError(f"{name} must be {wanted}, not {tuple(value.shape)}.")
-        if name == "mask" and value.dtype != torch.bool:
-            raise UserError(f"mask must be of bool, not of {value.dtype}.")
-        return value.to(self.device)
+        if name == "mask":
+            if value.dtype != torch.bool:
+                raise UserError(f"mask must be of bool, not of {value.dtype}.")
+            return value.to(self.device)
+        if not value.is_floating_point():
+            raise UserError(f"{name} must be of float32 in [-1, 1], not of {value.dtype}.")
+        if not value.abs().max() <= 1.001:  # also true of NaN
+            raise UserError(f"{name} must hold numbers in [-1, 1]; bytes become so by `to_unit`.")
+        return value.to(self.device, torch.float32)
 
 
 def _argument_sentences(function: Callable[..., Any]) -> dict[str, str]:

@@ -64,7 +64,8 @@ def test_any_text_can_be_written(some: str) -> None:
 def test_text_that_is_well_formed_is_not_changed(some: str) -> None:
     assert well_formed(some) == some
     lines = some.replace("\r\n", "\n").replace("\r", "\n")
-    assert decoded(b"\xff\xfe" + some.encode("utf-16-le")) == lines
+    if not some.startswith("\0"):  # the mark of UTF-32 begins so
+        assert decoded(b"\xff\xfe" + some.encode("utf-16-le")) == lines
     assert decoded(b"\xef\xbb\xbf" + some.encode()) == lines
 
 

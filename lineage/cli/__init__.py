@@ -76,12 +76,22 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted; what was saved before is whole.")
         return 130
+    except (MemoryError, RuntimeError) as error:  # of PyTorch, for tensors that do not fit
+        if not _is_lack_of_memory(error):
+            raise
+        say("There is not enough memory: lower the batch (--set train.batch_size) or a size.")
+        return 2
     except SystemExit as end:  # of --help and --version
         return int(end.code or 0)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         say(f"{error.strerror or error}{where}.")
         return 2
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
 
 
 def _let_signals_interrupt() -> None:

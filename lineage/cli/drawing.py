@@ -23,6 +23,7 @@ from lineage.system import System, Visualises
 T = TypeVar("T")
 
 SCREEN_WIDTH = 1920  # pixels
+MAX_NOTE = 400  # letters of a note on the terminal
 CELL, MARGIN = 128, 10  # side of a picture on a sheet, and the space beside it
 
 
@@ -30,8 +31,9 @@ def unread_text(system: System, captions: list[str]) -> list[str]:
     """What the system does not read in the captions, or has no token for, in a few words each."""
     ends = [system.text.overflow(caption, system.text_len) for caption in dict.fromkeys(captions)]
     notes = [f"not read, beyond {end.limit}: {end.text}" for end in ends if end is not None]
-    unknown = system.text.unknown(captions, system.text_len)
-    return [*notes, *([f"unknown words: {', '.join(unknown)}"] if unknown else [])]
+    if unknown := system.text.unknown(captions, system.text_len):
+        notes.append(f"unknown words: {', '.join(unknown)}")
+    return [n if len(n) <= MAX_NOTE else f"{n[:MAX_NOTE]} ... ({len(n):,} letters)" for n in notes]
 
 
 def draw(

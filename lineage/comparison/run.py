@@ -41,21 +41,21 @@ from lineage.evaluation.run import (
     write_sheets,
 )
 from lineage.files import check_output, claimed, expanded
-from lineage.plan import read_config
+from lineage.plan import read_config, read_saved
 from lineage.resume import differences, result_settings
-from lineage.runs import configure, fingerprint_of, load
+from lineage.runs import check_runs, configure, fingerprint_of, load
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
 from lineage.training.log import read_log
 from lineage.training.loop import STOP_SIGNALS
-from lineage.training.store import read_json, write_json
+from lineage.training.store import write_json
 
 CAPTIONS = 12  # rows of the sheet
 SEEDS = (0, 1)  # of the pictures of each caption and system
 
 
 def compare(
-    keys: Sequence[str] | None = None,
+    keys: str | Sequence[str] | None = None,
     *,
     data: str | None = None,
     minutes: float | None = None,
@@ -86,11 +86,16 @@ def compare(
         CheckFailed: a system could not be trained.
         Interrupted: a request to stop; the same command goes on.
     """
-    folder, keys = expanded(out, "out"), list(dict.fromkeys(keys or working()))
+    folder = expanded(out, "out")
+    names = working() if keys is None else [keys] if isinstance(keys, str) else keys
+    keys = list(dict.fromkeys(names))
+    if not keys:
+        raise UserError("There is nothing to compare: name at least one system.")
     options = {"data": data, "minutes": minutes, "steps": steps, "seed": seed, "device": device}
     for key in keys:
         lookup(key)
-    check_output(folder, folder=True)
+    for name in ("report.html", "report.json", "sheet.png"):
+        check_output(folder / name)
     configs: list[Any] = [
         configure(key, preset_name=preset, settings=settings, **options)  # type: ignore[arg-type]
         for key in keys
@@ -107,6 +112,7 @@ def compare(
 
     for key, one in zip(keys, configs, strict=True):
         _check_existing(folder / key, one, fingerprint)
+    check_runs(configs)
     scoring = EvalConfig(
         pictures=pictures, device=config.train.device, features=features, scorer=scorer
     )
@@ -166,7 +172,7 @@ def _check_existing(folder: Path, config: RunConfig, fingerprint: Callable[[], s
             f"{folder} was trained with {name}={old}, not {new} as asked: choose another --out, or "
             "delete that folder to train it again."
         )
-    saved = read_json(folder / "config.json")
+    saved = read_saved(folder)
     if saved.get("changes"):
         raise UserError(
             f"{folder} was trained with other settings up to step {saved['changes'][-1]['step']} "
@@ -197,8 +203,9 @@ def _train(key: str, flags: Sequence[str]) -> None:
     interrupted = False
     try:
         code = child.wait()
-    except KeyboardInterrupt:  # the terminal has sent it to the child as well
+    except KeyboardInterrupt:
         interrupted = True
+        child.terminate()  # the terminal has asked it too, a program may not have
         code = child.wait()
     finally:
         for number, handler in before.items():

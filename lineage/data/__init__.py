@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from lineage.config import Seed, typed
+from lineage.config import Int, Seed, typed
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped
 from lineage.errors import UserError, nearest
 from lineage.files import expanded
@@ -66,7 +66,7 @@ ENDLESS = frozenset({"shapes"})
 
 
 def load_dataset(
-    spec: str, split: str = "train", size: int = 32, seed: int = 0
+    spec: str | Path, split: str = "train", size: int = 32, seed: int = 0
 ) -> CaptionedDataset:
     """Load one split of a data set.
 
@@ -80,9 +80,9 @@ def load_dataset(
     Raises:
         UserError: The spec, the path, the split or the size is wrong, or nothing can be loaded.
     """
-    seed = typed(Seed, seed, "seed")
-    kind, rest = parse_spec(spec)
-    return KINDS[kind](rest, split, size, seed)
+    seed, size = typed(Seed, seed, "seed"), typed(Int, size, "size")
+    kind, rest = parse_spec(typed(str, os.fspath(spec) if isinstance(spec, Path) else spec, "data"))
+    return KINDS[kind](rest, typed(str, split, "split"), size, seed)
 
 
 def parse_spec(spec: str) -> tuple[str, str]:

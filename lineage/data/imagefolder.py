@@ -176,8 +176,11 @@ class PictureNames:
             return Skipped(row.where, f"the row has no file_name (it has {has})")
         path = name
         try:
-            path = self._relative(row.folder, name.strip())
-            if path == ".." or path.startswith(("../", "/")) or re.match(r"[A-Za-z]:", path):
+            path = self._relative(row.folder, name)
+            if not os.path.lexists(self.root / path):
+                path = self._relative(row.folder, name.strip())
+            is_drive = re.match(r"[A-Za-z]:", path) and not os.path.lexists(self.root / path)
+            if path == ".." or path.startswith(("../", "/")) or is_drive:
                 return Skipped(name, f"the file_name leads out of the folder ({row.where})")
             if not os.path.lexists(self.root / path):
                 path = self._by_name.get(same_name(path), path)

@@ -167,7 +167,8 @@ def _bounded(value: Any, depth: int) -> Any:
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Line and cells of each row, or what is wrong with the line."""
-    separator = next((s for s in ",;\t" if s in text.split("\n", 1)[0]), ",")
+    first = text.lstrip().split("\n", 1)[0]
+    separator = next((s for s in ",;\t" if s in first), ",")
     head: list[str] | None = None
     for line, cells, fault in _csv_records(text, separator):
         if fault:
@@ -176,6 +177,12 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 return
         elif head is None:
             head = [cell.strip() for cell in cells]
+            if twice := next((name for name in head if name and head.count(name) > 1), None):
+                yield (
+                    line,
+                    f"names the column {twice!r} twice; write text_0, text_1, ...",
+                )
+                return
         elif any(cells[len(head) :]):
             yield (
                 line,
@@ -192,7 +199,8 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _csv_records(text: str, separator: str) -> Iterator[tuple[int, list[str], str]]:
     """Line, cells and fault ("" for none) of each record; blank lines are left out."""
-    cell = re.compile(rf'"([^"]*(?:""[^"]*)*)" *(?=[{separator}\n]|\Z)|([^{separator}\n]*)')
+    quoted_cell = rf' *"([^"]*(?:""[^"]*)*)" *(?=[{separator}\n]|\Z)'
+    cell = re.compile(rf"{quoted_cell}|([^{separator}\n]*)")
     start, line = 0, 1
     while start < len(text):
         cells, fault, at = [], "", start
@@ -200,7 +208,7 @@ def _csv_records(text: str, separator: str) -> Iterator[tuple[int, list[str], st
             found = cell.match(text, at)
             assert found is not None  # the second form matches any text, also none
             quoted, bare = found.groups()
-            if quoted is None and bare.startswith('"') and bare.count('"') % 2:
+            if quoted is None and bare.lstrip().startswith('"') and bare.count('"') % 2:
                 fault = "has a double quote that never closes; write it twice inside a quoted cell"
             cells.append(bare if quoted is None else quoted.replace('""', '"'))
             at = found.end()
@@ -216,7 +224,7 @@ def _csv_records(text: str, separator: str) -> Iterator[tuple[int, list[str], st
         start = at + 1
 
 
-_QUOTED = re.compile(r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\s*,?""", re.DOTALL)
+_ITEM = re.compile(r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|nan)\s*,?""", re.DOTALL)
 
 
 def _cell(text: str) -> Any:
@@ -233,9 +241,10 @@ def _cell(text: str) -> Any:
 def _python_list(text: str) -> list[str] | None:
     """The texts in `['a dog', 'a cat']`, or None if it is not such a list."""
     texts, at = [], 1
-    while item := _QUOTED.match(text, at):
+    while item := _ITEM.match(text, at):
         try:
-            texts.append(ast.literal_eval(item[1]))
+            if item[1] not in ("None", "nan"):
+                texts.append(ast.literal_eval(item[1]))
         except (SyntaxError, ValueError):
             return None
         at = item.end()

@@ -73,6 +73,11 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         _check_sampler(self.sampler)
+        if self.sampling_steps > self.process.num_timesteps:
+            raise UserError(
+                f"model.sampling_steps={self.sampling_steps} must be at most "
+                f"model.process.num_timesteps={self.process.num_timesteps}."
+            )
 
 
 def _check_sampler(name: str) -> None:

@@ -112,11 +112,28 @@ def cached_cost(run: Path, captions: Sequence[str], device: str = "auto") -> dic
     }
     path = run / "evaluation" / "cost.json"
     cached = read_json_object(path)
-    if cached.get("measured_on") == measured_on and isinstance(cached.get("cost"), dict):
+    if cached.get("measured_on") == measured_on and _is_cost(cached.get("cost")):
         return dict(cached["cost"])
     cost = measure(run, captions, device)
     write_cache(lambda: write_json(path, {"measured_on": measured_on, "cost": cost}))
     return cost
+
+
+def _is_cost(value: Any) -> bool:
+    """Whether a value has the form of `sampling_cost`."""
+    if not isinstance(value, dict) or not isinstance(value.get("parameters"), dict):
+        return False
+    numbers = [value.get(name) for name in NUMBERS] + [value["parameters"].get("all")]
+    return all(isinstance(number, (int, float)) for number in numbers)
+
+
+NUMBERS = (
+    "sampling_seconds_per_picture_at_1",
+    "sampling_seconds_per_picture_at_16",
+    "sampling_peak_memory_bytes",
+    "flops_per_picture",
+    "model_bytes",
+)
 
 
 # --- machine ----------------------------------------------------------------------------------

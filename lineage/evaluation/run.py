@@ -128,7 +128,9 @@ def evaluate(
     names = run_names(folders)
     if out is not None:
         out = expanded(out, "out")
-        check_output(out / "scores.json")
+        sheets = [f"{name}_{kind}.png" for name in names for kind in ("failed", "nearest")]
+        for name in ("scores.json", *sheets):
+            check_output(out / name)
     document, scored = score_runs(folders, EvalConfig(**settings))
     if out is not None:
         write_json(out / "scores.json", document)
@@ -194,11 +196,12 @@ def _common_data(
     folders: Sequence[Path], configs: Sequence[RunConfig], data: str | None
 ) -> tuple[str, int, int]:
     """(data, size, seed of the data) of all runs."""
-    sources = {(data or config.data, config.size) for config in configs}
+    specs = [config.data if data is None else data for config in configs]
+    sources = {(spec, config.size) for spec, config in zip(specs, configs, strict=True)}
     if len(sources) > 1:
         listed = ", ".join(
-            f"{folder}: {data or config.data} at {config.size} pixels"
-            for folder, config in zip(folders, configs, strict=True)
+            f"{folder}: {spec} at {config.size} pixels"
+            for folder, spec, config in zip(folders, specs, configs, strict=True)
         )
         raise UserError(f"These runs cannot be in one table ({listed}): evaluate them apart.")
     ((spec, size),) = sources

@@ -16,11 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.characters import well_formed
+from lineage.errors import UserError
 
 
 def caption_list(captions: str | Sequence[str]) -> list[str]:
-    """Captions in a list, all valid as UTF-8; one string is one caption, not its letters."""
-    return [well_formed(text) for text in ([captions] if isinstance(captions, str) else captions)]
+    """Captions in a list, all valid as UTF-8; one string is one caption, not its letters.
+
+    Raises:
+        UserError: they are not strings.
+    """
+    listed = [captions] if isinstance(captions, str) else captions
+    if not isinstance(listed, Sequence) or not all(isinstance(text, str) for text in listed):
+        raise UserError(f"Captions must be a string or a list of strings, not {captions!r:.80}.")
+    return [well_formed(text) for text in listed]
 
 
 @dataclass

@@ -13,6 +13,7 @@ caption.
 
 from __future__ import annotations
 
+import heapq
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -149,7 +150,7 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
     _BYTE = len(SPECIAL)
     _MERGED = len(SPECIAL) + 256
-    _SPLIT = re.compile(r"\s*[^\W_]+|\s*[^\w\s]+|\s*_+|\s+", re.UNICODE)
+    _SPLIT = re.compile(r"\s*[^\W_]{1,64}|\s*[^\w\s]{1,64}|\s*_{1,64}|\s+", re.UNICODE)
 
     def __init__(self, merges: list[tuple[int, int]]) -> None:
         self.merges = merges
@@ -170,20 +171,35 @@ class BPETokenizer(Tokenizer):
         """
         counts = Counter(word for caption in captions for word in cls._split(caption))
         words = {word: [cls._BYTE + value for value in word.encode()] for word in counts}
+        pairs: Counter[tuple[int, int]] = Counter()
+        holders: dict[tuple[int, int], set[str]] = {}  # words in which a pair occurs
+        heap: list[tuple[int, tuple[int, int]]] = []  # (-count, pair), some out of date
+
+        def count(some: Iterable[str], sign: int) -> set[tuple[int, int]]:
+            changed = set()
+            for word in some:
+                for pair in zip(words[word], words[word][1:], strict=False):
+                    pairs[pair] += sign * counts[word]
+                    holders.setdefault(pair, set()).add(word)
+                    changed.add(pair)
+            return changed
+
         merges: list[tuple[int, int]] = []
+        changed = count(words, 1)
         while cls._MERGED + len(merges) < vocab_size:
-            pairs: Counter[tuple[int, int]] = Counter()
-            for word, ids in words.items():
-                for pair in zip(ids, ids[1:], strict=False):
-                    pairs[pair] += counts[word]
-            if not pairs:
+            for pair in changed:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            while heap and -heap[0][0] != pairs[heap[0][1]]:
+                heapq.heappop(heap)
+            if not heap or heap[0][0] > -2:
                 break
-            best = max(pairs, key=lambda pair: (pairs[pair], (-pair[0], -pair[1])))
-            if pairs[best] < 2:
-                break
-            new = cls._MERGED + len(merges)
+            best = heap[0][1]
             merges.append(best)
-            words = {word: _merge(ids, best, new) for word, ids in words.items()}
+            affected = holders.pop(best)  # in other words, no pair changes
+            changed = count(affected, -1)
+            for word in affected:
+                words[word] = _merge(words[word], best, cls._MERGED + len(merges) - 1)
+            changed |= count(affected, 1)
         return cls(merges)
 
     def _encode_word(self, word: str) -> list[int]:

@@ -177,8 +177,8 @@ class RunStages:
         seed_weights: Function that sets the random state from which every system is built.
         sheet: Function that draws a sample sheet of a system, given stage and step.
         begin: Function that writes the run's first files; called once all is known to fit.
-        changed: Stages that were trained with several settings, whose weights the cache must not
-            give to other runs.
+        mixed: Whether a stage so far was trained with other settings than the run has now, so that
+            the cache must not give its weights, or those built on it, to other runs.
     """
 
     folder: Path
@@ -189,7 +189,7 @@ class RunStages:
     seed_weights: Callable[[], None]
     sheet: Callable[[System, str, int], None]
     begin: Callable[[], None] = lambda: None
-    changed: frozenset[str] = frozenset()
+    mixed: bool = False
     keys: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Trainable:
@@ -203,7 +203,9 @@ class RunStages:
         for stage in self.stages:
             self.seed_weights()
             system = stage.construct()
-            key = fixed_keys.get(stage.name) or stage.key(self.data)
+            own_key = stage.key(self.data)
+            key = fixed_keys.get(stage.name, own_key)
+            self.mixed |= key != own_key
             self.keys[stage.name] = key
             last = stage is self.stages[-1]
             cached = cache_folder("stages") / key / "model.safetensors"
@@ -225,7 +227,8 @@ class RunStages:
             own = finished_weights(self.folder, stage.name)
             if _load_cached(system, own):
                 return True
-        return stage.name not in self.changed and _load_cached(system, cached)
+        started = state_path(self.folder, stage, self.stages).exists()
+        return not self.mixed and not started and _load_cached(system, cached)
 
     def _begin(self) -> None:
         """Write the run's first files, once."""
@@ -238,7 +241,7 @@ class RunStages:
         if not _holds(own, system):
             self._begin()
             save_tensors(own, system.state_dict())
-        if stage.name not in self.changed and not _holds(cached, system):
+        if not self.mixed and not _holds(cached, system):
             write_cache(lambda: save_tensors(cached, system.state_dict()))
 
     def _fixed_keys(self) -> dict[str, str]:
@@ -271,6 +274,7 @@ class RunStages:
         )
         is_main = trainer.processes.is_main
         state_file = state_path(self.folder, stage, self.stages)
+        loaded_step = -1
         if state_file.exists():
             state = load_state(state_file)
             if state.get("stage") != stage.name:
@@ -279,6 +283,11 @@ class RunStages:
                     f"{stage.name!r}; choose another --out."
                 )
             trainer.load_state(state)
+            loaded_step = trainer.step
+            before = state.get("keys", {}).get(stage.name)
+            if before != self.keys[stage.name]:
+                self.mixed = True
+                self.keys[stage.name] = f"{stage.name}-{fingerprint(f'{before}'.encode())}"
         self._begin()
         log = Log(self.folder) if is_main else None
         if log is not None:
@@ -286,7 +295,8 @@ class RunStages:
 
         def checkpoint() -> None:
             if is_main:
-                save_state(state_file, {**trainer.state(), "keys": dict(self.keys)})
+                if trainer.step != loaded_step:  # a finished run has nothing new to save
+                    save_state(state_file, {**trainer.state(), "keys": dict(self.keys)})
                 if last:
                     with trainer.averaged() as averaged:
                         save_tensors(self.folder / "model.safetensors", averaged.state_dict())

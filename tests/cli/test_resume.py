@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lineage.evaluation.prompts import make_prompts, to_lines
 from lineage.files import claimed
 from lineage.training.cost import read_cost
 from lineage.training.loop import Trainer
-from lineage.training.store import load_tensors, read_json, save_tensors
+from lineage.training.store import load_tensors, read_json, save_tensors, write_json
 
 Call = Callable[..., Answer]
 
@@ -207,10 +208,12 @@ def test_a_rate_of_a_finished_stage_is_refused(call: Call, tmp_path: Path) -> No
     assert_refused(refused, "codec_optim.lr=0.1", "stage codec")
 
 
+@pytest.mark.parametrize("how", ["option", "edited"])
 def test_a_stage_trained_with_several_rates_is_not_cached(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that asks for the second rate alone must not be given its weights."""
+    monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / "cache"))
     advance = Trainer.advance
 
     def stop_in_the_codec(self: Trainer, *arguments: Any) -> Any:
@@ -223,10 +226,105 @@ def test_a_stage_trained_with_several_rates_is_not_cached(
         patch.setattr(Trainer, "advance", stop_in_the_codec)
         assert call(*run, "--out", tmp_path / "mixed").code == 130
     rate = ("--set", "codec_optim.lr=0.0123")
-    mixed = call(*run, "--out", tmp_path / "mixed", "--resume", *rate)
-    assert mixed.code == 0
+    again = ("train", "vqvae", "--out", tmp_path / "mixed", "--resume")
+    if how == "option":
+        assert call(*again, *rate).code == 0
+    else:  # by hand, in config.json
+        config = read_json(tmp_path / "mixed" / "config.json")
+        config["codec_optim"]["lr"] = 0.0123
+        write_json(tmp_path / "mixed" / "config.json", config)
+        assert call(*again).code == 0
     assert call(*run, "--out", tmp_path / "plain", *rate).code == 0
     codecs = [
         load_tensors(tmp_path / n / "stages/codec/model.safetensors") for n in ("mixed", "plain")
     ]
     assert any(not torch.equal(codecs[0][name], codecs[1][name]) for name in codecs[0])
+
+
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors", "stages"])
+def test_a_run_without_its_settings_is_not_trained_over(
+    name: str, call: Call, finished: Path
+) -> None:
+    """Its weights would be reported under other settings."""
+    (finished / "stages").mkdir()
+    for path in list(finished.iterdir()):
+        if path.name != name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for flags in ([], ["--resume"]):
+        refused = call("train", "ddpm", "--preset", "smoke", "--out", finished, *flags)
+        assert_refused(refused, name, "config.json")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "cost.json", "metrics.jsonl", "samples"])
+def test_what_stands_in_the_way_of_a_run_is_named_first(
+    name: str, call: Call, finished: Path
+) -> None:
+    path = finished / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_text("x") if name == "samples" else path.mkdir()
+    refused = call("train", "ddpm", "--out", finished, "--resume", "--steps", 30)
+    assert_refused(refused, name, "remove it")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"made_with": None},
+        {"made_with": 5},
+        {"stages_from": "x"},
+        {"changes": 3},
+        {"stages_from": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_entries_of_other_types_in_the_settings_are_refused(
+    change: dict[str, Any], call: Call, finished: Path
+) -> None:
+    config = finished / "config.json"
+    write_json(config, {**read_json(config), **change})
+    for command in (
+        ("train", "ddpm", "--out", finished, "--resume"),
+        ("sample", finished, "a star"),
+    ):
+        assert_refused(call(*command), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train.max_steps=none"], ["budget"]),
+        (["model.sampling_steps=1001"], ["model.sampling_steps=1001", "num_timesteps"]),
+        (["model.process.num_timesteps=2"], ["num_timesteps=2"]),
+    ],
+    ids=["budget", "steps", "timesteps"],
+)
+def test_what_would_fail_after_training_is_refused_before(
+    settings: list[str], words: list[str], call: Call, tmp_path: Path
+) -> None:
+    flags = [part for setting in settings for part in ("--set", setting)]
+    answer = call("train", "ddpm", "--preset", "smoke", "--out", tmp_path / "run", *flags)
+    assert_refused(answer, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("key", "stage"), [("stackgan", "stage1"), ("attngan", "damsm")])
+def test_a_stage_that_a_class_is_built_from_is_taken(
+    key: str, stage: str, call: Call, smoke_run: Callable[[str], Any], tmp_path: Path
+) -> None:
+    start = ("train", key, "--preset", "smoke", "--steps", 2, "--out", tmp_path / "run")
+    answer = call(*start, "--from", f"{stage}={smoke_run(key).folder}")
+    assert answer.code == 0, answer.errors
+
+
+def test_a_comparison_that_alone_is_interrupted_stops_its_child(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lineage", "compare", "ddpm", "--preset", "smoke"]
+    command += ["--steps", "200000", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "ddpm" / "metrics.jsonl"
+    for _ in range(300):
+        if log.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "give the same command again" in errors

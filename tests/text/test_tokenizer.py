@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from lineage.text.tokenizer import (
     BPETokenizer,
     Tokenizer,
     WordTokenizer,
+    _merge,
     make_tokenizer,
     split_words,
     tokenizer_from_json,
@@ -268,3 +271,32 @@ def test_unknown_kinds_raise_a_sentence() -> None:
 def test_a_damaged_tokeniser_raises_a_sentence(saved: dict[str, object]) -> None:
     with pytest.raises(UserError):
         tokenizer_from_json(saved)
+
+
+def test_merges_are_those_of_the_plain_algorithm() -> None:
+    """Which counts every pair of every word again after each merge."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcä ", k=chance.randint(1, 12))) for _ in range(200)]
+    trained = BPETokenizer.train(words, 340)
+    counts = Counter(word for caption in words for word in BPETokenizer._split(caption))
+    ids = {word: [3 + value for value in word.encode()] for word in counts}
+    merges: list[tuple[int, int]] = []
+    while len(merges) < 340 - 259:
+        pairs: Counter[tuple[int, int]] = Counter()
+        for word, one in ids.items():
+            for pair in zip(one, one[1:], strict=False):
+                pairs[pair] += counts[word]
+        best = max(pairs, key=lambda pair: (pairs[pair], (-pair[0], -pair[1])))
+        if pairs[best] < 2:
+            break
+        merges.append(best)
+        ids = {word: _merge(one, best, 258 + len(merges)) for word, one in ids.items()}
+    assert trained.merges == merges and len(merges) > 20
+
+
+def test_merges_of_many_words_are_found_at_once() -> None:
+    started = time.perf_counter()
+    BPETokenizer.train(
+        [" ".join(f"w{n:x}" for n in range(5000)), "語" * 20_000, "x" * 100_000], 4096
+    )
+    assert time.perf_counter() - started < 20

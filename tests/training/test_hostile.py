@@ -411,12 +411,14 @@ def test_a_damaged_measurement_is_measured_again(
     path = stopped / "evaluation" / "cost.json"
     path.parent.mkdir()
     path.write_bytes(content)
-    monkeypatch.setattr(cost, "measure", lambda *_: {"model_bytes": 5})
-    assert cost.cached_cost(stopped, ["a star"]) == {"model_bytes": 5}
-    monkeypatch.setattr(cost, "measure", lambda *_: {"model_bytes": 6})
-    assert cost.cached_cost(stopped, ["a star"]) == {"model_bytes": 5}  # it is kept now
-    write_json(path, {**json.loads(path.read_text()), "cost": []})
-    assert cost.cached_cost(stopped, ["a star"]) == {"model_bytes": 6}
+    first, second = ({"parameters": {"all": n}, **dict.fromkeys(cost.NUMBERS, n)} for n in (5, 6))
+    monkeypatch.setattr(cost, "measure", lambda *_: first)
+    assert cost.cached_cost(stopped, ["a star"]) == first
+    monkeypatch.setattr(cost, "measure", lambda *_: second)
+    assert cost.cached_cost(stopped, ["a star"]) == first  # it is in the file now
+    for junk in ([], {}, {"parameters": 5}, {**first, "model_bytes": "5"}):
+        write_json(path, {**json.loads(path.read_text()), "cost": junk})
+        assert cost.cached_cost(stopped, ["a star"]) == second
 
 
 # --- files that are none --------------------------------------------------------------------------
