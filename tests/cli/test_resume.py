@@ -319,12 +319,15 @@ def test_a_stage_that_a_class_is_built_from_is_taken(
 def test_a_comparison_that_alone_is_interrupted_stops_its_child(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lineage", "compare", "ddpm", "--preset", "smoke"]
     command += ["--steps", "200000", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "ddpm" / "metrics.jsonl"
-    for _ in range(300):
-        if log.exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for _ in range(300):
+                if log.exists():
+                    break
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130 and "give the same command again" in errors

@@ -47,12 +47,12 @@ class Colours(System):
 
         Args:
             brightness: Factor on the colour.
-            image: Picture to add.
+            image: Picture to add twice.
         """
         self.captions += captions
         colour = 2 * brightness * noise.rand(3) - 1
         pictures = colour[:, :, None, None].expand(-1, 3, 8, 8)
-        return pictures if image is None else pictures + image
+        return pictures if image is None else pictures + 2 * image
 
 
 class ColourScorer:
@@ -126,7 +126,7 @@ def test_the_seed_and_options_reach_the_system() -> None:
 
 
 def test_one_picture_option_serves_all_candidates() -> None:
-    black = torch.full((1, 3, 8, 8), -2.0)
+    black = torch.full((1, 3, 8, 8), -1.0)
     images, cosines = best_of(Colours(), CAPTIONS, ConstantScorer(), 3, image=black)
     assert images.max() == 0 and cosines.shape == (4, 3)
 
