@@ -69,10 +69,10 @@ def plain(text: object) -> str:
 
     Bytes of a file name that are not UTF-8 become `\\xe9`. Letters of every script stay.
     """
-    return "".join(_shown(char) for char in str(text))
+    return "".join(_printable(char) for char in str(text))
 
 
-def _shown(char: str) -> str:
+def _printable(char: str) -> str:
     code = ord(char)
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"

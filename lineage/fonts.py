@@ -88,12 +88,12 @@ class Lettering:
 
 def _few_marks(text: str) -> str:
     """The text with no more than `MAX_MARKS` marks on a letter."""
-    kept, number = [], 0
+    limited, number = [], 0
     for char in text:
         number = number + 1 if unicodedata.combining(char) else 0
         if number <= MAX_MARKS:
-            kept.append(char)
-    return "".join(kept)
+            limited.append(char)
+    return "".join(limited)
 
 
 def clusters(text: str) -> list[str]:

@@ -252,14 +252,14 @@ def _resumed(
             f"differ from those of an unstopped run. Set OMP_NUM_THREADS={threads} to keep them."
         )
     changes = recorded_changes(folder, stages, fields, saved.get("changes", []))
-    kept = {name: saved[name] for name in NOT_SETTINGS if name in saved}
-    new = {**to_dict(config), **kept, **({"changes": changes} if changes else {})}
+    constant = {name: saved[name] for name in NOT_SETTINGS if name in saved}
+    new = {**to_dict(config), **constant, **({"changes": changes} if changes else {})}
 
-    def begin() -> None:
+    def write_settings() -> None:
         if new != saved:
             write_json(folder / "config.json", new)
 
-    return _stages(folder, config, stages, dataset, fingerprint, begin)
+    return _stages(folder, config, stages, dataset, fingerprint, write_settings)
 
 
 def _new(
@@ -282,11 +282,11 @@ def _new(
     }
     saved = {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with}
 
-    def begin() -> None:
+    def write_settings() -> None:
         write_json(folder / "tokenizer.json", tokenizer.to_json())
         write_json(folder / "config.json", {**saved, "stages_from": sources})
 
-    return _stages(folder, config, stages, dataset, fingerprint, begin)
+    return _stages(folder, config, stages, dataset, fingerprint, write_settings)
 
 
 def check_runs(configs: Sequence[RunConfig]) -> None:
@@ -325,7 +325,7 @@ def _stages(
     stages: list[Stage],
     dataset: CaptionedDataset,
     fingerprint: str,
-    begin: Callable[[], None],
+    write_settings: Callable[[], None],
 ) -> RunStages:
     examples = dataset.showcase(16)
     is_main = Distributed.join(pick_device(config.train.device)).is_main
@@ -347,7 +347,7 @@ def _stages(
         seed=config.seed,
         seed_weights=lambda: _seed_weights(config.seed),
         sheet=draw_sheet,
-        begin=begin if is_main else lambda: None,
+        write_settings=write_settings if is_main else lambda: None,
     )
 
 

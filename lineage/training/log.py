@@ -58,12 +58,12 @@ class Log:
         """Drop the lines of a stage after the checkpoint from which a run continues."""
         lines = _lines(self.path)
         torn = bool(lines) and lines[-1][1] is None  # the last one was cut short by a kill
-        kept = [
+        remaining = [
             raw
             for raw, line in (lines[:-1] if torn else lines)
             if line is None or line["stage"] != stage or line["step"] <= step
         ]
-        write_bytes(self.path, b"".join(raw + b"\n" for raw in kept))
+        write_bytes(self.path, b"".join(raw + b"\n" for raw in remaining))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""

@@ -35,6 +35,7 @@ from lineage.training.store import (
     load_tensors,
     save_state,
     save_tensors,
+    without_advice,
     write_cache,
 )
 
@@ -176,7 +177,7 @@ class RunStages:
         seed: Seed of data order and noise.
         seed_weights: Function that sets the random state from which every system is built.
         sheet: Function that draws a sample sheet of a system, given stage and step.
-        begin: Function that writes the run's first files; called once all is known to fit.
+        write_settings: Function that writes the run's first files; called once all is known to fit.
         mixed: Whether a stage so far was trained with other settings than the run has now, so that
             the cache must not give its weights, or those built on it, to other runs.
     """
@@ -188,7 +189,7 @@ class RunStages:
     seed: int
     seed_weights: Callable[[], None]
     sheet: Callable[[System, str, int], None]
-    begin: Callable[[], None] = lambda: None
+    write_settings: Callable[[], None] = lambda: None
     mixed: bool = False
     keys: dict[str, str] = field(default_factory=dict)
 
@@ -230,16 +231,16 @@ class RunStages:
         started = state_path(self.folder, stage, self.stages).exists()
         return not self.mixed and not started and _load_cached(system, cached)
 
-    def _begin(self) -> None:
+    def _write_settings(self) -> None:
         """Write the run's first files, once."""
-        self.begin()
-        self.begin = lambda: None
+        self.write_settings()
+        self.write_settings = lambda: None
 
     def _save_finished(self, stage: Stage, system: Trainable, cached: Path) -> None:
         """Save a finished stage in the run folder, and for other runs in the cache."""
         own = finished_weights(self.folder, stage.name)
         if not _holds(own, system):
-            self._begin()
+            self._write_settings()
             save_tensors(own, system.state_dict())
         if not self.mixed and not _holds(cached, system):
             write_cache(lambda: save_tensors(cached, system.state_dict()))
@@ -288,7 +289,7 @@ class RunStages:
             if before != self.keys[stage.name]:
                 self.mixed = True
                 self.keys[stage.name] = f"{stage.name}-{fingerprint(f'{before}'.encode())}"
-        self._begin()
+        self._write_settings()
         log = Log(self.folder) if is_main else None
         if log is not None:
             log.truncate(stage.name, trainer.step)
@@ -364,7 +365,7 @@ def _load_cached(system: Trainable, path: Path) -> bool:
     try:
         load_weights(system, path)
     except UserError as error:
-        say_once(f"{str(error).split('; ')[0].rstrip('.')}: the stage is trained again.")
+        say_once(f"{without_advice(error)}: the stage is trained again.")
         return False
     return True
 

@@ -242,7 +242,7 @@ def cached(
         try:
             return read(path)
         except UserError as error:
-            say_once(f"{_without_advice(error)}: it is computed again.")
+            say_once(f"{without_advice(error)}: it is computed again.")
     value = compute()
     write_cache(lambda: write(path, value))
     return value
@@ -254,12 +254,12 @@ def write_cache(write: Callable[[], None]) -> None:
         write()
     except UserError as error:
         say_once(
-            f"{_without_advice(error)}: going on without this cache; LINEAGE_CACHE sets another "
+            f"{without_advice(error)}: going on without this cache; LINEAGE_CACHE sets another "
             "folder for it."
         )
 
 
-def _without_advice(error: UserError) -> str:
+def without_advice(error: UserError) -> str:
     """The first clause of an error's sentence."""
     return str(error).split("; ")[0].rstrip(".")
 
