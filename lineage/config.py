@@ -62,6 +62,8 @@ Steps = Annotated[Int, Field(ge=1, le=10**12)]
 """A budget in steps or pictures."""
 Minutes = Annotated[Float, Field(gt=0, le=10**7)]
 """A budget in minutes."""
+Threads = Annotated[Int, Field(ge=1, le=256)]
+"""Number of threads of PyTorch on a CPU."""
 SheetCount = Annotated[Int, Field(ge=1, le=10_000)]
 """Number of pictures that one sheet can hold."""
 Side = Annotated[Int, Field(ge=4, le=1024)]
@@ -262,7 +264,9 @@ class TrainConfig:
     to be spent ends the run.
 
     Attributes:
-        minutes, max_steps, max_pictures: The budget; None sets no limit.
+        minutes, max_steps, max_pictures, cpu_minutes: The budget; None sets no limit. Minutes of
+            the clock give fewer steps beside other processes; those of the processor do not, as
+            long as the number of threads is the same.
         batch_size: Number of pictures of a step, in each process of a `torchrun`.
         checkpoint_every, sample_every, log_every: Number of steps between two checkpoints, sheets
             and lines of the log; 0 for never (a finished run is always saved). Metrics are
@@ -280,6 +284,7 @@ class TrainConfig:
     minutes: Minutes | None = None
     max_steps: Steps | None = None
     max_pictures: Steps | None = None
+    cpu_minutes: Minutes | None = None
     batch_size: PositiveInt = 32
     checkpoint_every: NonNegativeInt = 500
     sample_every: NonNegativeInt = 1000
@@ -290,11 +295,18 @@ class TrainConfig:
     prefetch: DepthFromZero | None = None
     device: str = "auto"
 
-    def spent(self, step: int, seconds: float, pictures: int) -> float:
+    @property
+    def is_timed(self) -> bool:
+        """Whether the number of steps depends on the machine, so that no two runs are the same."""
+        return self.minutes is not None or self.cpu_minutes is not None
+
+    def spent(self, *, step: int, pictures: int, seconds: float, cpu_seconds: float) -> float:
         """Share of the budget that is spent: 1 or more when a run is done, 0 without a budget."""
         shares = [0.0]
         if self.minutes is not None:
             shares.append(seconds / (60 * self.minutes))
+        if self.cpu_minutes is not None:
+            shares.append(cpu_seconds / (60 * self.cpu_minutes))
         if self.max_steps is not None:
             shares.append(step / self.max_steps)
         if self.max_pictures is not None:

@@ -65,7 +65,12 @@ def recorded_changes(
     state, train = load_state(path), stage.budgeted()
     step = int(state["step"])
     if stage is stages[-1]:
-        spent = train.spent(step, float(state.get("seconds", 0)), step * train.batch_size)
+        spent = train.spent(
+            step=step,
+            pictures=step * train.batch_size,
+            seconds=float(state.get("seconds", 0)),
+            cpu_seconds=float(state.get("cpu_seconds", 0)),
+        )
         if spent >= 1:
             name, (before, now) = next(iter(fields.items()))
             raise UserError(

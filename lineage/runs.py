@@ -24,12 +24,14 @@ from typing import Any
 import torch
 
 import lineage
-from lineage.config import RunConfig, to_dict, with_field
+from lineage.config import RunConfig, Threads, to_dict, typed
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
 from lineage.errors import Interrupted, UserError, say_once
 from lineage.files import check_output, claimed, expanded
 from lineage.nn.noise import stream_seed
+from lineage.options import Options, changed_by
+from lineage.options import configure as configure
 from lineage.plan import (
     NOT_SETTINGS,
     build,
@@ -48,6 +50,7 @@ from lineage.resume import check_changes, differences, recorded_changes
 from lineage.sheets import save_picture, sheet
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
+from lineage.threads import overruled, requested, usable_cpus
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.memory import check_memory
 from lineage.training.stage import RunStages, Stage, Stopped, finished_weights, load_weights
@@ -56,46 +59,6 @@ from lineage.training.store import (
     remove_partials,
     write_json,
 )
-
-# --- configuration --------------------------------------------------------------------------------
-
-
-def configure(
-    key: str,
-    *,
-    preset_name: str = "tiny",
-    data: str | None = None,
-    minutes: float | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    device: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> RunConfig:
-    """The configuration of a run: a preset, changed by the arguments.
-
-    `minutes` and `steps` replace the preset's budget.
-    """
-    return _changed(recipe_preset(key, preset_name), data, minutes, steps, seed, device, settings)
-
-
-def _changed(
-    config: RunConfig,
-    data: str | None,
-    minutes: float | None,
-    steps: int | None,
-    seed: int | None,
-    device: str | None,
-    settings: Mapping[str, Any] | None,
-) -> RunConfig:
-    if minutes is not None or steps is not None:
-        config = with_field(config, "train.minutes", minutes)
-        config = with_field(config, "train.max_steps", steps)
-    fields = {"data": data, "seed": seed, "train.device": device, **(settings or {})}
-    for name, value in sorted(fields.items(), key=lambda item: item[0] != "recipe"):
-        if value is not None:
-            config = with_field(config, name, value)
-    return config
-
 
 # --- training -------------------------------------------------------------------------------------
 
@@ -106,10 +69,12 @@ def train(
     data: str | None = None,
     preset: str | None = None,
     minutes: float | None = None,
+    cpu_minutes: float | None = None,
     steps: int | None = None,
     out: str | Path | None = None,
     seed: int | None = None,
     device: str | None = None,
+    threads: int | None = None,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
     stages_from: Mapping[str, str | Path] | None = None,
@@ -123,10 +88,12 @@ def train(
         key: Key of the system, as in `lineage list`.
         data: Data set; the preset's default is `shapes`.
         preset: `smoke`, `tiny`, `small` or `paper`; `tiny` if None.
-        minutes, steps: The budget, in place of the preset's.
+        minutes, cpu_minutes, steps: The budget, in place of the preset's: minutes of the clock,
+            minutes of the processor (the same work whatever else the machine does), or steps.
         out: The run folder; `runs/<key>` if None.
         seed: Seed of the weights, the data order and the noise.
         device: `cpu`, `cuda`, `mps` or `auto`.
+        threads: Number of threads on a CPU; None to measure (see lineage/threads.py).
         resume: If true, go on with the run in `out`, with its own settings; a new budget and new
             rates may be given, and are recorded. Without a run there, a new one begins.
         settings: Any other field of the configuration by its dotted name, as `{"optim.lr": 3e-4}`.
@@ -141,7 +108,8 @@ def train(
     folder = expanded(out, "out") if out is not None else Path("runs") / key
     find_recipe(key)
     cache_folder("stages")  # a wrong name of the cache is found before anything is written
-    arguments = (data, minutes, steps, seed, device, settings)
+    options = Options(data, minutes, cpu_minutes, steps, seed, device)
+    count = None if threads is None else typed(Threads, threads, "threads")
     taken = {name: expanded(run, f"--from {name}") for name, run in (stages_from or {}).items()}
     keep_freed_memory()
     started = _holds_run(folder)
@@ -150,12 +118,12 @@ def train(
     _check_places(folder, started)
     if not started:
         check_output(folder, folder=True)
-        config = _changed(recipe_preset(key, preset or "tiny"), *arguments)
+        config = changed_by(recipe_preset(key, preset or "tiny"), options, settings)
         sources = {name: source_of(other, name) for name, other in taken.items()}
         run = _new(folder, config, sources, settings or {})
-    with claimed(folder) if _is_main() else contextlib.nullcontext():
+    with overruled(count), claimed(folder) if _is_main() else contextlib.nullcontext():
         if started:
-            run = _resumed(folder, key, preset, arguments, taken)
+            run = _resumed(folder, key, preset, options, settings, taken)
         elif _is_main():
             if _holds_run(folder):  # of a process that was quicker
                 raise _taken(folder)
@@ -211,7 +179,8 @@ def _resumed(
     folder: Path,
     key: str,
     preset: str | None,
-    arguments: tuple[Any, ...],
+    options: Options,
+    settings: Mapping[str, Any] | None,
     stages_from: Mapping[str, Path],
 ) -> RunStages:
     """The run in `folder`, ready to go on; nothing is written yet."""
@@ -229,7 +198,7 @@ def _resumed(
     for name, other in stages_from.items():
         if sources.get(name, {}).get("run") != str(other):
             raise UserError(f"--from {name}={other} cannot be changed: choose another --out.")
-    config = _changed(before, *arguments)
+    config = changed_by(before, options, settings)
     fields = differences(before, config)
     check_changes(folder, fields)
     dataset = load_dataset(config.data, "train", config.size, config.seed)
@@ -245,25 +214,57 @@ def _resumed(
         if stage.weights is not None and (own := finished_weights(folder, stage.name)).exists():
             stage.weights = own
     _check_stages(stages, config, folder)
-    threads, now = saved.get("made_with", {}).get("threads"), torch.get_num_threads()
-    if isinstance(threads, int) and threads != now:
-        say_once(
-            f"The run in {folder} began with {threads} threads; with {now} its last bits may "
-            f"differ from those of an unstopped run. Set OMP_NUM_THREADS={threads} to keep them."
-        )
+    threads = _threads_kept(folder, saved.get("made_with", {}).get("threads"))
     changes = recorded_changes(folder, stages, fields, saved.get("changes", []))
     constant = {name: saved[name] for name in NOT_SETTINGS if name in saved}
-    new = {**to_dict(config), **constant, **({"changes": changes} if changes else {})}
+    now = {**to_dict(config), **constant, **({"changes": changes} if changes else {})}
+    write_settings = _settings_writer(folder, now, saved)
+    return _stages(folder, config, stages, dataset, fingerprint, write_settings, threads)
 
-    def write_settings() -> None:
-        if new != saved:
-            write_json(folder / "config.json", new)
 
-    return _stages(folder, config, stages, dataset, fingerprint, write_settings)
+def _threads_kept(folder: Path, before: Any) -> int | None:
+    """The number of threads that a resumed run goes on with; None to measure.
+
+    Args:
+        folder: Run folder.
+        before: What `config.json` says that the run began with.
+    """
+    if not isinstance(before, int):
+        return None
+    asked, usable = requested(), usable_cpus()
+    if asked in (None, before) and before <= usable:
+        return before
+    now = f"with {asked}" if asked else f"here it may use {usable}, so"
+    say_once(
+        f"The run in {folder} began with {before} threads; {now} its last bits may differ from "
+        f"those of an unstopped run. Add --threads {before}, or set OMP_NUM_THREADS={before}, to "
+        "keep them."
+    )
+    return None
+
+
+def _settings_writer(
+    folder: Path, settings: dict[str, Any], saved: dict[str, Any]
+) -> Callable[[int | None], None]:
+    """A function that writes `settings`, with the number of threads that the run keeps, to
+    `config.json`, unless that is what is `saved` there.
+    """
+
+    def write_settings(threads: int | None) -> None:
+        nonlocal saved
+        made_with = settings.get("made_with", {})
+        if made_with.get("threads") is None:
+            made_with = {**made_with, "threads": threads}
+        now = {**settings, "made_with": made_with}
+        if now != saved:
+            write_json(folder / "config.json", now)
+            saved = now
+
+    return write_settings
 
 
 def _new(
-    folder: Path, config: RunConfig, sources: dict[str, Any], settings: Mapping[str, Any]
+    folder: Path, config: RunConfig, sources: dict[str, Any], changed: Mapping[str, Any]
 ) -> RunStages:
     """A new run in `folder`; nothing is written yet."""
     Distributed.join(pick_device(config.train.device)).barrier()  # none has written yet
@@ -272,19 +273,20 @@ def _new(
     tokenizer = make_tokenizer(encoder.tokenizer, dataset.all_captions(), encoder.vocab_size)
     stages = plan(config, tokenizer, sources)
     if sources:
-        check_effects(config, tokenizer, settings, sources)
+        check_effects(config, tokenizer, changed, sources)
     _check_stages(stages, config)
     made_with = {
         "lineage": lineage.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
     }
-    saved = {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with}
+    settings = {**to_dict(config), "data_fingerprint": fingerprint, "made_with": made_with}
+    write_config = _settings_writer(folder, {**settings, "stages_from": sources}, {})
 
-    def write_settings() -> None:
-        write_json(folder / "tokenizer.json", tokenizer.to_json())
-        write_json(folder / "config.json", {**saved, "stages_from": sources})
+    def write_settings(threads: int | None) -> None:
+        if not _holds_run(folder):
+            write_json(folder / "tokenizer.json", tokenizer.to_json())
+        write_config(threads)
 
     return _stages(folder, config, stages, dataset, fingerprint, write_settings)
 
@@ -304,8 +306,13 @@ def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = 
     fit the checkpoints in `folder`.
     """
     train = config.train
-    if train.minutes is None and train.max_steps is None and train.max_pictures is None:
+    if not train.is_timed and train.max_steps is None and train.max_pictures is None:
         raise UserError("The run has no budget and would never end: add --minutes or --steps.")
+    if train.cpu_minutes is not None and pick_device(train.device).type != "cpu":
+        raise UserError(
+            f"train.cpu_minutes={train.cpu_minutes:g} counts the processor's time, and this run is "
+            "for a GPU: give --minutes or --steps, or add --device cpu."
+        )
     with torch.device("meta"):
         system = build(stages)
     default = recipe_preset(config.key, config.preset)
@@ -325,7 +332,8 @@ def _stages(
     stages: list[Stage],
     dataset: CaptionedDataset,
     fingerprint: str,
-    write_settings: Callable[[], None],
+    write_settings: Callable[[int | None], None],
+    threads: int | None = None,
 ) -> RunStages:
     examples = dataset.showcase(16)
     is_main = Distributed.join(pick_device(config.train.device)).is_main
@@ -347,7 +355,8 @@ def _stages(
         seed=config.seed,
         seed_weights=lambda: _seed_weights(config.seed),
         sheet=draw_sheet,
-        write_settings=write_settings if is_main else lambda: None,
+        write_settings=write_settings if is_main else lambda threads: None,
+        threads=None if config.train.is_timed else threads,
     )
 
 

@@ -19,7 +19,7 @@ import inspect
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, get_type_hints, runtime_checkable
 
@@ -31,6 +31,7 @@ from lineage.data.contract import Batch
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
 from lineage.text.contract import TextEncoder, TextFeatures, caption_list
+from lineage.threads import ThreadTuner, fitted
 
 PICTURE_OPTIONS = ("image", "mask", "control", "reference")
 """Options that hold one picture for each caption, under the names of diffusers' pipelines."""
@@ -156,8 +157,10 @@ class System(Trainable):
             UserError: for no captions, an unknown option, or a value that does not fit it.
         """
         pictures = []
+        captions = caption_list(captions)
+        threads = self._threads(several=len(captions) > self.sample_batch_size)
         for part, streams, own in self.sample_batches(captions, seed, options):
-            with self.inference():
+            with self.inference(), threads(len(part)):
                 drawn = self.sample(part, streams, **own).float()
             if not drawn.isfinite().all():
                 raise UserError(
@@ -182,6 +185,16 @@ class System(Trainable):
             rows = slice(first, first + len(part))
             own = {n: v[rows] if n in PICTURE_OPTIONS else v for n, v in options.items()}
             yield part, NoiseStreams.for_pictures(seed, len(part), self.device, first), own
+
+    def _threads(self, several: bool) -> Callable[[int], AbstractContextManager[None]]:
+        """The context in which a batch of so many pictures is drawn, with its number of threads.
+
+        Args:
+            several: If true, there is more than one batch, so that their times are compared.
+        """
+        if self.device.type != "cpu":
+            return lambda count: nullcontext()
+        return ThreadTuner().unit if several else lambda count: fitted()
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ Seed = Annotated[int, _typed("Seed")]
 Count = Annotated[int, _typed("PositiveInt")]
 SheetCount = Annotated[int, _typed("SheetCount")]
 Steps = Annotated[int, _typed("Steps")]
+Threads = Annotated[int, _typed("Threads")]
 Minutes = Annotated[float, _typed("Minutes")]
 PathName = Annotated[Path, Parameter(converter=_path)]
 """A file or folder."""

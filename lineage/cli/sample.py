@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lineage.characters import plain
-from lineage.cli.arguments import Flag, PathName, Seed, Settings, SheetCount, settings_of
+from lineage.cli.arguments import Flag, PathName, Seed, Settings, SheetCount, Threads, settings_of
 from lineage.errors import UserError, say
 
 
@@ -26,6 +26,7 @@ def sample(
     visualise: Flag = False,
     seed: Seed = 0,
     device: str = "auto",
+    threads: Threads | None = None,
 ) -> None:
     """Draw captions with a trained system.
 
@@ -44,11 +45,13 @@ def sample(
         visualise: If true, draw how the first caption's picture comes about, as by attention.
         seed: Seed of the noise.
         device: cpu, cuda, mps or auto.
+        threads: Number of threads on a CPU; as many as are free if left out.
     """
     from lineage import runs
     from lineage.cli import drawing
     from lineage.sheets import check_picture, picture, save_picture
     from lineage.system import CAPTION_OPTIONS
+    from lineage.threads import overruled
 
     ending = out.suffix or ".png"
     first = out.with_name(f"{out.stem}_000{ending}") if single and out.name else out
@@ -60,27 +63,28 @@ def sample(
             raise UserError(f"--visualise shows one picture: leave out --{name}.")
     if scorer is not None and best_of is None:
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
-    system = runs.load(run, device)
-    values = drawing.options_of(system, settings_of(options), files)
-    texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
-    for sentence in drawing.unread_text(system, texts):
-        say(sentence)
-    if visualise:
-        save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
-        print(plain(out))
-        return
-    for sentence in drawing.idle_options(system, captions, values):
-        say(sentence)
-    captions = [caption for caption in captions for _ in range(count)]
-    images = drawing.draw(
-        system,
-        captions,
-        values,
-        seed=seed,
-        run=run,
-        candidates=best_of or 1,
-        scorer="auto" if scorer is None else scorer,
-    )
+    with overruled(threads):
+        system = runs.load(run, device)
+        values = drawing.options_of(system, settings_of(options), files)
+        texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
+        for sentence in drawing.unread_text(system, texts):
+            say(sentence)
+        if visualise:
+            save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
+            print(plain(out))
+            return
+        for sentence in drawing.idle_options(system, captions, values):
+            say(sentence)
+        captions = [caption for caption in captions for _ in range(count)]
+        images = drawing.draw(
+            system,
+            captions,
+            values,
+            seed=seed,
+            run=run,
+            candidates=best_of or 1,
+            scorer="auto" if scorer is None else scorer,
+        )
     if single:
         for number, one in enumerate(images):
             path = out.with_name(f"{out.stem}_{number:03d}{ending}")

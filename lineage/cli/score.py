@@ -18,6 +18,7 @@ from lineage.cli.arguments import (
     Seed,
     Settings,
     Steps,
+    Threads,
     print_json,
     settings_of,
 )
@@ -37,6 +38,7 @@ def evaluate(
     batch: Count | None = None,
     seed: Seed = 0,
     device: str = "auto",
+    threads: Threads | None = None,
 ) -> None:
     """Score runs: composition, quality, text fit and cost.
 
@@ -52,6 +54,7 @@ def evaluate(
         batch: Number of pictures drawn at once; changes no score.
         seed: Seed of the noise.
         device: cpu, cuda, mps or auto.
+        threads: Number of threads on a CPU; measured if left out.
     """
     from lineage.evaluation.run import evaluate
     from lineage.evaluation.table import tables
@@ -67,6 +70,7 @@ def evaluate(
         batch_size=batch,
         seed=seed,
         device=device,
+        threads=threads,
     )
     if json:
         print_json(document)
@@ -88,6 +92,7 @@ def compare(
     scorer: str = "auto",
     seed: Seed | None = None,
     device: str | None = None,
+    threads: Threads | None = None,
     settings: Settings | None = None,
 ) -> None:
     """Train several systems on one budget each and write a report.
@@ -96,7 +101,7 @@ def compare(
         keys: Systems, as in `lineage list`; all that work if left out.
         data: Data set; shapes if left out.
         preset: Size of the systems.
-        minutes: Budget of each system in minutes of training.
+        minutes: Budget of each system in minutes of training: of the processor, on a CPU.
         steps: Budget of each system in steps.
         out: Folder to write.
         pictures: Largest number of pictures to draw for the scores.
@@ -104,6 +109,8 @@ def compare(
         scorer: hub:MODEL (a path or an id), damsm:RUN, none or auto.
         seed: Seed of the weights, the order of the data and the noise.
         device: cpu, cuda, mps or auto.
+        threads: Number of threads of each system on a CPU, 1 if left out; as many systems as the
+            cores allow are trained at a time.
         settings: Field of the configurations, as in --set optim.lr=3e-4; may be repeated.
     """
     from lineage.comparison.run import compare
@@ -120,6 +127,7 @@ def compare(
         scorer=scorer,
         seed=seed,
         device=device,
+        threads=threads,
         settings=settings_of(settings),
     )
     print(plain(report))

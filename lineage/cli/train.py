@@ -17,6 +17,7 @@ from lineage.cli.arguments import (
     Seed,
     Settings,
     Steps,
+    Threads,
     pairs,
     settings_of,
 )
@@ -30,10 +31,12 @@ def train(
     data: str | None = None,
     preset: Preset | None = None,
     minutes: Minutes | None = None,
+    cpu_minutes: Minutes | None = None,
     steps: Steps | None = None,
     out: PathName | None = None,
     seed: Seed | None = None,
     device: str | None = None,
+    threads: Threads | None = None,
     resume: Flag = False,
     stages_from: Annotated[list[str] | None, Parameter(name="--from")] = None,
     settings: Settings | None = None,
@@ -45,10 +48,12 @@ def train(
         data: Data set; shapes if left out.
         preset: Size of the system; tiny if left out.
         minutes: Budget in minutes of training.
+        cpu_minutes: Budget in minutes of the processor, the same work on a busy machine.
         steps: Budget in steps.
         out: Run folder to write; runs/KEY if left out.
         seed: Seed of the weights, the order of the data and the noise.
         device: cpu, cuda, mps or auto.
+        threads: Number of threads on a CPU; measured if left out.
         resume: If true, go on with the run in --out.
         stages_from: Stage of another run, as in --from codec=runs/vqvae; may be repeated.
         settings: Field of the configuration, as in --set optim.lr=3e-4; may be repeated.
@@ -60,10 +65,12 @@ def train(
         data=data,
         preset=preset,
         minutes=minutes,
+        cpu_minutes=cpu_minutes,
         steps=steps,
         out=out,
         seed=seed,
         device=device,
+        threads=threads,
         resume=resume,
         settings=settings_of(settings),
         stages_from={

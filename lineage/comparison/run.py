@@ -3,6 +3,12 @@
 Each system is trained by a process of its own (`lineage train`), so that its peak memory is its
 own, and in a folder of its own, so that the same command continues a comparison that was stopped.
 
+On a CPU, a budget in minutes is one of the processor's time: minutes of the clock would give fewer
+steps to the systems whose turn comes while the machine is busy. Each system is trained with one
+thread, since several threads wait for each other more in some systems than in others and the wait
+counts as processor time; and as many systems as there are cores are trained at a time, which uses
+two cores better than two threads do.
+
     OUT/<key>/         the run folder of each system
     OUT/report.html    the page: one file, no network
     OUT/report.json    its data
@@ -15,10 +21,6 @@ from __future__ import annotations
 
 import functools
 import shlex
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from torch import Tensor
 
 from lineage.catalog import CATALOG, lookup, working
 from lineage.comparison.report import SystemPage, write_report
-from lineage.config import RunConfig, to_dict
+from lineage.comparison.training import train_all
+from lineage.config import RunConfig, Threads, to_dict, typed
 from lineage.data import load_dataset
 from lineage.data.contract import Example, to_bytes
-from lineage.errors import CheckFailed, Interrupted, UserError
+from lineage.errors import UserError, say
 from lineage.evaluation.cost import machine
 from lineage.evaluation.real import unseen_split
 from lineage.evaluation.run import (
@@ -41,16 +44,23 @@ from lineage.evaluation.run import (
     write_sheets,
 )
 from lineage.files import check_output, claimed, expanded
+from lineage.options import configure
 from lineage.plan import read_config, read_saved
 from lineage.resume import differences, result_settings
-from lineage.runs import check_runs, configure, fingerprint_of, load
+from lineage.runs import check_runs, fingerprint_of, load
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
+from lineage.threads import overruled, usable_cpus
 from lineage.training.log import read_log
-from lineage.training.loop import STOP_SIGNALS
+from lineage.training.machine import pick_device
+from lineage.training.memory import total_memory
 from lineage.training.store import write_json
 
 CAPTIONS = 12  # rows of the sheet
+MEMORY = 2 * 10**9
+"""Bytes of memory for each system that is trained at a time; one at preset tiny needs up to half of
+them.
+"""
 SEEDS = (0, 1)  # of the pictures of each caption and system
 
 
@@ -64,6 +74,7 @@ def compare(
     out: str | Path = "runs/compare",
     seed: int | None = None,
     device: str | None = None,
+    threads: int | None = None,
     settings: Mapping[str, Any] | None = None,
     pictures: int = 1000,
     features: str = "auto",
@@ -77,7 +88,8 @@ def compare(
     Args:
         keys: Keys of the systems; None for all that work.
         data, minutes, steps, preset, seed, device, settings: As for `lineage.train`; the same for
-            every system.
+            every system. On a CPU, `minutes` are those of the processor in each thread.
+        threads: Number of threads of each system on a CPU; 1 if None.
         out: Folder for runs and report.
         pictures, features, scorer: As for `lineage.evaluate`.
 
@@ -91,15 +103,29 @@ def compare(
     keys = list(dict.fromkeys(names))
     if not keys:
         raise UserError("There is nothing to compare: name at least one system.")
-    options = {"data": data, "minutes": minutes, "steps": steps, "seed": seed, "device": device}
+    options: dict[str, Any] = {
+        "data": data,
+        "minutes": minutes,
+        "steps": steps,
+        "seed": seed,
+        "device": device,
+    }
     for key in keys:
         lookup(key)
+    on_cpu = pick_device(device or "auto").type == "cpu"
+    per_system = typed(Threads, 1 if threads is None else threads, "threads") if on_cpu else None
     for name in ("report.html", "report.json", "sheet.png"):
         check_output(folder / name)
-    configs: list[Any] = [
-        configure(key, preset_name=preset, settings=settings, **options)  # type: ignore[arg-type]
-        for key in keys
-    ]
+    configs = [configure(key, preset_name=preset, settings=settings, **options) for key in keys]
+    asked = configs[0].train
+    own = options | {"threads": per_system}
+    if per_system and asked.minutes is not None and "train.minutes" not in (settings or {}):
+        budget = {"minutes": None, "cpu_minutes": per_system * asked.minutes}
+        own |= budget
+        configs = [
+            configure(key, preset_name=preset, settings=settings, **options | budget)
+            for key in keys
+        ]
     if len({config.size for config in configs}) > 1:
         raise UserError(
             f"The systems draw at different sizes at preset {preset}; set one with --set size=..."
@@ -118,13 +144,47 @@ def compare(
     )
     check_scoring(config.data, config.size, config.seed, scoring)
     examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
-    flags = ["--preset", preset, *_flags(options, settings or {})]
+    flags = ["--preset", preset, *_flags(own, settings or {})]
+    compare_flags = ["--preset", preset, *_flags(options | {"threads": threads}, settings or {})]
+    at_once = systems_at_once(per_system)
     with claimed(folder):
-        for number, key in enumerate(keys, start=1):
-            print(f"[{number}/{len(keys)}] {key}: {CATALOG[key].title}", file=sys.stderr)
+        if sentence := _fairness(config, per_system, min(at_once, len(keys))):
+            say(sentence)
+        commands = {}
+        for key in keys:
             resume = ["--resume"] if (folder / key / "config.json").exists() else []
-            _train(key, ["--out", str(folder / key), *resume, *flags])
-        return _report(folder, keys, config, scoring, examples, flags)
+            commands[key] = ["--out", str(folder / key), *resume, *flags]
+        train_all(commands, at_once)
+        facts = {
+            "budget": {"minutes": asked.minutes, "steps": asked.max_steps},
+            "cpu_minutes": config.train.cpu_minutes,
+            "threads": per_system,
+            "reproduce": _commands(keys, flags, compare_flags, scoring, folder.name),
+        }
+        with overruled(threads if on_cpu else None):
+            return _report(folder, keys, config, scoring, examples, facts)
+
+
+def systems_at_once(threads: int | None) -> int:
+    """Number of systems that are trained at a time: as many as cores and memory allow, on a CPU.
+
+    Args:
+        threads: Number of threads of each; None on a GPU.
+    """
+    if threads is None:
+        return 1
+    return max(1, min(usable_cpus() // threads, total_memory("cpu") // MEMORY))
+
+
+def _fairness(config: RunConfig, threads: int | None, at_once: int) -> str:
+    """What the budget is counted in, for the user; empty if that is what was asked for."""
+    if config.train.cpu_minutes is None:
+        return ""
+    return (
+        f"Each system is trained for {config.train.cpu_minutes:g} minutes of the processor's time "
+        f"with {threads} thread{'' if threads == 1 else 's'}, {at_once} at a time, so that what "
+        "else the machine does changes no score."
+    )
 
 
 def _report(
@@ -133,7 +193,7 @@ def _report(
     config: RunConfig,
     scoring: EvalConfig,
     examples: Sequence[Example],
-    flags: Sequence[str],
+    facts: Mapping[str, Any],
 ) -> Path:
     """Score the trained systems and write the report; returns its path."""
     scores, scored = score_runs([folder / key for key in keys], scoring)
@@ -150,9 +210,8 @@ def _report(
         "data": config.data,
         "size": config.size,
         "preset": config.preset,
-        "budget": {"minutes": config.train.minutes, "steps": config.train.max_steps},
         "machine": machine(),
-        "reproduce": _commands(keys, flags, scoring, folder.name),
+        **facts,
     }
     write_json(folder / "report.json", summary)
     real = [example.image for example in examples]
@@ -185,54 +244,26 @@ def _check_existing(folder: Path, config: RunConfig, fingerprint: Callable[[], s
         )
 
 
-def _train(key: str, flags: Sequence[str]) -> None:
-    """Train one system in a process of its own, or continue its run."""
-    command = [sys.executable, "-m", "lineage.cli.child", "train", key, *flags]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-
-    def terminate(number: int, frame: object) -> None:
-        child.terminate()
-
-    main = threading.current_thread() is threading.main_thread()
-    numbers = [
-        number
-        for number in STOP_SIGNALS
-        if main and number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, terminate) for number in numbers}
-    interrupted = False
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        interrupted = True
-        child.terminate()  # the terminal has asked it too, a program may not have
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if interrupted or code in (130, *(-number for number in STOP_SIGNALS)):
-        raise Interrupted("The comparison stopped; give the same command again to go on.")
-    if code == 2:
-        raise UserError(f"{key} could not be trained, for the reason above.")
-    if code:
-        raise CheckFailed(f"{key} stopped with exit code {code}, for the reason above.")
-
-
 def _flags(options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Options and settings as arguments of the command line."""
-    pairs = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
+    given = {name: value for name, value in options.items() if value is not None}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items()]
     pairs += [("--set", f"{name}={value}") for name, value in settings.items()]
     return [part for pair in pairs for part in pair]
 
 
 def _commands(
-    keys: Sequence[str], flags: Sequence[str], scoring: EvalConfig, out: str
+    keys: Sequence[str],
+    flags: Sequence[str],
+    compare_flags: Sequence[str],
+    scoring: EvalConfig,
+    out: str,
 ) -> list[str]:
     """Commands that make this report again, and each run alone."""
     names = ("pictures", "features", "scorer")
     changed = [n for n in names if getattr(scoring, n) != getattr(EvalConfig(), n)]
     own = [part for n in changed for part in (f"--{n}", str(getattr(scoring, n)))]
-    lines = [["lineage", "compare", *keys, *flags, *own, "--out", out]]
+    lines = [["lineage", "compare", *keys, *compare_flags, *own, "--out", out]]
     lines += [["lineage", "train", key, *flags, "--out", f"{out}/{key}"] for key in keys]
     return [shlex.join(line) for line in lines]
 

@@ -28,6 +28,7 @@ from lineage.characters import protect
 from lineage.errors import CheckFailed
 from lineage.system import System
 from lineage.text.contract import caption_list
+from lineage.threads import available, fitted, overruled, requested
 from lineage.training.machine import peak_memory
 from lineage.training.store import read_json_object, write_cache, write_json
 
@@ -90,7 +91,7 @@ def measure(run: Path, captions: Sequence[str], device: str = "auto") -> dict[st
         CheckFailed: that process failed; its message is on standard error.
     """
     process = subprocess.run(
-        [sys.executable, "-m", "lineage.evaluation.cost", str(run), device],
+        [sys.executable, "-m", "lineage.evaluation.cost", str(run), device, str(requested() or "")],
         input=json.dumps(caption_list(captions)),
         stdout=subprocess.PIPE,
         text=True,
@@ -143,7 +144,7 @@ def machine() -> dict[str, Any]:
     """What numbers were measured on and with."""
     return {
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": available(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),
         "python": platform.python_version(),
@@ -184,11 +185,13 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """Print the cost of a run as JSON: `RUN DEVICE`, with a JSON list of captions as input."""
+    """Print the cost of a run as JSON: `RUN DEVICE THREADS`, with a JSON list of captions as input;
+    THREADS is empty to measure.
+    """
     from lineage.runs import load
 
-    run, device = sys.argv[1:]
-    with protect():
+    run, device, threads = sys.argv[1:]
+    with protect(), fitted(), overruled(int(threads or torch.get_num_threads())):
         captions, weights = json.load(sys.stdin), Path(run) / "model.safetensors"
         print(json.dumps(sampling_cost(load(run, device), captions, weights)))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lineage.characters import plain
-from lineage.config import NUM_SEEDS, PositiveInt, RunConfig, Seed, configuration
+from lineage.config import NUM_SEEDS, PositiveInt, RunConfig, Seed, Threads, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
@@ -46,6 +46,7 @@ from lineage.files import check_output, expanded
 from lineage.runs import load, read_config
 from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
+from lineage.threads import overruled
 from lineage.training.cost import read_cost
 from lineage.training.machine import pick_device
 from lineage.training.store import write_json
@@ -70,6 +71,7 @@ class EvalConfig:
             `damsm:RUN` (the matching model of an AttnGAN's run).
         device: As in `TrainConfig`.
         batch_size: Number of pictures drawn at once; the system's own if None. It changes no score.
+        threads: Number of threads on a CPU; None to measure.
     """
 
     data: str | None = None
@@ -80,6 +82,7 @@ class EvalConfig:
     scorer: str = "auto"
     device: str = "auto"
     batch_size: PositiveInt | None = None
+    threads: Threads | None = None
 
 
 class Failure(NamedTuple):
@@ -131,7 +134,9 @@ def evaluate(
         sheets = [f"{name}_{kind}.png" for name in names for kind in ("failed", "nearest")]
         for name in ("scores.json", *sheets):
             check_output(out / name)
-    document, scored = score_runs(folders, EvalConfig(**settings))
+    config = EvalConfig(**settings)
+    with overruled(config.threads):
+        document, scored = score_runs(folders, config)
     if out is not None:
         write_json(out / "scores.json", document)
         for name, one in zip(names, scored, strict=True):

@@ -50,6 +50,7 @@ from lineage.files import write_bytes
 from lineage.text.contract import caption_list
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_from_json
+from lineage.threads import ThreadTuner, fitted
 from lineage.training.group import Group
 from lineage.training.loader import Loader
 from lineage.training.machine import Distributed
@@ -96,7 +97,8 @@ def in_chunks(rows: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
     parts = []
     for part in rows.split(CHUNK):
         padding = part[-1:].expand(CHUNK - len(part), *part.shape[1:])
-        encoded = encode(torch.cat([part, padding])).float()
+        with fitted():
+            encoded = encode(torch.cat([part, padding])).float()
         parts.append(F.normalize(encoded, dim=-1)[: len(part)].cpu())
     return torch.cat(parts)
 
@@ -281,7 +283,7 @@ def fit_scorer(
         tokenizer = make_tokenizer(TEXT.tokenizer, captions, TEXT.vocab_size)
         scorer = ContrastiveScorer(TEXT, tokenizer, f"contrastive scorer of {dataset.name}", {})
     group, generator = Group("scorer", [scorer], OPTIM), torch.Generator().manual_seed(seed)
-    batches = Loader(dataset, batch_size, seed).batches()
+    batches, threads = Loader(dataset, batch_size, seed).batches(), ThreadTuner()
     disable = None if progress else True  # None: only on a terminal
     with tqdm(total=steps, desc="fitting a scorer", unit=" steps", disable=disable) as bar:
         for step in range(steps):
@@ -289,8 +291,9 @@ def fit_scorer(
             lr_factor = warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             batch = next(batches)
             batch.image = degraded(batch.image, generator)
-            loss = scorer.loss(batch)
-            group.update(loss, lr_factor, step, Distributed())
+            with threads.unit():
+                loss = scorer.loss(batch)
+                group.update(loss, lr_factor, step, Distributed())
             if step % 10 == 0:
                 lr = OPTIM.lr * lr_factor
                 bar.set_postfix_str(f"loss {loss.item():.3f}, rate {lr:.1e}", refresh=False)

@@ -8,21 +8,21 @@ parameters.
 
 Exact resume: batch, noise and dropout of step n are functions of (seed, n); a checkpoint holds
 weights, averages, optimiser states, the step and the seconds spent. On the CPU, a run that was
-killed and resumed with the same number of threads therefore ends with the same bits as an unstopped
-one, if its budget is in steps or pictures (minutes are not the same twice).
+killed and resumed therefore ends with the same bits as an unstopped one, if its budget is in steps
+or pictures (minutes are not the same twice): it keeps the number of threads that it began with, on
+which the last bits depend. A run with a budget in minutes changes the number on the way, whenever
+another one is faster (see lineage/threads.py).
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,7 @@ from lineage.errors import CheckFailed, UserError
 from lineage.nn.noise import BatchNoise, stream_seed
 from lineage.system import Trainable
 from lineage.text.contract import TextFeatures
+from lineage.threads import ThreadTuner, overruled
 from lineage.training.caption_cache import CaptionCache
 from lineage.training.group import Group
 from lineage.training.loader import Loader
@@ -46,6 +47,8 @@ from lineage.training.machine import (
     pick_device,
     seed_layers,
 )
+from lineage.training.progress import RateWatch, described, losses_text, progress_bar, tell
+from lineage.training.stopping import Stopped, noting_signals
 
 CHECK_EVERY = 1000
 """Number of steps after which losses are checked, however rarely they are logged."""
@@ -53,14 +56,8 @@ CHECK_EVERY = 1000
 METRIC_STEPS = 5
 """Number of steps per log line on which metrics are collected, its first step among them."""
 
-
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
-
-
-class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM, SIGHUP) and has saved its state."""
+SHORT = 5.0
+"""Seconds of training below which the numbers of threads are not compared: one thread is used."""
 
 
 class Trainer:
@@ -74,6 +71,7 @@ class Trainer:
         seed: Seed of data order, captions and noise.
         stage: Name for the log and the progress bar.
         optim_setting: Name of the setting that holds `optim`; empty if none does.
+        threads: Number of threads that the run began with, and keeps; None to measure.
     """
 
     def __init__(
@@ -85,6 +83,7 @@ class Trainer:
         seed: int = 0,
         stage: str = "model",
         optim_setting: str = "optim",
+        threads: int | None = None,
     ) -> None:
         self.optim, self.train, self.seed, self.stage = optim, train, seed, stage
         self.optim_setting = optim_setting
@@ -120,6 +119,9 @@ class Trainer:
         self._values: dict[str, list[float]] = {}  # values since the last line of the log
         self._saved_step = 0
         self._stop_requested = False
+        alone_on_cpu = self.device.type == "cpu" and self.processes.world_size == 1
+        self.threads = ThreadTuner(kept=threads if alone_on_cpu else torch.get_num_threads())
+        self._rates = RateWatch(train, self.threads)
 
     def _prepare(self, system: Trainable) -> Trainable:
         system = system.to(self.device)
@@ -194,7 +196,38 @@ class Trainer:
 
     def spent(self) -> float:
         """Share of the budget that is spent; see `TrainConfig.spent`."""
-        return self.train.spent(self.step, self.seconds, self.step * self.batch_size)
+        return self.train.spent(
+            step=self.step,
+            pictures=self.step * self.batch_size,
+            seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
+        )
+
+    def choose_threads(self) -> int | None:
+        """For a budget in steps or pictures, time steps with several numbers of threads and keep
+        the fastest. The state is restored, so that every step of the run is made with it.
+
+        Returns:
+            The number that is kept; None if it may change on the way, or if the training is too
+            short to measure and uses one thread.
+        """
+        if self.train.is_timed or not self.threads.measuring or self.spent() >= 1:
+            return self.threads.kept
+        saved, batch = copy.deepcopy(self.state()), self.loader.at(self.step)
+        spent, started = self.spent(), time.perf_counter()
+        with overruled(1):
+            self.advance(batch, collect_metrics=False)
+        steps_left = (1 - spent) / (self.spent() - spent)
+        if steps_left * (time.perf_counter() - started) < SHORT:
+            self.load_state(saved)
+            self.threads.keep(1, "a short run")
+            return None
+        while self.threads.measuring:
+            with self.threads.unit():
+                self.advance(batch, collect_metrics=False)
+        self.load_state(saved)
+        self.threads.keep(self.threads.count, self.threads.reason)
+        return self.threads.kept
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -221,7 +254,9 @@ class Trainer:
         batches = self.loader.batches(self.step)
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
         metrics_every = max(1, train.log_every // METRIC_STEPS)
-        with self._signals(), _frozen_heap(), self._bar() as bar:
+        self.choose_threads()
+        bar = progress_bar(self.stage, train, shown=self.processes.is_main)
+        with noting_signals(self._request_stop), _frozen_heap(), bar:
             clock, cpu, logged_step = time.perf_counter(), time.process_time(), self.step
             logged_seconds = self.seconds
             if self.step and due(train.sample_every) and self.spent() < 1:
@@ -229,7 +264,9 @@ class Trainer:
                 clock, cpu = time.perf_counter(), time.process_time()
             while self._agreed_spent() < 1 and not self._stop_requested:
                 collect = (self.step - logged_step) % metrics_every == 0
-                self._unchecked.append((self.step + 1, self.advance(next(batches), collect)))
+                with self.threads.unit():
+                    values = self.advance(next(batches), collect)
+                self._unchecked.append((self.step, values))
                 now, now_cpu = time.perf_counter(), time.process_time()
                 self.seconds += now - clock
                 self.cpu_seconds += now_cpu - cpu
@@ -253,12 +290,15 @@ class Trainer:
         if self._stop_requested:
             raise Stopped
 
+    def _request_stop(self) -> None:
+        self._stop_requested = True
+
     def _agreed_spent(self) -> float:
         """`spent`, the same in all processes, which also agree whether to stop."""
         if self.processes.world_size == 1:
             return self.spent()
-        spent, stop, self.seconds = self.processes.all_reduce_max(
-            [self.spent(), float(self._stop_requested), self.seconds]
+        spent, stop, self.seconds, self.cpu_seconds = self.processes.all_reduce_max(
+            [self.spent(), float(self._stop_requested), self.seconds, self.cpu_seconds]
         )
         self._stop_requested = stop > 0
         return max(spent, self.spent())
@@ -314,58 +354,20 @@ class Trainer:
                     "seconds": round(self.seconds, 3),
                     "cpu_seconds": round(self.cpu_seconds, 3),
                     "pictures_per_second": round(speed, 2),
+                    "threads": self.threads.count,
+                    "threads_reason": self.threads.reason,
                     "lr": self.optim.lr * self._lr_factor(),
                     **means,
                     **({"diagnosis": diagnosis} if diagnosis else {}),
                 }
             )
         losses = {n: value for n, value in means.items() if n.split("/")[0] in self.groups}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in (losses | metrics).items())
-        head = f"step {self.step}, {speed:,.0f} pictures/s  "
-        bar.set_postfix_str(head + text + (f"  ({diagnosis})" if diagnosis else ""), refresh=False)
+        head = f"step {self.step}, {speed:,.0f} pictures/s, {described(self.threads)}  "
+        bar.set_postfix_str(head + losses_text(losses | metrics, diagnosis), refresh=False)
+        if self.processes.is_main:
+            tell(self._rates.sentence(self.step, speed))
         bar.n = min(bar.total, round(self.spent() * bar.total, 1))
         bar.refresh()
-
-    def _bar(self) -> tqdm:
-        """A progress bar in the unit of the budget."""
-        train = self.train
-        if train.minutes is not None:
-            total, unit = 60 * train.minutes, "s"
-        elif train.max_steps is not None:
-            total, unit = float(train.max_steps), " steps"
-        else:
-            total, unit = float(train.max_pictures or 1), " pictures"
-        layout = (
-            "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{unit} "
-            "{elapsed}<{remaining} {postfix}"
-        )
-        disable = None if self.processes.is_main else True
-        return tqdm(desc=self.stage, total=total, unit=unit, bar_format=layout, disable=disable)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let Ctrl-C, SIGTERM and SIGHUP stop the loop after the current step; a second Ctrl-C
-        stops it at once. A signal that is ignored, as SIGHUP is under nohup, stays so.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request_stop(number: int, frame: FrameType | None) -> None:
-            if self._stop_requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop_requested = True
-
-        before = {
-            number: signal.signal(number, request_stop)
-            for number in STOP_SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # --- state ------------------------------------------------------------------------------------
 

@@ -26,8 +26,9 @@ from lineage.errors import UserError, say_once
 from lineage.system import System, Trainable
 from lineage.training.cost import write_cost
 from lineage.training.log import Log
-from lineage.training.loop import Stopped, Trainer
+from lineage.training.loop import Trainer
 from lineage.training.machine import Distributed, pick_device
+from lineage.training.stopping import Stopped
 from lineage.training.store import (
     cache_folder,
     fingerprint,
@@ -108,10 +109,10 @@ class Stage:
     def budgeted(self) -> TrainConfig:
         """`train` with this stage's share of the budget."""
         budget: dict[str, Any] = {}
-        for name in ("minutes", "max_steps", "max_pictures"):
+        for name in ("minutes", "cpu_minutes", "max_steps", "max_pictures"):
             if (whole := getattr(self.train, name)) is not None:
                 part = whole * self.share
-                budget[name] = part if name == "minutes" else max(1, round(part))
+                budget[name] = part if name.endswith("minutes") else max(1, round(part))
         return replace(self.train, **budget)
 
     def key(self, data: Mapping[str, Any]) -> str:
@@ -177,7 +178,10 @@ class RunStages:
         seed: Seed of data order and noise.
         seed_weights: Function that sets the random state from which every system is built.
         sheet: Function that draws a sample sheet of a system, given stage and step.
-        write_settings: Function that writes the run's first files; called once all is known to fit.
+        write_settings: Function that writes the run's first files, given `threads`; called once
+            all is known to fit, and whenever `threads` may have changed.
+        threads: Number of threads that the run began with and keeps; None if it keeps none, or has
+            not measured yet.
         mixed: Whether a stage so far was trained with other settings than the run has now, so that
             the cache must not give its weights, or those built on it, to other runs.
     """
@@ -189,7 +193,8 @@ class RunStages:
     seed: int
     seed_weights: Callable[[], None]
     sheet: Callable[[System, str, int], None]
-    write_settings: Callable[[], None] = lambda: None
+    write_settings: Callable[[int | None], None] = lambda threads: None
+    threads: int | None = None
     mixed: bool = False
     keys: dict[str, str] = field(default_factory=dict)
 
@@ -231,16 +236,11 @@ class RunStages:
         started = state_path(self.folder, stage, self.stages).exists()
         return not self.mixed and not started and _load_cached(system, cached)
 
-    def _write_settings(self) -> None:
-        """Write the run's first files, once."""
-        self.write_settings()
-        self.write_settings = lambda: None
-
     def _save_finished(self, stage: Stage, system: Trainable, cached: Path) -> None:
         """Save a finished stage in the run folder, and for other runs in the cache."""
         own = finished_weights(self.folder, stage.name)
         if not _holds(own, system):
-            self._write_settings()
+            self.write_settings(self.threads)
             save_tensors(own, system.state_dict())
         if not self.mixed and not _holds(cached, system):
             write_cache(lambda: save_tensors(cached, system.state_dict()))
@@ -272,6 +272,7 @@ class RunStages:
             seed=self.seed,
             stage=stage.name,
             optim_setting=stage.optim_setting,
+            threads=self.threads,
         )
         is_main = trainer.processes.is_main
         state_file = state_path(self.folder, stage, self.stages)
@@ -289,7 +290,9 @@ class RunStages:
             if before != self.keys[stage.name]:
                 self.mixed = True
                 self.keys[stage.name] = f"{stage.name}-{fingerprint(f'{before}'.encode())}"
-        self._write_settings()
+        if not fixed:
+            self.threads = trainer.choose_threads() or self.threads
+        self.write_settings(self.threads)
         log = Log(self.folder) if is_main else None
         if log is not None:
             log.truncate(stage.name, trainer.step)

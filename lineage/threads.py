@@ -1,0 +1,367 @@
+"""Number of threads that PyTorch uses on a CPU, decided in one place for training, sampling and
+evaluation.
+
+PyTorch starts a thread for each core that it counts. On a quiet machine the second one gains 1.1 to
+1.6; beside another busy process it costs up to thirty times, since every parallel region, of which
+a training step has a thousand, waits for its slowest thread, and that one for a time slice of the
+system. So the count is measured:
+
+    usable_cpus    cores that the process may use: its affinity, and the quotas of its cgroups
+    free_threads   the largest count whose parallel regions are not kept waiting right now
+    fitted         that count for one piece of work
+    ThreadTuner    the fastest count for work that repeats, such as training steps: timed at the
+                   start, and again when the work gets slower or cores become free
+
+`--threads N` or OMP_NUM_THREADS overrules all of this. `torch.set_num_threads`, called before, is
+the largest count that is tried.
+
+The count changes the last bits of results: oneDNN splits the sum over a batch, in the gradient of a
+convolution's weights, among its threads, and so do PyTorch's layer norm and sums to one number. In
+one training step of each stage at preset tiny, between 0 and 66 % of the convolutions gave another
+gradient with two threads than with one (AMD Zen 5, bfloat16); in float32, nearly all did.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+REGION = torch.Size((64, 1024))  # the smallest tensors that PyTorch adds in parallel have 2**15
+PROBE_SECONDS = 0.01
+PROBE_LASTS = 1.0  # seconds for which `fitted` believes what it found
+KEPT_WAITING = 10.0
+"""Factor on the time of a small region, or of a unit of work, above which its threads are kept
+waiting: that of a region is about 1 on free cores, and above 100 beside a busy process."""
+
+# --- what the process may use ---------------------------------------------------------------------
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """Number of cores that this process may use, at least 1.
+
+    A quota of 1.5 cores counts as 1: two threads would both be stopped for a quarter of the time.
+
+    Args:
+        root: Folder that holds `proc` and `sys`.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return max(1, min([count, *(int(quota) for quota in cgroup_quotas(root))]))
+
+
+def cgroup_quotas(root: Path = Path("/")) -> list[float]:
+    """Quotas, in cores, of this process's control groups and of those that hold them."""
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    quotas: list[float] = []
+    for line in mounts:
+        place, _, kind = line.partition(" - ")
+        own, system, options = place.split(), kind.split()[0], kind.split()[-1].split(",")
+        if system == "cgroup2":
+            controller, read = "", _quota_v2
+        elif system == "cgroup" and "cpu" in options:
+            controller, read = "cpu", _quota_v1
+        else:
+            continue
+        top = root / own[4].lstrip("/")
+        folder = _own_group(memberships, controller, top, own[3])
+        for group in (folder, *folder.parents):
+            if (quota := read(group)) is not None:
+                quotas.append(quota)
+            if group == top:
+                break
+    return quotas
+
+
+def _own_group(memberships: list[str], controller: str, top: Path, shown: str) -> Path:
+    """Folder of this process's group below the mount point `top`, which shows the part `shown` of
+    the hierarchy. A container may see its own group as `top`.
+    """
+    for line in memberships:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(",") and (controller or not controllers):
+            relative = Path(path)
+            if shown != "/" and relative.is_relative_to(shown):
+                relative = relative.relative_to(shown)
+            folder = top / str(relative).lstrip("/")
+            return folder if folder.is_dir() else top
+    return top
+
+
+def _quota_v1(group: Path) -> float | None:
+    return _ratio(f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}")
+
+
+def _quota_v2(group: Path) -> float | None:
+    return _ratio(_read(group / "cpu.max"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _ratio(text: str) -> float | None:
+    """`"150000 100000"` -> 1.5; None for no quota (`max`, -1) and for what cannot be read."""
+    try:
+        quota, period = (int(word) for word in text.split())
+    except ValueError:
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+# --- what the user asks for -----------------------------------------------------------------------
+
+_overruling: list[int] = []
+
+
+@contextmanager
+def overruled(count: int | None) -> Iterator[None]:
+    """Use exactly `count` threads; None changes nothing."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    _overruling.append(count)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        _overruling.pop()
+        torch.set_num_threads(before)
+
+
+def available() -> int:
+    """The largest number of threads that work may use."""
+    return requested() or min(usable_cpus(), torch.get_num_threads())
+
+
+def requested() -> int | None:
+    """The count that `--threads` or OMP_NUM_THREADS demands; None without either."""
+    if _overruling:
+        return _overruling[-1]
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
+# --- what is free right now -----------------------------------------------------------------------
+
+
+def free_threads(largest: int) -> int:
+    """The largest count, `largest` or a half, a quarter, ... of it, whose parallel regions do not
+    wait for cores that other processes use; found in about 12 ms.
+    """
+    region = torch.zeros(REGION)
+    with _threads(1):
+        alone = _seconds_per_region(region, PROBE_SECONDS / 5)
+    while largest > 1:
+        with _threads(largest):
+            if _seconds_per_region(region, PROBE_SECONDS) < KEPT_WAITING * alone:
+                break
+        largest //= 2
+    return largest
+
+
+def _seconds_per_region(x: torch.Tensor, at_least: float) -> float:
+    torch.add(x, x)  # starts the threads
+    count, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < at_least:
+        torch.add(x, x)
+        count += 1
+    return seconds / max(1, count)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch with `count` threads."""
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
+
+
+_probed: dict[int, tuple[float, int]] = {}
+
+
+@contextmanager
+def fitted() -> Iterator[None]:
+    """As many threads as are free, for a piece of work of less than a few seconds."""
+    largest, count, now = available(), requested(), time.perf_counter()
+    if count is None and largest in _probed and now - _probed[largest][0] < PROBE_LASTS:
+        count = _probed[largest][1]
+    if count is None:
+        count = free_threads(largest)
+        _probed[largest] = now, count
+    with _threads(count):
+        yield
+
+
+# --- work that repeats ----------------------------------------------------------------------------
+
+ROUNDS = 3  # measurements of each count, after one to warm up
+LONG = 2.0
+"""Seconds of a unit of work from which on it is not tried with fewer threads: its regions are long,
+and to try them would take longer than they could gain.
+"""
+SLOWER = 1.3
+"""Factor on the usual time of a unit of work above which the counts are measured again."""
+FIRST_LOOK, LAST_LOOK = 5.0, 60.0
+"""Seconds until the first look for more free cores; each one in vain doubles them, up to the last.
+"""
+BUSY = "other processes use the other cores"
+GAIN = 1.05
+"""Factor by which more threads must be faster, as they take cores from others."""
+
+
+class ThreadTuner:
+    """The number of threads for work that repeats, such as training steps.
+
+    All its counts are tried on the first units of work, and the fastest is used. When the work gets
+    slower, or cores become free, they are tried again.
+
+    Args:
+        largest: Largest count to try; None for all that the process may use.
+        kept: A count that is used without measuring; None to measure.
+
+    Attributes:
+        count: Count in use.
+        reason: Why, in a few words.
+        seconds: Usual time of a unit of work; None before it is known.
+    """
+
+    def __init__(self, largest: int | None = None, kept: int | None = None) -> None:
+        self.largest = largest or available()
+        asked = requested()
+        self.kept = asked or kept or (1 if self.largest == 1 else None)
+        self.count, self.reason = self.kept or self.largest, ""
+        if asked:
+            self.reason = "as asked for"
+        elif self.kept == 1 and kept is None:
+            self.reason = "all that this process may use"
+        self.seconds: float | None = None
+        self._recent: deque[float] = deque(maxlen=5)
+        self._plan: list[int] = []  # counts of the units to come
+        self._times: dict[int, list[float]] = {}
+        self._next_look, self._wait = 0.0, FIRST_LOOK
+        self._looked = 0.0
+        if self.kept is None:
+            self._try_all()
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the next unit of work is there to be timed."""
+        return bool(self._plan)
+
+    def keep(self, count: int, reason: str) -> None:
+        """Use `count` from now on, whatever happens."""
+        self.count = self.kept = count
+        self.reason = reason
+        self._plan.clear()
+
+    @contextmanager
+    def unit(self, size: float = 1.0) -> Iterator[None]:
+        """Around one unit of work, or around `size` of them."""
+        count = self._plan[0] if self._plan else self.count
+        started = time.perf_counter()
+        with _threads(count):
+            yield
+        seconds = time.perf_counter() - started
+        if not self._plan:
+            self._watch(seconds / size)
+            return
+        self._plan.pop(0)
+        if not self._times and seconds > LONG and free_threads(self.largest) >= count:
+            self._plan.clear()
+            self._use(count, "as many as are free", None)
+            return
+        self._times.setdefault(count, []).append(seconds / size)
+        self._compare()
+
+    def _try_all(self) -> None:
+        """Plan to time all counts whose cores are free."""
+        self._looked = time.perf_counter()
+        free = free_threads(self.largest)
+        counts = [1, *(c for c in (free // 8, free // 4, free // 2, free) if c > 1)]
+        self._times = {}
+        self._recent.clear()
+        if len(counts) == 1:
+            self._use(1, BUSY, None)
+        else:
+            self._plan = list(reversed(counts))  # a round to warm up
+
+    def _compare(self) -> None:
+        """After each round, plan the next one, or use the fastest count."""
+        if self._plan:
+            return
+        rounds = min(len(times) for times in self._times.values()) - 1
+        after = {count: times[1:] for count, times in self._times.items()}
+        if rounds == 0:
+            slow = KEPT_WAITING * min(times[0] for times in self._times.values())
+            self._times = {c: times for c, times in self._times.items() if times[0] < slow}
+        elif rounds < ROUNDS and len(after) > 2:  # the two best go on
+            best = sorted(after, key=lambda count: after[count][-1])[:2]
+            self._times = {count: self._times[count] for count in sorted(best, reverse=True)}
+        if rounds < ROUNDS and len(self._times) > 1:
+            self._plan = list(self._times)
+            return
+        if rounds == 0:  # all others keep waiting; the first unit took long anyway
+            (count,) = self._times
+            self._use(count, BUSY, None)
+            return
+        usual = {count: statistics.median(times[1:]) for count, times in self._times.items()}
+        fastest = min(usual.values())
+        count = min(count for count in usual if usual[count] <= GAIN * fastest)
+        self._use(count, _why(count, usual), usual[count])
+
+    def _use(self, count: int, reason: str, seconds: float | None) -> None:
+        """Use `count`, and look for more cores later: soon after a change, ever less without."""
+        self._wait = FIRST_LOOK if count != self.count else min(LAST_LOOK, 2 * self._wait)
+        self._next_look = time.perf_counter() + self._wait
+        self.count, self.reason, self.seconds = count, reason, seconds
+
+    def _watch(self, seconds: float) -> None:
+        """Try all counts again when the work has got slower, or more cores are free."""
+        self._recent.append(seconds)
+        usual = statistics.median(self._recent)
+        if self.seconds is None and len(self._recent) == self._recent.maxlen:
+            self.seconds = usual
+        now = time.perf_counter()
+        if self.kept is not None or now - self._looked < 1.0:
+            return
+        if self.count > 1 and self.seconds is not None:
+            full = len(self._recent) == self._recent.maxlen
+            if seconds > 4 * self.seconds or (full and usual > SLOWER * self.seconds):
+                self._try_all()
+                return
+        if self.count < self.largest and now > self._next_look:
+            self._looked = now
+            if free_threads(self.largest) > self.count:
+                self._try_all()
+            else:
+                self._use(self.count, self.reason, self.seconds)
+
+
+def _why(count: int, usual: dict[int, float]) -> str:
+    """The measured reason for a count, in a few words."""
+    if count > 1 and 1 in usual:
+        return f"{usual[1] / usual[count]:.2f} times as fast as one"
+    others = [seconds for other, seconds in usual.items() if other != count]
+    return f"more are {min(others) / usual[count]:.2f} times as slow" if others else ""
