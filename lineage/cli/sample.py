@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lineage.characters import plain
 from lineage.cli.arguments import Flag, PathName, Seed, Settings, SheetCount, settings_of
+from lineage.cli.imports import large_imports
 from lineage.errors import UserError, say
 
 
@@ -45,10 +46,11 @@ def sample(
         seed: Seed of the noise.
         device: cpu, cuda, mps or auto.
     """
-    from lineage import runs
-    from lineage.cli import drawing
-    from lineage.sheets import check_picture, picture, save_picture
-    from lineage.system import CAPTION_OPTIONS
+    with large_imports():
+        from lineage import runs
+        from lineage.cli import drawing
+        from lineage.sheets import check_picture, picture, save_picture
+        from lineage.system import CAPTION_OPTIONS
 
     ending = out.suffix or ".png"
     first = out.with_name(f"{out.stem}_000{ending}") if single and out.name else out
