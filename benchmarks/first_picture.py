@@ -6,6 +6,9 @@ Each working system is trained at preset `tiny` for a few steps. Then `python -c
 `lineage sample RUN "a red circle"` of each run are called in turn, as processes with one thread;
 the median of each counts. A first round, which is not counted, fills the caches of files and of
 Python's bytecode. The systems draw with their defaults: the diffusion models take 25 steps.
+
+A ratio can be below 1: the command imports PyTorch without the garbage collector, which takes a
+third of a plain import and exit (`lineage/cli/imports.py`).
 """
 
 from __future__ import annotations
