@@ -131,6 +131,8 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 def _encoded(image: Image.Image, path: Path) -> bytes:
+    Image.preinit()  # PNG, JPEG and a few more; to import all formats takes longer than to draw
+    suffix = path.suffix.lower()
     file = io.BytesIO()
-    image.save(file, Image.registered_extensions()[path.suffix.lower()])
+    image.save(file, Image.EXTENSION.get(suffix) or Image.registered_extensions()[suffix])
     return file.getvalue()

@@ -1,6 +1,7 @@
 """The command line: `lineage` and `python -m lineage`.
 
     arguments   types of parameters, and faults in one sentence
+    imports     import of PyTorch without the collector
     data        `lineage data show`, `check`, `export`
     train       `lineage train`
     sample      `lineage sample`; drawing: its part that needs PyTorch

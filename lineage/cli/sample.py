@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lineage.characters import plain
 from lineage.cli.arguments import Flag, PathName, Seed, Settings, SheetCount, Threads, settings_of
+from lineage.cli.imports import large_imports
 from lineage.errors import UserError, say
 
 
@@ -47,11 +48,12 @@ def sample(
         device: cpu, cuda, mps or auto.
         threads: Number of threads on a CPU; as many as are free if left out.
     """
-    from lineage import runs
-    from lineage.cli import drawing
-    from lineage.sheets import check_picture, picture, save_picture
-    from lineage.system import CAPTION_OPTIONS
-    from lineage.threads import overruled
+    with large_imports():
+        from lineage import runs
+        from lineage.cli import drawing
+        from lineage.sheets import check_picture, picture, save_picture
+        from lineage.system import CAPTION_OPTIONS
+        from lineage.threads import overruled
 
     ending = out.suffix or ".png"
     first = out.with_name(f"{out.stem}_000{ending}") if single and out.name else out

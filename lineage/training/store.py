@@ -91,7 +91,8 @@ def _with_header(data: bytes, header: bytes) -> bytes:
     size = int.from_bytes(data[:8], "little")
     header = header.rstrip(b" ")
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+    weights = memoryview(data)[8 + size :]  # a slice of bytes would copy them once more
+    return b"".join((len(header).to_bytes(8, "little"), header, weights))
 
 
 def seal_tensors(data: bytes) -> bytes:

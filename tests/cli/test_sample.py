@@ -93,6 +93,21 @@ def test_captions_of_any_bytes_are_drawn(smoke_run: Callable[[str], Any], tmp_pa
     assert done.returncode == 0 and (tmp_path / "a.png").is_file()
 
 
+def test_the_first_picture_comes_soon(smoke_run: Callable[[str], Any], tmp_path: Path) -> None:
+    """PyTorch's objects are frozen, the collector is on again, and nothing unused is imported."""
+    code = (
+        "import gc, sys; from lineage.cli import main; code = main(sys.argv[1:]);"
+        "unused = ('matplotlib', 'pandas', 'scipy', 'torchmetrics', 'torchvision', 'transformers',"
+        "'torch._dynamo', 'torch._inductor', 'lineage.evaluation', 'lineage.comparison');"
+        "found = [name for name in unused if name in sys.modules];"
+        "print(code, gc.isenabled(), gc.get_freeze_count() > 100_000, found)"
+    )
+    run, out = smoke_run("ddpm").folder, tmp_path / "a.png"
+    arguments = [sys.executable, "-c", code, "sample", run, "a red circle", "--out", out]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "0 True True []", done
+
+
 def test_a_picture_that_cannot_be_written_is_refused(sample: Sample) -> None:
     assert_refused(sample("ddpm", "a red circle", "--out", "a.xyz"), "a.xyz", "a.png")
     Path("taken").write_text("mine")
