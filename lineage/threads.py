@@ -27,11 +27,14 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T, R = TypeVar("T"), TypeVar("R")
 
 REGION = torch.Size((64, 1024))  # the smallest tensors that PyTorch adds in parallel have 2**15
 PROBE_SECONDS = 0.01
@@ -212,6 +215,15 @@ def fitted() -> Iterator[None]:
         _probed[largest] = now, count
     with _threads(count):
         yield
+
+
+def map_parts(work: Callable[[T], R], parts: Iterable[T]) -> list[R]:
+    """`work` of each part, with as many threads as are free for each."""
+    results = []
+    for part in parts:
+        with fitted():
+            results.append(work(part))
+    return results
 
 
 # --- work that repeats ----------------------------------------------------------------------------

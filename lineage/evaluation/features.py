@@ -28,6 +28,7 @@ from lineage.nn.inception import fid_features, load_inception
 from lineage.runs import fingerprint_of, load
 from lineage.system import EmbedsImages, System
 from lineage.text.contract import caption_list
+from lineage.threads import map_parts
 from lineage.training.store import (
     cache_folder,
     cached,
@@ -37,6 +38,8 @@ from lineage.training.store import (
     save_tensors,
     write_json,
 )
+
+INCEPTION_BATCH = 50  # pictures
 
 T = TypeVar("T")
 
@@ -72,7 +75,12 @@ def find_features(name: str, scorer: Scorer | None, device: torch.device) -> Fea
         path = expanded(name.removeprefix("inception:"))
         network = load_inception(path, "fid").to(device)
         name = f"Inception v3 ({path.name}, {fingerprint(path.read_bytes())})"
-        return FeatureNetwork(name, 2048, lambda images: fid_features(network, images).cpu())
+
+        def extract(images: Tensor) -> Tensor:
+            parts = images.split(INCEPTION_BATCH)
+            return torch.cat(map_parts(lambda part: fid_features(network, part).cpu(), parts))
+
+        return FeatureNetwork(name, 2048, extract)
     raise UserError(f"There is no feature network {name!r}: judge, scorer or inception:FILE.")
 
 

@@ -46,7 +46,7 @@ from lineage.files import check_output, expanded
 from lineage.runs import load, read_config
 from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
-from lineage.threads import overruled
+from lineage.threads import map_parts, overruled
 from lineage.training.cost import read_cost
 from lineage.training.machine import pick_device
 from lineage.training.store import write_json
@@ -326,10 +326,11 @@ def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> di
     batches = Batch(to_unit(real.images), real.captions, None, ids).split(rows)
     verdicts: list[dict[str, bool]] = []
     with system.inference():
-        parts = [system.stage_scores(batch.to(device)) for batch in batches]
+        parts = map_parts(lambda batch: system.stage_scores(batch.to(device)), batches)
         if prompts and isinstance(system, Reconstructs):
             images = to_unit(prompts.pictures).to(device).split(rows)
-            decoded = torch.cat([to_bytes(system.reconstruct(part)).cpu() for part in images])
+            decode = lambda part: to_bytes(system.reconstruct(part)).cpu()  # noqa: E731
+            decoded = torch.cat(map_parts(decode, images))
             verdicts = prompts.verdicts(prompts.judge.detect(decoded))
     values = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
     return sections.stages(values, prompts.prompts if prompts else [], verdicts)

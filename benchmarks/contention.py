@@ -1,0 +1,195 @@
+"""Speed of training and drawing on a machine that does something else, too.
+
+    python benchmarks/contention.py            writes results/contention.json
+
+Each system at preset tiny trains its last stage for some seconds with one thread, with as many as
+PyTorch takes by itself (`all`, what the package did before it measured), and with the number that
+`lineage.threads` chooses, its measurements included (`measured`); and draws pictures in the same
+three ways. Several rounds in turn, the median of each:
+
+    alone        nothing else runs
+    one busy     beside one process that computes without a pause
+    two busy     beside two
+    one CPU      in a control group with a quota of one CPU, where the system lets us make one
+
+`share` is the rate with the measured number over the better of the other two. Beside busy
+processes, drawing with `all` is left out: it can take minutes for a picture.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lineage.catalog import working
+from lineage.data import load_dataset
+from lineage.evaluation.cost import machine
+from lineage.options import configure
+from lineage.recipes import find_recipe
+from lineage.system import System
+from lineage.text.tokenizer import make_tokenizer
+from lineage.threads import overruled
+from lineage.training.loop import Trainer
+from lineage.training.machine import keep_freed_memory
+from lineage.training.store import write_json
+
+RESULTS = Path(__file__).parent.parent / "results"
+SECONDS, ROUNDS = 5.0, 2  # of training in each way
+PICTURES = 16
+CAPTIONS = ["a red circle", "two blue squares", "a green cross left of a yellow triangle"]
+GROUP = "lineage_contention"
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Beside `count` processes that never pause."""
+    command = [sys.executable, "-c", "while True: pass"]
+    children = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        time.sleep(1.0)
+        yield
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+@contextmanager
+def one_cpu() -> Iterator[None]:
+    """In a control group with a quota of one CPU. Raises `OSError` if none can be made."""
+    root, quota = Path("/sys/fs/cgroup"), {"cpu.max": "100000 100000"}
+    if (root / "cpu").is_dir():  # version 1
+        root /= "cpu"
+        quota = {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}
+    before = _own_group(root)
+    group = root / GROUP
+    group.mkdir(exist_ok=True)
+    try:
+        for name, value in quota.items():
+            (group / name).write_text(value)
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (before / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+def _own_group(root: Path) -> Path:
+    """The folder below `root` of the group that this process is in."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if (not controllers) if root.name == "cgroup" else ("cpu" in controllers.split(",")):
+            return root / path.lstrip("/")
+    return root
+
+
+def last_stage(key: str) -> Callable[[], Trainer]:
+    """A function that makes a trainer of the last stage of a system, untrained."""
+    config = configure(key, minutes=60)
+    dataset = load_dataset(config.data, "train", config.size)
+    tokenizer = make_tokenizer("word", dataset.all_captions(), config.encoder.vocab_size)
+    stage = find_recipe(key).stages(config, tokenizer)[-1]
+
+    def make() -> Trainer:
+        system = stage.construct()
+        data = dataset if stage.prepare is None else stage.prepare(dataset, system)
+        return Trainer(system, data, stage.optim, stage.budgeted(), stage=stage.name)
+
+    return make
+
+
+def training_rate(make: Callable[[], Trainer], threads: int | None) -> float:
+    """Pictures a second of a fresh trainer; None measures the number of threads."""
+    with overruled(threads):
+        trainer = make()
+        batches = trainer.loader.batches()
+        with trainer.threads.unit():  # what only a first step does
+            trainer.advance(next(batches))
+        started = time.perf_counter()
+        while (seconds := time.perf_counter() - started) < SECONDS:
+            with trainer.threads.unit():
+                trainer.advance(next(batches))
+    return (trainer.step - 1) * trainer.batch_size / seconds
+
+
+def drawing_rate(system: System, threads: int | None) -> float:
+    """Pictures a second of one batch."""
+    captions = (CAPTIONS * PICTURES)[:PICTURES]
+    with overruled(threads):
+        started = time.perf_counter()
+        system.generate(captions)
+        return PICTURES / (time.perf_counter() - started)
+
+
+def compared(rate: Callable[[int | None], float], ways: dict[str, int | None]) -> dict[str, Any]:
+    """The median rate in each way, and the share of the best fixed one."""
+    rounds = [{name: rate(threads) for name, threads in ways.items()} for _ in range(ROUNDS)]
+    medians = {name: round(statistics.median(r[name] for r in rounds), 1) for name in ways}
+    best = max(value for name, value in medians.items() if name != "measured")
+    return {**medians, "share": round(medians["measured"] / best, 3)}
+
+
+def measure(makers: dict[str, Callable[[], Trainer]], beside_others: bool) -> dict[str, Any]:
+    """Rates of all systems under the present condition."""
+    everything = torch.get_num_threads()
+    ways: dict[str, int | None] = {"one": 1, "all": everything, "measured": None}
+    results: dict[str, Any] = {}
+    for key, make in makers.items():
+        training = compared(lambda threads, make=make: training_rate(make, threads), ways)
+        system = make().system
+        assert isinstance(system, System)
+        system.generate(CAPTIONS)
+        drawn = {name: n for name, n in ways.items() if name != "all" or not beside_others}
+        drawing = compared(lambda threads, system=system: drawing_rate(system, threads), drawn)
+        results[key] = {"training": training, "drawing": drawing}
+        print(f"  {key:12} {results[key]}", flush=True)
+    return results
+
+
+def main() -> None:
+    if "OMP_NUM_THREADS" in os.environ:
+        sys.exit("OMP_NUM_THREADS overrules what is measured here: unset it.")
+    keep_freed_memory()
+    makers = {key: last_stage(key) for key in working() if key != "retrieval"}
+    gc.freeze()
+    conditions = {
+        "alone": lambda: busy(0),
+        "one busy": lambda: busy(1),
+        "two busy": lambda: busy(2),
+        "one CPU": one_cpu,
+    }
+    document: dict[str, Any] = {"machine": machine(), "seconds": SECONDS, "rounds": ROUNDS}
+    for name, condition in conditions.items():
+        print(name, flush=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(condition())
+            except OSError as error:
+                document[name] = f"not measured: {error}"
+                print(f"  {document[name]}")
+                continue
+            document[name] = measure(makers, name not in ("alone",))
+    shares = [
+        entry[kind]["share"]
+        for name in conditions
+        if isinstance(document[name], dict)
+        for entry in document[name].values()
+        for kind in ("training", "drawing")
+    ]
+    document["smallest share"] = min(shares)
+    print("smallest share", min(shares))
+    write_json(RESULTS / "contention.json", document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""The number of threads: what the process may use, what is free, and what is fastest, with a clock
+and a processor that are made up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lineage import threads
+from lineage.threads import (
+    BUSY,
+    FIRST_LOOK,
+    GAIN,
+    LONG,
+    ROUNDS,
+    SLOWER,
+    ThreadTuner,
+    available,
+    cgroup_quotas,
+    fitted,
+    overruled,
+    requested,
+    usable_cpus,
+)
+
+# --- quotas ---------------------------------------------------------------------------------------
+
+
+def make_system(root: Path, cgroup: str, mounts: list[str], files: dict[str, str]) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(cgroup)
+    (root / "proc/self/mountinfo").write_text("".join(f"{line}\n" for line in mounts))
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mounts", "files", "quotas"),
+    [
+        ("0::/a/b\n", [V2], {"a/b/cpu.max": "150000 100000"}, [1.5]),
+        ("0::/a/b\n", [V2], {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, [0.5]),
+        ("0::/a\n", [V2], {"a/cpu.max": "max 100000", "cpu.max": "max 100000"}, []),
+        ("0::/\n", [V2], {"cpu.max": "200000 100000"}, [2.0]),
+        # a container that is shown its own group as the root, though it is deeper
+        ("0::/docker/x\n", [V2], {"cpu.max": "300000 100000"}, [3.0]),
+        # one that is shown a part of the hierarchy
+        ("0::/pods/x\n", [V2.replace(" / ", " /pods ")], {"x/cpu.max": "400000 100000"}, [4.0]),
+        ("0::/a\n", [V2], {"a/cpu.max": "damaged"}, []),
+        ("0::/a\n", [V2], {}, []),
+        ("", [], {}, []),
+    ],
+    ids=["own", "above", "none", "root", "container", "part", "damaged", "missing", "no cgroups"],
+)
+def test_quotas_of_version_2(
+    cgroup: str, mounts: list[str], files: dict[str, str], quotas: list[float], tmp_path: Path
+) -> None:
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    (tmp_path / "sys/fs/cgroup/a/b").mkdir(parents=True)
+    assert cgroup_quotas(make_system(tmp_path, cgroup, mounts, files)) == quotas
+
+
+@pytest.mark.parametrize(("quota", "quotas"), [("250000", [2.5]), ("-1", []), ("0", []), ("", [])])
+def test_quotas_of_version_1(quota: str, quotas: list[float], tmp_path: Path) -> None:
+    at = "sys/fs/cgroup/cpu,cpuacct/job"
+    files = {f"{at}/cpu.cfs_quota_us": quota, f"{at}/cpu.cfs_period_us": "100000"}
+    cgroup = "5:memory:/elsewhere\n4:cpu,cpuacct:/job\n0::/other\n"
+    mounts = [V1, "33 31 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"]
+    assert cgroup_quotas(make_system(tmp_path, cgroup, mounts, files)) == quotas
+
+
+@pytest.mark.parametrize(("quota", "count"), [("1000", 1), ("150000", 1), ("99900000", None)])
+def test_a_quota_is_rounded_down_to_whole_cores(
+    quota: str, count: int | None, tmp_path: Path
+) -> None:
+    make_system(tmp_path, "0::/\n", [V2], {"sys/fs/cgroup/cpu.max": f"{quota} 100000"})
+    assert usable_cpus(tmp_path) == (count or len(os.sched_getaffinity(0)))
+
+
+def test_a_system_without_cgroups_has_no_quota(tmp_path: Path) -> None:
+    assert cgroup_quotas(tmp_path) == []
+
+
+def test_affinity_counts() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+# --- what the user asks for -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [("3", 3), ("4,2", 4), (" 2 ", 2), ("0", None), ("-1", None), ("many", None), ("", None)],
+)
+def test_omp_num_threads_overrules(
+    value: str, count: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert requested() == count
+
+
+def test_an_explicit_count_overrules_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    with overruled(3):
+        assert (requested(), available(), torch.get_num_threads()) == (3, 3, 3)
+        with overruled(None):
+            assert requested() == 3
+        tuner = ThreadTuner()
+        assert (tuner.count, tuner.kept, tuner.measuring) == (3, 3, False)
+        assert tuner.reason == "as asked for"
+        with fitted():
+            assert torch.get_num_threads() == 3
+    assert (requested(), torch.get_num_threads()) == (2, before)
+
+
+# --- the machine that is made up ------------------------------------------------------------------
+
+
+class Machine:
+    """A clock, and work whose time depends on the number of threads and on who else computes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cores: int = 2) -> None:
+        self.now, self.cores, self.others, self.probes = 100.0, cores, 0, 0
+        self.seconds: Callable[[int], float] = lambda count: 0.06 + 0.04 / count
+        self.used: list[int] = []
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(threads, "usable_cpus", lambda: cores)
+        monkeypatch.setattr(threads.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(threads, "free_threads", self.free)
+        monkeypatch.setattr(threads, "_probed", {})
+        monkeypatch.setattr(torch, "get_num_threads", lambda: self.count)
+        monkeypatch.setattr(torch, "set_num_threads", self.set)
+        self.count = cores
+
+    def set(self, count: int) -> None:
+        self.count = count
+
+    def free(self, largest: int) -> int:
+        self.probes += 1
+        while largest > 1 and largest > self.cores - self.others:
+            largest //= 2
+        return max(1, largest)
+
+    def work(self, tuner: ThreadTuner, units: int = 1) -> None:
+        for _ in range(units):
+            with tuner.unit():
+                waits = self.count > self.cores - self.others and self.count > 1
+                self.now += self.seconds(self.count) * (30 if waits else 1)
+                self.used.append(self.count)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_the_fastest_count_is_used_and_the_reason_stated(machine: Machine) -> None:
+    tuner = ThreadTuner()
+    assert tuner.measuring
+    machine.work(tuner, 2 + 2 * ROUNDS)
+    assert not tuner.measuring
+    assert tuner.count == 2 and tuner.reason == "1.25 times as fast as one"
+    assert sorted(machine.used) == [1] * (1 + ROUNDS) + [2] * (1 + ROUNDS)
+    assert machine.used[:4] == [2, 1, 2, 1]  # in turn, so that what changes hits both
+    assert machine.count == 2  # as before
+    machine.used.clear()
+    machine.work(tuner, 200)
+    assert set(machine.used) == {2}
+
+
+def test_a_small_gain_is_not_worth_a_core(machine: Machine) -> None:
+    machine.seconds = lambda count: 0.1 if count == 1 else 0.101 / GAIN
+    tuner = ThreadTuner()
+    machine.work(tuner, 2 + 2 * ROUNDS)
+    assert tuner.count == 1 and "more are 0.96 times as slow" in tuner.reason
+
+
+def test_more_threads_can_be_slower(machine: Machine) -> None:
+    machine.seconds = lambda count: 0.1 * count
+    tuner = ThreadTuner()
+    machine.work(tuner, 2 + 2 * ROUNDS)
+    assert tuner.count == 1 and tuner.reason == "more are 2.00 times as slow"
+
+
+def test_many_counts_are_tried_and_the_two_best_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine(monkeypatch, cores=16)
+    machine.seconds = lambda count: {16: 0.05, 8: 0.02, 4: 0.03, 2: 0.06, 1: 0.1}[count]
+    tuner = ThreadTuner()
+    machine.work(tuner, 5 + 5 + 2 * (ROUNDS - 1))
+    assert not tuner.measuring and tuner.count == 8
+    assert machine.used[:10] == [16, 8, 4, 2, 1] * 2
+    assert set(machine.used[10:]) == {8, 4}
+
+
+def test_beside_a_busy_process_one_thread_is_used_at_once(machine: Machine) -> None:
+    machine.others = 1
+    tuner = ThreadTuner()
+    assert not tuner.measuring and (tuner.count, tuner.reason) == (1, BUSY)
+    machine.work(tuner, 100)
+    assert set(machine.used) == {1}
+
+
+def test_a_process_that_comes_and_goes(machine: Machine) -> None:
+    """The fall of the rate is noticed at once, and the free core at the next look."""
+    tuner = ThreadTuner()
+    machine.work(tuner, 60)
+    assert tuner.count == 2
+    machine.others, machine.used = 1, []
+    machine.work(tuner, 60)
+    assert machine.used == [2] + [1] * 59 and tuner.reason == BUSY
+    machine.others, machine.used, came = 0, [], machine.now
+    while tuner.count == 1 and machine.now < came + 100:
+        machine.work(tuner)
+    assert tuner.count == 2 and machine.now - came < 2 * FIRST_LOOK + 3
+
+
+def test_looks_for_free_cores_get_rarer(machine: Machine) -> None:
+    machine.others = 1
+    tuner = ThreadTuner()
+    machine.work(tuner, 6000)  # ten minutes
+    assert 10 < machine.probes < 20
+    assert set(machine.used) == {1}
+
+
+def test_a_slower_machine_is_measured_again_but_not_for_ever(machine: Machine) -> None:
+    """Work that has become slower for another reason, such as heat, gets a new usual time."""
+    tuner = ThreadTuner()
+    machine.work(tuner, 60)
+    usual = tuner.seconds
+    machine.seconds = lambda count: SLOWER * 1.1 * (0.06 + 0.04 / count)
+    machine.used = []
+    machine.work(tuner, 500)
+    assert usual is not None and tuner.seconds is not None and tuner.seconds > usual * SLOWER
+    assert tuner.count == 2 and machine.used.count(1) == 1 + ROUNDS
+
+
+def test_one_slow_unit_is_no_fall(machine: Machine) -> None:
+    """A gradient penalty at every sixteenth step, or a collection of garbage."""
+    tuner = ThreadTuner()
+    machine.work(tuner, 60)
+    before = machine.probes
+    for number in range(200):
+        slow = 3.0 if number % 16 == 0 else 1.0
+        machine.seconds = lambda count, slow=slow: slow * (0.06 + 0.04 / count)  # type: ignore[misc]
+        machine.work(tuner)
+    assert machine.probes == before
+
+
+def test_long_units_are_not_tried_with_fewer_threads(machine: Machine) -> None:
+    machine.seconds = lambda count: 3 * LONG / count
+    tuner = ThreadTuner()
+    machine.work(tuner, 5)
+    assert machine.used == [2] * 5 and not tuner.measuring
+
+
+def test_a_long_unit_beside_a_busy_process_is_the_only_one(machine: Machine) -> None:
+    tuner = ThreadTuner()
+    machine.others = 1  # comes after the first look
+    machine.work(tuner, 20)
+    assert machine.used == [2] + [1] * 19
+
+
+def test_a_kept_count_is_never_measured(machine: Machine) -> None:
+    tuner = ThreadTuner(kept=2)
+    machine.work(tuner, 50)
+    machine.others = 1
+    machine.work(tuner, 50)
+    assert set(machine.used) == {2} and machine.probes == 0
+
+
+def test_the_user_s_own_limit_is_the_largest_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, cores=16)
+    machine.count = 4  # torch.set_num_threads(4)
+    tuner = ThreadTuner()
+    machine.work(tuner, 40)
+    assert max(machine.used) == 4
+
+
+def test_fitted_uses_what_is_free_and_asks_once_a_second(machine: Machine) -> None:
+    for others, count, probes in ((0, 2, 1), (1, 2, 1)):
+        machine.others = others
+        with fitted():
+            assert (machine.count, machine.probes) == (count, probes)
+    machine.now += 2
+    with fitted():
+        assert (machine.count, machine.probes) == (1, 2)
+    assert machine.count == 2
+
+
+def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
+    tuner = ThreadTuner()
+    machine.work(tuner)
+    counts = []
+
+    def fail() -> None:
+        with tuner.unit():
+            counts.append(machine.count)
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fail)
+    assert counts == [1] and machine.count == 2
+
+
+def test_free_threads_of_this_machine() -> None:
+    """A look takes little, and a single core is always free."""
+    assert threads.free_threads(1) == 1
+    assert threads.free_threads(2) in (1, 2)
