@@ -34,7 +34,8 @@ from typing import TypeVar
 
 import torch
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 REGION = torch.Size((64, 1024))  # the smallest tensors that PyTorch adds in parallel have 2**15
 PROBE_SECONDS = 0.01

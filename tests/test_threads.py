@@ -315,7 +315,8 @@ def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
             counts.append(machine.count)
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert counts == [1] and machine.count == 2
 
 
