@@ -58,6 +58,8 @@ METRIC_STEPS = 5
 
 SHORT = 5.0
 """Seconds of training below which the numbers of threads are not compared: one thread is used."""
+FEW_STEPS, SMALL = 20, 10**7
+"""Number of steps, and of parameters, up to which training is short without being timed."""
 
 
 class Trainer:
@@ -151,6 +153,9 @@ class Trainer:
             Loss terms as `<group>/<term>`, gradient norms as `gradient/<group>`, and, if
             `collect_metrics`, the turns' metrics as `metric/<name>`.
         """
+        return self._advance(batch, collect_metrics)
+
+    def _advance(self, batch: Batch, collect_metrics: bool) -> dict[str, Tensor]:
         rank = self.processes.rank
         seed_layers(self.device, stream_seed("step", self.seed, self.stage, self.step, rank))
         stream = stream_seed("batch", self.seed, self.stage, self.step)
@@ -211,23 +216,34 @@ class Trainer:
             The number that is kept; None if it may change on the way, or if the training is too
             short to measure and uses one thread.
         """
-        if self.train.is_timed or not self.threads.measuring or self.spent() >= 1:
+        if self.train.is_timed or self.threads.kept is not None or self.spent() >= 1:
             return self.threads.kept
-        saved, batch = copy.deepcopy(self.state()), self.loader.at(self.step)
-        spent, started = self.spent(), time.perf_counter()
-        with overruled(1):
-            self.advance(batch, collect_metrics=False)
-        steps_left = (1 - spent) / (self.spent() - spent)
-        if steps_left * (time.perf_counter() - started) < SHORT:
-            self.load_state(saved)
+        if self._is_short():
             self.threads.keep(1, "a short run")
             return None
+        saved, batch = copy.deepcopy(self.state()), self.loader.at(self.step)
         while self.threads.measuring:
             with self.threads.unit():
-                self.advance(batch, collect_metrics=False)
+                self._advance(batch, collect_metrics=False)
         self.load_state(saved)
         self.threads.keep(self.threads.count, self.threads.reason)
         return self.threads.kept
+
+    def _is_short(self) -> bool:
+        """Whether the rest of a budget in steps or pictures takes less than `SHORT` seconds with
+        one thread.
+        """
+        pictures = self.train.max_pictures or math.inf
+        steps = min(self.train.max_steps or math.inf, pictures / self.batch_size) - self.step
+        size = sum(p.numel() for group in self.groups.values() for p in group.parameters)
+        if steps <= FEW_STEPS and size <= SMALL:
+            return True
+        saved, started = copy.deepcopy(self.state()), time.perf_counter()
+        with overruled(1):
+            self._advance(self.loader.at(self.step), collect_metrics=False)
+        seconds = time.perf_counter() - started
+        self.load_state(saved)
+        return steps * seconds < SHORT
 
     # --- the run ----------------------------------------------------------------------------------
 

@@ -1,0 +1,304 @@
+"""The number of threads of a run: measured without a trace in its bytes, kept by a run whose bytes
+can be the same twice, and told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_loop import trainer
+from toys import ZeroEncoder
+
+import lineage
+from lineage import threads
+from lineage.config import TrainConfig
+from lineage.data.contract import CaptionedDataset
+from lineage.errors import Interrupted, UserError
+from lineage.threads import ThreadTuner
+from lineage.training import loop
+from lineage.training.log import read_log
+from lineage.training.loop import Trainer
+from lineage.training.progress import RateWatch, described
+from lineage.training.store import load_tensors, read_json, write_json
+
+assert ZeroEncoder  # test_loop imports it
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two free cores, and no run so short that nothing is measured."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
+    monkeypatch.setattr("lineage.runs.usable_cpus", lambda: 2)
+    monkeypatch.setattr(threads, "free_threads", lambda largest: min(2, largest))
+    monkeypatch.setattr(loop, "SHORT", 0.0)
+    monkeypatch.setattr(loop, "FEW_STEPS", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fastest(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function that sets which number of threads is measured as the fastest."""
+
+    use = ThreadTuner._use
+
+    def set_fastest(count: int) -> None:
+        monkeypatch.setattr(ThreadTuner, "_use", lambda self, _, *rest: use(self, count, *rest))
+
+    return set_fastest
+
+
+def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of threads of the steps from now on, without those that are only measured."""
+    counts: list[int] = []
+    advance = Trainer.advance
+
+    def note(self: Trainer, *arguments: Any) -> Any:
+        counts.append(torch.get_num_threads())
+        return advance(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "advance", note)
+    return counts
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("key", ["ddpm", "ldm", "vqvae", "stackgan", "attngan", "gan_int_cls"])
+def test_measuring_leaves_no_trace(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that were only timed change nothing: not the weights, codebooks, averages or moments,
+    nor what a system remembers beside its state.
+    """
+    monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / "cache"))
+    counts = used(monkeypatch)
+    settings = {"train.batch_size": 4}
+    measured = lineage.train(key, preset="smoke", steps=8, out=tmp_path / "a", settings=settings)
+    kept = read_json(measured / "config.json")["made_with"]["threads"]
+    assert kept in (1, 2) and set(counts) == {kept}
+    monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / "cache2"))
+    plain = lineage.train(
+        key, preset="smoke", steps=8, out=tmp_path / "b", settings=settings, threads=kept
+    )
+    assert (measured / "model.safetensors").read_bytes() == (
+        plain / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(
+    fastest: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = used(monkeypatch)
+    fastest(2)
+    advance = Trainer.advance
+
+    def stop_at_3(self: Trainer, *arguments: Any) -> Any:
+        self._stop_requested = self.step == 2
+        return advance(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", stop_at_3)
+        with pytest.raises(Interrupted):
+            lineage.train("ddpm", preset="smoke", steps=6, out=tmp_path / "run")
+    assert read_json(tmp_path / "run/config.json")["made_with"]["threads"] == 2
+    fastest(1)
+    lineage.train("ddpm", out=tmp_path / "run", resume=True)
+    assert counts == [2] * 6
+
+
+def test_a_run_of_a_larger_machine_is_measured_again(
+    fastest: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fastest(1)
+    lineage.train("ddpm", preset="smoke", steps=2, out=tmp_path / "run")
+    config = read_json(tmp_path / "run/config.json")
+    config["made_with"]["threads"] = 16
+    write_json(tmp_path / "run/config.json", config)
+    counts = used(monkeypatch)
+    lineage.train("ddpm", out=tmp_path / "run", steps=4, resume=True)
+    assert counts == [1, 1]
+    assert "began with 16 threads; here it may use 2" in capsys.readouterr().err
+
+
+def test_a_run_that_begins_beside_others_keeps_one_thread(
+    two_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though cores become free later: its bytes would be those of no other run."""
+    monkeypatch.setattr(threads, "free_threads", lambda largest: 1)
+    counts = used(monkeypatch)
+    run = lineage.train("ddpm", preset="smoke", steps=4, out=tmp_path / "run")
+    assert read_json(run / "config.json")["made_with"]["threads"] == 1
+    assert counts == [1] * 4
+
+
+def test_a_budget_in_minutes_keeps_none(
+    two_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = used(monkeypatch)
+    settings = {"train.log_every": 1}
+    run = lineage.train("ddpm", preset="smoke", minutes=0.02, out=tmp_path, settings=settings)
+    assert read_json(run / "config.json")["made_with"]["threads"] is None
+    assert counts[0] == 2 and set(counts) <= {1, 2}  # real steps, none of them thrown away
+    lines = read_log(run / "metrics.jsonl")
+    assert {line["threads"] for line in lines} <= {1, 2} and lines[-1]["threads_reason"]
+
+
+def test_short_runs_use_one_thread_and_measure_nothing(
+    two_cores: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shapes: CaptionedDataset,
+) -> None:
+    """The same in every run, so that short runs are the same bytes without a record."""
+    monkeypatch.setattr(loop, "FEW_STEPS", 20)
+    counts = used(monkeypatch)
+    one = trainer(shapes, max_steps=20)
+    one.run()
+    assert counts == [1] * 20 and one.system.calls == 20  # type: ignore[attr-defined]
+    assert one.threads.reason == "a short run"
+    monkeypatch.setattr(loop, "SHORT", 60.0)
+    counts.clear()
+    trainer(shapes, max_steps=30).run()
+    assert counts == [1] * 30
+
+
+# --- budgets in minutes of the processor ----------------------------------------------------------
+
+
+def test_a_budget_of_the_processor_is_spent(
+    shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By processor time alone: a step that sleeps costs nothing."""
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "process_time", lambda: clock[0])
+    one = trainer(shapes, cpu_minutes=1.0)
+    advance = one._advance
+
+    def spend(*arguments: Any) -> Any:
+        clock[0] += 7.0
+        return advance(*arguments)
+
+    monkeypatch.setattr(one, "_advance", spend)
+    one.run()
+    assert one.step == 9 and one.cpu_seconds == 63.0 and one.spent() == 63 / 60
+    assert one.seconds < 30
+
+
+def test_the_shares_of_stages_hold_for_processor_time(tmp_path: Path) -> None:
+    run = lineage.train("vqvae", preset="smoke", cpu_minutes=0.05, out=tmp_path / "run")
+    costs = read_json(run / "cost.json")
+    total = sum(cost["cpu_seconds"] for cost in costs.values())
+    assert len(costs) == 2 and 3.0 <= total < 4.5
+    config = read_json(run / "config.json")["train"]
+    assert (config["minutes"], config["max_steps"], config["cpu_minutes"]) == (None, None, 0.05)
+
+
+def test_processor_time_is_no_budget_of_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lineage.runs.pick_device", lambda name: torch.device("cuda"))
+    with pytest.raises(UserError, match=r"cpu_minutes=1 .*for a GPU: give --minutes or --steps"):
+        lineage.train("ddpm", preset="smoke", cpu_minutes=1, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [0, -1, 257, 1.5, "many"])
+def test_threads_out_of_range_are_refused(count: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="threads="):
+        lineage.train("ddpm", preset="smoke", steps=1, out=tmp_path / "run", threads=count)
+    assert not (tmp_path / "run").exists()
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def watch(kept: int | None, **budget: Any) -> RateWatch:
+    tuner = ThreadTuner(kept=kept)
+    if kept is None:
+        tuner.keep(2, "")
+        tuner.kept = None
+    return RateWatch(TrainConfig(**budget), tuner)
+
+
+def test_a_fall_of_the_rate_is_told_once() -> None:
+    one = watch(None, minutes=5)
+    assert [one.sentence(20, rate) for rate in (400.0, 500.0, 260.0)] == ["", "", ""]
+    told = one.sentence(80, 240.0)
+    assert "Step 80: 240 pictures a second, where it was 500 before" in told
+    assert "--steps or --cpu-minutes" in told
+    assert one.sentence(100, 100.0) == ""
+
+
+@pytest.mark.usefixtures("_nothing_asked")
+def test_the_advice_depends_on_the_budget() -> None:
+    for one, words, others in (
+        (watch(2, max_steps=100), "--resume --threads 1", "--cpu-minutes"),
+        (watch(1, max_steps=100), "other processes", "--threads"),
+        (watch(None, cpu_minutes=5), "other processes", "--cpu-minutes"),
+    ):
+        one.sentence(1, 500.0)
+        told = one.sentence(2, 10.0)
+        assert words in told and others not in told
+
+
+@pytest.mark.usefixtures("_nothing_asked")
+def test_the_number_of_threads_is_described() -> None:
+    tuner = ThreadTuner(kept=1)
+    tuner.reason = "because"
+    assert described(tuner) == "1 thread (because)"
+    tuner = ThreadTuner(kept=4)
+    tuner.reason = ""
+    assert described(tuner) == "4 threads"
+
+
+def test_a_fall_is_written_above_the_bar(
+    shapes: CaptionedDataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    one = trainer(shapes, max_steps=8, log_every=2)
+    one.threads.keep(1, "")
+    advance = one._advance
+
+    def slow(*arguments: Any) -> Any:
+        clock[0] += 1.0 if one.step < 4 else 3.0
+        return advance(*arguments)
+
+    monkeypatch.setattr(one, "_advance", slow)
+    one.run()
+    told = capsys.readouterr().err
+    assert told.count("lineage: Step 6: 1 pictures a second, where it was 4 before") == 1
+
+
+def test_the_log_names_the_threads_of_each_line(shapes: CaptionedDataset, tmp_path: Path) -> None:
+    one = trainer(shapes, max_steps=2, log_every=1)
+    one.threads.keep(1, "as asked for")
+    from lineage.training.log import Log
+
+    log = Log(tmp_path)
+    one.run(log)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["threads"] for line in lines] == [1, 1]
+    assert lines[0]["threads_reason"] == "as asked for"
+
+
+def test_tensors_load_as_before(tmp_path: Path) -> None:
+    run = lineage.train("ddpm", preset="smoke", steps=1, out=tmp_path / "run", threads=1)
+    assert load_tensors(run / "model.safetensors")
+    assert read_json(run / "config.json")["made_with"]["threads"] == 1
