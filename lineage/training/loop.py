@@ -58,7 +58,7 @@ METRIC_STEPS = 5
 
 SHORT = 5.0
 """Seconds of training below which the numbers of threads are not compared: one thread is used."""
-FEW_STEPS, SMALL = 20, 10**7
+FEW_STEPS, SMALL = 50, 10**7
 """Number of steps, and of parameters, up to which training is short without being timed."""
 
 
