@@ -22,6 +22,7 @@ from lineage.cli.arguments import (
     print_json,
     settings_of,
 )
+from lineage.cli.imports import large_imports
 
 
 def evaluate(
@@ -56,8 +57,9 @@ def evaluate(
         device: cpu, cuda, mps or auto.
         threads: Number of threads on a CPU; measured if left out.
     """
-    from lineage.evaluation.run import evaluate
-    from lineage.evaluation.table import tables
+    with large_imports():
+        from lineage.evaluation.run import evaluate
+        from lineage.evaluation.table import tables
 
     document = evaluate(
         folders,
@@ -113,7 +115,8 @@ def compare(
             cores allow are trained at a time.
         settings: Field of the configurations, as in --set optim.lr=3e-4; may be repeated.
     """
-    from lineage.comparison.run import compare
+    with large_imports():
+        from lineage.comparison.run import compare
 
     report = compare(
         keys,

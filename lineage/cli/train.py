@@ -21,6 +21,7 @@ from lineage.cli.arguments import (
     pairs,
     settings_of,
 )
+from lineage.cli.imports import large_imports
 from lineage.files import expanded
 
 
@@ -58,7 +59,8 @@ def train(
         stages_from: Stage of another run, as in --from codec=runs/vqvae; may be repeated.
         settings: Field of the configuration, as in --set optim.lr=3e-4; may be repeated.
     """
-    from lineage import runs
+    with large_imports():
+        from lineage import runs
 
     folder = runs.train(
         key,
