@@ -47,7 +47,7 @@ from lineage.runs import load, read_config
 from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
 from lineage.threads import map_parts, overruled
-from lineage.training.cost import read_cost
+from lineage.training.cost import budget_warnings, read_cost
 from lineage.training.machine import pick_device
 from lineage.training.store import write_json
 
@@ -194,6 +194,8 @@ def score_runs(
         document["judge"] = prompts.judge_exam()
         document["protocol"]["composition"] = {"seed": config.seed, **prompts.protocol()}
     document["warnings"] = _warnings(pictures, document)
+    for folder, run_config in zip(folders, run_configs, strict=True):
+        document["warnings"] += budget_warnings(folder, run_config.train)
     return document, scored
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lineage.config import TrainConfig
 from lineage.training.log import read_log
 from lineage.training.loop import Trainer
 from lineage.training.machine import peak_memory
 from lineage.training.store import read_json_object, write_json
 
+UNSHARED = 0.9
+"""Share of its time for which a run has one core, at least, on a machine that does nothing else."""
 NUMBERS = ("steps", "pictures", "seconds", "cpu_seconds", "pictures_per_second")
 
 
@@ -43,6 +46,23 @@ def _is_cost(entry: Any) -> bool:
     return isinstance(entry, dict) and all(
         isinstance(entry.get(name), (int, float)) for name in (*NUMBERS, "peak_memory_bytes")
     )
+
+
+def budget_warnings(folder: Path, train: TrainConfig) -> list[str]:
+    """What a reader of a run's scores must know of its budget: whether other processes took a part
+    of its minutes.
+    """
+    stages = [stage for stage in read_cost(folder).values() if stage.get("device") == "cpu"]
+    seconds = sum(stage["seconds"] for stage in stages)
+    cpu_seconds = sum(stage["cpu_seconds"] for stage in stages)
+    if train.minutes is None or cpu_seconds >= UNSHARED * seconds:
+        return []
+    steps = ", ".join(f"{stage['steps']:,}" for stage in stages)
+    return [
+        f"{folder} was trained beside other processes: it had the processor for {cpu_seconds:.0f} "
+        f"of {seconds:.0f} seconds and made {steps} steps. --cpu-minutes or --steps give the same "
+        "work."
+    ]
 
 
 def write_cost(folder: Path, trainer: Trainer) -> None:

@@ -21,6 +21,7 @@ from lineage.data.contract import CaptionedDataset
 from lineage.errors import Interrupted, UserError
 from lineage.threads import ThreadTuner
 from lineage.training import loop
+from lineage.training.cost import budget_warnings
 from lineage.training.log import read_log
 from lineage.training.loop import Trainer
 from lineage.training.progress import RateWatch, described
@@ -302,3 +303,34 @@ def test_tensors_load_as_before(tmp_path: Path) -> None:
     run = lineage.train("ddpm", preset="smoke", steps=1, out=tmp_path / "run", threads=1)
     assert load_tensors(run / "model.safetensors")
     assert read_json(run / "config.json")["made_with"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "cpu_seconds", "device", "warned"),
+    [
+        ({"minutes": 5}, 150.0, "cpu", True),
+        ({"minutes": 5}, 295.0, "cpu", False),
+        ({"cpu_minutes": 5}, 150.0, "cpu", False),
+        ({"max_steps": 10}, 150.0, "cpu", False),
+        ({"minutes": 5}, 150.0, "cuda", False),
+    ],
+    ids=["busy", "quiet", "processor", "steps", "gpu"],
+)
+def test_minutes_that_others_took_are_told_with_the_scores(
+    budget: dict[str, Any], cpu_seconds: float, device: str, warned: bool, tmp_path: Path
+) -> None:
+    stage = {
+        "steps": 1200,
+        "pictures": 9600,
+        "seconds": 300.0,
+        "cpu_seconds": cpu_seconds,
+        "pictures_per_second": 32.0,
+        "peak_memory_bytes": 0,
+        "device": device,
+        "finished": True,
+    }
+    write_json(tmp_path / "cost.json", {"gan": stage})
+    warnings = budget_warnings(tmp_path, TrainConfig(**budget))
+    assert len(warnings) == warned
+    if warned:
+        assert "150 of 300 seconds and made 1,200 steps" in warnings[0]
