@@ -41,8 +41,8 @@ REGION = torch.Size((64, 1024))  # the smallest tensors that PyTorch adds in par
 PROBE_SECONDS = 0.01
 PROBE_LASTS = 1.0  # seconds for which `fitted` believes what it found
 KEPT_WAITING = 10.0
-"""Factor on the time of a small region, or of a unit of work, above which its threads are kept
-waiting: that of a region is about 1 on free cores, and above 100 beside a busy process."""
+"""Factor on the time of a small region above which its threads are kept waiting: it is about 1 on
+free cores, and above 100 beside a busy process."""
 
 # --- what the process may use ---------------------------------------------------------------------
 
@@ -239,6 +239,11 @@ SLOWER = 1.3
 FIRST_LOOK, LAST_LOOK = 5.0, 60.0
 """Seconds until the first look for more free cores; each one in vain doubles them, up to the last.
 """
+FAR_SLOWER = 4.0
+"""Factor on the time of a unit with fewer threads above which a count is not tried again, and on the
+usual time above which one unit is enough to try all counts. The very first unit also prepares
+memory and kernels, which takes up to two more units' time.
+"""
 BUSY = "other processes use the other cores"
 GAIN = 1.05
 """Factor by which more threads must be faster, as they take cores from others."""
@@ -327,8 +332,9 @@ class ThreadTuner:
         rounds = min(len(times) for times in self._times.values()) - 1
         after = {count: times[1:] for count, times in self._times.items()}
         if rounds == 0:
-            slow = KEPT_WAITING * min(times[0] for times in self._times.values())
-            self._times = {c: times for c, times in self._times.items() if times[0] < slow}
+            quickest = min(self._times, key=lambda count: self._times[count][0])
+            slow = FAR_SLOWER * self._times[quickest][0]
+            self._times = {c: t for c, t in self._times.items() if c <= quickest or t[0] < slow}
         elif rounds < ROUNDS and len(after) > 2:  # the two best go on
             best = sorted(after, key=lambda count: after[count][-1])[:2]
             self._times = {count: self._times[count] for count in sorted(best, reverse=True)}
@@ -361,7 +367,7 @@ class ThreadTuner:
             return
         if self.count > 1 and self.seconds is not None:
             full = len(self._recent) == self._recent.maxlen
-            if seconds > 4 * self.seconds or (full and usual > SLOWER * self.seconds):
+            if seconds > FAR_SLOWER * self.seconds or (full and usual > SLOWER * self.seconds):
                 self._try_all()
                 return
         if self.count < self.largest and now > self._next_look:
