@@ -135,9 +135,10 @@ _overruling: list[int] = []
 
 @contextmanager
 def overruled(count: int | None) -> Iterator[None]:
-    """Use exactly `count` threads; None changes nothing."""
+    """Use exactly `count` threads; None: those of PyTorch, but no more than the process may use."""
     if count is None:
-        yield
+        with _threads(available()):
+            yield
         return
     before = torch.get_num_threads()
     _overruling.append(count)
@@ -240,8 +241,8 @@ FIRST_LOOK, LAST_LOOK = 5.0, 60.0
 """Seconds until the first look for more free cores; each one in vain doubles them, up to the last.
 """
 FAR_SLOWER = 4.0
-"""Factor on the time of a unit with fewer threads above which a count is not tried again, and on the
-usual time above which one unit is enough to try all counts. The very first unit also prepares
+"""Factor on the time of a unit with fewer threads above which a count is not tried again, and on
+the usual time above which one unit is enough to try all counts. The very first unit also prepares
 memory and kernels, which takes up to two more units' time.
 """
 BUSY = "other processes use the other cores"

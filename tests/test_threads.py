@@ -305,6 +305,13 @@ def test_fitted_uses_what_is_free_and_asks_once_a_second(machine: Machine) -> No
     assert machine.count == 2
 
 
+def test_work_outside_of_units_stays_within_the_quota(machine: Machine) -> None:
+    machine.count = 64  # what PyTorch counts in a container with a quota of two cores
+    with overruled(None):
+        assert machine.count == 2
+    assert machine.count == 64
+
+
 def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
     tuner = ThreadTuner()
     machine.work(tuner)

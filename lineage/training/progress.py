@@ -50,6 +50,8 @@ def progress_bar(stage: str, train: TrainConfig, shown: bool) -> tqdm:
 
 def described(threads: ThreadTuner) -> str:
     """The number of threads, and why: `2 threads (1.4 times as fast as one)`."""
+    if threads.measuring:
+        return "comparing numbers of threads"
     count = f"{threads.count} thread{'' if threads.count == 1 else 's'}"
     return f"{count} ({threads.reason})" if threads.reason else count
 

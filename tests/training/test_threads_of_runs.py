@@ -265,6 +265,8 @@ def test_the_number_of_threads_is_described() -> None:
     tuner = ThreadTuner(kept=4)
     tuner.reason = ""
     assert described(tuner) == "4 threads"
+    tuner._plan = [1, 2]
+    assert described(tuner) == "comparing numbers of threads"
 
 
 def test_a_fall_is_written_above_the_bar(
