@@ -61,7 +61,7 @@ def _merged(kernel: Tensor, dim: int) -> list[Tensor]:
     return [torch.stack([before + at, after], dim), torch.stack([before, at + after], dim)]
 
 
-MANY_QUERIES = 64  # from this number on the fused kernel is the faster one on a CPU
+MANY_QUERIES = 64  # from this number of queries and keys on the fused kernel is faster in float32
 
 
 def scaled_dot_product_attention(
@@ -71,25 +71,43 @@ def scaled_dot_product_attention(
 
         F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
-    On a CPU two matrix products are faster than the fused kernel for few queries, and in bfloat16.
-    A query that may attend to no key gets zeros either way.
+    On a CPU two matrix products are faster than the fused kernel for few queries or keys, and in
+    bfloat16. Its softmax takes keys in vectors of 16 (float32) or 32 (bfloat16) and the rest one by
+    one, which is slower than to fill the last vector with keys of no weight. A query that may
+    attend to no key gets zeros either way.
     """
+    num_keys = key.shape[-2]
     in_float32 = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if query.is_cuda or (in_float32 and query.shape[-2] >= MANY_QUERIES):
+    if query.is_cuda or (in_float32 and min(query.shape[-2], num_keys) >= MANY_QUERIES):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    extra = -num_keys % (16 if in_float32 or num_keys <= 16 else 32)
+    if extra:
+        key, value = F.pad(key, (0, 0, 0, extra)), F.pad(value, (0, 0, 0, extra))
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
-    if mask is not None:
-        blocked = torch.zeros_like(mask, dtype=scores.dtype)
-        scores = scores + blocked.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
-    if scores.dtype == torch.float32:
+    if scores.dtype == torch.bfloat16 and num_keys <= 16:
+        scores = scores.float()
+    if mask is not None or extra:
+        scores = scores + _blocked_keys(mask, num_keys, extra, scores)
+    # The softmax of bfloat16 sums in float32 anyway: autocast need not convert it.
+    with torch.autocast(query.device.type, enabled=False):
         attended = scores.softmax(-1).to(value.dtype) @ value
-    else:  # the softmax of bfloat16 sums in float32 anyway: autocast need not convert it
-        with torch.autocast(query.device.type, enabled=False):
-            attended = scores.softmax(-1).to(value.dtype) @ value
     if mask is None:
         return attended
     has_key = mask.any(-1, keepdim=True)
     return attended if bool(has_key.all()) else attended * has_key
+
+
+def _blocked_keys(mask: Tensor | None, num_keys: int, extra: int, like: Tensor) -> Tensor:
+    """What is added to scores: a number far below 0 for keys outside of the mask, and for `extra`
+    keys after the last.
+    """
+    blocked = like.new_zeros((*(() if mask is None else mask.shape[:-1]), num_keys + extra))
+    lowest = torch.finfo(like.dtype).min / 2
+    if mask is not None:
+        blocked[..., :num_keys].masked_fill_(~mask, lowest)
+    if extra:
+        blocked[..., num_keys:] = lowest
+    return blocked
 
 
 def linear_chunks(x: Tensor, linear: nn.Linear, chunks: int) -> list[Tensor]:
