@@ -19,16 +19,19 @@ from lineage.nn.fast import (
 # --- convolutions -----------------------------------------------------------------------------
 
 
-def test_channels_are_last_in_float32_only() -> None:
+def test_channels_are_last_in_float32_and_without_norms() -> None:
     x = torch.randn(2, 3, 4, 5)
     y = channels_last_on_cpu(x)
     assert y.stride() == (60, 1, 15, 3) and torch.equal(y, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert channels_last_on_cpu(x) is x
+        assert channels_last_on_cpu(x, norms=False).stride() == y.stride()
     assert channels_last_on_cpu(x.to("meta")).device.type == "meta"
-    for dtype in (torch.bfloat16, torch.float64):
-        other = x.to(dtype)
-        assert channels_last_on_cpu(other) is other
+    other = x.bfloat16()
+    assert channels_last_on_cpu(other) is other
+    assert channels_last_on_cpu(other, norms=False).stride() == y.stride()
+    other = x.double()
+    assert channels_last_on_cpu(other) is channels_last_on_cpu(other, norms=False) is other
 
 
 class OnGPU(Tensor):
