@@ -175,6 +175,33 @@ def _blocked_keys(mask: Tensor | None, num_keys: int, extra: int, like: Tensor) 
     return blocked
 
 
+def squared_lengths(x: Tensor, gram: Tensor) -> Tensor:
+    """Squared lengths x^T G x of sums of vectors with weights x, (B, M, N), (B, N, N) -> (B, M).
+
+        (x @ gram * x).sum(-1)
+
+    G, the products of the vectors with each other, is symmetric: the gradient of x is 2 G x, and
+    the forward pass has G x already.
+    """
+    result: Tensor = _SquaredLengths.apply(x, gram)
+    return result
+
+
+class _SquaredLengths(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gram: Tensor) -> Tensor:
+        product = x @ gram
+        ctx.save_for_backward(x, product)
+        return (product * x).sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, product = ctx.saved_tensors
+        dgram = (x * dy[..., None]).mT @ x if ctx.needs_input_grad[1] else None
+        return product.mul(2 * dy[..., None]), dgram
+
+
 def linear_chunks(x: Tensor, linear: nn.Linear, chunks: int) -> list[Tensor]:
     """Equal parts of a linear layer's output, each as a product of its own.
 

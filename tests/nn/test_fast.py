@@ -15,6 +15,7 @@ from lineage.nn.fast import (
     linear_chunks,
     parallel_linears,
     scaled_dot_product_attention,
+    squared_lengths,
 )
 
 # --- convolutions -----------------------------------------------------------------------------
@@ -116,6 +117,19 @@ def test_attention_is_the_fused_kernel(
     for ours, theirs in zip(inputs, exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, **limits)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_squared_lengths_are_those_of_the_sums(fixed: bool) -> None:
+    """Values and gradients."""
+    x, vectors = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 4, 3)
+    inputs = [x] if fixed else [x, vectors.requires_grad_()]
+    ours, expected = squared_lengths(x, vectors @ vectors.mT), (x @ vectors).square().sum(-1)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    factors = torch.randn(2, 5)
+    gradients = [torch.autograd.grad((y * factors).sum(), inputs) for y in (ours, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])
