@@ -170,14 +170,13 @@ class WordAttention(nn.Module):
         """
         height, width = hidden.shape[2:]
         projected = self.project_words(words)  # (B, L, G)
-        scores = torch.einsum("bghw,blg->bhwl", hidden, projected)
-        position_mask = mask[:, None, None, :]  # (B, 1, 1, L)
+        scores = torch.einsum("blg,bghw->blhw", projected, hidden)
+        position_mask = mask[:, :, None, None]  # (B, L, 1, 1)
         if self.official_mask:
             rows = torch.arange(len(mask) * height * width, device=mask.device) % len(mask)
-            position_mask = rearrange(mask[rows], "(b h w) l -> b h w l", h=height, w=width)
-        attention = scores.masked_fill(~position_mask, -torch.inf).softmax(-1)  # beta
-        context = torch.einsum("bhwl,blg->bghw", attention, projected)
-        return context, rearrange(attention, "b h w l -> b l h w")
+            position_mask = rearrange(mask[rows], "(b h w) l -> b l h w", h=height, w=width)
+        attention = scores.masked_fill(~position_mask, -torch.inf).softmax(1)  # beta
+        return torch.einsum("blhw,blg->bghw", attention, projected), attention
 
 
 # --- section 3.1: the generator -------------------------------------------------------------------

@@ -50,6 +50,7 @@ from lineage.config import Dim, PositiveFloat, configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import conv3x3
+from lineage.nn.fast import squared_lengths
 from lineage.nn.inception import SIDE, InceptionV3, load_inception
 from lineage.nn.noise import NoiseStreams
 from lineage.system import Trainable, Turn
@@ -242,7 +243,7 @@ def word_similarity(config: DAMSMConfig, words: Tensor, mask: Tensor, regions: T
         scores, attention = region_attention(words, mask, regions, config.gamma1)
         products = (attention * scores).sum(3)  # (I, J, L)
         gram = regions @ regions.mT  # (I, N, N)
-        squares = (torch.einsum("ijln,inm->ijlm", attention, gram) * attention).sum(3)
+        squares = squared_lengths(attention.flatten(1, 2), gram).view_as(products)
         lengths = squares.clamp(min=1e-16).sqrt() * words.norm(dim=2)
         cosines = (products / lengths.clamp(min=1e-8)).clamp(-1, 1)
         return ((config.gamma2 * cosines).exp() * mask).sum(2).log()

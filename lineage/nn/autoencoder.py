@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lineage.config import Depth, Dim, IntsFromZero, Multipliers, configuration
 from lineage.errors import UserError
 from lineage.nn.attention import attend
-from lineage.nn.fast import channels_last_on_cpu, conv_of_upsampled
+from lineage.nn.fast import GroupNorm, channels_last_on_cpu, conv_of_upsampled
 
 EPSILON = 1e-6
 """Epsilon of the group norms."""
@@ -81,7 +81,7 @@ class AutoencoderConfig:
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm with 32 groups, or with the largest smaller power of 2 that divides `channels`."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=EPSILON)
+    return GroupNorm(groups, channels, eps=EPSILON)
 
 
 class ResnetBlock(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lineage.config import OptimConfig
 from lineage.training.machine import Distributed
+from lineage.training.muon import Muon
 from lineage.training.store import is_dense
 
 
@@ -34,12 +35,7 @@ class Group:
         others = [p for p in self.parameters if not any(p is matrix for matrix in hidden)]
         self.optimizers = {"optimizer": _adam(others, config, self.lr)}
         if hidden:  # steps as long as Adam's, so that one rate serves both
-            self.optimizers["muon"] = torch.optim.Muon(
-                hidden,
-                lr=self.lr,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            self.optimizers["muon"] = Muon(hidden, self.lr, config.weight_decay)
         self.ema_decay = config.ema_decay
         buffers = {id(b): b for m in modules for b in m.buffers() if b.is_floating_point()}
         self.tracked: list[Tensor] = [*self.parameters, *buffers.values()]

@@ -46,6 +46,7 @@ from lineage.config import (
     configuration,
 )
 from lineage.data.contract import Batch
+from lineage.nn.fast import channels_last_on_cpu
 from lineage.nn.noise import NoiseStreams
 from lineage.nn.vqgan_losses import psnr
 from lineage.system import Turn
@@ -170,7 +171,7 @@ class DVAEEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) of `map_pixels` -> logits (B, K, S / f, S / f)."""
-        x = self.input(pixels)
+        x = self.input(channels_last_on_cpu(pixels, norms=False))
         for number, group in enumerate(self.groups):
             x = group(x) if number == 0 else group(F.max_pool2d(x, 2))
         return self.output(F.relu(x))
@@ -190,7 +191,7 @@ class DVAEDecoder(nn.Module):
 
     def forward(self, mixture: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (B, K, H, W) -> mu and ln b, (B, 3, f H, f W) each."""
-        x = self.input(mixture)
+        x = self.input(channels_last_on_cpu(mixture, norms=False))
         for number, group in enumerate(self.groups):
             x = group(x if number == 0 else F.interpolate(x, scale_factor=2, mode="nearest"))
         mu, log_b = self.output(F.relu(x)).chunk(2, dim=1)

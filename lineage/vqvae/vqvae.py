@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lineage.config import DepthFromZero, Dim, Halvings, Int, PositiveFloat, configuration
 from lineage.data.contract import Batch
+from lineage.nn.fast import channels_last_on_cpu
 from lineage.nn.noise import NoiseStreams
 from lineage.nn.vqgan_losses import psnr
 from lineage.system import Turn
@@ -104,7 +105,7 @@ class VQVAEEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D, H, W)."""
-        return self.layers(image)
+        return self.layers(channels_last_on_cpu(image, norms=False))
 
 
 class VQVAEDecoder(nn.Module):
@@ -125,7 +126,7 @@ class VQVAEDecoder(nn.Module):
 
     def forward(self, z_q: Tensor) -> Tensor:
         """(B, D, H, W) -> (B, 3, S, S)."""
-        return self.layers(z_q)
+        return self.layers(channels_last_on_cpu(z_q, norms=False))
 
 
 class VQVAE(Codec):

@@ -9,26 +9,56 @@ from torch import Tensor, nn
 
 from lineage.nn.fast import (
     MANY_QUERIES,
+    GroupNorm,
     channels_last_on_cpu,
     conv_of_upsampled,
     linear_chunks,
     parallel_linears,
     scaled_dot_product_attention,
+    squared_lengths,
 )
 
 # --- convolutions -----------------------------------------------------------------------------
 
 
-def test_channels_are_last_in_float32_only() -> None:
+def test_channels_are_last_in_float32_and_without_norms() -> None:
     x = torch.randn(2, 3, 4, 5)
     y = channels_last_on_cpu(x)
     assert y.stride() == (60, 1, 15, 3) and torch.equal(y, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert channels_last_on_cpu(x) is x
+        assert channels_last_on_cpu(x, norms=False).stride() == y.stride()
     assert channels_last_on_cpu(x.to("meta")).device.type == "meta"
-    for dtype in (torch.bfloat16, torch.float64):
-        other = x.to(dtype)
-        assert channels_last_on_cpu(other) is other
+    other = x.bfloat16()
+    assert channels_last_on_cpu(other) is other
+    assert channels_last_on_cpu(other, norms=False).stride() == y.stride()
+    other = x.double()
+    assert channels_last_on_cpu(other) is channels_last_on_cpu(other, norms=False) is other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_is_pytorch_s(
+    layout: torch.memory_format, groups: int, dtype: torch.dtype
+) -> None:
+    """Values and gradients, against it in double precision."""
+    norm = GroupNorm(groups, 8, eps=1e-3)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = (3 + 2 * torch.randn(2, 8, 4, 5)).to(dtype).contiguous(memory_format=layout)
+    inputs = [x.requires_grad_(), norm.weight, norm.bias]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y, factors = norm(x), torch.randn(2, 8, 4, 5)
+    expected = F.group_norm(exact[0], groups, exact[1], exact[2], 1e-3)
+    low = dtype == torch.bfloat16
+    limits = {"rtol": 0, "atol": 0.03} if low else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(y.double(), expected, **limits)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
+    gradients = torch.autograd.grad((y * factors).sum(), inputs)
+    theirs = torch.autograd.grad((expected * factors).sum(), exact)
+    limits = {"rtol": 0, "atol": 0.1} if low else {"rtol": 1e-4, "atol": 1e-4}
+    for a, b in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, **limits)
 
 
 class OnGPU(Tensor):
@@ -87,6 +117,19 @@ def test_attention_is_the_fused_kernel(
     for ours, theirs in zip(inputs, exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, **limits)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_squared_lengths_are_those_of_the_sums(fixed: bool) -> None:
+    """Values and gradients."""
+    x, vectors = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 4, 3)
+    inputs = [x] if fixed else [x, vectors.requires_grad_()]
+    ours, expected = squared_lengths(x, vectors @ vectors.mT), (x @ vectors).square().sum(-1)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    factors = torch.randn(2, 5)
+    gradients = [torch.autograd.grad((y * factors).sum(), inputs) for y in (ours, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -15,6 +15,7 @@ from lineage.config import OptimConfig
 from lineage.errors import UserError
 from lineage.training.group import Group
 from lineage.training.machine import Distributed
+from lineage.training.muon import Muon
 
 ALONE = Distributed()
 PLAIN: dict[str, Any] = {
@@ -60,6 +61,10 @@ def names_moved(net: nn.Module, group: Group) -> dict[str, set[str]]:
     }
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def loss_of(net: Net, step: int = 0) -> Tensor:
     ids = torch.randint(7, (16,), generator=torch.Generator().manual_seed(step))
     return net(ids).square().mean() + (net(ids)[:, 0] * (ids - 3)).mean()
@@ -88,6 +93,31 @@ def test_muon_moves_the_matrices_of_hidden_linear_layers() -> None:
     assert moved["muon"] == {"body.0.weight", "body.3.0.weight"}
     everything = {name for name, _ in net.named_parameters()}
     assert moved["optimizer"] == everything - moved["muon"]
+
+
+def test_muon_steps_as_pytorch_s_does() -> None:
+    """Matrices of several shapes, some of which occur twice, one of them without gradient."""
+    shapes = [(4, 6), (6, 4), (4, 6), (8, 8), (6, 4), (5, 5)]
+    ours = [torch.randn(shape, generator=seeded(3)).requires_grad_() for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    settings = {"lr": 0.1, "weight_decay": 0.3}
+    optimizers = (
+        Muon(ours, **settings),
+        torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(3):
+        for a, b in list(zip(ours, theirs, strict=True))[:-1]:
+            a.grad = torch.randn(a.shape, generator=seeded(step))
+            b.grad = a.grad.clone()
+        for one in optimizers:
+            one.step()
+        for a, b in zip(ours, theirs, strict=True):  # the products are in bfloat16
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    assert optimizers[0].state_dict()["param_groups"] == optimizers[1].state_dict()["param_groups"]
+    for number, state in optimizers[1].state_dict()["state"].items():
+        mine = optimizers[0].state_dict()["state"][number]
+        assert mine.keys() == state.keys()
+        torch.testing.assert_close(mine["momentum_buffer"], state["momentum_buffer"])
 
 
 def test_within_one_module_all_its_linear_layers_are_hidden() -> None:

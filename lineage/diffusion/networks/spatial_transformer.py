@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lineage.diffusion.networks.attention_blocks import to_map, to_sequence
 from lineage.diffusion.networks.layers import zero_module
 from lineage.nn.attention import Attention
-from lineage.nn.fast import linear_chunks
+from lineage.nn.fast import GroupNorm, linear_chunks
 
 
 class FeedForward(nn.Module):
@@ -64,7 +64,7 @@ class SpatialTransformer(nn.Module):
         self, channels: int, num_heads: int, word_dim: int, depth: int, norm_groups: int
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, num_heads, word_dim) for _ in range(depth)

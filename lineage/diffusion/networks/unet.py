@@ -50,7 +50,7 @@ from lineage.diffusion.networks.attention_blocks import (
 from lineage.diffusion.networks.layers import timestep_embedding, zero_module
 from lineage.diffusion.networks.spatial_transformer import SpatialTransformer
 from lineage.errors import UserError
-from lineage.nn.fast import channels_last_on_cpu, conv_of_upsampled
+from lineage.nn.fast import GroupNorm, channels_last_on_cpu, conv_of_upsampled
 from lineage.text.contract import TextFeatures
 
 AttentionFactory = Callable[[int], nn.Module]
@@ -142,7 +142,7 @@ class UNetConfig:
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Norm of a level."""
-        return nn.GroupNorm(self.groups_of(channels), channels, eps=self.norm_eps)
+        return GroupNorm(self.groups_of(channels), channels, eps=self.norm_eps)
 
 
 # --- parts ----------------------------------------------------------------------------------------
