@@ -214,7 +214,9 @@ def _resumed(
         if stage.weights is not None and (own := finished_weights(folder, stage.name)).exists():
             stage.weights = own
     _check_stages(stages, config, folder)
-    threads = _threads_kept(folder, saved.get("made_with", {}).get("threads"))
+    threads = None
+    if not config.train.is_timed:
+        threads = _threads_kept(folder, saved.get("made_with", {}).get("threads"))
     changes = recorded_changes(folder, stages, fields, saved.get("changes", []))
     constant = {name: saved[name] for name in NOT_SETTINGS if name in saved}
     now = {**to_dict(config), **constant, **({"changes": changes} if changes else {})}
@@ -229,16 +231,16 @@ def _threads_kept(folder: Path, before: Any) -> int | None:
         folder: Run folder.
         before: What `config.json` says that the run began with.
     """
-    if not isinstance(before, int):
+    if type(before) is not int or before < 1:  # none yet, or damaged
         return None
     asked, usable = requested(), usable_cpus()
     if asked in (None, before) and before <= usable:
         return before
     now = f"with {asked}" if asked else f"here it may use {usable}, so"
     say_once(
-        f"The run in {folder} began with {before} threads; {now} its last bits may differ from "
-        f"those of an unstopped run. Add --threads {before}, or set OMP_NUM_THREADS={before}, to "
-        "keep them."
+        f"The run in {folder} began with {before} thread{'' if before == 1 else 's'}; {now} its "
+        f"last bits may differ from those of an unstopped run. Add --threads {before}, or set "
+        f"OMP_NUM_THREADS={before}, to keep them."
     )
     return None
 
@@ -356,7 +358,7 @@ def _stages(
         seed_weights=lambda: _seed_weights(config.seed),
         sheet=draw_sheet,
         write_settings=write_settings if is_main else lambda threads: None,
-        threads=None if config.train.is_timed else threads,
+        threads=threads,
     )
 
 

@@ -77,6 +77,11 @@ def _check(key: str, code: int) -> None:
         raise _interrupted()
     if code == 2:
         raise UserError(f"{key} could not be trained, for the reason above.")
+    if code < 0:
+        raise CheckFailed(
+            f"{key} was ended by signal {-code} (9 is the system's, where memory is short); give "
+            "the same command again to go on."
+        )
     if code:
         raise CheckFailed(f"{key} stopped with exit code {code}, for the reason above.")
 

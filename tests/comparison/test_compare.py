@@ -29,6 +29,7 @@ from lineage.comparison.report import (
     wall_time,
     write_report,
 )
+from lineage.comparison.training import _check
 from lineage.errors import CheckFailed, UserError
 from lineage.evaluation.run import ScoredRun
 from lineage.evaluation.table import score_tables
@@ -510,3 +511,8 @@ def test_many_terms_are_summed_by_group() -> None:
     assert all(f"d{k}" in figure for k in range(3)) and "d0/real" not in figure
     few = curve([{k: v for k, v in line.items() if not k.endswith("1")} for line in log[:2]])
     assert few is not None and "d0/real" in few
+
+
+def test_a_system_that_was_killed_is_told_by_its_signal() -> None:
+    with pytest.raises(CheckFailed, match=r"ddpm was ended by signal 9 .*same command again"):
+        _check("ddpm", -9)

@@ -131,6 +131,28 @@ def test_a_run_of_a_larger_machine_is_measured_again(
     assert "began with 16 threads; here it may use 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damaged", [-3, 0, True, "many"])
+def test_a_damaged_number_of_threads_is_measured_again(
+    damaged: Any, fastest: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lineage.train("ddpm", preset="smoke", steps=1, out=tmp_path / "run", threads=1)
+    config = read_json(tmp_path / "run/config.json")
+    config["made_with"]["threads"] = damaged
+    write_json(tmp_path / "run/config.json", config)
+    fastest(2)
+    counts = used(monkeypatch)
+    lineage.train("ddpm", out=tmp_path / "run", steps=2, resume=True)
+    assert counts == [2]
+
+
+def test_the_last_bits_of_a_timed_run_are_not_spoken_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lineage.train("ddpm", preset="smoke", minutes=0.005, out=tmp_path / "run", threads=2)
+    lineage.train("ddpm", minutes=0.05, out=tmp_path / "run", resume=True, threads=1)
+    assert "last bits" not in capsys.readouterr().err
+
+
 def test_a_run_that_begins_beside_others_keeps_one_thread(
     two_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
