@@ -265,8 +265,8 @@ class TrainConfig:
 
     Attributes:
         minutes, max_steps, max_pictures, cpu_minutes: The budget; None sets no limit. Minutes of
-            the clock give fewer steps beside other processes; those of the processor do not, as
-            long as the number of threads is the same.
+            the clock give fewer steps beside other processes; those of the processor, with one
+            thread, hardly do.
         batch_size: Number of pictures of a step, in each process of a `torchrun`.
         checkpoint_every, sample_every, log_every: Number of steps between two checkpoints, sheets
             and lines of the log; 0 for never (a finished run is always saved). Metrics are

@@ -23,7 +23,7 @@ def configure(
     return changed_by(preset(key, preset_name), Options(**options), settings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Arguments of `train` that stand for fields of the configuration.
 

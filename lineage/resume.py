@@ -45,16 +45,34 @@ def check_changes(folder: Path, fields: Fields) -> None:
             )
 
 
+def last_threads(saved: dict[str, Any]) -> int | None:
+    """The number of threads that a run used last; None if it keeps none, or if that is damaged.
+
+    Args:
+        saved: Content of `config.json`.
+    """
+    counts = [saved.get("made_with", {}).get("threads")]
+    for change in saved.get("changes", []):
+        counts += change.get("fields", {}).get("threads", [])[1:]
+    last = counts[-1]
+    return last if type(last) is int and last >= 1 else None
+
+
 def recorded_changes(
-    folder: Path, stages: list[Stage], fields: Fields, changes: list[dict[str, Any]]
+    folder: Path,
+    stages: list[Stage],
+    fields: Fields,
+    changes: list[dict[str, Any]],
+    threads: tuple[Any, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """The changes of a run in `folder`, with `fields` from where it stands now.
+    """The changes of a run in `folder`, with `fields` and the number of `threads`, before and now,
+    from where it stands.
 
     Raises:
-        UserError: the run is finished, so that they would have no effect.
+        UserError: the run is finished, so that other settings would have no effect.
     """
     fields = result_settings(fields)
-    if not fields:
+    if not fields and threads is None:
         return changes
     for stage in reversed(stages):
         path = state_path(folder, stage, stages)
@@ -64,20 +82,21 @@ def recorded_changes(
         return changes  # nothing was trained with the settings before
     state, train = load_state(path), stage.budgeted()
     step = int(state["step"])
-    if stage is stages[-1]:
-        spent = train.spent(
-            step=step,
-            pictures=step * train.batch_size,
-            seconds=float(state.get("seconds", 0)),
-            cpu_seconds=float(state.get("cpu_seconds", 0)),
+    spent = train.spent(
+        step=step,
+        pictures=step * train.batch_size,
+        seconds=float(state.get("seconds", 0)),
+        cpu_seconds=float(state.get("cpu_seconds", 0)),
+    )
+    if stage is stages[-1] and spent >= 1:
+        if not fields:
+            return changes
+        name, (before, now) = next(iter(fields.items()))
+        raise UserError(
+            f"The run in {folder} has spent its budget ({step} steps of {stage.name}), "
+            f"so {name}={now} (it has {before}) would have no effect: give a larger budget, or "
+            "choose another --out."
         )
-        if spent >= 1:
-            name, (before, now) = next(iter(fields.items()))
-            raise UserError(
-                f"The run in {folder} has spent its budget ({step} steps of {stage.name}), "
-                f"so {name}={now} (it has {before}) would have no effect: give a larger budget, or "
-                "choose another --out."
-            )
     for earlier in stages[: stages.index(stage)]:
         for name in fields:
             if earlier.optim_setting and name.split(".")[0] == earlier.optim_setting:
@@ -86,4 +105,6 @@ def recorded_changes(
                     f"run in {folder} is finished. Leave it out, or choose another --out."
                 )
     pairs = {name: list(pair) for name, pair in fields.items()}
+    if threads is not None:
+        pairs["threads"] = list(threads)
     return [*changes, {"stage": stage.name, "step": step, "fields": pairs}]

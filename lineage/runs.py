@@ -46,11 +46,11 @@ from lineage.plan import (
 )
 from lineage.recipes import find_recipe
 from lineage.recipes import preset as recipe_preset
-from lineage.resume import check_changes, differences, recorded_changes
+from lineage.resume import check_changes, differences, last_threads, recorded_changes
 from lineage.sheets import save_picture, sheet
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
-from lineage.threads import overruled, requested, usable_cpus
+from lineage.threads import requested, usable_cpus, use_threads
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.memory import check_memory
 from lineage.training.stage import RunStages, Stage, Stopped, finished_weights, load_weights
@@ -89,7 +89,8 @@ def train(
         data: Data set; the preset's default is `shapes`.
         preset: `smoke`, `tiny`, `small` or `paper`; `tiny` if None.
         minutes, cpu_minutes, steps: The budget, in place of the preset's: minutes of the clock,
-            minutes of the processor (the same work whatever else the machine does), or steps.
+            minutes of the processor (with one thread; nearly the same work whatever else the
+            machine does), or steps.
         out: The run folder; `runs/<key>` if None.
         seed: Seed of the weights, the data order and the noise.
         device: `cpu`, `cuda`, `mps` or `auto`.
@@ -108,8 +109,15 @@ def train(
     folder = expanded(out, "out") if out is not None else Path("runs") / key
     find_recipe(key)
     cache_folder("stages")  # a wrong name of the cache is found before anything is written
-    options = Options(data, minutes, cpu_minutes, steps, seed, device)
-    count = None if threads is None else typed(Threads, threads, "threads")
+    options = Options(
+        data=data,
+        minutes=minutes,
+        cpu_minutes=cpu_minutes,
+        steps=steps,
+        seed=seed,
+        device=device,
+    )
+    count = requested() if threads is None else typed(Threads, threads, "threads")
     taken = {name: expanded(run, f"--from {name}") for name, run in (stages_from or {}).items()}
     keep_freed_memory()
     started = _holds_run(folder)
@@ -121,7 +129,7 @@ def train(
         config = changed_by(recipe_preset(key, preset or "tiny"), options, settings)
         sources = {name: source_of(other, name) for name, other in taken.items()}
         run = _new(folder, config, sources, settings or {})
-    with overruled(count), claimed(folder) if _is_main() else contextlib.nullcontext():
+    with use_threads(count), claimed(folder) if _is_main() else contextlib.nullcontext():
         if started:
             run = _resumed(folder, key, preset, options, settings, taken)
         elif _is_main():
@@ -214,29 +222,30 @@ def _resumed(
         if stage.weights is not None and (own := finished_weights(folder, stage.name)).exists():
             stage.weights = own
     _check_stages(stages, config, folder)
-    threads = None
+    threads, new_threads = None, None
     if not config.train.is_timed:
-        threads = _threads_kept(folder, saved.get("made_with", {}).get("threads"))
-    changes = recorded_changes(folder, stages, fields, saved.get("changes", []))
+        threads_before = last_threads(saved)
+        threads = _usable_threads(folder, threads_before)
+        if threads_before is not None and requested() not in (None, threads_before):
+            new_threads = threads_before, requested()
+    changes = recorded_changes(folder, stages, fields, saved.get("changes", []), new_threads)
     constant = {name: saved[name] for name in NOT_SETTINGS if name in saved}
     now = {**to_dict(config), **constant, **({"changes": changes} if changes else {})}
     write_settings = _settings_writer(folder, now, saved)
     return _stages(folder, config, stages, dataset, fingerprint, write_settings, threads)
 
 
-def _threads_kept(folder: Path, before: Any) -> int | None:
+def _usable_threads(folder: Path, before: int | None) -> int | None:
     """The number of threads that a resumed run goes on with; None to measure.
 
     Args:
         folder: Run folder.
-        before: What `config.json` says that the run began with.
+        before: Number that it used last; None if it has not measured.
     """
-    if type(before) is not int or before < 1:  # none yet, or damaged
-        return None
-    asked, usable = requested(), usable_cpus()
-    if asked in (None, before) and before <= usable:
+    demanded, usable = requested(), usable_cpus()
+    if before is None or (demanded in (None, before) and before <= usable):
         return before
-    now = f"with {asked}" if asked else f"here it may use {usable}, so"
+    now = f"with {demanded}" if demanded else f"here it may use {usable}, so"
     say_once(
         f"The run in {folder} began with {before} thread{'' if before == 1 else 's'}; {now} its "
         f"last bits may differ from those of an unstopped run. Add --threads {before}, or set "

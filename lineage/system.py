@@ -31,7 +31,7 @@ from lineage.data.contract import Batch
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
 from lineage.text.contract import TextEncoder, TextFeatures, caption_list
-from lineage.threads import ThreadTuner, fitted
+from lineage.threads import ThreadTuner, use_free_threads
 
 PICTURE_OPTIONS = ("image", "mask", "control", "reference")
 """Options that hold one picture for each caption, under the names of diffusers' pipelines."""
@@ -194,7 +194,7 @@ class System(Trainable):
         """
         if self.device.type != "cpu":
             return lambda count: nullcontext()
-        return ThreadTuner().unit if several else lambda count: fitted()
+        return ThreadTuner().unit if several else lambda count: use_free_threads()
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -6,19 +6,23 @@ PyTorch starts a thread for each core that it counts. On a quiet machine the sec
 a training step has a thousand, waits for its slowest thread, and that one for a time slice of the
 system. So the count is measured:
 
-    usable_cpus    cores that the process may use: its affinity, and the quotas of its cgroups
-    free_threads   the largest count whose parallel regions are not kept waiting right now
-    fitted         that count for one piece of work
-    ThreadTuner    the fastest count for work that repeats, such as training steps: timed at the
-                   start, and again when the work gets slower or cores become free
+    usable_cpus        cores that the process may use: its affinity, and the quotas of its cgroups
+    free_threads       the largest count whose parallel regions are not kept waiting right now
+    use_free_threads   that count for one piece of work
+    ThreadTuner        the fastest count for work that repeats, such as training steps: timed at the
+                       start, and again when the work gets slower or cores become free
+    use_threads        the count that the user demands
 
-`--threads N` or OMP_NUM_THREADS overrules all of this. `torch.set_num_threads`, called before, is
+`--threads N` or OMP_NUM_THREADS overrules all measuring. `torch.set_num_threads`, called before, is
 the largest count that is tried.
+
+Threads that wait compute in a loop, which counts as processor time: with one thread, processor time
+is work, and with several it is not.
 
 The count changes the last bits of results: oneDNN splits the sum over a batch, in the gradient of a
 convolution's weights, among its threads, and so do PyTorch's layer norm and sums to one number. In
 one training step of each stage at preset tiny, between 0 and 66 % of the convolutions gave another
-gradient with two threads than with one (AMD Zen 5, bfloat16); in float32, nearly all did.
+gradient with two threads than with one (AMD Zen 5, bfloat16); in float32, more than half did.
 """
 
 from __future__ import annotations
@@ -29,17 +33,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from lineage.errors import UserError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
-REGION = torch.Size((64, 1024))  # the smallest tensors that PyTorch adds in parallel have 2**15
+REGION = 2**15  # numbers for each thread: PyTorch adds no fewer than these in parallel
 PROBE_SECONDS = 0.01
-PROBE_LASTS = 1.0  # seconds for which `fitted` believes what it found
+PROBE_LASTS = 1.0  # seconds for which `use_free_threads` believes what it found
 KEPT_WAITING = 10.0
 """Factor on the time of a small region above which its threads are kept waiting: it is about 1 on
 free cores, and above 100 beside a busy process."""
@@ -89,16 +96,16 @@ def cgroup_quotas(root: Path = Path("/")) -> list[float]:
     return quotas
 
 
-def _own_group(memberships: list[str], controller: str, top: Path, shown: str) -> Path:
-    """Folder of this process's group below the mount point `top`, which shows the part `shown` of
-    the hierarchy. A container may see its own group as `top`.
+def _own_group(memberships: list[str], controller: str, top: Path, part: str) -> Path:
+    """Folder of this process's group below the mount point `top`, which is the root `part` of the
+    hierarchy. A container may see its own group as `top`.
     """
     for line in memberships:
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(",") and (controller or not controllers):
             relative = Path(path)
-            if shown != "/" and relative.is_relative_to(shown):
-                relative = relative.relative_to(shown)
+            if part != "/" and relative.is_relative_to(part):
+                relative = relative.relative_to(part)
             folder = top / str(relative).lstrip("/")
             return folder if folder.is_dir() else top
     return top
@@ -130,24 +137,23 @@ def _ratio(text: str) -> float | None:
 
 # --- what the user asks for -----------------------------------------------------------------------
 
-_overruling: list[int] = []
+MAX_THREADS = 256  # with far more, OpenMP crashes
+_demanded: ContextVar[int | None] = ContextVar("_demanded", default=None)
 
 
 @contextmanager
-def overruled(count: int | None) -> Iterator[None]:
+def use_threads(count: int | None) -> Iterator[None]:
     """Use exactly `count` threads; None: those of PyTorch, but no more than the process may use."""
     if count is None:
         with _threads(available()):
             yield
         return
-    before = torch.get_num_threads()
-    _overruling.append(count)
-    torch.set_num_threads(count)
+    token = _demanded.set(count)
     try:
-        yield
+        with _threads(count):
+            yield
     finally:
-        _overruling.pop()
-        torch.set_num_threads(before)
+        _demanded.reset(token)
 
 
 def available() -> int:
@@ -156,11 +162,19 @@ def available() -> int:
 
 
 def requested() -> int | None:
-    """The count that `--threads` or OMP_NUM_THREADS demands; None without either."""
-    if _overruling:
-        return _overruling[-1]
+    """The count that `--threads` or OMP_NUM_THREADS demands; None without either.
+
+    Raises:
+        UserError: OMP_NUM_THREADS is larger than PyTorch could use.
+    """
+    if (count := _demanded.get()) is not None:
+        return count
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) > 0 else None
+    if not first.isdecimal() or int(first) == 0:
+        return None
+    if int(first) > MAX_THREADS:
+        raise UserError(f"OMP_NUM_THREADS={first[:20]} must be at most {MAX_THREADS}.")
+    return int(first)
 
 
 # --- what is free right now -----------------------------------------------------------------------
@@ -170,7 +184,7 @@ def free_threads(largest: int) -> int:
     """The largest count, `largest` or a half, a quarter, ... of it, whose parallel regions do not
     wait for cores that other processes use; found in about 12 ms.
     """
-    region = torch.zeros(REGION)
+    region = torch.zeros(largest * REGION)
     with _threads(1):
         alone = _seconds_per_region(region, PROBE_SECONDS / 5)
     while largest > 1:
@@ -207,7 +221,7 @@ _probed: dict[int, tuple[float, int]] = {}
 
 
 @contextmanager
-def fitted() -> Iterator[None]:
+def use_free_threads() -> Iterator[None]:
     """As many threads as are free, for a piece of work of less than a few seconds."""
     largest, count, now = available(), requested(), time.perf_counter()
     if count is None and largest in _probed and now - _probed[largest][0] < PROBE_LASTS:
@@ -223,7 +237,7 @@ def map_parts(work: Callable[[T], R], parts: Iterable[T]) -> list[R]:
     """`work` of each part, with as many threads as are free for each."""
     results = []
     for part in parts:
-        with fitted():
+        with use_free_threads():
             results.append(work(part))
     return results
 
@@ -237,7 +251,7 @@ and to try them would take longer than they could gain.
 """
 SLOWER = 1.3
 """Factor on the usual time of a unit of work above which the counts are measured again."""
-FIRST_LOOK, LAST_LOOK = 5.0, 60.0
+FIRST_PROBE, LAST_PROBE = 5.0, 60.0
 """Seconds until the first look for more free cores; each one in vain doubles them, up to the last.
 """
 FAR_SLOWER = 4.0
@@ -258,7 +272,7 @@ class ThreadTuner:
 
     Args:
         largest: Largest count to try; None for all that the process may use.
-        kept: A count that is used without measuring; None to measure.
+        fixed: A count that is used without measuring; None to measure.
 
     Attributes:
         count: Count in use.
@@ -266,22 +280,22 @@ class ThreadTuner:
         seconds: Usual time of a unit of work; None before it is known.
     """
 
-    def __init__(self, largest: int | None = None, kept: int | None = None) -> None:
+    def __init__(self, largest: int | None = None, fixed: int | None = None) -> None:
         self.largest = largest or available()
-        asked = requested()
-        self.kept = asked or kept or (1 if self.largest == 1 else None)
-        self.count, self.reason = self.kept or self.largest, ""
-        if asked:
-            self.reason = "as asked for"
-        elif self.kept == 1 and kept is None:
+        demanded = requested()
+        self.fixed = demanded or fixed or (1 if self.largest == 1 else None)
+        self.count, self.reason = self.fixed or self.largest, ""
+        if demanded:
+            self.reason = "as requested"
+        elif self.fixed == 1 and fixed is None:
             self.reason = "all that this process may use"
         self.seconds: float | None = None
         self._recent: deque[float] = deque(maxlen=5)
         self._plan: list[int] = []  # counts of the units to come
         self._times: dict[int, list[float]] = {}
-        self._next_look, self._wait = 0.0, FIRST_LOOK
-        self._looked = 0.0
-        if self.kept is None:
+        self._next_probe, self._wait = 0.0, FIRST_PROBE
+        self._last_probe = 0.0
+        if self.fixed is None:
             self._try_all()
 
     @property
@@ -291,7 +305,7 @@ class ThreadTuner:
 
     def keep(self, count: int, reason: str) -> None:
         """Use `count` from now on, whatever happens."""
-        self.count = self.kept = count
+        self.count = self.fixed = count
         self.reason = reason
         self._plan.clear()
 
@@ -316,7 +330,7 @@ class ThreadTuner:
 
     def _try_all(self) -> None:
         """Plan to time all counts whose cores are free."""
-        self._looked = time.perf_counter()
+        self._last_probe = time.perf_counter()
         free = free_threads(self.largest)
         counts = [1, *(c for c in (free // 8, free // 4, free // 2, free) if c > 1)]
         self._times = {}
@@ -353,8 +367,8 @@ class ThreadTuner:
 
     def _use(self, count: int, reason: str, seconds: float | None) -> None:
         """Use `count`, and look for more cores later: soon after a change, ever less without."""
-        self._wait = FIRST_LOOK if count != self.count else min(LAST_LOOK, 2 * self._wait)
-        self._next_look = time.perf_counter() + self._wait
+        self._wait = FIRST_PROBE if count != self.count else min(LAST_PROBE, 2 * self._wait)
+        self._next_probe = time.perf_counter() + self._wait
         self.count, self.reason, self.seconds = count, reason, seconds
 
     def _watch(self, seconds: float) -> None:
@@ -364,15 +378,15 @@ class ThreadTuner:
         if self.seconds is None and len(self._recent) == self._recent.maxlen:
             self.seconds = usual
         now = time.perf_counter()
-        if self.kept is not None or now - self._looked < 1.0:
+        if self.fixed is not None or now - self._last_probe < 1.0:
             return
         if self.count > 1 and self.seconds is not None:
             full = len(self._recent) == self._recent.maxlen
             if seconds > FAR_SLOWER * self.seconds or (full and usual > SLOWER * self.seconds):
                 self._try_all()
                 return
-        if self.count < self.largest and now > self._next_look:
-            self._looked = now
+        if self.count < self.largest and now > self._next_probe:
+            self._last_probe = now
             if free_threads(self.largest) > self.count:
                 self._try_all()
             else:

@@ -5,6 +5,7 @@ and a processor that are made up.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from lineage import threads
+from lineage.errors import UserError
 from lineage.threads import (
     BUSY,
-    FIRST_LOOK,
+    FIRST_PROBE,
     GAIN,
     LONG,
     ROUNDS,
@@ -22,10 +24,10 @@ from lineage.threads import (
     ThreadTuner,
     available,
     cgroup_quotas,
-    fitted,
-    overruled,
     requested,
     usable_cpus,
+    use_free_threads,
+    use_threads,
 )
 
 # --- quotas ---------------------------------------------------------------------------------------
@@ -114,17 +116,41 @@ def test_omp_num_threads_overrules(
     assert requested() == count
 
 
+def test_a_count_that_would_crash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "100000")
+    with pytest.raises(UserError, match="OMP_NUM_THREADS=100000 must be at most 256"):
+        requested()
+
+
+def test_counts_of_two_python_threads_are_apart() -> None:
+    both = threading.Barrier(2)
+    counts: dict[int, int | None] = {}
+
+    def work(count: int) -> None:
+        with use_threads(count):
+            both.wait()
+            counts[count] = requested()
+            both.wait()
+
+    workers = [threading.Thread(target=work, args=(count,)) for count in (1, 2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert counts == {1: 1, 2: 2}
+
+
 def test_an_explicit_count_overrules_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before = torch.get_num_threads()
-    with overruled(3):
+    with use_threads(3):
         assert (requested(), available(), torch.get_num_threads()) == (3, 3, 3)
-        with overruled(None):
+        with use_threads(None):
             assert requested() == 3
         tuner = ThreadTuner()
-        assert (tuner.count, tuner.kept, tuner.measuring) == (3, 3, False)
-        assert tuner.reason == "as asked for"
-        with fitted():
+        assert (tuner.count, tuner.fixed, tuner.measuring) == (3, 3, False)
+        assert tuner.reason == "as requested"
+        with use_free_threads():
             assert torch.get_num_threads() == 3
     assert (requested(), torch.get_num_threads()) == (2, before)
 
@@ -229,7 +255,7 @@ def test_a_process_that_comes_and_goes(machine: Machine) -> None:
     machine.others, machine.used, came = 0, [], machine.now
     while tuner.count == 1 and machine.now < came + 100:
         machine.work(tuner)
-    assert tuner.count == 2 and machine.now - came < 2 * FIRST_LOOK + 3
+    assert tuner.count == 2 and machine.now - came < 2 * FIRST_PROBE + 3
 
 
 def test_looks_for_free_cores_get_rarer(machine: Machine) -> None:
@@ -279,7 +305,7 @@ def test_a_long_unit_beside_a_busy_process_is_the_only_one(machine: Machine) -> 
 
 
 def test_a_kept_count_is_never_measured(machine: Machine) -> None:
-    tuner = ThreadTuner(kept=2)
+    tuner = ThreadTuner(fixed=2)
     machine.work(tuner, 50)
     machine.others = 1
     machine.work(tuner, 50)
@@ -297,17 +323,17 @@ def test_the_user_s_own_limit_is_the_largest_count(monkeypatch: pytest.MonkeyPat
 def test_fitted_uses_what_is_free_and_asks_once_a_second(machine: Machine) -> None:
     for others, count, probes in ((0, 2, 1), (1, 2, 1)):
         machine.others = others
-        with fitted():
+        with use_free_threads():
             assert (machine.count, machine.probes) == (count, probes)
     machine.now += 2
-    with fitted():
+    with use_free_threads():
         assert (machine.count, machine.probes) == (1, 2)
     assert machine.count == 2
 
 
 def test_work_outside_of_units_stays_within_the_quota(machine: Machine) -> None:
     machine.count = 64  # what PyTorch counts in a container with a quota of two cores
-    with overruled(None):
+    with use_threads(None):
         assert machine.count == 2
     assert machine.count == 64
 
@@ -327,7 +353,41 @@ def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
     assert counts == [1] and machine.count == 2
 
 
-def test_free_threads_of_this_machine() -> None:
-    """A look takes little, and a single core is always free."""
-    assert threads.free_threads(1) == 1
-    assert threads.free_threads(2) in (1, 2)
+@pytest.mark.parametrize(
+    ("times", "free"),
+    [
+        ({1: 1.0, 8: 1.2}, 8),
+        ({1: 1.0, 8: 500.0, 4: 0.9}, 4),
+        ({1: 1.0, 8: 50.0, 4: 50.0, 2: 50.0}, 1),
+    ],
+    ids=["all", "half", "one"],
+)
+def test_counts_whose_regions_wait_are_not_free(
+    times: dict[int, float], free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch, cores=8)
+    monkeypatch.undo()
+    machine.count = 8
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.count)
+    monkeypatch.setattr(torch, "set_num_threads", machine.set)
+    monkeypatch.setattr(threads, "_seconds_per_region", lambda *_: times[machine.count])
+    assert threads.free_threads(8) == free
+    assert machine.count == 8
+
+
+def test_every_thread_takes_part_in_a_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch gives none fewer than 2**15 numbers."""
+    regions: list[int] = []
+
+    def note(region: torch.Tensor, _: float) -> float:
+        regions.append(region.numel())
+        return 1.0
+
+    monkeypatch.setattr(threads, "_seconds_per_region", note)
+    threads.free_threads(16)
+    assert set(regions) == {16 * 2**15}
+
+
+def test_a_region_takes_microseconds() -> None:
+    with use_threads(1):
+        assert 0 < threads._seconds_per_region(torch.zeros(threads.REGION), 0.01) < 0.005

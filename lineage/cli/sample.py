@@ -53,7 +53,7 @@ def sample(
         from lineage.cli import drawing
         from lineage.sheets import check_picture, picture, save_picture
         from lineage.system import CAPTION_OPTIONS
-        from lineage.threads import overruled
+        from lineage.threads import use_threads
 
     ending = out.suffix or ".png"
     first = out.with_name(f"{out.stem}_000{ending}") if single and out.name else out
@@ -65,7 +65,7 @@ def sample(
             raise UserError(f"--visualise shows one picture: leave out --{name}.")
     if scorer is not None and best_of is None:
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
-    with overruled(threads):
+    with use_threads(threads):
         system = runs.load(run, device)
         values = drawing.options_of(system, settings_of(options), files)
         texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]

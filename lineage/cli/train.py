@@ -49,7 +49,8 @@ def train(
         data: Data set; shapes if left out.
         preset: Size of the system; tiny if left out.
         minutes: Budget in minutes of training.
-        cpu_minutes: Budget in minutes of the processor, the same work on a busy machine.
+        cpu_minutes: Budget in minutes of the processor, with one thread unless --threads says
+            otherwise: nearly the same work on a busy machine.
         steps: Budget in steps.
         out: Run folder to write; runs/KEY if left out.
         seed: Seed of the weights, the order of the data and the noise.

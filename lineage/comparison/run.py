@@ -30,7 +30,7 @@ from torch import Tensor
 from lineage.catalog import CATALOG, lookup, working
 from lineage.comparison.report import SystemPage, write_report
 from lineage.comparison.training import train_all
-from lineage.config import RunConfig, Threads, to_dict, typed
+from lineage.config import RunConfig, Threads, TrainConfig, to_dict, typed
 from lineage.data import load_dataset
 from lineage.data.contract import Example, to_bytes
 from lineage.errors import UserError, say
@@ -46,17 +46,18 @@ from lineage.evaluation.run import (
 from lineage.files import check_output, claimed, expanded
 from lineage.options import configure
 from lineage.plan import read_config, read_saved
-from lineage.resume import differences, result_settings
+from lineage.resume import differences, last_threads, result_settings
 from lineage.runs import check_runs, fingerprint_of, load
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
-from lineage.threads import overruled, usable_cpus
+from lineage.threads import requested, usable_cpus, use_threads
 from lineage.training.log import read_log
 from lineage.training.machine import pick_device
 from lineage.training.memory import total_memory
 from lineage.training.store import write_json
 
 CAPTIONS = 12  # rows of the sheet
+BUDGET = {"train.minutes", "train.cpu_minutes", "train.max_steps", "train.max_pictures"}
 MEMORY = 2 * 10**9
 """Bytes of memory for each system that is trained at a time; one at preset tiny needs up to half of
 them.
@@ -112,20 +113,15 @@ def compare(
     }
     for key in keys:
         lookup(key)
-    on_cpu = pick_device(device or "auto").type == "cpu"
-    per_system = typed(Threads, 1 if threads is None else threads, "threads") if on_cpu else None
+    demanded, per_system = None, None
+    if pick_device(device or "auto").type == "cpu":
+        demanded = requested() if threads is None else typed(Threads, threads, "threads")
+        per_system = demanded or 1
     for name in ("report.html", "report.json", "sheet.png"):
         check_output(folder / name)
-    configs = [configure(key, preset_name=preset, settings=settings, **options) for key in keys]
-    asked = configs[0].train
-    own = options | {"threads": per_system}
-    if per_system and asked.minutes is not None and "train.minutes" not in (settings or {}):
-        budget = {"minutes": None, "cpu_minutes": per_system * asked.minutes}
-        own |= budget
-        configs = [
-            configure(key, preset_name=preset, settings=settings, **options | budget)
-            for key in keys
-        ]
+    train = configure(keys[0], preset_name=preset, settings=settings, **options).train
+    fair = options | _fair_budget(train, settings or {}, per_system)
+    configs = [configure(key, preset_name=preset, settings=settings, **fair) for key in keys]
     if len({config.size for config in configs}) > 1:
         raise UserError(
             f"The systems draw at different sizes at preset {preset}; set one with --set size=..."
@@ -137,31 +133,31 @@ def compare(
         return fingerprint_of(load_dataset(config.data, "train", config.size, config.seed))
 
     for key, one in zip(keys, configs, strict=True):
-        _check_existing(folder / key, one, fingerprint)
+        _check_existing(folder / key, one, fingerprint, per_system)
     check_runs(configs)
     scoring = EvalConfig(
         pictures=pictures, device=config.train.device, features=features, scorer=scorer
     )
     check_scoring(config.data, config.size, config.seed, scoring)
     examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
-    flags = ["--preset", preset, *_flags(own, settings or {})]
+    flags = ["--preset", preset, *_flags(fair | {"threads": per_system}, settings or {})]
     compare_flags = ["--preset", preset, *_flags(options | {"threads": threads}, settings or {})]
     at_once = systems_at_once(per_system)
     with claimed(folder):
-        if sentence := _fairness(config, per_system, min(at_once, len(keys))):
-            say(sentence)
+        if per_system and config.train.cpu_minutes is not None:
+            say(_fairness(config.train.cpu_minutes, per_system, min(at_once, len(keys))))
         commands = {}
         for key in keys:
             resume = ["--resume"] if (folder / key / "config.json").exists() else []
             commands[key] = ["--out", str(folder / key), *resume, *flags]
         train_all(commands, at_once)
         facts = {
-            "budget": {"minutes": asked.minutes, "steps": asked.max_steps},
+            "budget": {"minutes": train.minutes, "steps": train.max_steps},
             "cpu_minutes": config.train.cpu_minutes,
             "threads": per_system,
             "reproduce": _commands(keys, flags, compare_flags, scoring, folder.name),
         }
-        with overruled(threads if on_cpu else None):
+        with use_threads(demanded):
             return _report(folder, keys, config, scoring, examples, facts)
 
 
@@ -176,14 +172,27 @@ def systems_at_once(threads: int | None) -> int:
     return max(1, min(usable_cpus() // threads, total_memory("cpu") // MEMORY))
 
 
-def _fairness(config: RunConfig, threads: int | None, at_once: int) -> str:
-    """What the budget is counted in, for the user; empty if that is what was asked for."""
-    if config.train.cpu_minutes is None:
-        return ""
+def _fair_budget(
+    train: TrainConfig, settings: Mapping[str, Any], threads: int | None
+) -> dict[str, Any]:
+    """Options of `configure` that replace minutes of the clock by those of the processor.
+
+    Args:
+        train: Budget as the user gave it.
+        settings: Fields that the user set, whose budget is left as it is.
+        threads: Number of threads of each system; None on a GPU.
+    """
+    if threads is None or train.minutes is None or BUDGET & settings.keys():
+        return {}
+    return {"minutes": None, "cpu_minutes": threads * train.minutes}
+
+
+def _fairness(minutes: float, threads: int, at_once: int) -> str:
+    """What the budget is counted in, for the user."""
     return (
-        f"Each system is trained for {config.train.cpu_minutes:g} minutes of the processor's time "
-        f"with {threads} thread{'' if threads == 1 else 's'}, {at_once} at a time, so that what "
-        "else the machine does changes no score."
+        f"Each system is trained for {minutes:g} minutes of the processor's time with "
+        f"{threads} thread{'' if threads == 1 else 's'}, {at_once} at a time, so that what else "
+        "the machine does hardly changes a score."
     )
 
 
@@ -220,11 +229,18 @@ def _report(
     return folder / "report.html"
 
 
-def _check_existing(folder: Path, config: RunConfig, fingerprint: Callable[[], str]) -> None:
-    """Raise `UserError` if `folder` holds a run of other settings or data than asked for."""
+def _check_existing(
+    folder: Path, config: RunConfig, fingerprint: Callable[[], str], threads: int | None
+) -> None:
+    """Raise `UserError` if `folder` holds a run of other settings, data or number of threads."""
     if not (folder / "config.json").exists():
         return
     before = read_config(folder)
+    if before.train.minutes is not None and config.train.cpu_minutes is not None:
+        raise UserError(
+            f"{folder} was trained for minutes of the clock, and a comparison counts those of the "
+            "processor: choose another --out, or delete that folder to train it again."
+        )
     if fields := result_settings(differences(before, config)):
         name, (old, new) = next(iter(fields.items()))
         raise UserError(
@@ -236,6 +252,11 @@ def _check_existing(folder: Path, config: RunConfig, fingerprint: Callable[[], s
         raise UserError(
             f"{folder} was trained with other settings up to step {saved['changes'][-1]['step']} "
             "(`changes` in its config.json): choose another --out, or delete that folder."
+        )
+    if threads and (count := last_threads(saved)) not in (None, threads):
+        raise UserError(
+            f"{folder} was trained with {count} threads, not {threads}: add --threads {count}, or "
+            "choose another --out."
         )
     if saved.get("data_fingerprint") != fingerprint():
         raise UserError(

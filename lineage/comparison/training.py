@@ -59,7 +59,6 @@ def _stopped_together(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterato
     """Stop all running processes on a request to stop, and when one of them fails; they save their
     state and end.
     """
-
     try:
         yield
     except KeyboardInterrupt:  # SIGTERM and SIGHUP on the command line, too

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lineage.data.contract import Batch, CaptionedDataset, Example
+from lineage.threads import use_threads
 
 CHUNK = 32
 """Number of pictures that are encoded at once."""
@@ -96,7 +97,8 @@ class CachedDataset(CaptionedDataset):
         values = {i: value for i in batch.id if (value := self.cache.get(i)) is not None}
         rows = {i: row for row, i in enumerate(batch.id) if i not in values}
         if rows:
-            encoded = encode_in_chunks(batch.image[list(rows.values())], self.encode)
+            with use_threads(None if self.endless else 1):  # a cached value has no step of its own
+                encoded = encode_in_chunks(batch.image[list(rows.values())], self.encode)
             self.cache.put(list(rows), encoded)
             values.update(zip(rows, encoded, strict=True))
         return torch.stack([values[i] for i in batch.id])

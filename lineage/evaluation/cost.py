@@ -28,7 +28,7 @@ from lineage.characters import protect
 from lineage.errors import CheckFailed
 from lineage.system import System
 from lineage.text.contract import caption_list
-from lineage.threads import available, fitted, overruled, requested
+from lineage.threads import available, requested, use_free_threads, use_threads
 from lineage.training.machine import peak_memory
 from lineage.training.store import read_json_object, write_cache, write_json
 
@@ -191,7 +191,7 @@ def main() -> None:
     from lineage.runs import load
 
     run, device, threads = sys.argv[1:]
-    with protect(), fitted(), overruled(int(threads or torch.get_num_threads())):
+    with protect(), use_free_threads(), use_threads(int(threads or torch.get_num_threads())):
         captions, weights = json.load(sys.stdin), Path(run) / "model.safetensors"
         print(json.dumps(sampling_cost(load(run, device), captions, weights)))
 

@@ -46,7 +46,7 @@ from lineage.files import check_output, expanded
 from lineage.runs import load, read_config
 from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
-from lineage.threads import map_parts, overruled
+from lineage.threads import map_parts, use_threads
 from lineage.training.cost import budget_warnings, read_cost
 from lineage.training.machine import pick_device
 from lineage.training.store import write_json
@@ -135,7 +135,7 @@ def evaluate(
         for name in ("scores.json", *sheets):
             check_output(out / name)
     config = EvalConfig(**settings)
-    with overruled(config.threads):
+    with use_threads(config.threads):
         document, scored = score_runs(folders, config)
     if out is not None:
         write_json(out / "scores.json", document)

@@ -19,7 +19,7 @@ from lineage.evaluation import metrics
 from lineage.evaluation.intervals import fid_score, kid_score, mean_score, task_mean_score
 from lineage.evaluation.judge import PARTS
 from lineage.evaluation.prompts import SPLITS, TASKS, Prompt
-from lineage.threads import fitted
+from lineage.threads import use_free_threads
 
 PRECISION_NEIGHBOURS = 3  # as Kynkaanniemi et al. 2019
 DENSITY_NEIGHBOURS = 5  # as Naeem et al. 2020
@@ -54,7 +54,7 @@ def composition(prompts: Sequence[Prompt], verdicts: Sequence[dict[str, bool]]) 
     return result
 
 
-@fitted()
+@use_free_threads()
 def stages(
     values: Mapping[str, Tensor],
     prompts: Sequence[Prompt],
@@ -73,7 +73,7 @@ def stages(
     return result
 
 
-@fitted()
+@use_free_threads()
 def quality(real: Tensor, fake: Tensor) -> dict[str, Any]:
     """FID, KID, precision, recall, density and coverage of features (N, D) and (M, D)."""
     count, width = min(len(real), len(fake)), real.shape[1]
@@ -98,7 +98,7 @@ def quality(real: Tensor, fake: Tensor) -> dict[str, Any]:
     return result
 
 
-@fitted()
+@use_free_threads()
 def diversity(samples: Tensor, real: Tensor | None) -> dict[str, Any]:
     """The spread of several samples of one caption.
 
@@ -120,7 +120,7 @@ def diversity(samples: Tensor, real: Tensor | None) -> dict[str, Any]:
     return result
 
 
-@fitted()
+@use_free_threads()
 def memorisation(train: Tensor, unseen: Tensor, fake: Tensor) -> dict[str, Any]:
     """Distances of generated and of unseen real pictures to the nearest training picture.
 
@@ -157,7 +157,7 @@ def wrong_captions(captions: Sequence[str], seed: int = 0) -> Tensor:
     return torch.cat(pools)
 
 
-@fitted()
+@use_free_threads()
 def text_fit(
     image: Tensor, text: Tensor, captions: Sequence[str], kind: str, seed: int = 0
 ) -> dict[str, Any]:

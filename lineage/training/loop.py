@@ -35,7 +35,7 @@ from lineage.errors import CheckFailed, UserError
 from lineage.nn.noise import BatchNoise, stream_seed
 from lineage.system import Trainable
 from lineage.text.contract import TextFeatures
-from lineage.threads import ThreadTuner, overruled
+from lineage.threads import ThreadTuner, use_threads
 from lineage.training.caption_cache import CaptionCache
 from lineage.training.group import Group
 from lineage.training.loader import Loader
@@ -56,10 +56,10 @@ CHECK_EVERY = 1000
 METRIC_STEPS = 5
 """Number of steps per log line on which metrics are collected, its first step among them."""
 
-SHORT = 5.0
-"""Seconds of training below which the numbers of threads are not compared: one thread is used."""
 FEW_STEPS, SMALL = 50, 10**7
-"""Number of steps, and of parameters, up to which training is short without being timed."""
+"""Number of steps, and of parameters, up to which the numbers of threads are not compared: it would
+take as long as it could gain.
+"""
 
 
 class Trainer:
@@ -73,7 +73,8 @@ class Trainer:
         seed: Seed of data order, captions and noise.
         stage: Name for the log and the progress bar.
         optim_setting: Name of the setting that holds `optim`; empty if none does.
-        threads: Number of threads that the run began with, and keeps; None to measure.
+        threads: Number of threads that the run began with, and keeps; None to measure. With a
+            budget of processor time, one thread is used, unless the user demands more.
     """
 
     def __init__(
@@ -121,8 +122,11 @@ class Trainer:
         self._values: dict[str, list[float]] = {}  # values since the last line of the log
         self._saved_step = 0
         self._stop_requested = False
-        alone_on_cpu = self.device.type == "cpu" and self.processes.world_size == 1
-        self.threads = ThreadTuner(kept=threads if alone_on_cpu else torch.get_num_threads())
+        if self.device.type != "cpu" or self.processes.world_size > 1:
+            threads = torch.get_num_threads()
+        elif train.cpu_minutes is not None:
+            threads = 1
+        self.threads = ThreadTuner(fixed=threads)
         self._rates = RateWatch(train, self.threads)
 
     def _prepare(self, system: Trainable) -> Trainable:
@@ -213,37 +217,33 @@ class Trainer:
         the fastest. The state is restored, so that every step of the run is made with it.
 
         Returns:
-            The number that is kept; None if it may change on the way, or if the training is too
-            short to measure and uses one thread.
+            The number that is kept; None if it may change, does not matter, or the run is short.
         """
-        if self.train.is_timed or self.threads.kept is not None or self.spent() >= 1:
-            return self.threads.kept
+        if self.device.type != "cpu" or self.train.is_timed:
+            return None
+        if self.threads.fixed is not None or self.spent() >= 1:
+            return self.threads.fixed
         if self._is_short():
             self.threads.keep(1, "a short run")
             return None
-        saved, batch = copy.deepcopy(self.state()), self.loader.at(self.step)
+        saved = copy.deepcopy(self.state())
+        with use_threads(1):
+            batch = self.loader.at(self.step)
         while self.threads.measuring:
             with self.threads.unit():
                 self._advance(batch, collect_metrics=False)
         self.load_state(saved)
         self.threads.keep(self.threads.count, self.threads.reason)
-        return self.threads.kept
+        return self.threads.fixed
 
     def _is_short(self) -> bool:
-        """Whether the rest of a budget in steps or pictures takes less than `SHORT` seconds with
-        one thread.
+        """Whether a budget in steps or pictures is too small to measure. A function of the settings
+        alone, so that a resumed run gets the same answer.
         """
         pictures = self.train.max_pictures or math.inf
-        steps = min(self.train.max_steps or math.inf, pictures / self.batch_size) - self.step
+        steps = min(self.train.max_steps or math.inf, pictures / self.batch_size)
         size = sum(p.numel() for group in self.groups.values() for p in group.parameters)
-        if steps <= FEW_STEPS and size <= SMALL:
-            return True
-        saved, started = copy.deepcopy(self.state()), time.perf_counter()
-        with overruled(1):
-            self._advance(self.loader.at(self.step), collect_metrics=False)
-        seconds = time.perf_counter() - started
-        self.load_state(saved)
-        return steps * seconds < SHORT
+        return steps <= FEW_STEPS and size <= SMALL
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class Trainer:
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
         metrics_every = max(1, train.log_every // METRIC_STEPS)
         self.choose_threads()
-        bar = progress_bar(self.stage, train, shown=self.processes.is_main)
+        bar = progress_bar(self.stage, train, visible=self.processes.is_main)
         with noting_signals(self._request_stop), _frozen_heap(), bar:
             clock, cpu, logged_step = time.perf_counter(), time.process_time(), self.step
             logged_seconds = self.seconds
@@ -380,7 +380,7 @@ class Trainer:
         losses = {n: value for n, value in means.items() if n.split("/")[0] in self.groups}
         head = f"step {self.step}, {speed:,.0f} pictures/s, {described(self.threads)}  "
         bar.set_postfix_str(head + losses_text(losses | metrics, diagnosis), refresh=False)
-        if self.processes.is_main:
+        if self.processes.is_main and 2 * (self.step - logged_step) > self.train.log_every:
             tell(self._rates.sentence(self.step, speed))
         bar.n = min(bar.total, round(self.spent() * bar.total, 1))
         bar.refresh()

@@ -15,16 +15,16 @@ from lineage.threads import ThreadTuner
 LABEL = "LINEAGE_LABEL"
 """Environment variable with text before a stage's name, where several runs share a terminal."""
 FALL = 0.5
-"""Share of the rate at the start below which the user is told."""
+"""Share of the best rate so far below which the user is warned."""
 
 
-def progress_bar(stage: str, train: TrainConfig, shown: bool) -> tqdm:
+def progress_bar(stage: str, train: TrainConfig, visible: bool) -> tqdm:
     """A progress bar in the unit of the budget.
 
     Args:
         stage: Name of the stage.
         train: Budget.
-        shown: If true, the bar is shown where standard error is a terminal.
+        visible: If true, the bar is shown where standard error is a terminal.
     """
     if train.minutes is not None:
         total, unit = 60 * train.minutes, "s"
@@ -38,7 +38,7 @@ def progress_bar(stage: str, train: TrainConfig, shown: bool) -> tqdm:
         "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{unit} "
         "{elapsed}<{remaining} {postfix}"
     )
-    disable = None if shown else True
+    disable = None if visible else True
     return tqdm(
         desc=os.environ.get(LABEL, "") + stage,
         total=total,
@@ -57,7 +57,7 @@ def described(threads: ThreadTuner) -> str:
 
 
 class RateWatch:
-    """Tells the user, once, that training has become much slower than it was at the start.
+    """Warns, once, that training has become much slower than it was.
 
     Args:
         train: Budget, on which the advice depends.
@@ -67,24 +67,24 @@ class RateWatch:
     def __init__(self, train: TrainConfig, threads: ThreadTuner) -> None:
         self.train, self.threads = train, threads
         self.best = 0.0
-        self.told = False
+        self.warned = False
 
     def sentence(self, step: int, rate: float) -> str:
-        """What to tell about `rate` pictures a second at `step`; empty if all is well."""
+        """The warning about `rate` pictures a second at `step`; empty if all is well."""
         self.best = max(self.best, rate)
-        if self.told or rate >= FALL * self.best or self.threads.measuring:
+        if self.warned or rate >= FALL * self.best or self.threads.measuring:
             return ""
-        self.told = True
+        self.warned = True
         fell = (
             f"Step {step}: {rate:,.0f} pictures a second, where it was {self.best:,.0f} before; "
-            "other processes use the processor."
+            "other processes may use the processor."
         )
         if self.train.minutes is not None:
             return (
                 f"{fell} A budget in minutes then gives fewer steps: --steps or --cpu-minutes give "
                 "the same work."
             )
-        if self.threads.count > 1 and self.threads.kept is not None:
+        if self.threads.count > 1 and self.threads.fixed is not None:
             return (
                 f"{fell} This run keeps its {self.threads.count} threads, so that its bits do not "
                 "depend on that: to go on faster, press Ctrl-C and add --resume --threads 1 (the "

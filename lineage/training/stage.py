@@ -24,6 +24,7 @@ from lineage.config import OptimConfig, TrainConfig, to_dict
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError, say_once
 from lineage.system import System, Trainable
+from lineage.threads import use_threads
 from lineage.training.cost import write_cost
 from lineage.training.log import Log
 from lineage.training.loop import Trainer
@@ -263,7 +264,8 @@ class RunStages:
         train = stage.budgeted()
         dataset = self.dataset
         if stage.prepare is not None:
-            dataset = stage.prepare(dataset, system.to(pick_device(train.device)))
+            with use_threads(1):  # before the number is known, and the same when resumed
+                dataset = stage.prepare(dataset, system.to(pick_device(train.device)))
         trainer = Trainer(
             system,
             dataset,

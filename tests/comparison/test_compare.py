@@ -6,7 +6,8 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 import lineage
-from lineage.comparison import run
+from lineage.comparison import run, training
 from lineage.comparison.report import (
     MAX_FAILURES,
     MAX_TERMS,
@@ -29,12 +30,13 @@ from lineage.comparison.report import (
     wall_time,
     write_report,
 )
+from lineage.comparison.run import systems_at_once
 from lineage.comparison.training import _check
 from lineage.errors import CheckFailed, UserError
 from lineage.evaluation.run import ScoredRun
 from lineage.evaluation.table import score_tables
 from lineage.training.log import read_log
-from lineage.training.store import read_json
+from lineage.training.store import read_json, write_json
 from lineage.units import as_bytes, as_count, as_seconds
 
 KEYS = ["retrieval", "gan_int_cls"]
@@ -309,6 +311,122 @@ def test_runs_of_other_settings_are_not_reported(
         lineage.compare(KEYS, **asked)
     assert "--out" in str(caught.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_runs_with_another_number_of_threads_are_not_reported(folder: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"preset": "smoke", "steps": STEPS, "pictures": PICTURES}
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = copy / "gan_int_cls" / "config.json"
+    saved = read_json(config)
+    saved["made_with"]["threads"] = 2
+    write_json(config, saved)
+    with pytest.raises(UserError, match="was trained with 2 threads, not 1: add --threads 2"):
+        lineage.compare(["gan_int_cls"], out=copy, **asked, threads=1)
+
+
+def test_an_old_comparison_in_minutes_of_the_clock_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = copy / "gan_int_cls" / "config.json"
+    saved = read_json(config)
+    saved["train"] |= {"minutes": 0.1, "max_steps": None}
+    write_json(config, saved)
+    with pytest.raises(UserError, match=r"minutes of the clock, .*those of the processor"):
+        lineage.compare(["gan_int_cls"], preset="smoke", minutes=0.1, pictures=PICTURES, out=copy)
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "gigabytes", "count"),
+    [(None, 8, 64, 1), (1, 8, 64, 8), (2, 8, 64, 4), (3, 2, 64, 1), (1, 8, 5, 2), (1, 8, 1, 1)],
+)
+def test_as_many_systems_at_a_time_as_cores_and_memory_allow(
+    threads: int | None,
+    cores: int,
+    gigabytes: int,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lineage.comparison.run.usable_cpus", lambda: cores)
+    monkeypatch.setattr("lineage.comparison.run.total_memory", lambda _: gigabytes * 10**9)
+    assert systems_at_once(threads) == count
+
+
+def test_systems_are_trained_at_a_time_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than allowed, each on a line of its own; a line that is free is used again."""
+    running: dict[str, int] = {}
+    started: list[tuple[str, int, int]] = []
+
+    class Child:
+        def __init__(self, key: str, polls: int) -> None:
+            self.key, self.polls, self.returncode = key, polls, 0
+
+        def poll(self) -> int | None:
+            self.polls -= 1
+            if self.polls > 0:
+                return None
+            running.pop(self.key, None)
+            return 0
+
+    def start(key: str, flags: Sequence[str], place: int) -> Child:
+        running[key] = place
+        started.append((key, place, len(running)))
+        return Child(key, {"ddpm": 9, "dit": 2}.get(key, 4))
+
+    monkeypatch.setattr(training, "_start", start)
+    monkeypatch.setattr(training, "POLL", 0.0)
+    training.train_all({key: [] for key in ("ddpm", "dit", "ldm", "vqvae")}, 2)
+    assert started == [("ddpm", 0, 1), ("dit", 1, 2), ("ldm", 1, 2), ("vqvae", 1, 2)]
+
+
+def test_a_system_that_fails_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    class Child:
+        def __init__(self, key: str) -> None:
+            self.key, self.returncode = key, 1
+
+        def poll(self) -> int | None:
+            return 1 if self.key == "dit" else None
+
+        def terminate(self) -> None:
+            ended.append(self.key)
+
+        def wait(self) -> None:
+            ended.append(f"{self.key} waited for")
+
+    monkeypatch.setattr(training, "_start", lambda key, *_: Child(key))
+    monkeypatch.setattr(training, "POLL", 0.0)
+    with pytest.raises(CheckFailed, match="dit stopped with exit code 1"):
+        training.train_all({"ddpm": [], "dit": [], "ldm": []}, 2)
+    assert ended == ["ddpm", "ddpm waited for"]
+
+
+def test_minutes_are_those_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In each thread; a budget in --set is left as it is."""
+    flags: dict[str, Sequence[str]] = {}
+
+    def train_none(commands: dict[str, Sequence[str]], at_once: int) -> None:
+        flags.update(commands)
+        raise CheckFailed("enough")
+
+    monkeypatch.setattr("lineage.comparison.run.train_all", train_none)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for options, words in (
+        ({"minutes": 2}, ["--cpu-minutes", "2.0", "--threads", "1"]),
+        ({"minutes": 2, "threads": 3}, ["--cpu-minutes", "6.0", "--threads", "3"]),
+        ({"steps": 5}, ["--steps", "5", "--threads", "1"]),
+        (
+            {"settings": {"train.minutes": 0.5}},
+            ["--threads", "1", "--set", "train.minutes=0.5"],
+        ),
+    ):
+        with pytest.raises(CheckFailed, match="enough"):
+            lineage.compare(["ddpm"], preset="smoke", out=tmp_path / "out", **options)  # type: ignore[arg-type]
+        assert list(flags["ddpm"])[-len(words) :] == words
+        assert "--minutes" not in flags["ddpm"]
 
 
 def test_data_without_two_captions_is_refused_before_training(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from toys import ZeroEncoder
 import lineage
 from lineage import threads
 from lineage.config import TrainConfig
+from lineage.data.cached import CachedDataset
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import Interrupted, UserError
 from lineage.threads import ThreadTuner
@@ -25,7 +26,7 @@ from lineage.training.cost import budget_warnings
 from lineage.training.log import read_log
 from lineage.training.loop import Trainer
 from lineage.training.progress import RateWatch, described
-from lineage.training.store import load_tensors, read_json, write_json
+from lineage.training.store import read_json, write_json
 
 assert ZeroEncoder  # test_loop imports it
 
@@ -37,7 +38,6 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
     monkeypatch.setattr("lineage.runs.usable_cpus", lambda: 2)
     monkeypatch.setattr(threads, "free_threads", lambda largest: min(2, largest))
-    monkeypatch.setattr(loop, "SHORT", 0.0)
     monkeypatch.setattr(loop, "FEW_STEPS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -190,10 +190,10 @@ def test_short_runs_use_one_thread_and_measure_nothing(
     one.run()
     assert counts == [1] * 20 and one.system.calls == 20  # type: ignore[attr-defined]
     assert one.threads.reason == "a short run"
-    monkeypatch.setattr(loop, "SHORT", 60.0)
     counts.clear()
-    trainer(shapes, max_steps=30).run()
-    assert counts == [1] * 30
+    resumed = trainer(shapes, max_steps=21)
+    resumed.load_state(one.state() | {"step": 20})
+    assert not resumed._is_short()  # by the whole budget, as it was before it was stopped
 
 
 # --- budgets in minutes of the processor ----------------------------------------------------------
@@ -252,19 +252,19 @@ def _nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watch(kept: int | None, **budget: Any) -> RateWatch:
-    tuner = ThreadTuner(kept=kept)
+    tuner = ThreadTuner(fixed=kept)
     if kept is None:
         tuner.keep(2, "")
-        tuner.kept = None
+        tuner.fixed = None
     return RateWatch(TrainConfig(**budget), tuner)
 
 
 def test_a_fall_of_the_rate_is_told_once() -> None:
     one = watch(None, minutes=5)
     assert [one.sentence(20, rate) for rate in (400.0, 500.0, 260.0)] == ["", "", ""]
-    told = one.sentence(80, 240.0)
-    assert "Step 80: 240 pictures a second, where it was 500 before" in told
-    assert "--steps or --cpu-minutes" in told
+    warning = one.sentence(80, 240.0)
+    assert "Step 80: 240 pictures a second, where it was 500 before" in warning
+    assert "--steps or --cpu-minutes" in warning
     assert one.sentence(100, 100.0) == ""
 
 
@@ -272,20 +272,20 @@ def test_a_fall_of_the_rate_is_told_once() -> None:
 def test_the_advice_depends_on_the_budget() -> None:
     for one, words, others in (
         (watch(2, max_steps=100), "--resume --threads 1", "--cpu-minutes"),
-        (watch(1, max_steps=100), "other processes", "--threads"),
-        (watch(None, cpu_minutes=5), "other processes", "--cpu-minutes"),
+        (watch(1, max_steps=100), "may use the processor", "--threads"),
+        (watch(None, cpu_minutes=5), "may use the processor", "--cpu-minutes"),
     ):
         one.sentence(1, 500.0)
-        told = one.sentence(2, 10.0)
-        assert words in told and others not in told
+        warning = one.sentence(2, 10.0)
+        assert words in warning and others not in warning
 
 
 @pytest.mark.usefixtures("_nothing_asked")
 def test_the_number_of_threads_is_described() -> None:
-    tuner = ThreadTuner(kept=1)
+    tuner = ThreadTuner(fixed=1)
     tuner.reason = "because"
     assert described(tuner) == "1 thread (because)"
-    tuner = ThreadTuner(kept=4)
+    tuner = ThreadTuner(fixed=4)
     tuner.reason = ""
     assert described(tuner) == "4 threads"
     tuner._plan = [1, 2]
@@ -313,7 +313,7 @@ def test_a_fall_is_written_above_the_bar(
 
 def test_the_log_names_the_threads_of_each_line(shapes: CaptionedDataset, tmp_path: Path) -> None:
     one = trainer(shapes, max_steps=2, log_every=1)
-    one.threads.keep(1, "as asked for")
+    one.threads.keep(1, "as requested")
     from lineage.training.log import Log
 
     log = Log(tmp_path)
@@ -321,13 +321,63 @@ def test_the_log_names_the_threads_of_each_line(shapes: CaptionedDataset, tmp_pa
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["threads"] for line in lines] == [1, 1]
-    assert lines[0]["threads_reason"] == "as asked for"
+    assert lines[0]["threads_reason"] == "as requested"
 
 
-def test_tensors_load_as_before(tmp_path: Path) -> None:
-    run = lineage.train("ddpm", preset="smoke", steps=1, out=tmp_path / "run", threads=1)
-    assert load_tensors(run / "model.safetensors")
-    assert read_json(run / "config.json")["made_with"]["threads"] == 1
+@pytest.mark.usefixtures("two_cores")
+def test_another_number_of_threads_is_recorded_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that a stopped run prints goes on with it."""
+    lineage.train("ddpm", preset="smoke", steps=2, out=tmp_path / "run", threads=2)
+    lineage.train("ddpm", steps=4, out=tmp_path / "run", threads=1, resume=True)
+    config = read_json(tmp_path / "run/config.json")
+    assert config["made_with"]["threads"] == 2
+    (change,) = config["changes"]
+    assert change["step"] == 2 and change["fields"]["threads"] == [2, 1]
+    counts = used(monkeypatch)
+    lineage.train("ddpm", steps=6, out=tmp_path / "run", resume=True)
+    assert counts == [1, 1]
+
+
+def test_a_finished_run_is_not_changed_by_another_number_of_threads(
+    two_cores: None, tmp_path: Path
+) -> None:
+    run = lineage.train("ddpm", preset="smoke", steps=2, out=tmp_path / "run", threads=2)
+    before = (run / "config.json").read_bytes()
+    lineage.train("ddpm", out=run, threads=1, resume=True)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_processor_time_is_that_of_one_thread(
+    two_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one that waits would count as well."""
+    counts = used(monkeypatch)
+    lineage.train("ddpm", preset="smoke", cpu_minutes=0.02, out=tmp_path / "a")
+    assert set(counts) == {1}
+    counts.clear()
+    lineage.train("ddpm", preset="smoke", cpu_minutes=0.02, out=tmp_path / "b", threads=2)
+    assert set(counts) == {2}
+
+
+def test_cached_values_do_not_depend_on_the_step_that_asks_for_them(
+    shapes: CaptionedDataset,
+) -> None:
+    """A step that is only timed may be the first to ask."""
+    counts: list[int] = []
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        counts.append(torch.get_num_threads())
+        return images.flatten(1)
+
+    for endless, count in ((False, 1), (True, 2)):
+        counts.clear()
+        wrapped = CachedDataset(shapes, "values", encode, 100)
+        wrapped.endless = endless
+        with threads.use_threads(2):
+            wrapped.batch([0, 1], [0, 0], 0)
+        assert set(counts) == {count}
 
 
 @pytest.mark.parametrize(
