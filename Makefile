@@ -1,4 +1,4 @@
-# make demo: three systems of three eras draw the same captions (about 12 minutes on two cores)
+# make demo: three systems of three eras draw the same captions (under 12 minutes on two cores)
 # make check: lint, types and a fast part of the tests (under a minute on two cores)
 # make test: everything that CI checks
 

@@ -5,7 +5,7 @@
 Each system at preset tiny trains its last stage for some seconds with one thread, with as many as
 PyTorch takes by itself (`all`, what the package did before it measured), and with the number that
 `lineage.threads` chooses, its measurements included (`measured`); and draws pictures in the same
-three ways. Two rounds in turn, the median of each; one round of `all` beside busy processes:
+three ways:
 
     alone        nothing else runs
     one busy     beside one process that computes without a pause
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import gc
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -44,7 +43,7 @@ from lineage.training.machine import keep_freed_memory
 from lineage.training.store import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
-SECONDS, ROUNDS = 4.0, 2  # of training in each way
+SECONDS = 4.0  # of training in each way
 PICTURES = 16
 CAPTIONS = ["a red circle", "two blue squares", "a green cross left of a yellow triangle"]
 GROUP = "lineage_contention"
@@ -133,18 +132,11 @@ def drawing_rate(system: System, threads: int | None) -> float:
     return count / seconds
 
 
-def compared(
-    rate: Callable[[int | None], float], ways: dict[str, int | None], once: str = ""
-) -> dict[str, Any]:
-    """The median rate in each way, and the share of the best fixed one."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(ROUNDS):
-        for name, threads in ways.items():
-            if number == 0 or name != once:
-                rates[name].append(rate(threads))
-    medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
-    best = max(value for name, value in medians.items() if name != "measured")
-    return {**medians, "share": round(medians["measured"] / best, 3)}
+def compared(rate: Callable[[int | None], float], ways: dict[str, int | None]) -> dict[str, Any]:
+    """The rate in each way, and the share of the best fixed one."""
+    rates = {name: round(rate(threads), 1) for name, threads in ways.items()}
+    best = max(value for name, value in rates.items() if name != "measured")
+    return {**rates, "share": round(rates["measured"] / best, 3)}
 
 
 def measure(makers: dict[str, Callable[[], Trainer]], beside_others: bool) -> dict[str, Any]:
@@ -153,8 +145,7 @@ def measure(makers: dict[str, Callable[[], Trainer]], beside_others: bool) -> di
     ways: dict[str, int | None] = {"one": 1, "all": everything, "measured": None}
     results: dict[str, Any] = {}
     for key, make in makers.items():
-        once = "all" if beside_others else ""
-        training = compared(lambda threads, make=make: training_rate(make, threads), ways, once)
+        training = compared(lambda threads, make=make: training_rate(make, threads), ways)
         system = make().system
         assert isinstance(system, System)
         system.generate(CAPTIONS)
@@ -177,7 +168,7 @@ def main() -> None:
         "two busy": lambda: busy(2),
         "one CPU": one_cpu,
     }
-    document: dict[str, Any] = {"machine": machine(), "seconds": SECONDS, "rounds": ROUNDS}
+    document: dict[str, Any] = {"machine": machine(), "seconds": SECONDS}
     for name, condition in conditions.items():
         print(name, flush=True)
         with ExitStack() as stack:

@@ -27,6 +27,7 @@ gradient with two threads than with one (AMD Zen 5, bfloat16); in float32, more 
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -45,11 +46,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 REGION = 2**15  # numbers for each thread: PyTorch adds no fewer than these in parallel
-PROBE_SECONDS = 0.01
+PROBE_SECONDS = 0.02
 PROBE_LASTS = 1.0  # seconds for which `use_free_threads` believes what it found
-KEPT_WAITING = 10.0
-"""Factor on the time of a small region above which its threads are kept waiting: it is about 1 on
-free cores, and above 100 beside a busy process."""
+KEPT_WAITING = 1.8
+"""Factor on the time of a small region above which its threads are kept waiting: it is at most 1.5
+on free cores, and 2.3 to 1,700 beside busy processes (two cores, 20 probes of 20 ms each)."""
 
 # --- what the process may use ---------------------------------------------------------------------
 
@@ -182,26 +183,29 @@ def requested() -> int | None:
 
 def free_threads(largest: int) -> int:
     """The largest count, `largest` or a half, a quarter, ... of it, whose parallel regions do not
-    wait for cores that other processes use; found in about 12 ms.
+    wait for cores that other processes use; found in about 25 ms.
     """
     region = torch.zeros(largest * REGION)
     with _threads(1):
-        alone = _seconds_per_region(region, PROBE_SECONDS / 5)
+        alone = statistics.median(_region_seconds(region, PROBE_SECONDS / 10))
     while largest > 1:
         with _threads(largest):
-            if _seconds_per_region(region, PROBE_SECONDS) < KEPT_WAITING * alone:
-                break
+            for _ in range(2):  # the first time, a system service may have had a core
+                seconds = _region_seconds(region, PROBE_SECONDS)
+                if statistics.mean(seconds) < KEPT_WAITING * alone:
+                    return largest
         largest //= 2
     return largest
 
 
-def _seconds_per_region(x: torch.Tensor, at_least: float) -> float:
+def _region_seconds(x: torch.Tensor, at_least: float) -> list[float]:
+    """Seconds of each of the parallel regions that fit into `at_least` seconds."""
     torch.add(x, x)  # starts the threads
-    count, started = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - started) < at_least:
+    times = [time.perf_counter()]
+    while len(times) == 1 or times[-1] - times[0] < at_least:
         torch.add(x, x)
-        count += 1
-    return seconds / max(1, count)
+        times.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 @contextmanager

@@ -356,7 +356,7 @@ def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("times", "free"),
     [
-        ({1: 1.0, 8: 1.2}, 8),
+        ({1: 1.0, 8: 1.5}, 8),
         ({1: 1.0, 8: 500.0, 4: 0.9}, 4),
         ({1: 1.0, 8: 50.0, 4: 50.0, 2: 50.0}, 1),
     ],
@@ -370,7 +370,7 @@ def test_counts_whose_regions_wait_are_not_free(
     machine.count = 8
     monkeypatch.setattr(torch, "get_num_threads", lambda: machine.count)
     monkeypatch.setattr(torch, "set_num_threads", machine.set)
-    monkeypatch.setattr(threads, "_seconds_per_region", lambda *_: times[machine.count])
+    monkeypatch.setattr(threads, "_region_seconds", lambda *_: [times[machine.count]])
     assert threads.free_threads(8) == free
     assert machine.count == 8
 
@@ -379,15 +379,16 @@ def test_every_thread_takes_part_in_a_region(monkeypatch: pytest.MonkeyPatch) ->
     """PyTorch gives none fewer than 2**15 numbers."""
     regions: list[int] = []
 
-    def note(region: torch.Tensor, _: float) -> float:
+    def note(region: torch.Tensor, _: float) -> list[float]:
         regions.append(region.numel())
-        return 1.0
+        return [1.0]
 
-    monkeypatch.setattr(threads, "_seconds_per_region", note)
+    monkeypatch.setattr(threads, "_region_seconds", note)
     threads.free_threads(16)
     assert set(regions) == {16 * 2**15}
 
 
 def test_a_region_takes_microseconds() -> None:
     with use_threads(1):
-        assert 0 < threads._seconds_per_region(torch.zeros(threads.REGION), 0.01) < 0.005
+        seconds = threads._region_seconds(torch.zeros(threads.REGION), 0.01)
+    assert len(seconds) > 2 and sum(seconds) >= 0.01

@@ -37,6 +37,7 @@ from torch import Tensor
 from lineage.characters import plain
 from lineage.errors import UserError
 from lineage.official.reference import Reference, first_line, read_reference
+from lineage.threads import use_free_threads
 
 # ---------------------------------------------------------------------------------- verifiers
 
@@ -323,6 +324,7 @@ def check_reference(reference: Reference) -> FileCheck:
     return FileCheck(path, system, covered=True, outputs=checks)
 
 
+@use_free_threads()
 def _check_output(verifier: Verifier, name: str, theirs: Tensor) -> OutputCheck:
     """Compute and compare one output; a defect in it is that output's failure alone."""
     allowed = tolerance(verifier.reference, name, theirs)
