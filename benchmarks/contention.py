@@ -1,6 +1,7 @@
 """Speed of training and drawing on a machine that does something else, too.
 
-    python benchmarks/contention.py            writes results/contention.json
+    python benchmarks/contention.py              writes results/contention.json
+    python benchmarks/contention.py drawing      measures drawing alone, and keeps the rest of it
 
 Each system at preset tiny trains its last stage for some seconds with one thread, with as many as
 PyTorch takes by itself (`all`, what the package did before it measured), and with the number that
@@ -19,6 +20,7 @@ processes, drawing with `all` is left out: it can take minutes for a picture.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from lineage.options import configure
 from lineage.recipes import find_recipe
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
-from lineage.threads import use_threads
+from lineage.threads import _tuners, use_threads
 from lineage.training.loop import Trainer
 from lineage.training.machine import keep_freed_memory
 from lineage.training.store import write_json
@@ -124,6 +126,7 @@ def training_rate(make: Callable[[], Trainer], threads: int | None) -> float:
 def drawing_rate(system: System, threads: int | None) -> float:
     """Pictures a second, in batches of 16."""
     captions, count = (CAPTIONS * PICTURES)[:PICTURES], 0
+    _tuners.clear()  # as in a new process
     with use_threads(threads):
         started = time.perf_counter()
         while (seconds := time.perf_counter() - started) < SECONDS / 2:
@@ -139,21 +142,16 @@ def compared(rate: Callable[[int | None], float], ways: dict[str, int | None]) -
     return {**rates, "share": round(rates["measured"] / best, 3)}
 
 
-def measure(makers: dict[str, Callable[[], Trainer]], beside_others: bool) -> dict[str, Any]:
-    """Rates of all systems under the present condition."""
-    everything = torch.get_num_threads()
-    ways: dict[str, int | None] = {"one": 1, "all": everything, "measured": None}
-    results: dict[str, Any] = {}
-    for key, make in makers.items():
-        training = compared(lambda threads, make=make: training_rate(make, threads), ways)
-        system = make().system
-        assert isinstance(system, System)
-        system.generate(CAPTIONS)
-        drawn = {name: n for name, n in ways.items() if name != "all" or not beside_others}
-        drawing = compared(lambda threads, system=system: drawing_rate(system, threads), drawn)
-        results[key] = {"training": training, "drawing": drawing}
-        print(f"  {key:12} {results[key]}", flush=True)
-    return results
+def measure(kind: str, make: Callable[[], Trainer], beside_others: bool) -> dict[str, Any]:
+    """Rates of one system under the present condition."""
+    ways: dict[str, int | None] = {"one": 1, "all": torch.get_num_threads(), "measured": None}
+    if kind == "training":
+        return compared(lambda threads: training_rate(make, threads), ways)
+    system = make().system
+    assert isinstance(system, System)
+    if beside_others:
+        del ways["all"]
+    return compared(lambda threads: drawing_rate(system, threads), ways)
 
 
 def main() -> None:
@@ -168,27 +166,23 @@ def main() -> None:
         "two busy": lambda: busy(2),
         "one CPU": one_cpu,
     }
-    document: dict[str, Any] = {"machine": machine(), "seconds": SECONDS}
-    for name, condition in conditions.items():
-        print(name, flush=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(condition())
-            except OSError as error:
-                document[name] = f"not measured: {error}"
-                print(f"  {document[name]}")
-                continue
-            document[name] = measure(makers, name not in ("alone",))
-    shares = [
-        entry[kind]["share"]
-        for name in conditions
-        if isinstance(document[name], dict)
-        for entry in document[name].values()
-        for kind in ("training", "drawing")
-    ]
-    document["smallest share"] = min(shares)
-    print("smallest share", min(shares))
-    write_json(RESULTS / "contention.json", document)
+    path = RESULTS / "contention.json"
+    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for kind in sys.argv[1:] or ("training", "drawing"):
+        section: dict[str, Any] = {"machine": machine(), "seconds": SECONDS}
+        for name, condition in conditions.items():
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(condition())
+                except OSError as error:
+                    section[name] = f"not measured: {error}"
+                    continue
+                section[name] = {}
+                for key, make in makers.items():
+                    section[name][key] = measure(kind, make, name != "alone")
+                    print(kind, name, key, section[name][key], flush=True)
+        document[kind] = section
+        write_json(path, document)
 
 
 if __name__ == "__main__":

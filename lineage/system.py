@@ -31,7 +31,7 @@ from lineage.data.contract import Batch
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
 from lineage.text.contract import TextEncoder, TextFeatures, caption_list
-from lineage.threads import ThreadTuner, use_free_threads
+from lineage.threads import LARGE, tuned
 
 PICTURE_OPTIONS = ("image", "mask", "control", "reference")
 """Options that hold one picture for each caption, under the names of diffusers' pipelines."""
@@ -158,9 +158,8 @@ class System(Trainable):
         """
         pictures = []
         captions = caption_list(captions)
-        threads = self._threads(several=len(captions) > self.sample_batch_size)
         for part, streams, own in self.sample_batches(captions, seed, options):
-            with self.inference(), threads(len(part)):
+            with self.inference(), self._threads(len(part)):
                 drawn = self.sample(part, streams, **own).float()
             if not drawn.isfinite().all():
                 raise UserError(
@@ -186,15 +185,12 @@ class System(Trainable):
             own = {n: v[rows] if n in PICTURE_OPTIONS else v for n, v in options.items()}
             yield part, NoiseStreams.for_pictures(seed, len(part), self.device, first), own
 
-    def _threads(self, several: bool) -> Callable[[int], AbstractContextManager[None]]:
-        """The context in which a batch of so many pictures is drawn, with its number of threads.
-
-        Args:
-            several: If true, there is more than one batch, so that their times are compared.
-        """
+    def _threads(self, count: int) -> AbstractContextManager[None]:
+        """The context, with its number of threads, in which `count` pictures are drawn."""
         if self.device.type != "cpu":
-            return lambda count: nullcontext()
-        return ThreadTuner().unit if several else lambda count: use_free_threads()
+            return nullcontext()
+        large = sum(p.numel() for p in self.parameters()) >= LARGE
+        return tuned("draw", type(self).__name__, self.size, count, large=large)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ system. So the count is measured:
     use_free_threads   that count for one piece of work
     ThreadTuner        the fastest count for work that repeats, such as training steps: timed at the
                        start, and again when the work gets slower or cores become free
+    tuned              one unit of such work, by its name: a batch of pictures to draw or to score
     use_threads        the count that the user demands
 
 `--threads N` or OMP_NUM_THREADS overrules all measuring. `torch.set_num_threads`, called before, is
@@ -32,18 +33,14 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from lineage.errors import UserError
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 REGION = 2**15  # numbers for each thread: PyTorch adds no fewer than these in parallel
 PROBE_SECONDS = 0.02
@@ -237,31 +234,25 @@ def use_free_threads() -> Iterator[None]:
         yield
 
 
-def map_parts(work: Callable[[T], R], parts: Iterable[T]) -> list[R]:
-    """`work` of each part, with as many threads as are free for each."""
-    results = []
-    for part in parts:
-        with use_free_threads():
-            results.append(work(part))
-    return results
-
-
 # --- work that repeats ----------------------------------------------------------------------------
 
 ROUNDS = 3  # measurements of each count, after one to warm up
 LONG = 2.0
-"""Seconds of a unit of work from which on it is not tried with fewer threads: its regions are long,
-and to try them would take longer than they could gain.
+"""Seconds of a unit of large work from which on it is not tried with fewer threads: its regions are
+long, and to try them would take longer than they could gain.
 """
+LARGE = 5 * 10**7
+"""Number of parameters from which on work is large."""
 SLOWER = 1.3
 """Factor on the usual time of a unit of work above which the counts are measured again."""
 FIRST_PROBE, LAST_PROBE = 5.0, 60.0
 """Seconds until the first look for more free cores; each one in vain doubles them, up to the last.
 """
 FAR_SLOWER = 4.0
-"""Factor on the time of a unit with fewer threads above which a count is not tried again, and on
-the usual time above which one unit is enough to try all counts. The very first unit also prepares
-memory and kernels, which takes up to two more units' time.
+"""Factor on the usual time above which one unit is enough to try all counts."""
+WAITS = 1.5
+"""Factor on the time of the unit before, with fewer threads, above which a count is not tried
+again: it waits, since that unit also prepared memory and kernels.
 """
 BUSY = "other processes use the other cores"
 GAIN = 1.05
@@ -277,6 +268,8 @@ class ThreadTuner:
     Args:
         largest: Largest count to try; None for all that the process may use.
         fixed: A count that is used without measuring; None to measure.
+        large: If true, a unit may take minutes with one thread, so that the largest count is tried
+            first.
 
     Attributes:
         count: Count in use.
@@ -284,8 +277,10 @@ class ThreadTuner:
         seconds: Usual time of a unit of work; None before it is known.
     """
 
-    def __init__(self, largest: int | None = None, fixed: int | None = None) -> None:
-        self.largest = largest or available()
+    def __init__(
+        self, largest: int | None = None, fixed: int | None = None, large: bool = False
+    ) -> None:
+        self.largest, self.large = largest or available(), large
         demanded = requested()
         self.fixed = demanded or fixed or (1 if self.largest == 1 else None)
         self.count, self.reason = self.fixed or self.largest, ""
@@ -297,6 +292,7 @@ class ThreadTuner:
         self._recent: deque[float] = deque(maxlen=5)
         self._plan: list[int] = []  # counts of the units to come
         self._times: dict[int, list[float]] = {}
+        self._one = 0.0  # usual time with one thread
         self._next_probe, self._wait = 0.0, FIRST_PROBE
         self._last_probe = 0.0
         if self.fixed is None:
@@ -325,7 +321,7 @@ class ThreadTuner:
             self._watch(seconds / size)
             return
         self._plan.pop(0)
-        if not self._times and seconds > LONG and free_threads(self.largest) >= count:
+        if self.large and not self._times and seconds > LONG:
             self._plan.clear()
             self._use(count, "as many as are free", None)
             return
@@ -342,7 +338,7 @@ class ThreadTuner:
         if len(counts) == 1:
             self._use(1, BUSY, None)
         else:
-            self._plan = list(reversed(counts))  # a round to warm up
+            self._plan = sorted(counts, reverse=self.large)  # a round to warm up
 
     def _compare(self) -> None:
         """After each round, plan the next one, or use the fastest count."""
@@ -350,24 +346,37 @@ class ThreadTuner:
             return
         rounds = min(len(times) for times in self._times.values()) - 1
         after = {count: times[1:] for count, times in self._times.items()}
-        if rounds == 0:
-            quickest = min(self._times, key=lambda count: self._times[count][0])
-            slow = FAR_SLOWER * self._times[quickest][0]
-            self._times = {c: t for c, t in self._times.items() if c <= quickest or t[0] < slow}
-        elif rounds < ROUNDS and len(after) > 2:  # the two best go on
+        if rounds == 0 and not self.large:
+            first = {count: times[0] for count, times in self._times.items()}
+            waits = {c for c in first if first[c] > WAITS * min(first[d] for d in first if d <= c)}
+            self._times = {c: times for c, times in self._times.items() if c not in waits}
+        if rounds and 1 in after:
+            self._one = statistics.median(after[1])
+        if 0 < rounds < ROUNDS and len(after) > 2:  # the two best go on
             best = sorted(after, key=lambda count: after[count][-1])[:2]
-            self._times = {count: self._times[count] for count in sorted(best, reverse=True)}
+            self._times = {count: self._times[count] for count in sorted(best)}
         if rounds < ROUNDS and len(self._times) > 1:
             self._plan = list(self._times)
             return
-        if rounds == 0:  # all others keep waiting; the first unit took long anyway
+        if rounds == 0:  # its first unit took longer than usual
             (count,) = self._times
-            self._use(count, BUSY, None)
+            self._use(count, "more are slower", None)
             return
         usual = {count: statistics.median(times[1:]) for count, times in self._times.items()}
         fastest = min(usual.values())
         count = min(count for count in usual if usual[count] <= GAIN * fastest)
-        self._use(count, _why(count, usual), usual[count])
+        self._use(count, self._why(count, usual), usual[count])
+
+    def _why(self, count: int, usual: dict[int, float]) -> str:
+        """The measured reason for a count, in a few words.
+
+        Args:
+            usual: Usual time with each count that was tried to the end.
+        """
+        if count > 1:
+            return f"{self._one / usual[count]:.2f} times as fast as one"
+        others = [seconds for other, seconds in usual.items() if other != count]
+        return f"more are {min(others) / usual[count]:.2f} times as slow"
 
     def _use(self, count: int, reason: str, seconds: float | None) -> None:
         """Use `count`, and look for more cores later: soon after a change, ever less without."""
@@ -397,9 +406,14 @@ class ThreadTuner:
                 self._use(self.count, self.reason, self.seconds)
 
 
-def _why(count: int, usual: dict[int, float]) -> str:
-    """The measured reason for a count, in a few words."""
-    if count > 1 and 1 in usual:
-        return f"{usual[1] / usual[count]:.2f} times as fast as one"
-    others = [seconds for other, seconds in usual.items() if other != count]
-    return f"more are {min(others) / usual[count]:.2f} times as slow" if others else ""
+_tuners: dict[tuple[Hashable, ...], ThreadTuner] = {}
+
+
+@contextmanager
+def tuned(*name: Hashable, size: float = 1.0, large: bool = False) -> Iterator[None]:
+    """Around one unit, or `size` units, of the work called `name`, whose times are remembered."""
+    key = (*name, available(), requested())
+    if key not in _tuners:
+        _tuners[key] = ThreadTuner(large=large)
+    with _tuners[key].unit(size):
+        yield

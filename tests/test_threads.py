@@ -25,6 +25,7 @@ from lineage.threads import (
     available,
     cgroup_quotas,
     requested,
+    tuned,
     usable_cpus,
     use_free_threads,
     use_threads,
@@ -170,6 +171,7 @@ class Machine:
         monkeypatch.setattr(threads.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(threads, "free_threads", self.free)
         monkeypatch.setattr(threads, "_probed", {})
+        monkeypatch.setattr(threads, "_tuners", {})
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.count)
         monkeypatch.setattr(torch, "set_num_threads", self.set)
         self.count = cores
@@ -203,7 +205,7 @@ def test_the_fastest_count_is_used_and_the_reason_stated(machine: Machine) -> No
     assert not tuner.measuring
     assert tuner.count == 2 and tuner.reason == "1.25 times as fast as one"
     assert sorted(machine.used) == [1] * (1 + ROUNDS) + [2] * (1 + ROUNDS)
-    assert machine.used[:4] == [2, 1, 2, 1]  # in turn, so that what changes hits both
+    assert machine.used[:4] == [1, 2, 1, 2]  # in turn, so that what changes hits both
     assert machine.count == 2  # as before
     machine.used.clear()
     machine.work(tuner, 200)
@@ -218,21 +220,22 @@ def test_a_small_gain_is_not_worth_a_core(machine: Machine) -> None:
 
 
 def test_more_threads_can_be_slower(machine: Machine) -> None:
-    machine.seconds = lambda count: 0.1 * count
+    machine.seconds = lambda count: 0.06 + 0.04 * count
     tuner = ThreadTuner()
     machine.work(tuner, 2 + 2 * ROUNDS)
-    assert tuner.count == 1 and tuner.reason == "more are 2.00 times as slow"
+    assert tuner.count == 1 and tuner.reason == "more are 1.40 times as slow"
 
 
 def test_many_counts_are_tried_and_the_two_best_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine = Machine(monkeypatch, cores=16)
-    machine.seconds = lambda count: {16: 0.05, 8: 0.02, 4: 0.03, 2: 0.06, 1: 0.1}[count]
+    machine.seconds = lambda count: {16: 0.028, 8: 0.02, 4: 0.025, 2: 0.06, 1: 0.1}[count]
     tuner = ThreadTuner()
     machine.work(tuner, 5 + 5 + 2 * (ROUNDS - 1))
     assert not tuner.measuring and tuner.count == 8
-    assert machine.used[:10] == [16, 8, 4, 2, 1] * 2
+    assert tuner.reason == "5.00 times as fast as one"
+    assert machine.used[:10] == [1, 2, 4, 8, 16] * 2
     assert set(machine.used[10:]) == {8, 4}
 
 
@@ -290,18 +293,18 @@ def test_one_slow_unit_is_no_fall(machine: Machine) -> None:
     assert machine.probes == before
 
 
-def test_long_units_are_not_tried_with_fewer_threads(machine: Machine) -> None:
+def test_long_units_of_large_work_are_not_tried_with_fewer_threads(machine: Machine) -> None:
     machine.seconds = lambda count: 3 * LONG / count
-    tuner = ThreadTuner()
+    tuner = ThreadTuner(large=True)
     machine.work(tuner, 5)
     assert machine.used == [2] * 5 and not tuner.measuring
 
 
-def test_a_long_unit_beside_a_busy_process_is_the_only_one(machine: Machine) -> None:
+def test_a_unit_that_waits_is_the_only_one(machine: Machine) -> None:
     tuner = ThreadTuner()
-    machine.others = 1  # comes after the first look
+    machine.others = 1  # comes after the probe
     machine.work(tuner, 20)
-    assert machine.used == [2] + [1] * 19
+    assert machine.used == [1, 2] + [1] * 18
 
 
 def test_a_kept_count_is_never_measured(machine: Machine) -> None:
@@ -320,7 +323,23 @@ def test_the_user_s_own_limit_is_the_largest_count(monkeypatch: pytest.MonkeyPat
     assert max(machine.used) == 4
 
 
-def test_fitted_uses_what_is_free_and_asks_once_a_second(machine: Machine) -> None:
+def test_tuned_work_is_remembered_by_its_name(machine: Machine) -> None:
+    def draw(name: str, times: int) -> list[int]:
+        machine.used.clear()
+        for _ in range(times):
+            with tuned(name):
+                machine.now += machine.seconds(machine.count)
+                machine.used.append(machine.count)
+        return machine.used
+
+    assert draw("one", 2 + 2 * ROUNDS)[:2] == [1, 2]
+    assert set(draw("one", 5)) == {2}
+    assert draw("another", 2) == [1, 2]
+    with use_threads(1):
+        assert set(draw("one", 5)) == {1}
+
+
+def test_one_piece_of_work_uses_what_is_free_and_asks_once_a_second(machine: Machine) -> None:
     for others, count, probes in ((0, 2, 1), (1, 2, 1)):
         machine.others = others
         with use_free_threads():
@@ -341,7 +360,7 @@ def test_work_outside_of_units_stays_within_the_quota(machine: Machine) -> None:
 def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
     tuner = ThreadTuner()
     machine.work(tuner)
-    counts = []
+    counts: list[int] = []
 
     def fail() -> None:
         with tuner.unit():
@@ -350,7 +369,7 @@ def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert counts == [1] and machine.count == 2
+    assert counts == [2] and machine.count == 2
 
 
 @pytest.mark.parametrize(

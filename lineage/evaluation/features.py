@@ -28,7 +28,7 @@ from lineage.nn.inception import fid_features, load_inception
 from lineage.runs import fingerprint_of, load
 from lineage.system import EmbedsImages, System
 from lineage.text.contract import caption_list
-from lineage.threads import map_parts
+from lineage.threads import tuned
 from lineage.training.store import (
     cache_folder,
     cached,
@@ -77,8 +77,11 @@ def find_features(name: str, scorer: Scorer | None, device: torch.device) -> Fea
         name = f"Inception v3 ({path.name}, {fingerprint(path.read_bytes())})"
 
         def extract(images: Tensor) -> Tensor:
-            parts = images.split(INCEPTION_BATCH)
-            return torch.cat(map_parts(lambda part: fid_features(network, part).cpu(), parts))
+            parts = []
+            for part in images.split(INCEPTION_BATCH):
+                with tuned("inception", size=len(part)):
+                    parts.append(fid_features(network, part).cpu())
+            return torch.cat(parts)
 
         return FeatureNetwork(name, 2048, extract)
     raise UserError(f"There is no feature network {name!r}: judge, scorer or inception:FILE.")

@@ -45,7 +45,7 @@ from lineage.evaluation.prompts import (
     Prompt,
 )
 from lineage.nn.blocks import ResidualBlock
-from lineage.threads import use_free_threads
+from lineage.threads import tuned
 from lineage.training.store import fingerprint, load_tensors
 
 SIDE = 64  # pictures of any size are resized to this one
@@ -163,7 +163,7 @@ class Judge(nn.Module):
         parts = []
         for chunk in images.split(ROWS):
             full = chunk[torch.arange(ROWS).clamp(max=len(chunk) - 1)]
-            with use_free_threads():
+            with tuned("judge"):
                 maps = self(resized(to_unit(full), SIDE))
             parts.append({k: v[: len(chunk)] for k, v in vars(maps).items()})
         return DetectionMaps(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]})

@@ -46,7 +46,7 @@ from lineage.files import check_output, expanded
 from lineage.runs import load, read_config
 from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
-from lineage.threads import map_parts, use_threads
+from lineage.threads import use_free_threads, use_threads
 from lineage.training.cost import budget_warnings, read_cost
 from lineage.training.machine import pick_device
 from lineage.training.store import write_json
@@ -327,12 +327,11 @@ def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> di
     ids = [str(i) for i in range(len(real.images))]
     batches = Batch(to_unit(real.images), real.captions, None, ids).split(rows)
     verdicts: list[dict[str, bool]] = []
-    with system.inference():
-        parts = map_parts(lambda batch: system.stage_scores(batch.to(device)), batches)
+    with system.inference(), use_free_threads():
+        parts = [system.stage_scores(batch.to(device)) for batch in batches]
         if prompts and isinstance(system, Reconstructs):
             images = to_unit(prompts.pictures).to(device).split(rows)
-            decode = lambda part: to_bytes(system.reconstruct(part)).cpu()  # noqa: E731
-            decoded = torch.cat(map_parts(decode, images))
+            decoded = torch.cat([to_bytes(system.reconstruct(part)).cpu() for part in images])
             verdicts = prompts.verdicts(prompts.judge.detect(decoded))
     values = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
     return sections.stages(values, prompts.prompts if prompts else [], verdicts)

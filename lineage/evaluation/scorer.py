@@ -50,7 +50,7 @@ from lineage.files import write_bytes
 from lineage.text.contract import caption_list
 from lineage.text.encoders import make_encoder
 from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_from_json
-from lineage.threads import ThreadTuner, use_free_threads
+from lineage.threads import ThreadTuner, tuned
 from lineage.training.group import Group
 from lineage.training.loader import Loader
 from lineage.training.machine import Distributed
@@ -97,7 +97,7 @@ def in_chunks(rows: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
     parts = []
     for part in rows.split(CHUNK):
         padding = part[-1:].expand(CHUNK - len(part), *part.shape[1:])
-        with use_free_threads():
+        with tuned("scorer", encode.__qualname__, *part.shape[1:]):
             encoded = encode(torch.cat([part, padding])).float()
         parts.append(F.normalize(encoded, dim=-1)[: len(part)].cpu())
     return torch.cat(parts)

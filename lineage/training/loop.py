@@ -9,9 +9,8 @@ parameters.
 Exact resume: batch, noise and dropout of step n are functions of (seed, n); a checkpoint holds
 weights, averages, optimiser states, the step and the seconds spent. On the CPU, a run that was
 killed and resumed therefore ends with the same bits as an unstopped one, if its budget is in steps
-or pictures (minutes are not the same twice): it keeps the number of threads that it began with, on
-which the last bits depend. A run with a budget in minutes changes the number on the way, whenever
-another one is faster (see lineage/threads.py).
+or pictures: it keeps the number of threads that it began with, on which the last bits depend. With
+a budget in minutes, the number changes whenever another one is faster (see lineage/threads.py).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from lineage.errors import CheckFailed, UserError
 from lineage.nn.noise import BatchNoise, stream_seed
 from lineage.system import Trainable
 from lineage.text.contract import TextFeatures
-from lineage.threads import ThreadTuner, use_threads
+from lineage.threads import LARGE, ThreadTuner, use_threads
 from lineage.training.caption_cache import CaptionCache
 from lineage.training.group import Group
 from lineage.training.loader import Loader
@@ -126,7 +125,8 @@ class Trainer:
             threads = torch.get_num_threads()
         elif train.cpu_minutes is not None:
             threads = 1
-        self.threads = ThreadTuner(fixed=threads)
+        size = sum(parameter.numel() for parameter in system.parameters())
+        self.threads = ThreadTuner(fixed=threads, large=size >= LARGE)
         self._rates = RateWatch(train, self.threads)
 
     def _prepare(self, system: Trainable) -> Trainable:
