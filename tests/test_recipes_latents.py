@@ -194,7 +194,14 @@ def keys_of(
 def stages_that_depend_on(name: str) -> set[str]:
     if name.startswith("train."):
         leaf = name.removeprefix("train.")
-        budget = ("minutes", "max_steps", "max_pictures", "precision", "channels_last")
+        budget = (
+            "minutes",
+            "cpu_minutes",
+            "max_steps",
+            "max_pictures",
+            "precision",
+            "channels_last",
+        )
         return set(STAGES) if leaf in budget else {"denoiser"} if leaf == "batch_size" else set()
     if name.startswith(("autoencoder", "data", "size", "seed")):
         return set(STAGES)
