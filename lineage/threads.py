@@ -237,6 +237,8 @@ def use_free_threads() -> Iterator[None]:
 # --- work that repeats ----------------------------------------------------------------------------
 
 ROUNDS = 3  # measurements of each count, after one to warm up
+SHORTEST = 0.05
+"""Seconds of a measurement: a thread that has rested is not kept waiting for some milliseconds."""
 LONG = 2.0
 """Seconds of a unit of large work from which on it is not tried with fewer threads: its regions are
 long, and to try them would take longer than they could gain.
@@ -293,6 +295,8 @@ class ThreadTuner:
         self._plan: list[int] = []  # counts of the units to come
         self._times: dict[int, list[float]] = {}
         self._one = 0.0  # usual time with one thread
+        self._measured: tuple[float, ...] = ()  # units of the present measurement
+        self._spent = 0.0  # seconds of them
         self._next_probe, self._wait = 0.0, FIRST_PROBE
         self._last_probe = 0.0
         if self.fixed is None:
@@ -320,12 +324,17 @@ class ThreadTuner:
         if not self._plan:
             self._watch(seconds / size)
             return
+        self._measured = (*self._measured, seconds / size)
+        self._spent += seconds
+        if self._spent < SHORTEST:
+            return  # the next unit is a part of the same measurement
+        mean, self._measured, self._spent = statistics.mean(self._measured), (), 0.0
         self._plan.pop(0)
         if self.large and not self._times and seconds > LONG:
             self._plan.clear()
             self._use(count, "as many as are free", None)
             return
-        self._times.setdefault(count, []).append(seconds / size)
+        self._times.setdefault(count, []).append(mean)
         self._compare()
 
     def _try_all(self) -> None:

@@ -230,7 +230,7 @@ def test_many_counts_are_tried_and_the_two_best_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine = Machine(monkeypatch, cores=16)
-    machine.seconds = lambda count: {16: 0.028, 8: 0.02, 4: 0.025, 2: 0.06, 1: 0.1}[count]
+    machine.seconds = lambda count: {16: 0.28, 8: 0.2, 4: 0.25, 2: 0.6, 1: 1.0}[count]
     tuner = ThreadTuner()
     machine.work(tuner, 5 + 5 + 2 * (ROUNDS - 1))
     assert not tuner.measuring and tuner.count == 8
@@ -321,6 +321,15 @@ def test_the_user_s_own_limit_is_the_largest_count(monkeypatch: pytest.MonkeyPat
     tuner = ThreadTuner()
     machine.work(tuner, 40)
     assert max(machine.used) == 4
+
+
+def test_short_units_are_measured_together(machine: Machine) -> None:
+    machine.seconds = lambda count: 0.026 / count
+    tuner = ThreadTuner()
+    machine.work(tuner, 6)
+    assert machine.used == [1, 1, 2, 2, 2, 2]
+    machine.work(tuner, ROUNDS * 6)
+    assert tuner.count == 2 and tuner.reason == "2.00 times as fast as one"
 
 
 def test_tuned_work_is_remembered_by_its_name(machine: Machine) -> None:
