@@ -31,7 +31,7 @@ from lineage.data.contract import Batch
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
 from lineage.text.contract import TextEncoder, TextFeatures, caption_list
-from lineage.threads import LARGE, tuned
+from lineage.threads import LARGE, tuned, use_free_threads
 
 PICTURE_OPTIONS = ("image", "mask", "control", "reference")
 """Options that hold one picture for each caption, under the names of diffusers' pipelines."""
@@ -159,7 +159,8 @@ class System(Trainable):
         pictures = []
         captions = caption_list(captions)
         for part, streams, own in self.sample_batches(captions, seed, options):
-            with self.inference(), self._threads(len(part)):
+            several = len(captions) > self.sample_batch_size
+            with self.inference(), self._threads(len(part), several):
                 drawn = self.sample(part, streams, **own).float()
             if not drawn.isfinite().all():
                 raise UserError(
@@ -185,10 +186,16 @@ class System(Trainable):
             own = {n: v[rows] if n in PICTURE_OPTIONS else v for n, v in options.items()}
             yield part, NoiseStreams.for_pictures(seed, len(part), self.device, first), own
 
-    def _threads(self, count: int) -> AbstractContextManager[None]:
-        """The context, with its number of threads, in which `count` pictures are drawn."""
+    def _threads(self, count: int, several: bool) -> AbstractContextManager[None]:
+        """The context, with its number of threads, in which `count` pictures are drawn.
+
+        Args:
+            several: If true, there are several batches, so that it pays to time them.
+        """
         if self.device.type != "cpu":
             return nullcontext()
+        if not several:
+            return use_free_threads()
         large = sum(p.numel() for p in self.parameters()) >= LARGE
         return tuned("draw", type(self).__name__, self.size, count, large=large)
 
