@@ -268,7 +268,6 @@ class ThreadTuner:
     slower, or cores become free, they are tried again.
 
     Args:
-        largest: Largest count to try; None for all that the process may use.
         fixed: A count that is used without measuring; None to measure.
         large: If true, a unit may take minutes with one thread, so that the largest count is tried
             first.
@@ -279,10 +278,8 @@ class ThreadTuner:
         seconds: Usual time of a unit of work; None before it is known.
     """
 
-    def __init__(
-        self, largest: int | None = None, fixed: int | None = None, large: bool = False
-    ) -> None:
-        self.largest, self.large = largest or available(), large
+    def __init__(self, fixed: int | None = None, large: bool = False) -> None:
+        self.largest, self.large = available(), large
         demanded = requested()
         self.fixed = demanded or fixed or (1 if self.largest == 1 else None)
         self.count, self.reason = self.fixed or self.largest, ""
