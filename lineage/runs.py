@@ -25,6 +25,7 @@ import torch
 
 import lineage
 from lineage.config import RunConfig, Threads, to_dict, typed
+from lineage.cores import usable_cpus
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
 from lineage.errors import Interrupted, UserError, say_once
@@ -50,7 +51,7 @@ from lineage.resume import check_changes, differences, last_threads, recorded_ch
 from lineage.sheets import save_picture, sheet
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
-from lineage.threads import requested, usable_cpus, use_threads
+from lineage.threads import requested, use_threads
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.memory import check_memory
 from lineage.training.stage import RunStages, Stage, Stopped, finished_weights, load_weights

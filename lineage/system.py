@@ -162,15 +162,15 @@ class System(Trainable):
             several = len(captions) > self.sample_batch_size
             with self.inference(), self._threads(len(part), several):
                 drawn = self.sample(part, streams, **own).float()
-            if not drawn.isfinite().all():
-                raise UserError(
-                    "The pictures are no numbers (NaN or infinite): options such as guidance or "
-                    "eta are too large, or training has failed."
-                )
-            pictures.append(drawn.clamp(-1, 1))
+                if not drawn.isfinite().all():
+                    raise UserError(
+                        "The pictures are no numbers (NaN or infinite): options such as guidance "
+                        "or eta are too large, or training has failed."
+                    )
+                pictures.append(drawn.clamp(-1, 1))
             if progress is not None:
                 progress(len(part))
-        return torch.cat(pictures)
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
     def sample_batches(
         self, captions: str | Sequence[str], seed: int, options: Mapping[str, Any]

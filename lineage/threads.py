@@ -6,8 +6,7 @@ PyTorch starts a thread for each core that it counts. On a quiet machine the sec
 a training step has a thousand, waits for its slowest thread, and that one for a time slice of the
 system. So the count is measured:
 
-    usable_cpus        cores that the process may use: its affinity, and the quotas of its cgroups
-    free_threads       the largest count whose parallel regions are not kept waiting right now
+    free_threads       the largest count for which there are free cores right now
     use_free_threads   that count for one piece of work
     ThreadTuner        the fastest count for work that repeats, such as training steps: timed at the
                        start, and again when the work gets slower or cores become free
@@ -36,10 +35,10 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 
 import torch
 
+from lineage.cores import free_cpus, usable_cpus
 from lineage.errors import UserError
 
 REGION = 2**15  # numbers for each thread: PyTorch adds no fewer than these in parallel
@@ -48,90 +47,6 @@ PROBE_LASTS = 1.0  # seconds for which `use_free_threads` believes what it found
 KEPT_WAITING = 1.8
 """Factor on the time of a small region above which its threads are kept waiting: it is at most 1.5
 on free cores, and 2.3 to 1,700 beside busy processes (two cores, 20 probes of 20 ms each)."""
-
-# --- what the process may use ---------------------------------------------------------------------
-
-
-def usable_cpus(root: Path = Path("/")) -> int:
-    """Number of cores that this process may use, at least 1.
-
-    A quota of 1.5 cores counts as 1: two threads would both be stopped for a quarter of the time.
-
-    Args:
-        root: Folder that holds `proc` and `sys`.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    return max(1, min([count, *(int(quota) for quota in cgroup_quotas(root))]))
-
-
-def cgroup_quotas(root: Path = Path("/")) -> list[float]:
-    """Quotas, in cores, of this process's control groups and of those that hold them."""
-    try:
-        memberships = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return []
-    quotas: list[float] = []
-    for line in mounts:
-        place, _, kind = line.partition(" - ")
-        own, system, options = place.split(), kind.split()[0], kind.split()[-1].split(",")
-        if system == "cgroup2":
-            controller, read = "", _quota_v2
-        elif system == "cgroup" and "cpu" in options:
-            controller, read = "cpu", _quota_v1
-        else:
-            continue
-        top = root / own[4].lstrip("/")
-        folder = _own_group(memberships, controller, top, own[3])
-        for group in (folder, *folder.parents):
-            if (quota := read(group)) is not None:
-                quotas.append(quota)
-            if group == top:
-                break
-    return quotas
-
-
-def _own_group(memberships: list[str], controller: str, top: Path, part: str) -> Path:
-    """Folder of this process's group below the mount point `top`, which is the root `part` of the
-    hierarchy. A container may see its own group as `top`.
-    """
-    for line in memberships:
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(",") and (controller or not controllers):
-            relative = Path(path)
-            if part != "/" and relative.is_relative_to(part):
-                relative = relative.relative_to(part)
-            folder = top / str(relative).lstrip("/")
-            return folder if folder.is_dir() else top
-    return top
-
-
-def _quota_v1(group: Path) -> float | None:
-    return _ratio(f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}")
-
-
-def _quota_v2(group: Path) -> float | None:
-    return _ratio(_read(group / "cpu.max"))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _ratio(text: str) -> float | None:
-    """`"150000 100000"` -> 1.5; None for no quota (`max`, -1) and for what cannot be read."""
-    try:
-        quota, period = (int(word) for word in text.split())
-    except ValueError:
-        return None
-    return quota / period if quota > 0 and period > 0 else None
-
 
 # --- what the user asks for -----------------------------------------------------------------------
 
@@ -179,9 +94,17 @@ def requested() -> int | None:
 
 
 def free_threads(largest: int) -> int:
-    """The largest count, `largest` or a half, a quarter, ... of it, whose parallel regions do not
-    wait for cores that other processes use; found in about 25 ms.
+    """The largest count, `largest` or a half, a quarter, ... of it, for which there are free cores
+    and whose parallel regions are not kept waiting; found in about 35 ms.
+
+    The first is not enough: the cores of a virtual machine may be shared by others. Nor the second:
+    a thread that has rested is preferred to others for tens of milliseconds.
     """
+    free = free_cpus()
+    while free is not None and largest > max(1, free):
+        largest //= 2
+    if largest == 1:
+        return 1
     region = torch.zeros(largest * REGION)
     with _threads(1):
         alone = statistics.median(_region_seconds(region, PROBE_SECONDS / 10))
@@ -224,11 +147,11 @@ _probed: dict[int, tuple[float, int]] = {}
 @contextmanager
 def use_free_threads() -> Iterator[None]:
     """As many threads as are free, for a piece of work of less than a few seconds."""
-    largest, count, now = available(), requested(), time.perf_counter()
+    largest, count, now = torch.get_num_threads(), requested(), time.perf_counter()
     if count is None and largest in _probed and now - _probed[largest][0] < PROBE_LASTS:
         count = _probed[largest][1]
     if count is None:
-        count = free_threads(largest)
+        count = free_threads(available())
         _probed[largest] = now, count
     with _threads(count):
         yield
@@ -418,7 +341,7 @@ _tuners: dict[tuple[Hashable, ...], ThreadTuner] = {}
 @contextmanager
 def tuned(*name: Hashable, size: float = 1.0, large: bool = False) -> Iterator[None]:
     """Around one unit, or `size` units, of the work called `name`, whose times are remembered."""
-    key = (*name, available(), requested())
+    key = (*name, torch.get_num_threads(), requested())
     if key not in _tuners:
         _tuners[key] = ThreadTuner(large=large)
     with _tuners[key].unit(size):

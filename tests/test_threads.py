@@ -1,13 +1,11 @@
-"""The number of threads: what the process may use, what is free, and what is fastest, with a clock
-and a processor that are made up.
+"""The number of threads: what is free, and what is fastest, with a clock and a processor that are
+made up.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,85 +21,11 @@ from lineage.threads import (
     SLOWER,
     ThreadTuner,
     available,
-    cgroup_quotas,
     requested,
     tuned,
-    usable_cpus,
     use_free_threads,
     use_threads,
 )
-
-# --- quotas ---------------------------------------------------------------------------------------
-
-
-def make_system(root: Path, cgroup: str, mounts: list[str], files: dict[str, str]) -> Path:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(cgroup)
-    (root / "proc/self/mountinfo").write_text("".join(f"{line}\n" for line in mounts))
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text + "\n")
-    return root
-
-
-V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
-V1 = "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct"
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "mounts", "files", "quotas"),
-    [
-        ("0::/a/b\n", [V2], {"a/b/cpu.max": "150000 100000"}, [1.5]),
-        ("0::/a/b\n", [V2], {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, [0.5]),
-        ("0::/a\n", [V2], {"a/cpu.max": "max 100000", "cpu.max": "max 100000"}, []),
-        ("0::/\n", [V2], {"cpu.max": "200000 100000"}, [2.0]),
-        # a container that is shown its own group as the root, though it is deeper
-        ("0::/docker/x\n", [V2], {"cpu.max": "300000 100000"}, [3.0]),
-        # one that is shown a part of the hierarchy
-        ("0::/pods/x\n", [V2.replace(" / ", " /pods ")], {"x/cpu.max": "400000 100000"}, [4.0]),
-        ("0::/a\n", [V2], {"a/cpu.max": "damaged"}, []),
-        ("0::/a\n", [V2], {}, []),
-        ("", [], {}, []),
-    ],
-    ids=["own", "above", "none", "root", "container", "part", "damaged", "missing", "no cgroups"],
-)
-def test_quotas_of_version_2(
-    cgroup: str, mounts: list[str], files: dict[str, str], quotas: list[float], tmp_path: Path
-) -> None:
-    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    (tmp_path / "sys/fs/cgroup/a/b").mkdir(parents=True)
-    assert cgroup_quotas(make_system(tmp_path, cgroup, mounts, files)) == quotas
-
-
-@pytest.mark.parametrize(("quota", "quotas"), [("250000", [2.5]), ("-1", []), ("0", []), ("", [])])
-def test_quotas_of_version_1(quota: str, quotas: list[float], tmp_path: Path) -> None:
-    at = "sys/fs/cgroup/cpu,cpuacct/job"
-    files = {f"{at}/cpu.cfs_quota_us": quota, f"{at}/cpu.cfs_period_us": "100000"}
-    cgroup = "5:memory:/elsewhere\n4:cpu,cpuacct:/job\n0::/other\n"
-    mounts = [V1, "33 31 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"]
-    assert cgroup_quotas(make_system(tmp_path, cgroup, mounts, files)) == quotas
-
-
-@pytest.mark.parametrize(("quota", "count"), [("1000", 1), ("150000", 1), ("99900000", None)])
-def test_a_quota_is_rounded_down_to_whole_cores(
-    quota: str, count: int | None, tmp_path: Path
-) -> None:
-    make_system(tmp_path, "0::/\n", [V2], {"sys/fs/cgroup/cpu.max": f"{quota} 100000"})
-    assert usable_cpus(tmp_path) == (count or len(os.sched_getaffinity(0)))
-
-
-def test_a_system_without_cgroups_has_no_quota(tmp_path: Path) -> None:
-    assert cgroup_quotas(tmp_path) == []
-
-
-def test_affinity_counts() -> None:
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
-    try:
-        assert usable_cpus() == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
-
 
 # --- what the user asks for -----------------------------------------------------------------------
 
@@ -381,6 +305,19 @@ def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
     assert counts == [2] and machine.count == 2
 
 
+@pytest.fixture
+def regions(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """Seconds of a region with each number of threads, on a machine of eight cores."""
+    machine = Machine(monkeypatch, cores=8)
+    monkeypatch.undo()
+    times: dict[int, float] = {}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.count)
+    monkeypatch.setattr(torch, "set_num_threads", machine.set)
+    monkeypatch.setattr(threads, "_region_seconds", lambda *_: [times[machine.count]])
+    return times
+
+
+@pytest.mark.parametrize("known", [None, 8], ids=["not told", "all free"])
 @pytest.mark.parametrize(
     ("times", "free"),
     [
@@ -391,16 +328,25 @@ def test_an_error_in_a_unit_restores_the_count(machine: Machine) -> None:
     ids=["all", "half", "one"],
 )
 def test_counts_whose_regions_wait_are_not_free(
-    times: dict[int, float], free: int, monkeypatch: pytest.MonkeyPatch
+    times: dict[int, float],
+    free: int,
+    known: int | None,
+    regions: dict[int, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    machine = Machine(monkeypatch, cores=8)
-    monkeypatch.undo()
-    machine.count = 8
-    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.count)
-    monkeypatch.setattr(torch, "set_num_threads", machine.set)
-    monkeypatch.setattr(threads, "_region_seconds", lambda *_: [times[machine.count]])
+    monkeypatch.setattr(threads, "free_cpus", lambda: known)
+    regions |= times
     assert threads.free_threads(8) == free
-    assert machine.count == 8
+    assert torch.get_num_threads() == 8
+
+
+@pytest.mark.parametrize(("known", "free"), [(0, 1), (1, 1), (3, 2), (5, 4), (8, 8)])
+def test_cores_of_others_are_not_free_though_no_region_waits(
+    known: int, free: int, regions: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "free_cpus", lambda: known)
+    regions |= dict.fromkeys((1, 2, 4, 8), 1.0)
+    assert threads.free_threads(8) == free
 
 
 def test_every_thread_takes_part_in_a_region(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +357,7 @@ def test_every_thread_takes_part_in_a_region(monkeypatch: pytest.MonkeyPatch) ->
         regions.append(region.numel())
         return [1.0]
 
+    monkeypatch.setattr(threads, "free_cpus", lambda: None)
     monkeypatch.setattr(threads, "_region_seconds", note)
     threads.free_threads(16)
     assert set(regions) == {16 * 2**15}

@@ -31,6 +31,7 @@ from lineage.catalog import CATALOG, lookup, working
 from lineage.comparison.report import SystemPage, write_report
 from lineage.comparison.training import train_all
 from lineage.config import RunConfig, Threads, TrainConfig, to_dict, typed
+from lineage.cores import usable_cpus
 from lineage.data import load_dataset
 from lineage.data.contract import Example, to_bytes
 from lineage.errors import UserError, say
@@ -50,7 +51,7 @@ from lineage.resume import differences, last_threads, result_settings
 from lineage.runs import check_runs, fingerprint_of, load
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
-from lineage.threads import requested, usable_cpus, use_threads
+from lineage.threads import requested, use_threads
 from lineage.training.log import read_log
 from lineage.training.machine import pick_device
 from lineage.training.memory import total_memory

@@ -292,6 +292,7 @@ def test_the_number_of_threads_is_described() -> None:
     assert described(tuner) == "comparing numbers of threads"
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_a_fall_is_written_above_the_bar(
     shapes: CaptionedDataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
