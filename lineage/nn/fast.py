@@ -129,6 +129,9 @@ def _merged(kernel: Tensor, dim: int) -> list[Tensor]:
 MANY_QUERIES = 64  # from this number of queries and keys on the fused kernel is faster in float32
 
 
+FEW_QUERIES = 8  # to fill up the keys of so few takes longer than their softmax
+
+
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> Tensor:
@@ -146,6 +149,8 @@ def scaled_dot_product_attention(
     if query.is_cuda or (in_float32 and min(query.shape[-2], num_keys) >= MANY_QUERIES):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     extra = -num_keys % (16 if in_float32 or num_keys <= 16 else 32)
+    if query.shape[-2] < FEW_QUERIES:
+        extra = 0
     if extra:
         key, value = F.pad(key, (0, 0, 0, extra)), F.pad(value, (0, 0, 0, extra))
     scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (B, H, N, M)
@@ -153,9 +158,11 @@ def scaled_dot_product_attention(
         scores = scores.float()
     if mask is not None or extra:
         scores = scores + _blocked_keys(mask, num_keys, extra, scores)
-    # The softmax of bfloat16 sums in float32 anyway: autocast need not convert it.
-    with torch.autocast(query.device.type, enabled=False):
+    if scores.dtype == torch.float32:
         attended = scores.softmax(-1).to(value.dtype) @ value
+    else:  # the softmax of bfloat16 sums in float32 anyway: autocast need not convert it
+        with torch.autocast(query.device.type, enabled=False):
+            attended = scores.softmax(-1).to(value.dtype) @ value
     if mask is None:
         return attended
     has_key = mask.any(-1, keepdim=True)
