@@ -1,6 +1,9 @@
 # make demo: three systems of three eras draw the same captions (under 12 minutes on two cores)
 # make check: lint, types and a fast part of the tests (under a minute on two cores)
 # make test: everything that CI checks
+# make notebooks: open the notebooks in JupyterLab
+# make build-notebooks: run the notebooks' sources and write them again (see notebooks/build.py)
+# make pretrained: train the runs that come with the package again
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +11,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 FAST := tests/test_*.py tests/nn tests/data tests/text
 
-.PHONY: demo check test lint install
+.PHONY: demo check test lint install pretrained notebooks build-notebooks
 
 demo: .venv/ready
 	$(BIN)/lineage compare retrieval gan_int_cls ddpm --minutes 5 --out demo
@@ -19,6 +22,15 @@ check: .venv/ready-dev lint
 
 test: .venv/ready-dev lint
 	$(PYTEST)
+
+pretrained: .venv/ready
+	$(BIN)/python benchmarks/pretrained.py
+
+notebooks: .venv/ready-notebooks
+	$(BIN)/jupyter lab notebooks
+
+build-notebooks: .venv/ready-dev
+	$(BIN)/python notebooks/build.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -36,4 +48,8 @@ install: .venv/ready
 
 .venv/ready-dev: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/ready-notebooks: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
 	touch $@

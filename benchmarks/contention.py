@@ -102,9 +102,8 @@ def last_stage(key: str) -> Callable[[], Trainer]:
     stage = find_recipe(key).stages(config, tokenizer)[-1]
 
     def make() -> Trainer:
-        system = stage.construct()
-        data = dataset if stage.prepare is None else stage.prepare(dataset, system)
-        return Trainer(system, data, stage.optim, stage.budgeted(), stage=stage.name)
+        stage.construct()
+        return stage.trainer(dataset)
 
     return make
 

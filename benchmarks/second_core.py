@@ -54,9 +54,8 @@ def trainers(key: str) -> Iterator[tuple[str, Trainer]]:
     dataset = load_dataset(config.data, "train", config.size)
     tokenizer = make_tokenizer("word", dataset.all_captions(), config.encoder.vocab_size)
     for stage in find_recipe(key).stages(config, tokenizer):
-        system = stage.construct()
-        data = dataset if stage.prepare is None else stage.prepare(dataset, system)
-        yield stage.name, Trainer(system, data, stage.optim, stage.budgeted(), stage=stage.name)
+        stage.construct()
+        yield stage.name, stage.trainer(dataset)
 
 
 def kind_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
     lineage.load_dataset(spec, split="train", size=32)   a captioned data set
     lineage.train(key, data=..., preset=..., out=...)    train a system; returns its run folder
+    lineage.training_steps(key, ...)                     the same in memory, one step at a time
     lineage.load(run)                                    a trained system, which can `generate`
     lineage.evaluate(run)                                its scores, each with its protocol
     lineage.compare(keys, data=..., minutes=..., out=...)  train several on one budget, and a report
@@ -20,11 +21,12 @@ _WHERE = {
     "load_dataset": "lineage.data",
     "load": "lineage.runs",
     "train": "lineage.runs",
+    "training_steps": "lineage.stepping",
     "evaluate": "lineage.evaluation.run",
     "compare": "lineage.comparison.run",
 }
 
-__all__ = ["compare", "evaluate", "load", "load_dataset", "train"]
+__all__ = ["compare", "evaluate", "load", "load_dataset", "train", "training_steps"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from lineage.config import RunConfig, flat, from_dict, to_dict, with_field
 from lineage.errors import UserError, nearest
-from lineage.files import expanded
+from lineage.pretrained import run_folder
 from lineage.recipes import find_recipe, preset
 from lineage.system import System
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
@@ -66,7 +66,7 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no run with that stage finished; the sentence says why.
     """
-    folder = expanded(run, f"--from {name}")
+    folder = run_folder(run, f"--from {name}")
     config, tokenizer = read_config(folder), read_tokenizer(folder)
     saved = read_saved(folder)
     source = {

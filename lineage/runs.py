@@ -45,6 +45,7 @@ from lineage.plan import (
     read_tokenizer,
     source_of,
 )
+from lineage.pretrained import PREFIX, run_folder
 from lineage.recipes import find_recipe
 from lineage.recipes import preset as recipe_preset
 from lineage.resume import check_changes, differences, last_threads, recorded_changes
@@ -108,6 +109,8 @@ def train(
         Interrupted: a request to stop; everything is saved, and the sentence says how to go on.
     """
     folder = expanded(out, "out") if out is not None else Path("runs") / key
+    if str(folder).startswith(PREFIX):
+        raise UserError(f"--out {folder} names a run of the package: choose a folder of your own.")
     find_recipe(key)
     cache_folder("stages")  # a wrong name of the cache is found before anything is written
     options = Options(
@@ -119,7 +122,7 @@ def train(
         device=device,
     )
     count = requested() if threads is None else typed(Threads, threads, "threads")
-    taken = {name: expanded(run, f"--from {name}") for name, run in (stages_from or {}).items()}
+    taken = {name: run_folder(run, f"--from {name}") for name, run in (stages_from or {}).items()}
     keep_freed_memory()
     started = _holds_run(folder)
     if started and not resume:
@@ -365,14 +368,15 @@ def _stages(
             "lineage": lineage.__version__,
         },
         seed=config.seed,
-        seed_weights=lambda: _seed_weights(config.seed),
+        seed_weights=lambda: seed_weights(config.seed),
         sheet=draw_sheet,
         write_settings=write_settings if is_main else lambda threads: None,
         threads=threads,
     )
 
 
-def _seed_weights(seed: int) -> None:
+def seed_weights(seed: int) -> None:
+    """Set the random state from which every system is built."""
     torch.manual_seed(stream_seed("weights", seed))
 
 
@@ -408,7 +412,7 @@ def load(run: str | Path, device: str = "auto") -> System:
     Raises:
         UserError: the folder holds no run, or a file of it is damaged; the sentence names the file.
     """
-    folder = expanded(run, "run")
+    folder = run_folder(run, "run")
     if not folder.is_dir():
         raise UserError(f"There is no run folder {folder}.")
     config = read_config(folder).without_files()

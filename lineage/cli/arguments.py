@@ -25,6 +25,7 @@ from lineage import catalog
 from lineage.characters import holds_unicode, plain
 from lineage.errors import UserError, nearest
 from lineage.files import expanded
+from lineage.pretrained import run_folder
 
 # --- types ----------------------------------------------------------------------------------------
 
@@ -45,6 +46,11 @@ def _path(_: Any, tokens: Sequence[Token]) -> Path:
     return expanded(tokens[0].value, tokens[0].keyword or "The path")
 
 
+def _run(_: Any, tokens: Sequence[Token]) -> Path:
+    """The folder of a run."""
+    return run_folder(tokens[0].value, tokens[0].keyword or "The run")
+
+
 Seed = Annotated[int, _typed("Seed")]
 Count = Annotated[int, _typed("PositiveInt")]
 SheetCount = Annotated[int, _typed("SheetCount")]
@@ -53,6 +59,8 @@ Threads = Annotated[int, _typed("Threads")]
 Minutes = Annotated[float, _typed("Minutes")]
 PathName = Annotated[Path, Parameter(converter=_path)]
 """A file or folder."""
+RunName = Annotated[Path, Parameter(converter=_run)]
+"""A run folder, or `pretrained:KEY`."""
 Flag = Annotated[bool, Parameter(show_default=False)]
 Settings = Annotated[list[str], Parameter(name="--set")]
 Preset = Literal["smoke", "tiny", "small", "paper"]

@@ -5,13 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from lineage.characters import plain
-from lineage.cli.arguments import Flag, PathName, Seed, Settings, SheetCount, Threads, settings_of
+from lineage.cli.arguments import (
+    Flag,
+    PathName,
+    RunName,
+    Seed,
+    Settings,
+    SheetCount,
+    Threads,
+    settings_of,
+)
 from lineage.cli.imports import large_imports
 from lineage.errors import UserError, say
 
 
 def sample(
-    run: PathName,
+    run: RunName,
     captions: list[str],
     /,
     *,
@@ -32,7 +41,7 @@ def sample(
     """Draw captions with a trained system.
 
     Args:
-        run: Run folder.
+        run: Run folder, or pretrained:KEY.
         captions: Captions to draw.
         out: Sheet to write.
         count: Number of pictures of each caption.

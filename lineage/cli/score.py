@@ -15,6 +15,7 @@ from lineage.cli.arguments import (
     Minutes,
     PathName,
     Preset,
+    RunName,
     Seed,
     Settings,
     Steps,
@@ -26,7 +27,7 @@ from lineage.cli.imports import large_imports
 
 
 def evaluate(
-    folders: Annotated[list[PathName], Parameter(name="RUN")],
+    folders: Annotated[list[RunName], Parameter(name="RUN")],
     /,
     *,
     json: Flag = False,
@@ -44,7 +45,7 @@ def evaluate(
     """Score runs: composition, quality, text fit and cost.
 
     Args:
-        folders: Run folders of the same data.
+        folders: Run folders of the same data, or pretrained:KEY.
         json: If true, print one JSON document.
         out: Folder for scores.json and sheets of failed pictures.
         pictures: Largest number of pictures to draw.

@@ -22,7 +22,7 @@ from lineage.cli.arguments import (
     settings_of,
 )
 from lineage.cli.imports import large_imports
-from lineage.files import expanded
+from lineage.pretrained import run_folder
 
 
 def train(
@@ -77,7 +77,7 @@ def train(
         resume=resume,
         settings=settings_of(settings),
         stages_from={
-            name: expanded(run, f"--from {name}")
+            name: run_folder(run, f"--from {name}")
             for name, run in pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae").items()
         },
     )

@@ -25,7 +25,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,19 @@ class PixelSpace(Space):
 
     def decode(self, x0: Tensor) -> Tensor:
         return x0
+
+
+# --- one step of sampling -------------------------------------------------------------------------
+
+
+class SamplingStep(NamedTuple):
+    """One step of a sampling: the noise level, x_t at that level, and the estimate of x_0 there,
+    both (B, C, H, W) in the model's space.
+    """
+
+    level: NoiseLevel
+    x_t: Tensor
+    x0: Tensor
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -347,26 +360,48 @@ class DiffusionModel(System):
 
     # --- inspection --------------------------------------------------------------------
 
-    def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
-        """Eight steps of sampling: x_t, and the estimate of x_0 below it."""
-        sampler_fn, schedule = self._sampler_and_schedule()
-        last = len(schedule) - 1
-        steps = {round(k * last / 7) for k in range(8)}
-        rows: list[list[LabelledImage]] = [[], []]
+    def trajectory(
+        self, captions: str | list[str], *, seed: int = 0, **options: Any
+    ) -> list[SamplingStep]:
+        """Every step of a sampling: x_t, its noise level and the estimate of x_0.
+
+        Args:
+            captions: B captions.
+            seed: Seed of the noise, as of `generate`.
+            **options: `sampling_steps`, `sampler`, `spacing`, `eta`, `guidance`, `negative`.
+
+        Raises:
+            UserError: for an unknown option, or a value that does not fit it.
+        """
+        captions, options = caption_list(captions), self.typed_options(options)
+        scale = options.pop("guidance", self.config.guidance)
+        negative = options.pop("negative", "")
+        for name in options.keys() - {"sampling_steps", "sampler", "spacing", "eta"}:
+            raise UserError(f"trajectory has no option {name}: leave it out.")
+        sampler_fn, schedule = self._sampler_and_schedule(**options)
+        steps: list[SamplingStep] = []
 
         def callback(step: int, x_t: Tensor, x0: Tensor) -> None:
-            if step in steps:
-                sigma = schedule.levels[step].karras_sigma
-                label = f"sigma {sigma:.2g}" if math.isfinite(sigma) else "noise"
-                for row, x in zip(rows, (x_t, x0), strict=True):
+            steps.append(SamplingStep(schedule.levels[step], x_t.clone(), x0.clone()))
+
+        noise = NoiseStreams.for_pictures(seed, len(captions), self.device)
+        with self.inference():
+            denoise = self.denoiser(captions, Guidance(scale), self.config.threshold, negative)
+            sampler_fn(denoise, noise.randn(*self.space.shape), schedule, noise, callback)
+        return steps
+
+    def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
+        """Eight steps of sampling: x_t, and the estimate of x_0 below it."""
+        steps = self.trajectory(caption, seed=seed)
+        rows: list[list[LabelledImage]] = [[], []]
+        for number in sorted({round(k * (len(steps) - 1) / 7) for k in range(8)}):
+            step = steps[number]
+            sigma = step.level.karras_sigma
+            label = f"sigma {sigma:.2g}" if math.isfinite(sigma) else "noise"
+            with self.inference():
+                for row, x in zip(rows, (step.x_t, step.x0), strict=True):
                     image = self.space.decode(x)[0].float().clamp(-1, 1)
                     row.append(LabelledImage(label, image))
-
-        noise = NoiseStreams.for_pictures(seed, 1, self.device)
-        with self.inference():
-            guidance = Guidance(self.config.guidance)
-            denoise = self.denoiser([caption], guidance, self.config.threshold)
-            sampler_fn(denoise, noise.randn(*self.space.shape), schedule, noise, callback)
         return rows
 
 

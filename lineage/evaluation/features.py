@@ -25,6 +25,7 @@ from lineage.evaluation.judge import Judge, resized
 from lineage.evaluation.scorer import Scorer, hub_scorer, in_chunks, scorer_for
 from lineage.files import expanded
 from lineage.nn.inception import fid_features, load_inception
+from lineage.pretrained import run_folder
 from lineage.runs import fingerprint_of, load
 from lineage.system import EmbedsImages, System
 from lineage.text.contract import caption_list
@@ -150,7 +151,7 @@ def find_scorer(
     if name.startswith("hub:"):
         return hub_scorer(str(expanded(name.removeprefix("hub:"), "hub:MODEL")), device)
     if name.startswith("damsm:"):
-        return matching_scorer(expanded(name.removeprefix("damsm:")), device)
+        return matching_scorer(run_folder(name.removeprefix("damsm:"), "damsm:RUN"), device)
     if name != "auto":
         raise UserError(f"There is no scorer {name!r}: auto, none, hub:MODEL or damsm:RUN.")
     return scorer_for(spec, train, fingerprint_of(train), unseen).to(device)

@@ -43,6 +43,7 @@ from lineage.evaluation.real import (
 )
 from lineage.evaluation.scorer import Scorer, check_captions
 from lineage.files import check_output, expanded
+from lineage.pretrained import run_folder, run_name
 from lineage.runs import load, read_config
 from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
@@ -127,7 +128,7 @@ def evaluate(
     Raises:
         UserError: a folder is no run, a setting is wrong, or the runs differ in data or size.
     """
-    folders = [Path(runs)] if isinstance(runs, (str, Path)) else [Path(run) for run in runs]
+    folders = [run_folder(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
     names = run_names(folders)
     if out is not None:
         out = expanded(out, "out")
@@ -288,7 +289,7 @@ def _score(
             draw(groups, _seed(config.seed, 2)),
         )
     features = real.network.extract(pictures)
-    scores: dict[str, Any] = {"run": str(folder), "system": run_config.key}
+    scores: dict[str, Any] = {"run": run_name(folder), "system": run_config.key}
     failures: list[Failure] = []
     if prompts:
         detections = prompts.judge.detect(of_prompts)

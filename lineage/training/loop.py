@@ -16,11 +16,10 @@ a budget in minutes, the number changes whenever another one is faster (see line
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import reduce
 from typing import Any, cast
 
@@ -43,10 +42,18 @@ from lineage.training.machine import (
     Distributed,
     autocast,
     channels_last,
+    frozen_heap,
     pick_device,
     seed_layers,
 )
-from lineage.training.progress import RateWatch, described, losses_text, progress_bar, tell
+from lineage.training.progress import (
+    RateWatch,
+    described,
+    losses_text,
+    not_finite,
+    progress_bar,
+    tell,
+)
 from lineage.training.stopping import Stopped, noting_signals
 
 CHECK_EVERY = 1000
@@ -267,44 +274,62 @@ class Trainer:
             Stopped: After Ctrl-C, SIGTERM or SIGHUP, once the state is saved.
         """
         train = self.train
-        batches = self.loader.batches(self.step)
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
-        metrics_every = max(1, train.log_every // METRIC_STEPS)
         self.choose_threads()
         bar = progress_bar(self.stage, train, visible=self.processes.is_main)
-        with noting_signals(self._request_stop), _frozen_heap(), bar:
-            clock, cpu, logged_step = time.perf_counter(), time.process_time(), self.step
-            logged_seconds = self.seconds
+        with noting_signals(self._request_stop), frozen_heap(), bar:
+            logged_seconds, logged_step = self.seconds, self.step
             if self.step and due(train.sample_every) and self.spent() < 1:
                 sample()  # the sheet that a kill after the checkpoint may have prevented
-                clock, cpu = time.perf_counter(), time.process_time()
-            while self._agreed_spent() < 1 and not self._stop_requested:
-                collect = (self.step - logged_step) % metrics_every == 0
-                with self.threads.unit():
-                    values = self.advance(next(batches), collect)
+            for values in self.steps():
                 self._unchecked.append((self.step, values))
-                now, now_cpu = time.perf_counter(), time.process_time()
-                self.seconds += now - clock
-                self.cpu_seconds += now_cpu - cpu
-                clock, cpu = now, now_cpu
                 if due(train.log_every):
                     self._report(log, bar, logged_seconds, logged_step)
                     logged_seconds, logged_step = self.seconds, self.step
                 if due(train.checkpoint_every) or len(self._unchecked) >= CHECK_EVERY:
                     self._check_values()
-                if due(train.checkpoint_every):
-                    checkpoint()
-                    self._saved_step = self.step
-                if due(train.sample_every):
-                    sample()
                 if due(train.checkpoint_every) or due(train.sample_every):
-                    clock, cpu = time.perf_counter(), time.process_time()
-            batches.close()  # type: ignore[attr-defined]
+                    with self.outside_budget():
+                        if due(train.checkpoint_every):
+                            checkpoint()
+                            self._saved_step = self.step
+                        if due(train.sample_every):
+                            sample()
             if self._unchecked or self._values:
                 self._report(log, bar, logged_seconds, logged_step)
             checkpoint()
         if self._stop_requested:
             raise Stopped
+
+    def steps(self) -> Iterator[dict[str, Tensor]]:
+        """Train until the budget is spent, and yield the values of each step; see `advance`.
+
+        What is done between two steps counts as time of training, but for what is done
+        `outside_budget`.
+        """
+        first_step, log_every = self.step, self.train.log_every or math.inf
+        metrics_every = max(1, self.train.log_every // METRIC_STEPS)
+        self._clock = time.perf_counter(), time.process_time()
+        with closing(self.loader.batches(self.step)) as batches:  # type: ignore[type-var]
+            while self._agreed_spent() < 1 and not self._stop_requested:
+                since_line = min(self.step - first_step, self.step % log_every)
+                with self.threads.unit():
+                    values = self.advance(next(batches), since_line % metrics_every == 0)
+                self._count_time()
+                yield values
+
+    @contextmanager
+    def outside_budget(self) -> Iterator[None]:
+        """Between two steps of `steps`: work that is no part of the budget."""
+        self._count_time()
+        yield
+        self._clock = time.perf_counter(), time.process_time()
+
+    def _count_time(self) -> None:
+        """Add the time since the last call to that of training."""
+        (clock, cpu), self._clock = self._clock, (time.perf_counter(), time.process_time())
+        self.seconds += self._clock[0] - clock
+        self.cpu_seconds += self._clock[1] - cpu
 
     def _request_stop(self) -> None:
         self._stop_requested = True
@@ -326,31 +351,15 @@ class Trainer:
             self.processes.all_reduce_mean([values])
             for name, value in zip(terms, values.tolist(), strict=True):
                 if not math.isfinite(value):
-                    raise CheckFailed(self._not_finite(step, name, value))
+                    what = self._not_finite(name, value)
+                    raise CheckFailed(f"Step {step} of {self.stage}: {what}")
                 self._values.setdefault(name, []).append(value)
         self._unchecked.clear()
 
-    def _not_finite(self, step: int, name: str, value: float) -> str:
-        saved = (
-            f"the last good checkpoint is from step {self._saved_step}"
-            if self._saved_step
-            else "there is no checkpoint yet"
-        )
-        kind, _, rest = name.partition("/")
-        what = {"gradient": f"the gradient of {rest}", "metric": f"the metric {rest}"}.get(
-            kind, f"the loss {name}"
-        )
-        lr = min(self.optim.lr / 3, 1e-3)
-        settings = [f"{self.optim_setting}.lr={lr:.1g}"] if self.optim_setting else []
+    def _not_finite(self, name: str, value: float) -> str:
         with self.autocast:
-            if torch.is_autocast_enabled(self.device.type):
-                settings.append("train.precision=fp32")
-        changes = " or ".join(f"--set {setting}" for setting in settings)
-        advice = f"Go on with --resume {changes}" if changes else "Train again with another --seed"
-        return (
-            f"Step {step} of {self.stage}: {what} became {value}, so training stopped; {saved}. "
-            f"{advice}."
-        )
+            reduced = torch.is_autocast_enabled(self.device.type)
+        return not_finite(name, value, self._saved_step, self.optim, self.optim_setting, reduced)
 
     def _report(self, log: Log | None, bar: tqdm, logged_seconds: float, logged_step: int) -> None:
         """Write a line of the log and the text of the bar."""
@@ -438,13 +447,3 @@ class Trainer:
             with torch.no_grad():
                 for (parameter, _), value in zip(pairs, weights, strict=True):
                     parameter.copy_(value)
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Exempt all existing objects from garbage collection, which would scan them repeatedly."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

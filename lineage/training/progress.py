@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 from lineage.characters import plain
-from lineage.config import TrainConfig
+from lineage.config import OptimConfig, TrainConfig
 from lineage.threads import ThreadTuner
 
 LABEL = "LINEAGE_LABEL"
@@ -103,3 +103,31 @@ def losses_text(values: Mapping[str, float], diagnosis: str) -> str:
     """Losses and metrics for the bar."""
     text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     return text + (f"  ({diagnosis})" if diagnosis else "")
+
+
+def not_finite(
+    name: str, value: float, saved_step: int, optim: OptimConfig, setting: str, reduced: bool
+) -> str:
+    """What the user should know of a value that is no number, and do.
+
+    Args:
+        name: Name of the value in the log.
+        value: The value.
+        saved_step: Step of the last checkpoint; 0 for none.
+        optim: Optimiser of the stage.
+        setting: Name of the setting that holds `optim`; empty if none does.
+        reduced: If true, some operations are in half precision.
+    """
+    saved = "there is no checkpoint yet"
+    if saved_step:
+        saved = f"the last good checkpoint is from step {saved_step}"
+    kind, _, rest = name.partition("/")
+    what = {"gradient": f"the gradient of {rest}", "metric": f"the metric {rest}"}.get(
+        kind, f"the loss {name}"
+    )
+    settings = [f"{setting}.lr={min(optim.lr / 3, 1e-3):.1g}"] if setting else []
+    if reduced:
+        settings.append("train.precision=fp32")
+    changes = " or ".join(f"--set {change}" for change in settings)
+    advice = f"Go on with --resume {changes}" if changes else "Train again with another --seed"
+    return f"{what} became {value}, so training stopped; {saved}. {advice}."

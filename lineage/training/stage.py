@@ -116,6 +116,31 @@ class Stage:
                 budget[name] = part if name.endswith("minutes") else max(1, round(part))
         return replace(self.train, **budget)
 
+    def trainer(
+        self, dataset: CaptionedDataset, seed: int = 0, threads: int | None = None
+    ) -> Trainer:
+        """A trainer of the built system.
+
+        Args:
+            dataset: Data set of the run; what the stage makes of it is trained on.
+            seed: Seed of data order, captions and noise.
+            threads: Number of threads that the run keeps; None to measure.
+        """
+        train, system = self.budgeted(), self.system or self.construct()
+        if self.prepare is not None:
+            with use_threads(1):  # before the number is known, and the same when resumed
+                dataset = self.prepare(dataset, system.to(pick_device(train.device)))
+        return Trainer(
+            system,
+            dataset,
+            self.optim,
+            train,
+            seed=seed,
+            stage=self.name,
+            optim_setting=self.optim_setting,
+            threads=threads,
+        )
+
     def key(self, data: Mapping[str, Any]) -> str:
         """Cache key of the stage's result.
 
@@ -219,7 +244,7 @@ class RunStages:
             if stage.weights is not None:
                 load_weights(system, stage.weights)
             elif last or not self._load_finished(stage, system, cached, fixed_keys):
-                system = self._train(stage, system, last, stage.name in fixed_keys)
+                system = self._train(stage, last, stage.name in fixed_keys)
             if not last and Distributed.join(next(system.parameters()).device).is_main:
                 self._save_finished(stage, system, cached)
             stage.system = system.eval()
@@ -257,25 +282,11 @@ class RunStages:
                 return {name: key for name, key in keys.items() if name != stage.name}
         return {}
 
-    def _train(self, stage: Stage, system: Trainable, last: bool, fixed: bool) -> Trainable:
+    def _train(self, stage: Stage, last: bool, fixed: bool) -> Trainable:
         """Train one stage, from its checkpoint if the folder holds one; returns it with averaged
         weights.
         """
-        train = stage.budgeted()
-        dataset = self.dataset
-        if stage.prepare is not None:
-            with use_threads(1):  # before the number is known, and the same when resumed
-                dataset = stage.prepare(dataset, system.to(pick_device(train.device)))
-        trainer = Trainer(
-            system,
-            dataset,
-            stage.optim,
-            train,
-            seed=self.seed,
-            stage=stage.name,
-            optim_setting=stage.optim_setting,
-            threads=self.threads,
-        )
+        trainer = stage.trainer(self.dataset, self.seed, self.threads)
         is_main = trainer.processes.is_main
         state_file = state_path(self.folder, stage, self.stages)
         loaded_step = -1
@@ -323,10 +334,15 @@ class RunStages:
         finally:
             if log is not None:
                 log.close()
-        with trainer.averaged() as averaged:
-            final = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
-        trainer.system.load_state_dict(final)
-        return trainer.system
+        return keep_average(trainer)
+
+
+def keep_average(trainer: Trainer) -> Trainable:
+    """The trained system, its averaged weights in place of the last ones."""
+    with trainer.averaged() as averaged:
+        final = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
+    trainer.system.load_state_dict(final)
+    return trainer.system
 
 
 def state_path(folder: Path, stage: Stage, stages: list[Stage]) -> Path:

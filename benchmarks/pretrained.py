@@ -1,0 +1,155 @@
+"""Train the runs that come with the package, and score them.
+
+    python benchmarks/pretrained.py [KEY ...]   all working systems if left out
+    make pretrained                               the same
+
+Each system trains at preset tiny on `shapes`, with one thread, for the minutes of processor time in
+`RUNS`, as many systems at a time as there are cores. A stopped program goes on where it was.
+
+    runs/pretrained/KEY        the run itself
+    lineage/pretrained/KEY     what comes with the package: weights in half precision
+    results/pretrained/KEY     command, commit, cost and scores of these weights, and a sheet
+
+`RUNS` also has the settings that keep a file below 3 MB, and why they may.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lineage.catalog import working
+from lineage.cores import usable_cpus
+from lineage.evaluation.cost import machine
+from lineage.evaluation.run import evaluate
+from lineage.pretrained import FOLDER, PREFIX
+from lineage.runs import load, load_dataset, sample_sheet
+from lineage.training.store import load_tensors, save_tensors, write_json
+
+ROOT = Path(__file__).parent.parent
+LARGEST = 3_000_000  # bytes of a file of weights
+FILES = ("config.json", "tokenizer.json", "cost.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Processor time, and settings beside the preset's.
+
+    Attributes:
+        cpu_minutes: Budget of training; None for a system with a budget of its own.
+        settings: Fields of the configuration.
+    """
+
+    cpu_minutes: float | None
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+# An autoencoder of 0.4 in place of 0.7 million parameters, the same in both.
+NARROW = {"autoencoder.net.channels": "24"}
+
+RUNS = {
+    "retrieval": Run(None, {"model.memory_size": "870"}),  # 2.7 MB of pictures
+    "gan_int_cls": Run(8),
+    "stackgan": Run(12),
+    "vqvae": Run(12),
+    "attngan": Run(12),
+    "ddpm": Run(14),
+    "vqgan": Run(12),
+    "dalle": Run(12),
+    "ldm": Run(12, NARROW),
+    "dit": Run(12, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
+}
+
+
+def command(key: str) -> list[str]:
+    """The command that trains a system."""
+    run = RUNS[key]
+    parts = ["lineage", "train", key, "--out", f"runs/pretrained/{key}", "--seed", "0"]
+    if run.cpu_minutes is not None:
+        parts += ["--cpu-minutes", f"{run.cpu_minutes:g}"]
+    for name, value in run.settings.items():
+        parts += ["--set", f"{name}={value}"]
+    return parts
+
+
+def halved(tensor: Tensor) -> Tensor:
+    """Matrices and kernels in half precision. Vectors (scales, biases, schedules) are small, and
+    integers are what they are.
+    """
+    return tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+
+
+def export(key: str) -> None:
+    """Copy what drawing needs of a finished run into the package."""
+    run, folder = ROOT / "runs" / "pretrained" / key, FOLDER / key
+    tensors = {n: halved(t) for n, t in load_tensors(run / "model.safetensors").items()}
+    for name, tensor in tensors.items():
+        assert not tensor.is_floating_point() or tensor.isfinite().all(), f"{name} overflows"
+    for file in FILES:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run / file, folder / file)
+    save_tensors(folder / "model.safetensors", tensors)
+    size = (folder / "model.safetensors").stat().st_size
+    if size > LARGEST:
+        sys.exit(f"{key}: {size / 1e6:.2f} MB are more than {LARGEST / 1e6:g} MB.")
+
+
+def score(key: str) -> dict[str, Any]:
+    """Scores of the run as it comes with the package, and its sheet."""
+    folder = ROOT / "results" / "pretrained" / key
+    document = evaluate(PREFIX + key, out=folder, threads=1)
+    system = load(PREFIX + key)
+    sample_sheet(system, load_dataset("shapes", "train").showcase(16), folder / "sheet.png")
+    return document
+
+
+def train(key: str) -> None:
+    """Train one system in a process of its own, export its weights and score them."""
+    done = ROOT / "results" / "pretrained" / key / "run.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LINEAGE_LABEL": f"{key} "}
+    made_by = machine()
+    subprocess.run(
+        [sys.executable, "-m", *command(key), "--resume"], cwd=ROOT, env=environment, check=True
+    )
+    export(key)
+    source = f"import pretrained; pretrained.score({key!r})"
+    subprocess.run(
+        [sys.executable, "-c", source], cwd=Path(__file__).parent, env=environment, check=True
+    )
+    cost = json.loads((FOLDER / key / "cost.json").read_text())
+    write_json(
+        done,
+        {
+            "command": shlex.join(command(key)),
+            "seed": 0,
+            "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in cost.values())),
+            "stages": cost,
+            "bytes": (FOLDER / key / "model.safetensors").stat().st_size,
+            "machine": made_by,
+        },
+    )
+
+
+def main() -> None:
+    keys = sys.argv[1:] or working()
+    for key in keys:
+        if key not in RUNS:
+            sys.exit(f"There is no {key} among {', '.join(RUNS)}.")
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(max(1, min(usable_cpus(), len(keys)))) as pool:
+        list(pool.map(train, keys))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Pictures in notebooks: rows of pictures, learning that one can watch, sliders, source lines.
+
+Every function returns or displays something that stays in the saved notebook, small enough for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import lineage
+from lineage.cores import usable_cpus
+from lineage.data.contract import to_bytes
+from lineage.errors import UserError
+from lineage.sheets import rows_sheet, sheet
+from lineage.stepping import TrainingStep
+from lineage.system import LabelledImage, System, Visualises
+from lineage.training.machine import pick_device
+
+SIDE = 96  # pixels of a picture in a row
+STILL = "LINEAGE_STILL"
+"""Environment variable that leaves out sliders, where nobody is there to move them."""
+REPOSITORY = Path(lineage.__file__).parent
+
+
+def begin(name: str, minutes: float) -> None:
+    """Say where a notebook runs and how long it takes; the first line of each notebook.
+
+    Args:
+        name: Name of the notebook.
+        minutes: Time of all its cells on two cores.
+    """
+    device = pick_device("auto")
+    where = f"{usable_cpus()} processor cores" if device.type == "cpu" else device.type.upper()
+    print(f"{name}: PyTorch {torch.__version__.split('+')[0]} on {where}.")
+    print(f"All cells take about {minutes:g} minutes on two cores.")
+
+
+def show(
+    images: Tensor | Sequence[Tensor] | Sequence[Sequence[LabelledImage]],
+    labels: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    side: int = SIDE,
+) -> Image.Image:
+    """Pictures side by side, for the last line of a cell.
+
+    Args:
+        images: (B, 3, S, S), a list of (3, S, S), in [-1, 1] or uint8; or rows of labelled
+            pictures, as `visualise` returns.
+        labels: A label below each picture.
+        columns: Number of pictures in a row.
+        side: Width of each picture in pixels.
+    """
+    if isinstance(images, Sequence) and isinstance(images[0], Sequence):
+        rows = [[(label, _bytes(image)) for label, image in row] for row in images]
+        return rows_sheet(rows, side)
+    pictures = [_bytes(image) for image in images]  # type: ignore[arg-type]
+    return sheet(pictures, list(labels or [""] * len(pictures)), columns, side)
+
+
+def _bytes(image: Tensor) -> Tensor:
+    """A picture (3, S, S) as uint8; one channel is shown in grey."""
+    image = image.detach().cpu()
+    if image.dtype != torch.uint8:
+        image = to_bytes(image.float().clamp(-1, 1))
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+
+
+def film(system: System, caption: str, *, seed: int = 0, side: int = SIDE) -> Image.Image:
+    """How the picture of a caption comes about: what `system.visualise` returns, as a sheet."""
+    if not isinstance(system, Visualises):
+        raise UserError(f"{type(system).__name__} has nothing to visualise.")
+    return show(system.visualise(caption, seed=seed), side=side)
+
+
+def source(function: Any, first: str = "", last: str = "") -> Any:
+    """Lines of a function or class as they stand in the installed package, with their file.
+
+    Args:
+        first: Text in the first line to show; the whole if empty.
+        last: Text in the last line to show.
+
+    Raises:
+        UserError: no line holds the text.
+    """
+    from IPython.display import Markdown
+
+    lines, number = inspect.getsourcelines(function)
+    start = _line_with(lines, first, 0) if first else 0
+    end = _line_with(lines, last, start) + 1 if last else len(lines)
+    path = Path(inspect.getsourcefile(function) or "")
+    name = path.relative_to(REPOSITORY.parent).as_posix()
+    code = inspect.cleandoc("\n" + "".join(lines[start:end]))
+    return Markdown(f"`{name}`, line {number + start}:\n```python\n{code}\n```")
+
+
+def _line_with(lines: Sequence[str], text: str, start: int) -> int:
+    for number, line in enumerate(lines[start:], start):
+        if text in line:
+            return number
+    raise UserError(f"No line of the source holds {text!r}.")
+
+
+@dataclass
+class Watched:
+    """What `watch` saw of a training.
+
+    Attributes:
+        system: The trained system, with its averaged weights.
+        losses: Step, and losses by name, at every step that was looked at.
+        pictures: Rows of labelled pictures: one row for each look.
+    """
+
+    system: Any
+    losses: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    pictures: list[list[LabelledImage]] = field(default_factory=list)
+
+
+def watch(
+    steps: Iterable[TrainingStep],
+    captions: Sequence[str],
+    *,
+    looks: int = 5,
+    side: int = 64,
+    **options: Any,
+) -> Watched:
+    """Train, and show what the system draws as it learns; a row for each look.
+
+    Args:
+        steps: Iterator of `lineage.training_steps`.
+        captions: Captions to draw.
+        looks: Number of looks, evenly spaced over the budget of each stage that draws.
+        side: Width of each picture in pixels.
+        **options: Options of the system's `sample`.
+    """
+    from IPython.display import display
+
+    place, watched, due, started = display("", display_id=True), Watched(None), 0.0, time.time()
+    step = None
+    for step in steps:
+        if step.number == 1:
+            due = 0.0
+        if step.spent < due and step.spent < 1:
+            continue
+        due += 1 / max(1, looks - 1)
+        watched.losses.append((step.number, step.losses))
+        if isinstance(step.system, System):
+            label = f"step {step.number}, {time.time() - started:.0f} s"
+            images = step.draw(list(captions), **options)
+            row = [LabelledImage(label if not i else "", one) for i, one in enumerate(images)]
+            watched.pictures.append(row)
+            place.update(show(watched.pictures, side=side))
+        else:
+            place.update(f"{step.stage}: step {step.number}, {time.time() - started:.0f} s")
+    if step is None:
+        raise UserError("There was no step to watch: the budget is spent.")
+    watched.system = step.system
+    return watched
+
+
+def slider(
+    draw: Callable[[Any], Image.Image | Tensor],
+    name: str,
+    values: Sequence[Any],
+    still: Sequence[Any],
+) -> Image.Image:
+    """A picture that follows a slider, above a still sheet of some of its positions.
+
+    Args:
+        draw: Function from a value to a picture.
+        name: Name of what the slider moves.
+        values: Positions of the slider.
+        still: The positions that the sheet shows, for readers on the web.
+    """
+    if STILL not in os.environ:
+        _interactive(draw, name, values)
+    pictures = [_pixels(draw(value)) for value in still]
+    return sheet(pictures, [f"{name} {_text(value)}" for value in still], len(pictures), SIDE)
+
+
+def _interactive(draw: Callable[[Any], Any], name: str, values: Sequence[Any]) -> None:
+    try:
+        import ipywidgets
+        from IPython.display import display
+    except ImportError:  # the extra `notebooks` is not installed: the still sheet remains
+        return
+    drawn: dict[Any, bytes] = {}
+
+    def encoded(value: Any) -> bytes:
+        if value not in drawn:
+            drawn[value] = _png(draw(value))
+        return drawn[value]
+
+    move = ipywidgets.SelectionSlider(
+        options=[(_text(value), value) for value in values],
+        description=name,
+        continuous_update=False,
+    )
+    place = ipywidgets.Image(value=encoded(move.value), format="png")
+    move.observe(lambda change: setattr(place, "value", encoded(change["new"])), "value")
+    display(ipywidgets.VBox([move, place]))
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _pixels(image: Image.Image | Tensor) -> Tensor:
+    if isinstance(image, Tensor):
+        return _bytes(image)
+    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def _png(image: Image.Image | Tensor) -> bytes:
+    file = io.BytesIO()
+    (show([image], side=2 * SIDE) if isinstance(image, Tensor) else image).save(file, "png")
+    return file.getvalue()

@@ -1,0 +1,194 @@
+"""Build the notebooks from their sources.
+
+    python notebooks/build.py [NAME ...]     all of them if left out, as in `08_ddpm`
+
+A source, `notebooks/solutions/NN_name.py`, is a notebook as text (percent format of jupytext), with
+the solutions of its exercises between `### BEGIN SOLUTION` and `### END SOLUTION`. From it come
+
+    notebooks/solutions/NN_name.ipynb    the same, run, with its outputs
+    notebooks/NN_name.ipynb              the student's copy: stubs in place of the solutions
+
+`tests/notebooks` hold the three together. Roles of cells are found by what stands in them: the
+first code cell is the setup, one with a solution is an exercise, one that begins with `check.` is
+its check, and all others are the page. Exercises and checks carry nbgrader's metadata.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+from lineage.course.checking import exercises
+
+FOLDER = Path(__file__).parent
+SOLUTIONS = FOLDER / "solutions"
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+SECONDS = 600  # that one cell may take
+Notebook = Any  # nbformat's nodes are untyped
+
+
+def names() -> list[str]:
+    """Names of all notebooks, in order."""
+    return sorted(path.stem for path in SOLUTIONS.glob("[0-9][0-9]_*.py"))
+
+
+# --- from the source to notebooks without outputs -------------------------------------------------
+
+
+def solution(name: str) -> Notebook:
+    """The notebook with its solutions, without outputs."""
+    text = (SOLUTIONS / f"{name}.py").read_text(encoding="utf-8")
+    notebook = jupytext.reads(text, fmt="py:percent")
+    notebook.cells = [*notebook.cells, nbformat.v4.new_markdown_cell(_neighbours(name))]
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {
+                "display_name": "Python 3",
+                "language": "python",
+                "name": "python3",
+            },
+            "language_info": {"name": "python"},
+            "lineage": {"notebook": name},
+        }
+    )
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    setup = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for number, cell in enumerate(notebook.cells):
+        role = "setup" if cell is setup else _role(cell)
+        cell.id = f"{name[:2]}-{number:03d}"
+        cell.metadata = nbformat.from_dict({"lineage": {"role": role}, **_nbgrader(cell, role)})
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def _role(cell: Notebook) -> str:
+    if cell.cell_type == "code" and BEGIN in cell.source:
+        return "exercise"
+    if cell.cell_type == "code" and cell.source.startswith("check."):
+        return "check"
+    return "page"
+
+
+def _nbgrader(cell: Notebook, role: str) -> dict[str, Any]:
+    """Metadata by which nbgrader knows an exercise and its check."""
+    if role not in ("exercise", "check"):
+        return {}
+    pattern = r"^def (\w+)\(" if role == "exercise" else r"^check\.(\w+)\("
+    functions = re.findall(pattern, cell.source, re.MULTILINE)
+    name = next(one for one in functions if one in exercises())
+    mark = {
+        "schema_version": 3,
+        "solution": role == "exercise",
+        "grade": role == "check",
+        "locked": role == "check",
+        "task": False,
+        "grade_id": name if role == "exercise" else f"check_{name}",
+    }
+    return {"nbgrader": mark | ({"points": exercises()[name].points} if role == "check" else {})}
+
+
+def student(notebook: Notebook) -> Notebook:
+    """The student's copy: each solution becomes a stub, which `check` knows as not written yet."""
+    copied = copy.deepcopy(notebook)
+    for cell in copied.cells:
+        if cell.metadata.lineage.role == "exercise":
+            cell.source = stub(cell.source)
+    return copied
+
+
+def stub(source: str) -> str:
+    """A cell with every solution replaced by a line for the student's own."""
+    pattern = rf"^( *){BEGIN}\n.*?^ *{END}$"
+    text = r"\1# YOUR CODE HERE\n\1raise NotImplementedError"
+    return re.sub(pattern, text, source, flags=re.MULTILINE | re.DOTALL)
+
+
+def _neighbours(name: str) -> str:
+    """Links to the notebooks before and after this one."""
+    every = names()
+    place = every.index(name)
+    links = []
+    if place > 0:
+        links.append(f"Before: [{every[place - 1]}]({every[place - 1]}.ipynb).")
+    if place + 1 < len(every):
+        links.append(f"Next: [{every[place + 1]}]({every[place + 1]}.ipynb).")
+    if name != every[0]:
+        links.append(f"The map: [{every[0]}]({every[0]}.ipynb).")
+    return "---\n" + " ".join(links)
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(notebook: Notebook, blank: Notebook | None = None) -> None:
+    """Run a notebook in a fresh kernel, in place.
+
+    Args:
+        notebook: Notebook to run; an error in a cell ends it.
+        blank: Its student's copy, whose exercises and checks are run afterwards; its other cells
+            receive the same outputs.
+    """
+    os.environ["LINEAGE_STILL"] = "1"
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(FOLDER)}},
+    )
+    with client.setup_kernel():
+        for number, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, number)
+        for number, cell in enumerate(blank.cells if blank else []):
+            own = notebook.cells[number]
+            if cell.metadata.lineage.role in ("exercise", "check"):
+                client.execute_cell(cell, number)
+            elif cell.cell_type == "code":
+                cell.outputs = copy.deepcopy(own.outputs)
+    for one in (notebook, *([blank] if blank else [])):
+        tidy(one)
+
+
+def tidy(notebook: Notebook) -> None:
+    """Counts from 1, neighbouring pieces of printed text joined, no state of one run."""
+    count = 0
+    notebook.metadata.language_info = nbformat.from_dict({"name": "python"})
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        cell.execution_count = count
+        joined: list[Any] = []
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+            output.pop("transient", None)
+            last = joined[-1] if joined else None
+            if last is not None and output.get("name") and last.get("name") == output.get("name"):
+                last.text += output.text
+            else:
+                joined.append(output)
+        cell.outputs = joined
+
+
+def main() -> None:
+    for name in sys.argv[1:] or names():
+        print(name, flush=True)
+        whole = solution(name)
+        blank = student(whole)
+        run(whole, blank)
+        nbformat.write(whole, SOLUTIONS / f"{name}.ipynb")
+        nbformat.write(blank, FOLDER / f"{name}.ipynb")
+
+
+if __name__ == "__main__":
+    main()
