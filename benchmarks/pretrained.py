@@ -60,15 +60,15 @@ NARROW = {"autoencoder.net.channels": "24"}
 
 RUNS = {
     "retrieval": Run(None, {"model.memory_size": "870"}),  # 2.7 MB of pictures
-    "gan_int_cls": Run(8),
-    "stackgan": Run(12),
+    "gan_int_cls": Run(5),
+    "stackgan": Run(8),
     "vqvae": Run(12),
-    "attngan": Run(12),
+    "attngan": Run(8),
     "ddpm": Run(14),
-    "vqgan": Run(12),
-    "dalle": Run(12),
-    "ldm": Run(12, NARROW),
-    "dit": Run(12, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
+    "vqgan": Run(8),
+    "dalle": Run(8),
+    "ldm": Run(8, NARROW),
+    "dit": Run(8, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
 }
 
 

@@ -154,6 +154,7 @@ def run(notebook: Notebook, blank: Notebook | None = None) -> None:
                 client.execute_cell(cell, number)
             elif cell.cell_type == "code":
                 cell.outputs = copy.deepcopy(own.outputs)
+            notebook.cells[number] = own  # the client has put the cell that it ran there
     for one in (notebook, *([blank] if blank else [])):
         tidy(one)
 

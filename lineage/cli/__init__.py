@@ -7,6 +7,7 @@
     sample      `lineage sample`; drawing: its part that needs PyTorch
     score       `lineage evaluate`, `compare`
     official    `lineage verify`, `import-weights`
+    course      `lineage grade`, `course`
 
 A command is a function. Its signature is what the command takes, its docstring is the command's
 help; cyclopts reads both. PyTorch is imported only when a command that needs it runs, so that
@@ -30,7 +31,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from lineage import __version__, catalog
 from lineage.characters import OutputError, plain, protect
-from lineage.cli import data, official, sample, score, train
+from lineage.cli import course, data, official, sample, score, train
 from lineage.cli.arguments import Flag, commands, print_json, sentence
 from lineage.errors import UserError, say
 
@@ -38,7 +39,8 @@ SEE = Group("See", sort_key=0)
 TRAIN = Group("Train and draw", sort_key=2)
 SCORE = Group("Score", sort_key=3)
 OFFICIAL = Group("Official code and weights", sort_key=4)
-HELP = Group("Help", sort_key=5)
+TEACH = Group("Teach", sort_key=5)
+HELP = Group("Help", sort_key=6)
 
 app = App(
     "lineage",
@@ -138,6 +140,8 @@ app.command(score.evaluate, group=SCORE, sort_key=0)
 app.command(score.compare, group=SCORE, sort_key=1)
 app.command(official.verify, group=OFFICIAL, sort_key=0)
 app.command(official.import_weights, group=OFFICIAL, sort_key=1)
+app.command(course.grade, group=TEACH, sort_key=0)
+app.command(course.course, group=TEACH, sort_key=1)
 
 
 @app.command(name="--install-completion")

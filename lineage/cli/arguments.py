@@ -57,6 +57,7 @@ SheetCount = Annotated[int, _typed("SheetCount")]
 Steps = Annotated[int, _typed("Steps")]
 Threads = Annotated[int, _typed("Threads")]
 Minutes = Annotated[float, _typed("Minutes")]
+Seconds = Annotated[float, _typed("PositiveFloat")]
 PathName = Annotated[Path, Parameter(converter=_path)]
 """A file or folder."""
 RunName = Annotated[Path, Parameter(converter=_run)]

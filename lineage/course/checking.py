@@ -87,9 +87,9 @@ def exercises() -> dict[str, Exercise]:
     return _registered
 
 
-def outcome(name: str, answer: Any) -> Outcome:
-    """Check an answer."""
-    one = exercises()[name]
+def outcome(one: Exercise, answer: Any) -> Outcome:
+    """Check an answer to an exercise."""
+    name = one.name
     if not callable(answer):
         return Outcome(0, f"{name} is {type(answer).__name__}, not a function.")
     with torch.random.fork_rng(devices=[]):
@@ -124,7 +124,7 @@ class Checks:
             raise AttributeError(f"There is no exercise {name!r}: {nearest(name, known)}")
 
         def run(answer: Any) -> None:
-            print(outcome(name, answer).sentence)
+            print(outcome(known[name], answer).sentence)
 
         return run
 

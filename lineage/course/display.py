@@ -33,6 +33,24 @@ STILL = "LINEAGE_STILL"
 REPOSITORY = Path(lineage.__file__).parent
 
 
+class Picture:
+    """A picture that a notebook shows, and saves in few bytes: 256 colours, which flat pictures do
+    not exceed by much.
+
+    Args:
+        image: The picture in all its colours.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+
+    def _repr_png_(self) -> bytes:
+        few = self.image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        file = io.BytesIO()
+        few.save(file, "png", optimize=True)
+        return file.getvalue()
+
+
 def begin(name: str, minutes: float) -> None:
     """Say where a notebook runs and how long it takes; the first line of each notebook.
 
@@ -52,7 +70,7 @@ def show(
     *,
     columns: int = 8,
     side: int = SIDE,
-) -> Image.Image:
+) -> Picture:
     """Pictures side by side, for the last line of a cell.
 
     Args:
@@ -64,9 +82,9 @@ def show(
     """
     if isinstance(images, Sequence) and isinstance(images[0], Sequence):
         rows = [[(label, _bytes(image)) for label, image in row] for row in images]
-        return rows_sheet(rows, side)
+        return Picture(rows_sheet(rows, side))
     pictures = [_bytes(image) for image in images]  # type: ignore[arg-type]
-    return sheet(pictures, list(labels or [""] * len(pictures)), columns, side)
+    return Picture(sheet(pictures, list(labels or [""] * len(pictures)), columns, side))
 
 
 def _bytes(image: Tensor) -> Tensor:
@@ -77,7 +95,7 @@ def _bytes(image: Tensor) -> Tensor:
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
-def film(system: System, caption: str, *, seed: int = 0, side: int = SIDE) -> Image.Image:
+def film(system: System, caption: str, *, seed: int = 0, side: int = SIDE) -> Picture:
     """How the picture of a caption comes about: what `system.visualise` returns, as a sheet."""
     if not isinstance(system, Visualises):
         raise UserError(f"{type(system).__name__} has nothing to visualise.")
@@ -119,7 +137,7 @@ class Watched:
     Attributes:
         system: The trained system, with its averaged weights.
         losses: Step, and losses by name, at every step that was looked at.
-        pictures: Rows of labelled pictures: one row for each look.
+        pictures: A row of labelled pictures for each caption, a column for each look.
     """
 
     system: Any
@@ -131,11 +149,11 @@ def watch(
     steps: Iterable[TrainingStep],
     captions: Sequence[str],
     *,
-    looks: int = 5,
-    side: int = 64,
+    looks: int = 6,
+    side: int = SIDE,
     **options: Any,
 ) -> Watched:
-    """Train, and show what the system draws as it learns; a row for each look.
+    """Train, and show what the system draws as it learns: a row for each caption.
 
     Args:
         steps: Iterator of `lineage.training_steps`.
@@ -146,8 +164,8 @@ def watch(
     """
     from IPython.display import display
 
-    place, watched, due, started = display("", display_id=True), Watched(None), 0.0, time.time()
-    step = None
+    place, watched, started = display("", display_id=True), Watched(None), time.time()
+    step, due = None, 0.0
     for step in steps:
         if step.number == 1:
             due = 0.0
@@ -156,10 +174,11 @@ def watch(
         due += 1 / max(1, looks - 1)
         watched.losses.append((step.number, step.losses))
         if isinstance(step.system, System):
-            label = f"step {step.number}, {time.time() - started:.0f} s"
+            watched.pictures = watched.pictures or [[] for _ in captions]
             images = step.draw(list(captions), **options)
-            row = [LabelledImage(label if not i else "", one) for i, one in enumerate(images)]
-            watched.pictures.append(row)
+            for row, image in zip(watched.pictures, images, strict=True):
+                row.append(LabelledImage("", image))
+            watched.pictures[-1][-1] = LabelledImage(f"step {step.number}", images[-1])
             place.update(show(watched.pictures, side=side))
         else:
             place.update(f"{step.stage}: step {step.number}, {time.time() - started:.0f} s")
@@ -170,26 +189,23 @@ def watch(
 
 
 def slider(
-    draw: Callable[[Any], Image.Image | Tensor],
-    name: str,
-    values: Sequence[Any],
-    still: Sequence[Any],
-) -> Image.Image:
+    draw: Callable[[Any], Tensor], name: str, values: Sequence[Any], still: Sequence[Any]
+) -> Picture:
     """A picture that follows a slider, above a still sheet of some of its positions.
 
     Args:
-        draw: Function from a value to a picture.
+        draw: Function from a value to a picture (3, S, S).
         name: Name of what the slider moves.
         values: Positions of the slider.
         still: The positions that the sheet shows, for readers on the web.
     """
     if STILL not in os.environ:
         _interactive(draw, name, values)
-    pictures = [_pixels(draw(value)) for value in still]
-    return sheet(pictures, [f"{name} {_text(value)}" for value in still], len(pictures), SIDE)
+    pictures = [draw(value) for value in still]
+    return show(pictures, [f"{name} {_text(value)}" for value in still])
 
 
-def _interactive(draw: Callable[[Any], Any], name: str, values: Sequence[Any]) -> None:
+def _interactive(draw: Callable[[Any], Tensor], name: str, values: Sequence[Any]) -> None:
     try:
         import ipywidgets
         from IPython.display import display
@@ -199,7 +215,7 @@ def _interactive(draw: Callable[[Any], Any], name: str, values: Sequence[Any]) -
 
     def encoded(value: Any) -> bytes:
         if value not in drawn:
-            drawn[value] = _png(draw(value))
+            drawn[value] = show([draw(value)], side=2 * SIDE)._repr_png_()
         return drawn[value]
 
     move = ipywidgets.SelectionSlider(
@@ -214,16 +230,3 @@ def _interactive(draw: Callable[[Any], Any], name: str, values: Sequence[Any]) -
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _pixels(image: Image.Image | Tensor) -> Tensor:
-    if isinstance(image, Tensor):
-        return _bytes(image)
-    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, 3).permute(2, 0, 1)
-
-
-def _png(image: Image.Image | Tensor) -> bytes:
-    file = io.BytesIO()
-    (show([image], side=2 * SIDE) if isinstance(image, Tensor) else image).save(file, "png")
-    return file.getvalue()

@@ -113,7 +113,7 @@ def grade(path: Path, seconds: float = SECONDS) -> Graded:
     try:
         document = json.loads(read_regular(path, LARGEST))
         cells = [_cell(one) for one in document["cells"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         graded.notes.append(f"The file is no notebook ({_first(error)}).")
         return graded
     graded.notebook = _name(path, document, cells)

@@ -65,8 +65,7 @@ def main() -> None:
         if name not in names:
             say(end=name, points=0, sentence=f"{name} is missing: no cell defines it.")
             continue
-        assert name in known
-        result = outcome(name, names[name])
+        result = outcome(known[name], names[name])
         say(end=name, points=result.points, sentence=result.sentence)
         restore()
     say(done=True, changed=changed)
@@ -162,7 +161,9 @@ def _limit() -> None:
             raise PermissionError(f"{event} is not allowed in a graded notebook")
         if event == "open" and arguments[2] & WRITES and outside(arguments[0]):
             raise PermissionError(f"{arguments[0]!s} may not be written in a graded notebook")
-        if event in CHANGES and any(outside(a) for a in arguments if isinstance(a, (str, bytes))):
+        in_folder = arguments[-1:] not in ((-1,), ()) and isinstance(arguments[-1], int)
+        paths = [one for one in arguments if isinstance(one, (str, bytes))]
+        if event in CHANGES and (in_folder or any(map(outside, paths))):
             raise PermissionError(f"{event} is not allowed in a graded notebook")
 
     sys.addaudithook(hook)

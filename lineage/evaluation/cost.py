@@ -26,11 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lineage
 from lineage.characters import protect
 from lineage.errors import CheckFailed
+from lineage.pretrained import is_packaged
 from lineage.system import System
 from lineage.text.contract import caption_list
 from lineage.threads import available, requested, use_free_threads, use_threads
 from lineage.training.machine import peak_memory
-from lineage.training.store import read_json_object, write_cache, write_json
+from lineage.training.store import cache_folder, read_json_object, write_cache, write_json
 
 PACKAGE = Path(lineage.__file__).parent
 
@@ -104,14 +105,17 @@ def measure(run: Path, captions: Sequence[str], device: str = "auto") -> dict[st
 
 
 def cached_cost(run: Path, captions: Sequence[str], device: str = "auto") -> dict[str, Any]:
-    """`measure`, stored in the run's `evaluation/cost.json` until model or machine change."""
+    """`measure`, stored in the run's `evaluation/cost.json` until model or machine change; for a
+    run of the package, in the cache.
+    """
     weights = (run / "model.safetensors").read_bytes()
     measured_on = {
         "model": hashlib.blake2b(weights, digest_size=16).hexdigest(),
         "machine": machine(),
         "device": device,
     }
-    path = run / "evaluation" / "cost.json"
+    folder = cache_folder("evaluate") / run.name if is_packaged(run) else run / "evaluation"
+    path = folder / "cost.json"
     cached = read_json_object(path)
     if cached.get("measured_on") == measured_on and _is_cost(cached.get("cost")):
         return dict(cached["cost"])

@@ -45,6 +45,11 @@ def run_folder(run: str | Path, name: str = "The run") -> Path:
     raise UserError(f"The package has no trained run {key!r}: {nearest(key, keys)}")
 
 
+def is_packaged(folder: Path) -> bool:
+    """Whether a run's folder is one of the package, where nothing may be written."""
+    return folder.parent == FOLDER
+
+
 def run_name(folder: Path) -> str:
     """The name of a run's folder for people: `pretrained:KEY`, or its path."""
-    return f"{PREFIX}{folder.name}" if folder.parent == FOLDER else str(folder)
+    return f"{PREFIX}{folder.name}" if is_packaged(folder) else str(folder)

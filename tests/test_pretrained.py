@@ -1,0 +1,112 @@
+"""Runs that come with the package: small, complete, and named `pretrained:KEY` everywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lineage
+from lineage.catalog import working
+from lineage.cli import main
+from lineage.errors import UserError
+from lineage.evaluation import cost
+from lineage.pretrained import FOLDER, pretrained, run_folder, run_name
+from lineage.runs import read_config
+from lineage.training.store import load_tensors
+
+RESULTS = Path(__file__).parents[1] / "results" / "pretrained"
+LARGEST = 3_000_000
+
+
+def test_every_working_system_has_one() -> None:
+    assert pretrained() == working()
+
+
+@pytest.mark.parametrize("key", pretrained())
+def test_a_run_is_small_and_half_precise(key: str) -> None:
+    path = FOLDER / key / "model.safetensors"
+    assert path.stat().st_size <= LARGEST
+    assert {file.name for file in path.parent.iterdir()} == {
+        "config.json",
+        "cost.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    for name, tensor in load_tensors(path).items():
+        if tensor.is_floating_point() and tensor.dim() > 1:
+            assert tensor.dtype == torch.float16, name
+
+
+@pytest.mark.parametrize("key", pretrained())
+def test_a_run_draws(key: str) -> None:
+    system = lineage.load(f"pretrained:{key}")
+    assert {p.dtype for p in system.parameters()} == {torch.float32}
+    assert system.generate(["a red circle"], seed=1).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("key", pretrained())
+def test_its_results_tell_how_it_was_made(key: str) -> None:
+    told = json.loads((RESULTS / key / "run.json").read_text())
+    config = read_config(FOLDER / key)
+    assert told["command"].startswith(f"lineage train {key} ")
+    assert told["machine"]["commit"] and told["machine"]["clean"]
+    assert told["seed"] == config.seed
+    scores = json.loads((RESULTS / key / "scores.json").read_text())
+    assert scores["runs"][0]["run"] == f"pretrained:{key}"
+    assert str(Path.home()) not in (FOLDER / key / "config.json").read_text()
+
+
+def test_the_command_line_draws_with_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheet.png"
+    assert main(["sample", "pretrained:gan_int_cls", "a red circle", "--out", str(out)]) == 0
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pretrained:ddmp", "did you mean 'ddpm'"),
+        ("pretrained:", "no trained run ''"),
+        ("pretrained:sd3", "is planned"),
+    ],
+)
+def test_an_unknown_one_is_refused(
+    name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", name, "x", "--out", str(tmp_path / "a.png")]) == 2
+    assert words in capsys.readouterr().err
+    with pytest.raises(UserError, match=words):
+        lineage.load(name)
+
+
+def test_a_system_without_one_says_how_to_train_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lineage.pretrained.pretrained", lambda: ["ldm"])
+    with pytest.raises(UserError, match="lineage train ddpm"):
+        run_folder("pretrained:ddpm")
+
+
+def test_names_lead_to_folders_and_back() -> None:
+    assert run_folder("pretrained:ddpm") == FOLDER / "ddpm"
+    assert run_name(FOLDER / "ddpm") == "pretrained:ddpm"
+    assert run_name(Path("runs/ddpm")) == "runs/ddpm" == str(run_folder("runs/ddpm"))
+
+
+def test_no_run_is_trained_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "ddpm", "--steps", "1", "--out", "pretrained:ddpm"]) == 2
+    assert "folder of your own" in capsys.readouterr().err
+
+
+def test_scoring_writes_nothing_into_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path))
+    written: list[Path] = []
+    monkeypatch.setattr(cost, "measure", lambda *_: {})
+    monkeypatch.setattr(cost, "write_json", lambda path, _: written.append(path))
+    cost.cached_cost(FOLDER / "ddpm", ["a red circle"], "cpu")
+    assert len(written) == 1 and tmp_path in written[0].parents
