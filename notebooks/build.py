@@ -7,6 +7,7 @@ the solutions of its exercises between `### BEGIN SOLUTION` and `### END SOLUTIO
 
     notebooks/solutions/NN_name.ipynb    the same, run, with its outputs
     notebooks/NN_name.ipynb              the student's copy: stubs in place of the solutions
+    notebooks/pictures/NN_name.png       its first picture, for the README
 
 `tests/notebooks` hold the three together. Roles of cells are found by what stands in them: the
 first code cell is the setup, one with a solution is an exercise, one that begins with `check.` is
@@ -15,6 +16,7 @@ its check, and all others are the page. Exercises and checks carry nbgrader's me
 
 from __future__ import annotations
 
+import base64
 import copy
 import os
 import re
@@ -30,6 +32,7 @@ from lineage.course.checking import exercises
 
 FOLDER = Path(__file__).parent
 SOLUTIONS = FOLDER / "solutions"
+PICTURES = FOLDER / "pictures"
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 SECONDS = 600  # that one cell may take
 Notebook = Any  # nbformat's nodes are untyped
@@ -181,6 +184,15 @@ def tidy(notebook: Notebook) -> None:
         cell.outputs = joined
 
 
+def first_picture(notebook: Notebook) -> bytes:
+    """The first picture among the outputs, as a PNG file."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if png := output.get("data", {}).get("image/png"):
+                return base64.b64decode(png)
+    raise ValueError("the notebook shows no picture")
+
+
 def main() -> None:
     for name in sys.argv[1:] or names():
         print(name, flush=True)
@@ -189,6 +201,8 @@ def main() -> None:
         run(whole, blank)
         nbformat.write(whole, SOLUTIONS / f"{name}.ipynb")
         nbformat.write(blank, FOLDER / f"{name}.ipynb")
+        PICTURES.mkdir(exist_ok=True)
+        (PICTURES / f"{name}.png").write_bytes(first_picture(whole))
 
 
 if __name__ == "__main__":

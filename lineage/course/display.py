@@ -30,7 +30,7 @@ from lineage.training.machine import pick_device
 SIDE = 96  # pixels of a picture in a row
 STILL = "LINEAGE_STILL"
 """Environment variable that leaves out sliders, where nobody is there to move them."""
-REPOSITORY = Path(lineage.__file__).parent
+PACKAGE = Path(lineage.__file__).parent
 
 
 class Picture:
@@ -118,7 +118,8 @@ def source(function: Any, first: str = "", last: str = "") -> Any:
     start = _line_with(lines, first, 0) if first else 0
     end = _line_with(lines, last, start) + 1 if last else len(lines)
     path = Path(inspect.getsourcefile(function) or "")
-    name = path.relative_to(REPOSITORY.parent).as_posix()
+    inside = path.is_relative_to(PACKAGE)
+    name = path.relative_to(PACKAGE.parent).as_posix() if inside else path.name
     code = inspect.cleandoc("\n" + "".join(lines[start:end]))
     return Markdown(f"`{name}`, line {number + start}:\n```python\n{code}\n```")
 
@@ -162,9 +163,9 @@ def watch(
         side: Width of each picture in pixels.
         **options: Options of the system's `sample`.
     """
-    from IPython.display import display
+    from IPython.display import Markdown, display
 
-    place, watched, started = display("", display_id=True), Watched(None), time.time()
+    place, watched, started = display(Markdown(""), display_id=True), Watched(None), time.time()
     step, due = None, 0.0
     for step in steps:
         if step.number == 1:
@@ -181,7 +182,8 @@ def watch(
             watched.pictures[-1][-1] = LabelledImage(f"step {step.number}", images[-1])
             place.update(show(watched.pictures, side=side))
         else:
-            place.update(f"{step.stage}: step {step.number}, {time.time() - started:.0f} s")
+            seconds = time.time() - started
+            place.update(Markdown(f"{step.stage}: step {step.number}, {seconds:.0f} s"))
     if step is None:
         raise UserError("There was no step to watch: the budget is spent.")
     watched.system = step.system

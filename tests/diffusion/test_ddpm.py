@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -716,3 +717,35 @@ def test_visualise_works_with_every_sampler(sampler: str, tokenizer: WordTokeniz
     if sampler != "lms":  # whose last step follows earlier slopes
         image = model.generate("a red circle", seed=1)[0]
         torch.testing.assert_close(clean[-1], image, atol=1e-4, rtol=0)
+
+
+# --- every step of a sampling ---------------------------------------------------------------------
+
+
+def test_a_trajectory_ends_in_the_picture_that_is_drawn(model: DiffusionModel) -> None:
+    captions = ["a red circle", "two blue squares"]
+    options = {"sampling_steps": 5, "guidance": 3.0, "negative": "a green cross"}
+    steps = model.trajectory(captions, seed=4, **options)
+    assert len(steps) == 5
+    sigmas = [step.level.karras_sigma for step in steps]
+    assert sigmas == sorted(sigmas, reverse=True)
+    start = NoiseStreams.for_pictures(4, 2, "cpu").randn(3, 16, 16)
+    torch.testing.assert_close(steps[0].x_t, start)
+    drawn = model.generate(captions, seed=4, **options)
+    torch.testing.assert_close(steps[-1].x0.clamp(-1, 1), drawn)
+
+
+def test_each_step_of_a_trajectory_is_ddims(model: DiffusionModel) -> None:
+    """Equation 12 of Song et al. 2020 with sigma = 0 leads from one x_t to the next."""
+    steps = model.trajectory("a red circle", sampling_steps=4, sampler="ddim")
+    for step, after in itertools.pairwise(steps):
+        eps = (step.x_t - step.level.alpha * step.x0) / step.level.sigma
+        x_t = after.level.alpha * step.x0 + after.level.sigma * eps
+        torch.testing.assert_close(after.x_t, x_t, atol=1e-5, rtol=1e-4)
+
+
+def test_a_trajectory_refuses_what_it_does_not_take(model: DiffusionModel) -> None:
+    with pytest.raises(UserError, match="trajectory has no option rescale"):
+        model.trajectory("a red circle", rescale=0.5)
+    with pytest.raises(UserError, match="no option 'stepps'"):
+        model.trajectory("a red circle", stepps=3)
