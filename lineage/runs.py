@@ -52,7 +52,7 @@ from lineage.resume import check_changes, differences, last_threads, recorded_ch
 from lineage.sheets import save_picture, sheet
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
-from lineage.threads import requested, use_threads
+from lineage.threads import requested, use_threads, worded
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.memory import check_memory
 from lineage.training.stage import RunStages, Stage, Stopped, finished_weights, load_weights
@@ -251,7 +251,7 @@ def _usable_threads(folder: Path, before: int | None) -> int | None:
         return before
     now = f"with {demanded}" if demanded else f"here it may use {usable}, so"
     say_once(
-        f"The run in {folder} began with {before} thread{'' if before == 1 else 's'}; {now} its "
+        f"The run in {folder} began with {worded(before)}; {now} its "
         f"last bits may differ from those of an unstopped run. Add --threads {before}, or set "
         f"OMP_NUM_THREADS={before}, to keep them."
     )

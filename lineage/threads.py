@@ -51,7 +51,7 @@ on free cores, and 2.3 to 1,700 beside busy processes (two cores, 20 probes of 2
 # --- what the user asks for -----------------------------------------------------------------------
 
 MAX_THREADS = 256  # with far more, OpenMP crashes
-_demanded: ContextVar[int | None] = ContextVar("_demanded", default=None)
+_requested: ContextVar[int | None] = ContextVar("_requested", default=None)
 
 
 @contextmanager
@@ -61,17 +61,22 @@ def use_threads(count: int | None) -> Iterator[None]:
         with _threads(available()):
             yield
         return
-    token = _demanded.set(count)
+    token = _requested.set(count)
     try:
         with _threads(count):
             yield
     finally:
-        _demanded.reset(token)
+        _requested.reset(token)
 
 
 def available() -> int:
     """The largest number of threads that work may use."""
     return requested() or min(usable_cpus(), torch.get_num_threads())
+
+
+def worded(count: int) -> str:
+    """`1 thread`, `2 threads`, ..."""
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def requested() -> int | None:
@@ -80,7 +85,7 @@ def requested() -> int | None:
     Raises:
         UserError: OMP_NUM_THREADS is larger than PyTorch could use.
     """
-    if (count := _demanded.get()) is not None:
+    if (count := _requested.get()) is not None:
         return count
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if not first.isdecimal() or int(first) == 0:

@@ -51,7 +51,7 @@ from lineage.resume import differences, last_threads, result_settings
 from lineage.runs import check_runs, fingerprint_of, load
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
-from lineage.threads import requested, use_threads
+from lineage.threads import requested, use_threads, worded
 from lineage.training.log import read_log
 from lineage.training.machine import pick_device
 from lineage.training.memory import total_memory
@@ -192,7 +192,7 @@ def _fairness(minutes: float, threads: int, at_once: int) -> str:
     """What the budget is counted in, for the user."""
     return (
         f"Each system is trained for {minutes:g} minutes of the processor's time with "
-        f"{threads} thread{'' if threads == 1 else 's'}, {at_once} at a time, so that what else "
+        f"{worded(threads)}, {at_once} at a time, so that what else "
         "the machine does hardly changes a score."
     )
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lineage.characters import plain
 from lineage.config import OptimConfig, TrainConfig
-from lineage.threads import ThreadTuner
+from lineage.threads import ThreadTuner, worded
 
 LABEL = "LINEAGE_LABEL"
 """Environment variable with text before a stage's name, where several runs share a terminal."""
@@ -52,7 +52,7 @@ def described(threads: ThreadTuner) -> str:
     """The number of threads, and why: `2 threads (1.4 times as fast as one)`."""
     if threads.measuring:
         return "comparing numbers of threads"
-    count = f"{threads.count} thread{'' if threads.count == 1 else 's'}"
+    count = worded(threads.count)
     return f"{count} ({threads.reason})" if threads.reason else count
 
 

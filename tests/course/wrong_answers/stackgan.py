@@ -121,6 +121,20 @@ def stage1_disc_loss(real_logits, wrong_logits, fake_logits, mismatched):
         "NaN or infinity",
     ),
     (
+        "stage1_disc_loss",
+        """
+def stage1_disc_loss(real_logits, wrong_logits, fake_logits, mismatched):
+    def loss(logits, target):
+        probabilities = torch.sigmoid(logits)
+        return F.binary_cross_entropy(
+            probabilities, torch.full_like(logits, target), reduction="none"
+        )
+    wrong = (loss(wrong_logits, 0.0) * mismatched).sum() / mismatched.sum().clamp(min=1)
+    return loss(real_logits, 1.0).mean() + (wrong + loss(fake_logits, 0.0).mean()) / 2
+""",
+        "stops growing at large logits",
+    ),
+    (
         "stage2_sides",
         """
 def stage2_sides(stage1_size, size):
