@@ -102,7 +102,30 @@ def film(system: System, caption: str, *, seed: int = 0, side: int = SIDE) -> Pi
     return show(system.visualise(caption, seed=seed), side=side)
 
 
-def source(function: Any, first: str = "", last: str = "") -> Any:
+class SourceLines:
+    """Lines of the package, as a notebook shows them: coloured where it can, else as Markdown.
+
+    Args:
+        place: File and number of the first line.
+        code: The lines.
+    """
+
+    def __init__(self, place: str, code: str) -> None:
+        self.place, self.code = place, code
+
+    def _repr_markdown_(self) -> str:
+        return f"{self.place}:\n```python\n{self.code}\n```"
+
+    def _repr_html_(self) -> str:
+        from pygments import highlight
+        from pygments.formatters import HtmlFormatter
+        from pygments.lexers import PythonLexer
+
+        formatter = HtmlFormatter(noclasses=True, prestyles="font-family: monospace; padding: 6px")
+        return f"{self.place}:\n{highlight(self.code, PythonLexer(), formatter)}"
+
+
+def source(function: Any, first: str = "", last: str = "") -> SourceLines:
     """Lines of a function or class as they stand in the installed package, with their file.
 
     Args:
@@ -112,8 +135,6 @@ def source(function: Any, first: str = "", last: str = "") -> Any:
     Raises:
         UserError: no line holds the text.
     """
-    from IPython.display import Markdown
-
     lines, number = inspect.getsourcelines(function)
     start = _line_with(lines, first, 0) if first else 0
     end = _line_with(lines, last, start) + 1 if last else len(lines)
@@ -121,7 +142,7 @@ def source(function: Any, first: str = "", last: str = "") -> Any:
     inside = path.is_relative_to(PACKAGE)
     name = path.relative_to(PACKAGE.parent).as_posix() if inside else path.name
     code = inspect.cleandoc("\n" + "".join(lines[start:end]))
-    return Markdown(f"`{name}`, line {number + start}:\n```python\n{code}\n```")
+    return SourceLines(f"{name}, line {number + start}", code)
 
 
 def _line_with(lines: Sequence[str], text: str, start: int) -> int:

@@ -78,12 +78,14 @@ def test_a_film_needs_a_system_that_shows_something() -> None:
 
 
 def test_source_shows_the_lines_that_are_installed() -> None:
-    text = source(Attention.forward).data
-    assert "`lineage/nn/attention.py`, line " in text and "\n```python\ndef forward" in text
+    shown = source(Attention.forward)
+    text = shown._repr_markdown_()
+    assert "lineage/nn/attention.py, line " in text and "\n```python\ndef forward" in text
+    assert "forward</span>" in shown._repr_html_()
 
 
 def test_source_begins_and_ends_where_it_is_told() -> None:
-    text = source(show, "pictures = ", "return Picture(sheet").data
+    text = source(show, "pictures = ", "return Picture(sheet")._repr_markdown_()
     lines = text.splitlines()
     assert lines[2].startswith("pictures = ") and lines[-2].startswith("return Picture(sheet")
     with pytest.raises(UserError, match="No line"):
