@@ -61,7 +61,8 @@ def begin(name: str, minutes: float) -> None:
     device = pick_device("auto")
     where = f"{usable_cpus()} processor cores" if device.type == "cpu" else device.type.upper()
     print(f"{name}: PyTorch {torch.__version__.split('+')[0]} on {where}.")
-    print(f"All cells take about {minutes:g} minutes on two cores.")
+    unit = "minute" if minutes == 1 else "minutes"
+    print(f"All cells take about {minutes:g} {unit} on two cores.")
 
 
 def show(
@@ -84,7 +85,10 @@ def show(
         rows = [[(label, _bytes(image)) for label, image in row] for row in images]
         return Picture(rows_sheet(rows, side))
     pictures = [_bytes(image) for image in images]  # type: ignore[arg-type]
-    return Picture(sheet(pictures, list(labels or [""] * len(pictures)), columns, side))
+    texts = [""] * len(pictures) if labels is None else list(labels)
+    if len(texts) != len(pictures):
+        raise UserError(f"{len(pictures)} pictures need as many labels, not {len(texts)}.")
+    return Picture(sheet(pictures, texts, columns, side))
 
 
 def _bytes(image: Tensor) -> Tensor:
@@ -135,6 +139,7 @@ def source(function: Any, first: str = "", last: str = "") -> SourceLines:
     Raises:
         UserError: no line holds the text.
     """
+    function = inspect.unwrap(function)  # of a decorator, such as no_grad
     lines, number = inspect.getsourcelines(function)
     start = _line_with(lines, first, 0) if first else 0
     end = _line_with(lines, last, start) + 1 if last else len(lines)

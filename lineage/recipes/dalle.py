@@ -48,8 +48,8 @@ PRESETS = {
         ),
         model=SMOKE_PRIOR,
     ),
-    # Minutes on two CPU cores. The codec gets half of them: its codes part slowly while tau falls. A
-    # smaller weight of the KL term than the paper's lets it collapse to one code.
+    # Minutes on two CPU cores. The codec gets half of them: its codes part slowly while tau falls.
+    # With a smaller weight of the KL term than the paper's it collapses to one code.
     "tiny": Config(
         size=32,
         encoder=TextConfig(width=128),

@@ -17,6 +17,7 @@ from lineage.course.display import SIDE, STILL, Picture
 from lineage.errors import UserError
 from lineage.nn.attention import Attention
 from lineage.system import LabelledImage
+from lineage.vqvae.quantise import VectorQuantiser
 
 RED = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 32, 32)
 
@@ -61,6 +62,11 @@ def test_a_map_of_one_channel_is_grey_and_values_outside_are_clipped() -> None:
     assert picture.getpixel((20 + SIDE + 10, 20)) == (255, 255, 255)
 
 
+def test_each_picture_has_its_label() -> None:
+    with pytest.raises(UserError, match="2 pictures need as many labels, not 1"):
+        show([RED, RED], ["red"])
+
+
 def test_rows_of_labelled_pictures() -> None:
     rows = [[LabelledImage("a", RED)], [LabelledImage("b", RED), LabelledImage("c", -RED)]]
     assert pixels(show(rows)).height > 2 * SIDE
@@ -82,6 +88,10 @@ def test_source_shows_the_lines_that_are_installed() -> None:
     text = shown._repr_markdown_()
     assert "lineage/nn/attention.py, line " in text and "\n```python\ndef forward" in text
     assert "forward</span>" in shown._repr_html_()
+
+
+def test_source_of_a_decorated_function_is_its_own() -> None:
+    assert "lineage/vqvae/quantise.py" in source(VectorQuantiser.ema_update)._repr_markdown_()
 
 
 def test_source_begins_and_ends_where_it_is_told() -> None:

@@ -109,8 +109,11 @@ def gated_branch(answer: Any) -> None:
     def branch(shift: Tensor, scale: Tensor, gate: Tensor, normed: Tensor) -> Tensor:
         return gate * f(normed * (1 + scale) + shift)
 
-    parts = modulation(c)[:, None].chunk(3, dim=2)
-    shift, scale, gate = parts
+    def parts(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale, gate = modulation(c)[:, None].chunk(3, dim=2)
+        return shift, scale, gate
+
+    (shift, scale, gate), twice = parts(c), parts(F.silu(c))
     right = x + branch(shift, scale, gate, norm(x))
     expect(
         value,
@@ -129,8 +132,7 @@ def gated_branch(answer: Any) -> None:
             "lacks the 1 before the scale": x + gate * f(norm(x) * scale + shift),
             "modulates the result of f, not its input": x
             + gate * (f(norm(x)) * (1 + scale) + shift),
-            "applies another SiLU to c: it has had its own": x
-            + branch(*modulation(F.silu(c))[:, None].chunk(3, dim=2), norm(x)),
+            "applies another SiLU to c: it has had its own": x + branch(*twice, norm(x)),
         },
     )
     nn.init.zeros_(modulation.weight)

@@ -7,6 +7,8 @@ WRONG = [
         "patchify",
         """
 def patchify(z, patch):
+    from einops import rearrange
+
     return rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
 """,
         "channel first",
@@ -23,6 +25,8 @@ def patchify(z, patch):
         "patchify",
         """
 def patchify(z, patch):
+    from einops import rearrange
+
     return rearrange(z, "b c (h p) (w q) -> b (w h) (p q c)", p=patch, q=patch)
 """,
         "patches column by column",
@@ -31,6 +35,8 @@ def patchify(z, patch):
         "unpatchify",
         """
 def unpatchify(tokens, patch, height):
+    from einops import rearrange
+
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=patch, q=patch)
 """,
         "channel first",
@@ -39,6 +45,8 @@ def unpatchify(tokens, patch, height):
         "unpatchify",
         """
 def unpatchify(tokens, patch, height):
+    from einops import rearrange
+
     return rearrange(tokens, "b (w h) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)
 """,
         "column by column",
@@ -47,6 +55,8 @@ def unpatchify(tokens, patch, height):
         "unpatchify",
         """
 def unpatchify(tokens, patch, height):
+    from einops import rearrange
+
     return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", w=height, p=patch, q=patch)
 """,
         "shape",
