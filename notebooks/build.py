@@ -1,6 +1,7 @@
 """Build the notebooks from their sources.
 
-    python notebooks/build.py [NAME ...]     all of them if left out, as in `08_ddpm`
+    python notebooks/build.py [NAME ...]             all of them if left out, as in `08_ddpm`
+    python notebooks/build.py --prose [NAME ...]     their prose alone; outputs stay
 
 A source, `notebooks/solutions/NN_name.py`, is a notebook as text (percent format of jupytext), with
 the solutions of its exercises between `### BEGIN SOLUTION` and `### END SOLUTION`. From it come
@@ -108,6 +109,15 @@ def student(notebook: Notebook) -> Notebook:
     return copied
 
 
+def one_folder_down(notebook: Notebook) -> Notebook:
+    """A copy whose links lead to the same files from `notebooks/solutions`."""
+    copied = copy.deepcopy(notebook)
+    for cell in copied.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](../", "](../../")
+    return copied
+
+
 def stub(source: str) -> str:
     """A cell with every solution replaced by a line for the student's own."""
     pattern = rf"^( *){BEGIN}\n.*?^ *{END}$"
@@ -193,16 +203,33 @@ def first_picture(notebook: Notebook) -> bytes:
     raise ValueError("the notebook shows no picture")
 
 
+def with_outputs(notebook: Notebook, saved: Notebook) -> Notebook:
+    """A notebook with the outputs of a saved one whose code is the same."""
+    own, old = ([c for c in one.cells if c.cell_type == "code"] for one in (notebook, saved))
+    if [cell.source for cell in own] != [cell.source for cell in old]:
+        raise SystemExit("Its code has changed: build it without --prose.")
+    for cell, before in zip(own, old, strict=True):
+        cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    return notebook
+
+
 def main() -> None:
-    for name in sys.argv[1:] or names():
+    arguments = sys.argv[1:]
+    prose_alone = arguments[:1] == ["--prose"]
+    for name in arguments[prose_alone:] or names():
         print(name, flush=True)
         whole = solution(name)
         blank = student(whole)
-        run(whole, blank)
-        nbformat.write(whole, SOLUTIONS / f"{name}.ipynb")
-        nbformat.write(blank, FOLDER / f"{name}.ipynb")
-        PICTURES.mkdir(exist_ok=True)
-        (PICTURES / f"{name}.png").write_bytes(first_picture(whole))
+        places = SOLUTIONS / f"{name}.ipynb", FOLDER / f"{name}.ipynb"
+        if prose_alone:
+            for notebook, place in zip((whole, blank), places, strict=True):
+                with_outputs(notebook, nbformat.read(place, as_version=4))
+        else:
+            run(whole, blank)
+            PICTURES.mkdir(exist_ok=True)
+            (PICTURES / f"{name}.png").write_bytes(first_picture(whole))
+        for notebook, place in zip((one_folder_down(whole), blank), places, strict=True):
+            nbformat.write(notebook, place)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ plt.show()
 #
 # ## The pretrained runs
 #
-# Small trained systems come with the package. Each saw the same captioned pictures, 32 pixels wide.
+# Small trained systems come with the package, all trained on the same captioned pictures.
 
 # %%
 systems = {key: lineage.load(f"pretrained:{key}") for key in pretrained()}

@@ -263,8 +263,8 @@ print(f"{'bpe':14}tokens {[bpe.decode([i]) for i in bpe.encode(misspelt)]}")
 # %%
 encoder = make_encoder("bag", config, tokenizer)
 text = encoder.encode(captions)
-dropped = text.where(torch.tensor([True, False]), encoder.null(2))
-print("ids", dropped.ids, "mask", dropped.mask.int(), sep="\n")
+mixed = text.where(torch.tensor([True, False]), encoder.null(2))
+print("ids", mixed.ids, "mask", mixed.mask.int(), sep="\n")
 assert torch.equal(encoder.encode([""]).sentence, encoder.null(1).sentence)
 
 # %% [markdown]
@@ -319,16 +319,16 @@ def train(encoder, steps=500):
 models = {name: train(name) for name in ("bag", "lstm")}
 
 # %% [markdown]
-# Colours and shapes come first. The bag gives one picture to the first two captions, at every step:
-# it has to. How often does a caption beat its own reversal?
+# Colours come first, then shapes. The bag gives one picture to the first two captions, at every
+# step: it has to. How often does a caption beat its own reversal?
 
 # %%
 pattern = re.compile(r"(.*) (left of|right of|above|below) (.*)")
 own = [e.captions[0] for e in gallery]
-turned = [pattern.sub(r"\3 \2 \1", caption) for caption in own]
-print(f"{own[0]}  |  {turned[0]}")
+reversals = [pattern.sub(r"\3 \2 \1", caption) for caption in own]
+print(f"{own[0]}  |  {reversals[0]}")
 for name, model in models.items():
-    right, wrong = (scores(model, texts).diagonal() for texts in (own, turned))
+    right, wrong = (scores(model, texts).diagonal() for texts in (own, reversals))
     better, gap = (right > wrong + 1e-3).float().mean(), (right - wrong).abs().mean()
     print(f"{name:6}right order preferred: {better:.0%}   (mean gap {gap:.4f})")
 
@@ -352,7 +352,7 @@ def draw(caption):
     return system.generate(caption, sampling_steps=40)[0]
 
 
-changed = [
+variants = [
     "a red circle",
     "a blue circle",
     "a blue square",
@@ -362,7 +362,7 @@ changed = [
     "a square",
     "",
 ]
-show([draw(caption) for caption in changed], [*changed[:-1], "(no caption)"])
+show([draw(caption) for caption in variants], [*variants[:-1], "(no caption)"])
 
 # %% [markdown]
 # One word changes, and so does one thing in the picture, or a little more. Where the caption is

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 import lineage
 from lineage.cgan.gan_int_cls import Discriminator, Generator
 from lineage.course import begin, check, show, slider, source, watch
-from lineage.data.contract import Batch, to_unit
+from lineage.data.contract import to_unit
 from lineage.nn.gan import is_mismatched, masked_mean
 from lineage.retrieval.retrieval import Index, background, collage, cut_out, lay_out, parse
 from lineage.text import make_tokenizer
@@ -55,7 +55,7 @@ show([*memory.generate(captions), *system.generate(captions)], [""] * 8 + captio
 #
 # ## By hand
 #
-# **Finding.** Which stored caption is nearest? A word that is in every caption says nothing; a rare
+# **Finding.** Which stored caption is nearest? A word of every caption says almost nothing, a rare
 # one says much. With $N$ captions, $\mathrm{df}(t)$ of them with word $t$, and $\mathrm{tf}(t)$ the
 # count of $t$ in a caption:
 #
@@ -63,9 +63,9 @@ show([*memory.generate(captions), *system.generate(captions)], [""] * 8 + captio
 #   v(t) = \mathrm{tf}(t)\,\mathrm{idf}(t)$$
 
 # %%
-stored = ["a red circle", "a blue circle", "a small red square"]
-df = Counter(word for caption in stored for word in set(caption.split()))
-idf = {word: math.log((len(stored) + 1) / (count + 0.5)) for word, count in df.items()}
+library = ["a red circle", "a blue circle", "a small red square"]
+df = Counter(word for caption in library for word in dict.fromkeys(caption.split()))
+idf = {word: math.log((len(library) + 1) / (count + 0.5)) for word, count in df.items()}
 print({word: round(value, 2) for word, value in idf.items()})
 
 
@@ -74,18 +74,18 @@ def vector(caption):
     return torch.tensor([caption.split().count(word) * idf[word] for word in idf])
 
 
-cosines = [F.cosine_similarity(vector("a red square"), vector(one), dim=0) for one in stored]
-for cosine, caption in zip(cosines, stored, strict=True):
+cosines = [F.cosine_similarity(vector("a red square"), vector(one), dim=0) for one in library]
+for cosine, caption in zip(cosines, library, strict=True):
     print(f"{cosine:.2f}  {caption}")
 
 # %% [markdown]
 # The package never builds these vectors, but agrees.
 
 # %%
-tokenizer = make_tokenizer("word", stored, vocab_size=100)
-ids = [torch.tensor(tokenizer.encode(caption)) for caption in [*stored, "a red square"]]
+tokenizer = make_tokenizer("word", library, vocab_size=100)
+ids = [torch.tensor(tokenizer.encode(caption)) for caption in [*library, "a red square"]]
 ids = pad_sequence(ids, batch_first=True)  # (4, L)
-assert torch.allclose(Index(ids[:3], stored).cosines(ids[3]), torch.stack(cosines), atol=1e-5)
+assert torch.allclose(Index(ids[:3], library).cosines(ids[3]), torch.stack(cosines), atol=1e-5)
 
 # %% [markdown]
 # **Judging.** A discriminator gives a logit $s$ to a pair of picture and caption; $D = \sigma(s)$
@@ -95,19 +95,19 @@ assert torch.allclose(Index(ids[:3], stored).cosines(ids[3]), torch.stack(cosine
 #
 # $$L_D = -\log D(x, h) - \tfrac12 \log(1 - D(x, \hat h)) - \tfrac12 \log(1 - D(\hat x, h))$$
 #
-# Two discriminators, both perfect on what is real. One looks at pictures only, so that a wrong
-# caption makes no difference to it; the other reads.
+# Two discriminators, both sure which pictures are real. One ignores the caption, so that a wrong
+# one makes no difference; the other compares.
 
 # %%
-logits = {"looks only": (4.0, 4.0, -4.0), "reads too": (4.0, -4.0, -4.0)}
+logits = {"ignores": (4.0, 4.0, -4.0), "compares": (4.0, -4.0, -4.0)}
 for name, triple in logits.items():
     s_r, s_w, s_f = torch.tensor(triple)
     real, wrong, fake = F.softplus(-s_r), F.softplus(s_w) / 2, F.softplus(s_f) / 2
     print(f"{name:12}two kinds {real + fake:.3f}   three kinds {real + wrong + fake:.3f}")
 
 # %% [markdown]
-# With two kinds, both are equally good: nothing asks for reading. With three, the first one pays.
-# (`softplus(-s)` is $-\log D$, and `softplus(s)` is $-\log(1 - D)$, safe for large logits.)
+# With two kinds, both are equally good: nothing asks for a comparison. With three, the first one
+# pays. (`softplus(-s)` is $-\log D$, and `softplus(s)` is $-\log(1 - D)$, safe for large logits.)
 #
 # ## The real module: cut and paste
 #
@@ -123,15 +123,16 @@ print(*parts, sep="\n")
 # and paste.
 
 # %%
-found = [memory.generate(part.phrase)[0] for part in parts]
-objects = [cut_out(image, threshold=40 / 127.5) for image in found]  # (4, h, w), colour and alpha
+sources = [memory.generate(part.phrase)[0] for part in parts]
+objects = [cut_out(image, threshold=40 / 127.5) for image in sources]  # (4, h, w), colour and alpha
 boxes = lay_out(parts, 32)
-canvas = background(found[0])[:, None, None].expand(3, 32, 32)
-pasted = collage(objects, boxes, canvas, fill=0.9)
+canvas = background(sources[0])[:, None, None].expand(3, 32, 32)
+result = collage(objects, boxes, canvas, fill=0.9)
 
 print("objects", [tuple(one.shape) for one in objects])
 print("boxes  ", *boxes, sep="\n")
-show([*found, *[one[:3] for one in objects], pasted], ["found"] * 2 + ["cut out"] * 2 + ["pasted"])
+cut = [one[:3] for one in objects]
+show([*sources, *cut, result], ["found"] * 2 + ["cut out"] * 2 + ["pasted"])
 
 # %% [markdown]
 # The rules that choose between a stored picture and a collage:
@@ -164,7 +165,7 @@ source(type(system).losses, "x = batch.image", "r1_penalty(s_r, x)")
 
 # %%
 data = lineage.load_dataset("shapes", split="train", size=32)
-batch: Batch = data.batch(range(6), epochs=[0] * 6, seed=0)
+batch = data.batch(range(6), epochs=[0] * 6, seed=0)
 generator, disc = system.generator, system.discriminator
 with torch.no_grad():
     x, h = batch.image, system.text.encode(batch.caption).sentence
@@ -197,7 +198,7 @@ show([*x, *x, *x_fake], labels, columns=6)
 # Random pairs are wrong most of the time, which is enough.
 #
 # Its own turn has a second term. A mixture of two sentences lies near sentences that could be true,
-# but no picture belongs to it. The discriminator judges it all the same (equation 5, $\beta =
+# but no picture belongs to it. The discriminator scores it all the same (equation 5, $\beta =
 # 1/2$).
 
 # %%
@@ -229,11 +230,10 @@ for number, losses in watched.losses[-5:]:
 # for each caption.
 
 # %%
-several = [caption for caption in wanted for _ in range(4)]
-rows = torch.cat([watched.system.generate(several), system.generate(several)]).view(
-    2, 3, 4, 3, 32, 32
-)
-show(rows.transpose(0, 1).flatten(0, 2), ["live"] * 4 + ["pretrained"] * 4 + [""] * 16)
+prompts = [caption for caption in wanted for _ in range(4)]
+drawn = [one.generate(prompts) for one in (watched.system, system)]
+rows = [image for first in (0, 4, 8) for images in drawn for image in images[first : first + 4]]
+show(rows, ["live"] * 4 + ["pretrained"] * 4 + [""] * 16)
 
 # %% [markdown]
 # ## Looking inside
@@ -255,14 +255,14 @@ def between(share):
 slider(between, "share", [i / 20 for i in range(21)], [0.0, 0.15, 0.3, 0.45, 0.55, 0.7, 0.85, 1.0])
 
 # %% [markdown]
-# Can the discriminator read? Real pictures (rows), and the logit that it gives to each caption
+# Does the discriminator compare? Real pictures (rows), and the logit that it gives to each caption
 # (columns).
 
 # %%
-judged = [data[i] for i in (7, 8, 5, 4, 10)]
-texts = [example.captions[0] for example in judged]
+real = [data[i] for i in (7, 8, 5, 4, 10)]
+texts = [example.captions[0] for example in real]
 with torch.no_grad():
-    features = disc.features(to_unit(torch.stack([example.image for example in judged])))
+    features = disc.features(to_unit(torch.stack([example.image for example in real])))
     sentences = system.text.encode(texts).sentence
     table = torch.stack([disc.cond_logits(features, h.expand(5, -1)) for h in sentences], 1)
 for text, row in zip(texts, table.tolist(), strict=True):

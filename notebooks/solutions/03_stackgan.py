@@ -5,8 +5,8 @@
 # How can a GAN draw larger pictures?
 #
 # Zhang et al. (2016, [arXiv:1612.03242](https://arxiv.org/abs/1612.03242)) draw twice. Stage I
-# draws a small picture. Stage II takes it and the caption again, corrects it and adds detail. The
-# condition is a sample around the sentence. Files explained here:
+# draws a small picture; stage II takes it and the caption again, corrects it and adds detail. Files
+# explained here:
 # [stackgan.py](../lineage/cgan/stackgan.py),
 # [conditional_discriminator.py](../lineage/nn/conditional_discriminator.py).
 
@@ -167,8 +167,8 @@ show([*watched.system.generate(wanted), *large], [""] * 4 + wanted, columns=4)
 # %% [markdown]
 # ## Looking inside: who decides?
 #
-# Stage II takes a picture **and** a caption. Give it stage I's picture of one caption (the row) and
-# the words of another (the column). Which one does it follow?
+# Give stage II the small picture of one caption (the row) and the sentence of another (the column).
+# Which one does it follow?
 
 # %%
 colours = ["a red square", "a green square", "a blue circle", "a yellow circle"]
@@ -181,7 +181,8 @@ images = torch.cat([torch.cat([enlarged[[i]], rows[i].image]) for i in range(4)]
 show(images, ["stage I", *colours] * 4, columns=5)
 
 # %% [markdown]
-# Off the diagonal, picture and caption disagree, as they seldom do in training.
+# Colour and place follow the picture, the outline follows the caption: a wrong colour of stage I
+# stays.
 #
 # Three sources of noise, one at a time, eight pictures of one caption: what does each of them move?
 
@@ -199,7 +200,7 @@ for moved in sources:
 show(torch.cat(images), [name for name in sources for _ in range(8)])
 
 # %% [markdown]
-# Between two sentences lie conditions that no caption has. Move between the two:
+# Between two sentences lie conditions that no caption has. Which colours lie there?
 
 
 # %%
@@ -251,19 +252,19 @@ for kl_weight in (0.02, 2.0):
 
 # %% [markdown]
 # With the paper's weight, all captions soon have the same $\mu$: the penalty wins before captions
-# show in the pictures. The paper has 600 epochs to recover.
+# show in the pictures. The paper trains for 600 epochs.
 #
 # ## Where it fails, and what came next
 #
-# Two things with a relation, eight tries each.
+# Two things with a relation, eight tries.
 
 # %%
 hard = "a red cross left of a blue circle"
 show(system.generate([hard] * 8), [hard] + [""] * 7)
 
 # %% [markdown]
-# Every position gets the same vector of the whole sentence. Which colour belongs to which thing,
-# and where? The next notebook lets each position attend to the words.
+# Both colours arrive; which thing has which, and who stands left, is often wrong. Every position
+# gets the same vector of the sentence. The next notebook lets each attend to the words.
 #
 # ## Exercises
 #

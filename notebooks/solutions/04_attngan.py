@@ -33,7 +33,7 @@ begin("04_attngan", minutes=2)
 
 # %%
 system = lineage.load("pretrained:attngan")
-film(system, "a red circle left of a blue square")
+film(system, "a blue circle and a yellow cross")
 
 # %% [markdown]
 # ## By hand: attention to words
@@ -132,7 +132,7 @@ def lit(image, weights):
 
 tokens = system.text.tokens(captions[0])
 lit_by_word = [lit(pictures[0], weights) for weights in alpha[0, 0, : len(tokens)]]
-show([pictures[0], *lit_by_word], ["", *tokens], columns=len(tokens) + 1, side=80)
+show([pictures[0], *lit_by_word], ["", *tokens], columns=len(tokens) + 1)
 
 # %% [markdown]
 # How sharp should it be? Move $\gamma_1$ for the second word: 0 is a mean over all regions.
@@ -204,7 +204,7 @@ show([*watched.system.generate(wanted), *system.generate(wanted)], [""] * 3 + wa
 # (the row) and the words of another (the column). Which one does it follow?
 
 # %%
-mixed = ["a red square", "a green square", "a blue circle", "a yellow circle"]
+mixed = ["a red square", "two green squares", "a blue circle", "three yellow circles"]
 text = system.text.encode(mixed)
 images = []
 for row in range(4):
@@ -216,8 +216,8 @@ labels = [label for caption in mixed for label in (f"sentence: {caption}", *mixe
 show(torch.cat([torch.cat([blank, row]) for row in images]), labels, columns=5)
 
 # %% [markdown]
-# What changes along a row comes from the words: the colours. What changes down a column comes from
-# the sentence: places and outlines.
+# Number and places follow the sentence, colours and outlines follow the words: the first stage
+# places things that have no name yet.
 #
 # Do colour words light up their own things? The mean weight on pixels of the word's colour, and on
 # pixels of the other colour, divided by the mean weight everywhere: 1 is chance.
@@ -260,8 +260,8 @@ for name, images in {"real": real, "drawn": drawn, "shuffled": drawn.roll(1, 0)}
     print(f"{name:9} by its own DAMSM {damsm:.2f}   by another scorer {other:.2f}")
 
 # %% [markdown]
-# Shuffled pictures with others' captions are near 1 in 100, as chance says. If drawn pictures come
-# close to real ones, or above, for DAMSM alone, the generator has learned its tastes, not captions.
+# Where DAMSM is kinder to drawn pictures than the other scorer, the generator has learned DAMSM,
+# not captions. `shuffled` is near chance, 1 in 100.
 #
 # ## Where it fails, and what came next
 #
@@ -275,9 +275,9 @@ show(system.generate([hard] * 8), [hard] + [""] * 7)
 film(system, hard)
 
 # %% [markdown]
-# Words recolour what the first stage has placed; places come from the sentence alone, and are
-# often exchanged. And three discriminators must stay in balance. DM-GAN and MirrorGAN went further
-# on this road. The next notebooks leave it: a picture becomes a sequence of codes, which a
+# The eight tries hardly differ: the generator has learned to ignore its noise. Places come from the
+# sentence alone, and are often exchanged; words cannot move things. DM-GAN and MirrorGAN went
+# further on this road. The next notebooks leave it: a picture becomes a sequence of codes, which a
 # transformer predicts like words.
 #
 # ## Exercises

@@ -93,7 +93,8 @@ print("gradient is z_q's own: ", torch.equal(gradient, 2 * (z_q - 1)))
 #   + \beta \lVert z_e - \mathrm{sg}[e] \rVert^2$$
 #
 # The second moves the codes to the vectors, the third (the **commitment**) the vectors to their
-# codes. Both have the same value; the gradient differs.
+# codes. Without $\beta$ both have the same value; the gradient differs. The first is the loss of
+# the decoder: for pixels that are normal around its output, the squared error, up to constants.
 #
 # Appendix A.1 moves the codes without a loss: each code is a moving average of its vectors, with
 # $N$ for their number and $m$ for their sum.
@@ -110,7 +111,8 @@ for step in range(5):
 # ## The real module
 #
 # One step of training, then the nearest code, the straight-through line, the two terms of
-# equation 3 and the moving averages.
+# equation 3 and the moving averages, in whose place the codebook term is left out. (`a.lerp_(b, w)`
+# is $(1-w)a + wb$, in place; `cosine` and `misplaced_beta` are variants, off here.)
 
 # %%
 source(VQVAE.losses, "z_e =", "nll =")
@@ -128,8 +130,8 @@ source(quantiser_terms, "codebook, commitment", "beta * commitment")
 source(VectorQuantiser, "self.cluster_size.lerp_", "means =")
 
 # %% [markdown]
-# `smoothed` is $N$ with a small constant, so that a code without vectors divides by no zero. The
-# same lines, one after the other:
+# `smoothed` is $N$ plus a small constant, so that no code is divided by zero. The same lines, one
+# after the other:
 
 # %%
 quantiser = codec.quantiser
@@ -179,9 +181,9 @@ for step, number in in_use.items():
 
 # %% [markdown]
 # Places come first, then colours, then outlines. The codebook starts from the **k-means** clusters
-# of the first batch. The encoder changes quickly, its vectors move away, and few codes remain in
-# use. Then unused codes are moved to vectors that are far from their code (`_restart_unused`), and
-# colours appear.
+# (cluster centres) of the first batch. The encoder changes quickly, its vectors move away, and few
+# codes remain in use. Then each unused code is moved onto a vector that no code is near
+# (`_restart_unused`), and colours appear.
 #
 # ## The pretrained run beside it
 #
@@ -215,7 +217,8 @@ alone = codec.decode(order[:, None, None].expand(-1, 8, 8))
 show(alone, [f"{k}: {shares[k]:.1%}" for k in order.tolist()], side=64)
 
 # %% [markdown]
-# Background takes the largest share. Some codes are plain colours, others are edges. A code is no
+# Background takes the largest share. Some codes are plain colours. Others give little alone, since
+# they stand at edges, beside other codes. A code is no
 # patch: the decoder's convolutions join it with its neighbours. Put each code in turn into four
 # cells of an empty picture:
 
@@ -241,8 +244,9 @@ height, width = changed.any(1).sum(), changed.any(0).sum()
 print(f"one cell holds 4 x 4 pixels; its code changes {height} x {width} pixels")
 
 # %% [markdown]
-# Symbols can be edited like text. Move every symbol two cells to the right, or join the upper half
-# of one list with the lower half of another:
+# Symbols can be edited like text. Move every symbol two cells to the right (what leaves comes back
+# at the left), or join the upper half of one grid with the lower half of another. Objects that are
+# cut come out broken:
 
 # %%
 ids = codec.encode(pictures[:6])
@@ -259,8 +263,9 @@ _, in_use = train_codec([1, 100, 400], recipe="collapse")
 print({step: f"{number} of 256 codes" for step, number in in_use.items()})
 
 # %% [markdown]
-# Most codes are nearest to no vector. They get no gradient, so they stay where they are: the
-# **codebook collapse**.
+# Most codes are nearest to no vector, get no gradient and stay where they are: the **codebook
+# collapse**. A few come into use when vectors move near them. Pictures can still be right, but most
+# of the codebook is wasted.
 #
 # ## A prior over the symbols, in short
 #
@@ -282,7 +287,7 @@ print(f"codes of a picture: {64 * 5} bits if all are equally likely, {bits:.0f} 
 # ## Where it fails, and what came next
 #
 # Captions of combinations that the training set does not hold: the prior changes the colour or the
-# shape, so that the picture is one that it has seen.
+# shape, or mixes two colours in one object.
 
 # %%
 unseen = lineage.load_dataset("shapes", split="heldout", size=32)
@@ -300,8 +305,15 @@ _, _ = train_codec([200, 700], codec__num_downsamples=3)
 # Colours and outlines blur: the squared error prefers the mean of all pictures that a symbol can
 # stand for. VQGAN
 # (Esser et al. 2020, [arXiv:2012.09841](https://arxiv.org/abs/2012.09841)) compares features of a
-# network and adds a discriminator, so that few symbols give sharp pictures
-# ([vqgan.py](../lineage/vqvae/vqgan.py)).
+# network and adds a discriminator ([vqgan.py](../lineage/vqvae/vqgan.py)). A run as short as this
+# one, drawing unseen captions with the same prior:
+
+# %%
+vqgan = lineage.load("pretrained:vqgan")
+show(vqgan.generate(captions), captions)
+
+# %% [markdown]
+# Its codec takes longer to train: three networks in place of one.
 #
 # ## Exercises
 #
@@ -324,12 +336,13 @@ def nearest_code(z_e, codebook):
 check.nearest_code(nearest_code)
 
 # %% [markdown]
-# **2. Copy the gradient** (1 point). The value of $z_q$, the gradient for $z_e$.
+# **2. Copy the gradient** (1 point). A tensor with the value of `z_q`. In the backward pass its
+# gradient goes to `z_e` unchanged; `z_q` gets none.
 
 
 # %%
 def straight_through(z_e, z_q):
-    """z_q (N, D), whose gradient reaches z_e as it is, and z_q not at all."""
+    """A tensor (N, D): the value of z_q, the gradient to z_e only."""
     ### BEGIN SOLUTION
     return z_e + (z_q - z_e).detach()
     ### END SOLUTION
@@ -357,8 +370,11 @@ def codebook_loss(z_e, z_q, beta):
 check.codebook_loss(codebook_loss)
 
 # %% [markdown]
-# **4. Extend: no loss for the codes** (2 points). Appendix A.1, without smoothing: update $N$
-# (`size`, (K,)) and $m$ (`total`, (K, D)), return the codes $m / N$. No code's $N$ is 0 here.
+# **4. Extend: no loss for the codes** (2 points). Appendix A.1, without smoothing:
+# $N \leftarrow \text{decay} \cdot N + (1 - \text{decay})\, n$ and
+# $m \leftarrow \text{decay} \cdot m + (1 - \text{decay})\, s$. Here $n$ (K,) counts the vectors of
+# each code in this batch, and $s$ (K, D) is their sum. `size` and `total` are the old $N$ and $m$:
+# leave them as they are. Return $m / N$; no $N$ is 0.
 
 
 # %%
@@ -376,9 +392,10 @@ def ema_codes(z_e, ids, size, total, decay):
 check.ema_codes(ema_codes)
 
 # %% [markdown]
-# **5. Predict, then measure** (1 point). How many codes do the 32 really amount to, if one of them
-# is half of all cells? The perplexity $\exp(-\sum_k p_k \ln p_k)$ says it; codes that are not used
-# add nothing. Guess first.
+# **5. Predict, then measure** (1 point). One code fills almost half of all cells. How many equally
+# frequent codes would carry as much? The perplexity $\exp(-\sum_k p_k \ln p_k)$ says it; $p_k$ is
+# the share of cells with code $k$, and unused codes add nothing. Guess, then compute
+# `code_perplexity(codec.encode(pictures).flatten(), 32)`.
 
 
 # %%

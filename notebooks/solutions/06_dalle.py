@@ -191,7 +191,7 @@ slider(mixed, "tau", [4.0, 2.0, 1.0, 0.5, 0.25, 0.0625], still=[4.0, 2.0, 1.0, 0
 #
 # The discrete VAE needs minutes until its codes part. The VQ-VAE of notebook 05 takes seconds, and
 # the package trains the same prior on its codes: 500 steps of the codec, then 350 of the prior,
-# less than a minute.
+# about a minute.
 
 # %%
 wanted = ["a red circle", "two blue squares", "a green cross left of a yellow triangle"]
@@ -199,8 +199,8 @@ settings = {"codec_share": 10 / 17}
 watched = watch(lineage.training_steps("vqvae", steps=850, settings=settings), wanted)
 
 # %% [markdown]
-# First background alone, the likeliest code everywhere; then blobs in the right colour, then
-# outlines. **Predict**: which comes first, the right number of objects or the right shape?
+# Random codes at first, then background, then blobs in a colour of the caption. **Predict**: which
+# comes next, the right number of objects or the right shapes?
 #
 # ## The pretrained run beside it
 #
@@ -226,7 +226,7 @@ show([*batch.image[:8], *surprise[:8, None]], batch.caption[:8] + [""] * 8)
 # are given by those above.
 #
 # Which words does a code attend to? Attention of the last two blocks, from each of the 64 positions
-# that predict a code.
+# that predict a code. The words of an object are read most where that object begins.
 
 
 # %%
@@ -268,8 +268,8 @@ slider(at_temperature, "temperature", positions, still=positions)
 # another caption, another lower half.
 
 # %%
-first = system.generate("a red square")
-below = ["a red square", "a red square above a blue circle", "a red square above a green square"]
+first = batch.image[:1]  # a blue triangle, all of it in the upper half
+below = [f"a blue triangle{rest}" for rest in ("", " above a red circle", " above a yellow square")]
 kept = system.generate(below, image=first, keep=0.5)
 show([first[0], *kept], ["the picture", *below], columns=4)
 
@@ -298,13 +298,15 @@ show(best[:8], captions[:8])
 # Combinations that the training set does not hold, four tries each:
 
 # %%
-hard = ["a yellow circle", "a green triangle"]
-show(system.generate([one for one in hard for _ in range(4)]), [hard[0], *[""] * 3, hard[1]])
+hard = ["a yellow circle"] * 4 + ["a green triangle"] * 4
+show(system.generate(hard), hard)
 
 # %% [markdown]
-# The prior prefers what it has seen. It also draws in one direction: a lower half cannot be kept.
-# And each code waits for the one before, 64 times here, 1,024 times in the paper. VQGAN (2020)
-# needs fewer codes; diffusion (notebook 08) draws all pixels at once.
+# Outlines fray, and over many such captions few pictures are right
+# ([scores](../results/pretrained/scores.md), *unseen combinations*). The prior also draws in one
+# direction: a lower half cannot be kept. And each code waits for the one before, 64 times here,
+# 1,024 times in the paper. VQGAN (2020) needs fewer codes; diffusion (notebook 08) draws all pixels
+# at once.
 #
 # ## Exercises
 #

@@ -46,8 +46,8 @@ show(noised, [f"t = {t}" for t in steps])
 #
 # $$x_t = \sqrt{1 - \beta_t}\, x_{t-1} + \sqrt{\beta_t}\, \epsilon$$
 #
-# Three pixels and four steps are small enough to read. Each step multiplies the signal by
-# $\sqrt{1-\beta_t}$, and the variances add up.
+# Four steps are enough to read. Each multiplies the picture by $\sqrt{1-\beta_t}$ and the variance
+# of the noise by $1-\beta_t$, and adds $\beta_t$.
 
 # %%
 betas = torch.tensor([0.1, 0.2, 0.4, 0.8])
@@ -63,7 +63,8 @@ for t, beta in enumerate(betas.tolist()):
 #
 # $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$$
 #
-# Do both agree?
+# Do both agree? (The code counts steps from 0, the paper from 1: `t = 0` already has one step of
+# noise. $x_0$ is always the clean picture.)
 
 # %%
 alphas_cumprod = torch.cumprod(1 - betas, 0)
@@ -82,7 +83,8 @@ assert torch.isclose(1 - alphas_cumprod[-1], torch.tensor(variance))
 source(type(process).add_noise)
 
 # %% [markdown]
-# Training is algorithm 1: noise a picture to a random level, predict, take the squared error.
+# Training is algorithm 1: noise a picture to a random level, predict, take the squared error of
+# `prediction` and `target`. (`keep` replaces some captions by an empty one, for the next notebook.)
 
 # %%
 source(type(system).losses, "x0 = self.space", "process.target")
@@ -117,15 +119,15 @@ show([*x_t, *prediction], [*[f"x_t, t = {i}" for i in t.tolist()], *captions], c
 # ## Training it live
 #
 # 600 steps from random weights, about forty seconds. Each row is one caption, always from the same
-# noise.
+# noise. **Predict**: which of the three captions will be right last?
 
 # %%
 wanted = ["a red circle", "two blue squares", "a green cross left of a yellow triangle"]
 watched = watch(lineage.training_steps("ddpm", steps=600), wanted)
 
 # %% [markdown]
-# Colours and places come first, outlines later: the squared error is largest where the colour is
-# wrong. **Predict**: which of the three captions will be right last?
+# The colour and place of a single object come first, outlines later: the squared error is largest
+# where the colour is wrong. Two different objects take longest.
 
 # %% [markdown]
 # ## The pretrained run beside it
@@ -138,21 +140,23 @@ show([*watched.system.generate(wanted), *system.generate(wanted)], columns=3)
 # %% [markdown]
 # ## Looking inside
 #
-# Sampling goes from the right of the first figure to its left. Above: $x_t$. Below: what the
-# network believes $x_0$ to be.
+# Sampling (algorithm 2) starts with pure noise. At each step the network predicts $x_0$. Then
+# $x_{t-1}$ is drawn from a normal distribution whose mean lies between that $x_0$ and $x_t$
+# (exercise 3). Above: $x_t$. Below: the predicted $x_0$. The label `sigma` is noise over signal,
+# $\sqrt{1-\bar\alpha_t} / \sqrt{\bar\alpha_t}$.
 
 # %%
 film(system, wanted[2])
 
 # %% [markdown]
-# `trajectory` gives every step as tensors. How sure is the network, and from where on?
+# `trajectory` gives every step as tensors. From which $t$ on does the estimate hardly change?
 
 # %%
 path = system.trajectory(wanted[2], sampling_steps=20)
 final = path[-1].x0
 for step in path[::4]:
     error = (step.x0 - final).square().mean().item()
-    print(f"t = {step.level.timestep:4.0f}   distance of x0 to the final picture {error:.3f}")
+    print(f"t = {step.level.timestep:4.0f}   squared error to the final picture {error:.3f}")
 
 # %% [markdown]
 # Move the noise level: the best guess of $x_0$ from one look at $x_t$. With much noise it is a
@@ -196,9 +200,9 @@ best = torch.cat([ideal_x0(x[None], level) for x, level in zip(x_t, levels, stri
 show([*x_t, *best], [f"t = {level.timestep:.0f}" for level in levels] * 2, columns=4)
 
 # %% [markdown]
-# Sample with it, and only pictures of the data set come out: the perfect denoiser of a training
-# set **memorises** it. The network cannot store all pictures, so it **generalises**: the nearest of
-# 2,000 training pictures is another one.
+# Sample with it (`ddim` is a sampler of the next notebook), and only pictures of the data set come
+# out: it **memorises**. The network draws others: of the first 2,000 training pictures, the nearest
+# usually differs in place, size or shape. It **generalises**.
 
 # %%
 noise = NoiseStreams.for_pictures(0, 4, "cpu")
@@ -217,16 +221,16 @@ show([*copied, *learned, *nearest], ["copied"] * 4 + ["drawn"] * 4 + ["nearest"]
 # %% [markdown]
 # ## Where it fails, and what came next
 #
-# Captions of combinations that the training set does not hold, eight tries each.
+# A caption whose pairs of shape and colour the training set does not hold, eight tries.
 
 # %%
-hard = "a purple star above a purple circle"
+hard = "a yellow circle above a green triangle"
 show(system.generate([hard] * 8), [hard] + [""] * 7)
 
 # %% [markdown]
-# The network confuses which object is which and draws a wrong place or shape. A hundred steps for
-# one picture are slow, too. The next notebook mends both: guidance follows the caption more
-# closely, and better samplers need ten steps.
+# The network confuses which object has which colour, shape or place. 25 steps for one picture (a
+# thousand in the paper) are slow, too. The next notebook explains the guidance that these pictures
+# already use, and samplers that need ten steps.
 #
 # ## Exercises
 #
@@ -265,8 +269,12 @@ def x0_from_noise(x_t, t, eps, alphas_cumprod):
 check.x0_from_noise(x0_from_noise)
 
 # %% [markdown]
-# **3. Step back** (2 points). The mean of $q(x_{t-1} \mid x_t, x_0)$, equation 7; before the first
-# step, $\bar\alpha_{-1} = 1$.
+# **3. Step back** (2 points). The mean of $x_{t-1}$ if $x_t$ and $x_0$ are known, equation 7:
+#
+# $$\frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0 +
+#   \frac{\sqrt{1-\beta_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t$$
+#
+# Each picture has its own $t$. At $t = 0$ take $\bar\alpha_{-1} = 1$: the mean is then $x_0$.
 
 
 # %%
@@ -303,13 +311,14 @@ def ideal_weights(x_t, alpha, sigma, pictures):
 check.ideal_weights(ideal_weights)
 
 # %% [markdown]
-# **5. Predict, then measure** (1 point). From which $t$ on does the noise deviate more than the
-# picture? Guess from the first figure, then compute it.
+# **5. Predict, then measure** (1 point). From which $t$ on is the factor of the noise,
+# $\sqrt{1-\bar\alpha_t}$, larger than that of the picture, $\sqrt{\bar\alpha_t}$? Guess from the
+# first figure, then compute it.
 
 
 # %%
 def half_noise_step(alphas_cumprod):
-    """The first t, a whole number, at which the noise has the larger deviation."""
+    """The first t, an int, at which the noise has the larger factor."""
     ### BEGIN SOLUTION
     return int((1 - alphas_cumprod > alphas_cumprod).nonzero()[0])
     ### END SOLUTION

@@ -22,6 +22,7 @@ from lineage.diffusion.guidance import Guidance
 from lineage.diffusion.model import keep_outside
 from lineage.diffusion.samplers import SAMPLERS
 from lineage.diffusion.samplers.base import Estimate
+from lineage.diffusion.samplers.dpm_solver import multistep
 from lineage.evaluation.judge import Judge, verdict
 from lineage.evaluation.prompts import make_prompts
 from lineage.nn.noise import NoiseStreams
@@ -44,8 +45,8 @@ drawn = {s: system.generate(captions, guidance=s) for s in scales}
 show([[LabelledImage(f"s = {s:g}", drawn[s][i]) for s in scales] for i in range(len(captions))])
 
 # %% [markdown]
-# A larger scale pushes harder towards the caption, and at last out of what a picture looks like:
-# edges break up and colours turn hard.
+# A larger scale pushes harder towards the caption, and at last out of all pictures: edges break and
+# colours turn hard.
 #
 # ## By hand: guidance
 #
@@ -175,10 +176,14 @@ print(f"largest value: cond {cond.abs().max():.2f}, guided {guided.abs().max():.
 source(SAMPLERS["ddim"], "for step", "return x")
 
 # %% [markdown]
-# And two of the equation: Euler's line, and the step of DPM-Solver++.
+# And two of the equation: Euler's line, and the step of DPM-Solver++ (`m[0]` is the estimate, `D1`
+# how it changes).
 
 # %%
 source(inspect.unwrap(SAMPLERS["euler"]), "x0 = denoise", "x = x0")
+
+# %%
+source(multistep, "x_coef =", "x = x_coef")
 
 # %% [markdown]
 # `euler` is DDIM divided by $\alpha$. One step by both:
@@ -211,8 +216,8 @@ drawn = {s: watched.system.generate(captions, guidance=s) for s in scales}
 show([[LabelledImage(f"s = {s:g}", drawn[s][i]) for s in scales] for i in range(len(captions))])
 
 # %% [markdown]
-# Without guidance a weak network hedges: pale blurs between all that the caption may mean. Guidance
-# decides.
+# Guidance repairs little here: what the weak network gets roughly right at 1, a larger scale blows
+# up. Guidance needs two good predictions.
 #
 # ## The pretrained run beside it
 #
@@ -237,21 +242,29 @@ for s in (0.0, 1.0, 2.0, 4.0, 8.0, 16.0):
 
 # %% [markdown]
 # Without the caption hardly any picture is right, and too much guidance destroys pictures that
-# were right before. What is lost earlier is **variety**: colours of 24 pictures of "a circle".
+# were right before. What is lost earlier is **variety**. The sizes of 24 red circles, as shares of
+# the side:
 
 # %%
-for options in (
-    {"guidance": 1.0},
-    {"guidance": 6.0},
-    {"guidance": 3.0, "negative": "a red circle"},
-):
-    found = judge.detect(to_bytes(system.generate(["a circle"] * 24, **options)))
-    print(options, Counter(one.colour for f in found for one in f.objects).most_common())
+for s in (1.0, 2.0, 4.0, 6.0):
+    found = judge.detect(to_bytes(system.generate(["a red circle"] * 24, guidance=s)))
+    radius = torch.tensor([one.radius for f in found for one in f.objects])
+    print(f"guidance {s:g}   radius {radius.mean():.2f}   deviation {radius.std():.3f}")
 
 # %% [markdown]
-# The last line has a **negative prompt**: its prediction stands in place of `uncond`, so that
-# guidance moves away from it.
+# The data has small and large circles. Guidance prefers what says "red circle" loudest: the large
+# ones.
 #
+# A **negative prompt** stands in place of no caption, so that guidance moves away from it. Colours
+# of 24 pictures of "a circle":
+
+# %%
+for negative in ("", "a red circle", "a blue circle"):
+    pictures = system.generate(["a circle"] * 24, guidance=3.0, negative=negative)
+    colours = Counter(one.colour for f in judge.detect(to_bytes(pictures)) for one in f.objects)
+    print(f"negative {negative!r:16}", dict(colours.most_common()))
+
+# %% [markdown]
 # Where does a large scale break the picture? Scale 8, only within an **interval** of sigmas:
 
 # %%
@@ -276,9 +289,9 @@ for name in ("ddpm", "ddim", "euler", "dpmpp_2m"):
     print(f"{name:10}", *(f"{share:6.2f}" for share in row))
 
 # %% [markdown]
-# The first steps buy most; from ten on, more steps change little. Another view: without new noise,
-# a sampler goes to one fixed picture, and more steps only come closer to it. New noise leads to
-# another picture each time.
+# The first steps buy most, and most differences here are chance. Another view is sharper: without
+# new noise, a sampler goes to one fixed picture, and more steps only come closer to it. New noise
+# leads to another picture each time.
 
 # %%
 counts = [3, 5, 10, 25, 100]
@@ -310,8 +323,8 @@ labels = [f"sigma {step.level.karras_sigma:.2g}" for step in path]
 show([*rows[1.0], *rows[0.0]], labels * 2, columns=len(path))
 
 # %% [markdown]
-# Above with the caption, below without. In noise only the caption says what will be there. Later
-# $x_t$ shows it, and both agree: the caption decides early.
+# Above with the caption, below without. In noise only the caption says what comes. Later $x_t$
+# shows it, and both agree: the caption decides early.
 #
 # Without new noise, the starting noise alone fixes the picture. Move from one noise to another,
 # along a circle, as normal noise lies near a sphere.
@@ -378,8 +391,7 @@ show([image[0], *painted], [data[4].captions[0], *wishes * 3], columns=7)
 # %% [markdown]
 # ## Where it fails, and what came next
 #
-# Guidance strengthens what the network knows of the caption, and adds no knowledge. Does more of it
-# repair a scene that the network gets wrong?
+# Guidance adds no knowledge. Does more of it repair a scene that the network gets wrong?
 
 # %%
 hard = "a green cross left of a yellow triangle"

@@ -222,8 +222,8 @@ plt.show()
 
 # %% [markdown]
 # Two systems whose intervals overlap widely are not yet ordered. Blue far to the right of orange:
-# the system knows combinations, not their parts. A dot without a line is a bootstrap that fails:
-# each task was all right or all wrong, so resampling sees no change.
+# the system has learned combinations, not their parts. A dot without a line: the bootstrap fails,
+# since each task was all right or all wrong and resampling changes nothing.
 #
 # ## FID, by hand
 #
@@ -281,7 +281,7 @@ print("precision", precision.tolist())
 print("recall   ", recall.tolist())
 
 # %% [markdown]
-# The far point 9 reaches nearly every real one: one outlier buys recall. A larger $k$ and more
+# The far point 9 reaches half of the real ones: one outlier buys recall. A larger $k$ and more
 # pictures help.
 #
 # ## Memorisation
@@ -293,7 +293,7 @@ print("recall   ", recall.tolist())
 source(metrics.data_copying, "difference =", "return")
 
 # %%
-stored = judge.features(systems["retrieval"].pictures)  # all systems were trained on these
+stored = judge.features(systems["retrieval"].pictures)  # training pictures
 again = [PromptSet(judge, few, "", 32, seed).pictures for seed in range(1, 5)]
 reference = judge.features(torch.cat(again))  # real pictures of the same prompts
 seen = torch.tensor([prompt.split == "test" for prompt in few])  # (P,)
@@ -315,8 +315,8 @@ for key, pictures in {**drawn, "whole pictures": copies, "real": questions.pictu
 #
 # ## Looking inside an interval
 #
-# Had other prompts been chosen, the score would differ. The **bootstrap** asks how much: draw the
-# verdicts again with replacement, many times (Efron 1979).
+# Other prompts would give another score. The **bootstrap** estimates how far off: draw the verdicts
+# again with replacement, many times (Efron 1979).
 
 # %%
 verdicts = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
@@ -342,7 +342,7 @@ for seed in range(5):
 #
 # ## Where it fails: each metric, fooled on purpose
 #
-# Sets of pictures for the same prompts. Only the first deserves its scores.
+# Several sets of pictures for the same prompts. The first one deserves its scores.
 
 # %%
 fine = questions.pictures
@@ -381,16 +381,16 @@ for name, pictures in fooling.items():
 Markdown("\n".join(table))
 
 # %% [markdown]
-# Read it by line. Each fools some scores and is caught by another:
+# Read it by line. Each line fools some scores, and others reveal it:
 #
-# - *Captions exchanged*, *left-right exchanged*: FID, precision and recall never read the caption.
-# - *One picture for all*: perfect precision; recall and FID notice.
-# - *A little noise*: perfect tasks; FID and precision notice.
-# - *Copies and collages*: perfect tasks; `unseen` notices. *Copies*: `copying` notices, too.
-# - *A GAN*: colours come early; `tasks` notices that shapes and places are not there yet.
+# - *Captions exchanged*, *left-right exchanged*: FID, precision and recall take no captions.
+# - *One picture for all*: precision is perfect; recall and FID reveal it.
+# - *A little noise*: the tasks are perfect; FID and precision reveal it.
+# - *Copies and collages*: the tasks are perfect; `unseen` reveals it. *Copies*: so does `copying`.
+# - *A GAN*: colours come early; `tasks` reveals that shapes and places are still missing.
 #
-# What came next: large models are compared by people who choose between two pictures, since
-# detectors do not know taste. People disagree too, so those scores need intervals as well.
+# What came next: people choose between two pictures of large models, since a detector measures no
+# taste. People disagree too, so those scores need intervals as well.
 #
 # ## Exercises
 #
