@@ -66,7 +66,7 @@ def _tensor(value: Any, want: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if want.dim() == 0 and isinstance(value, (int, float)):
-        return torch.as_tensor(value, dtype=want.dtype if not want.is_floating_point() else None)
+        return torch.as_tensor(float(value) if want.is_floating_point() else value)
     raise Wrong(f"returns {type(value).__name__} where a tensor {tuple(want.shape)} is expected.")
 
 

@@ -1,13 +1,14 @@
 """Grading of submitted notebooks: each in a process of its own, with limits of time and memory.
 
-A submission's exercise cells and the cells that its author added are run, in order, and nothing
-else of it: not the page's own cells, which take minutes, nor its copies of the checks. Then the
-package's checks are called on the functions that are left. A cell or a check that does not end is
-stopped, and the rest is graded without it.
+A submission's exercise cells, the cells that its author added, and the imports of its first cell
+are run, in order. Nothing else of it is: the page's own cells take minutes, and its copies of the
+checks may have been changed. Then the package's checks are called on the functions that are left. A
+cell or a check that does not end is stopped, and the rest is graded without it.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -121,7 +122,11 @@ def grade(path: Path, seconds: float = SECONDS) -> Graded:
     if not own:
         graded.notes.append("It is no notebook of this course: its exercises are not known.")
         return graded
-    sources = [(n, cell.source) for n, cell in enumerate(cells, 1) if _runs(cell, own)]
+    sources = [
+        (number, _imports(cell.source) if cell.role == "setup" else cell.source)
+        for number, cell in enumerate(cells, 1)
+        if _runs(cell, own)
+    ]
     points = _run(sources, [one.name for one in own], seconds, graded.notes)
     for one in own:
         earned, reason = points.get(one.name, (0, "was not reached."))
@@ -166,7 +171,17 @@ def _runs(cell: _Cell, own: Sequence[Any]) -> bool:
     if cell.kind != "code" or cell.role == "check":
         return False
     defines = any(re.search(rf"^def {one.name}\(", cell.source, re.MULTILINE) for one in own)
-    return defines or cell.role in ("", "exercise")
+    return defines or cell.role in ("", "setup", "exercise")
+
+
+def _imports(source: str) -> str:
+    """The imports of a notebook's first cell."""
+    try:
+        nodes = ast.parse(source).body
+    except SyntaxError:
+        return source  # which says so when it is run
+    kept = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return "\n".join(map(ast.unparse, kept))
 
 
 def _run(

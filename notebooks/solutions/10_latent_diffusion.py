@@ -68,7 +68,8 @@ show(rows)
 #
 # $$\mathrm{KL} = \tfrac{1}{2}\left(\mu^2 + \sigma^2 - 1 - \log \sigma^2\right)$$
 #
-# Is that the mean of $\log q(z) - \log p(z)$? Draw and compare.
+# KL is defined as the mean of $\log q(z) - \log p(z)$ over $z$ from $q = N(\mu, \sigma^2)$, with
+# $p = N(0, 1)$. Does the formula agree?
 
 # %%
 normal = torch.distributions.Normal
@@ -79,12 +80,13 @@ for mean, std in ((0.0, 1.0), (2.0, 1.0), (0.0, 0.1), (2.0, 0.1)):
     print(f"mean {mean:.0f} std {std:.1f}   formula {q.kl().item():.3f}   drawn {drawn:.3f} nats")
 
 # %% [markdown]
-# A far mean and a small deviation cost most: both would tell the decoder much.
+# A mean far from 0 and a small std cost most. Both let the decoder read the latent exactly; the
+# penalty limits how much a latent says.
 #
 # ## By hand: the scale
 #
-# The noise schedule was made for pictures of deviation about 1. Latents have any deviation. The
-# signal-to-noise ratio $\alpha_t^2\, \mathrm{std}^2 / \sigma_t^2$ in the middle of the schedule:
+# The noise schedule expects numbers of standard deviation (std) about 1. Latents have any std. The
+# signal-to-noise ratio $\alpha_t^2\, \mathrm{std}^2 / \sigma_t^2$ at three steps:
 
 # %%
 for std in (0.2, 1.0, 5.0):
@@ -92,8 +94,8 @@ for std in (0.2, 1.0, 5.0):
     print(f"std {std:.1f}   t = 100, 500, 900:", "  ".join(f"{r:8.3f}" for r in ratio))
 
 # %% [markdown]
-# With deviation 5, half the steps see hardly any noise and teach nothing. So latents are divided by
-# their deviation (appendix G).
+# With std 5 the noise is weak in half the steps, which are then too easy; with std 0.2 the latents
+# drown early. So latents are divided by their std (appendix G).
 #
 # ## The real module
 #
@@ -106,7 +108,8 @@ source(type(space.autoencoder).losses, "posterior = ", "}")
 source(DiagonalGaussian, "def from_moments", "return kl")
 
 # %% [markdown]
-# **Stage 2** is the model of the last two notebooks in another `Space`:
+# **Stage 2** freezes the autoencoder and trains the model of the last two notebooks. Only its
+# `Space` is new: it turns pictures into $x_0$ (`encode`) and back (`decode`).
 
 # %%
 source(LatentSpace.encode)
@@ -216,8 +219,9 @@ show(rows)
 
 # %% [markdown]
 # Without KL, latents spread out: good pictures, but noise decodes to nothing known. A large weight
-# makes every latent noisy, and the decoder loses colours. Diffusion models latents of any shape, so
-# the paper takes the smallest useful weight: it only keeps numbers from growing.
+# makes every latent noisy, and the decoder loses colours. Latents need not be normal, since a
+# diffusion model can learn any distribution. So the paper's weight is tiny: it only keeps them from
+# growing.
 #
 # ## The pretrained run beside it
 #
@@ -251,8 +255,9 @@ print(f"the same UNet on pixels {operations(in_pixels, picture, t, words):7.1f}"
 print(f"ddpm, one step          {operations(pixels.network, picture, t, words):7.1f}")
 
 # %% [markdown]
-# The decoder is paid once, the UNet in each of 25 steps, twice with guidance. (The UNet of `ddpm`
-# is half as wide, and costs about the same here.) At 512 pixels the gap made the method famous.
+# The decoder is paid once, the UNet in each of the 25 sampling steps, twice with guidance. (The
+# UNet of `ddpm` is half as wide and works on patches of 2 x 2 pixels, so that its step costs about
+# as much as one of `ldm`.) At 512 pixels the gap made the method famous.
 #
 # ## Looking inside
 #
@@ -269,8 +274,8 @@ rows = [
 show(rows)
 
 # %% [markdown]
-# Every channel is a small, coarse picture: places are kept, colour and outline are spread over the
-# channels. If so, moving the latents by one cell should move the picture by four pixels.
+# Every channel is a small, coarse picture. If a cell stands for its 4 x 4 pixels, moving the
+# latents by one cell should move the picture by four pixels. (What leaves comes back at the left.)
 
 
 # %%
@@ -293,10 +298,11 @@ with torch.no_grad():
 show([*blended, *between], columns=7)
 
 # %% [markdown]
-# Both fade: these latents are a map, not a list of objects. What the picture **means** is left to
-# the denoiser.
+# In both, one object fades out while the other fades in; none moves. Latents say what is at each
+# place, not which objects there are: that is left to the denoiser.
 #
-# Which cells read which words? The four heads of the last block, in the middle of a sampling.
+# Which cells read which words? The four heads of a block at the coarsest level of the UNet, where
+# 8 x 8 latents have become 4 x 4 cells, in the middle of a sampling.
 
 
 # %%
@@ -374,8 +380,8 @@ film(system, hard)
 #
 # `mean`, `log_variance` and `eps` are (B, C, H, W).
 #
-# **1. Sample** (1 point). Latents $z = \mu + \sigma \epsilon$, so that a gradient reaches both
-# arguments.
+# **1. Sample** (1 point). Latents $z = \mu + \sigma \epsilon$, so that a gradient reaches `mean`
+# and `log_variance`, which is $\log \sigma^2$.
 
 
 # %%
@@ -423,8 +429,10 @@ def scale_of_latents(z):
 check.scale_of_latents(scale_of_latents)
 
 # %% [markdown]
-# **4. Attend** (2 points). Cross-attention with one head. `cells` (B, N, D), `words` (B, L, Dw),
-# `mask` (B, L) is True on words and False on padding; `to_q`, `to_k`, `to_v` are linear layers.
+# **4. Attend** (2 points). Cross-attention with one head: $\mathrm{softmax}(Q K^T / \sqrt{D})\, V$,
+# the softmax over the words. $Q$ is `to_q(cells)`, $K$ and $V$ are `to_k(words)` and `to_v(words)`,
+# all of width D. `cells` (B, N, D), `words` (B, L, Dw); `mask` (B, L) is False on padding, which
+# gets weight 0.
 
 
 # %%
@@ -441,8 +449,9 @@ def cross_attention(cells, words, mask, to_q, to_k, to_v):
 check.cross_attention(cross_attention)
 
 # %% [markdown]
-# **5. Predict** (1 point). Self-attention compares every cell with every cell. How many times fewer
-# comparisons are there in latents than in pixels, if a cell is `factor` pixels wide?
+# **5. Predict** (1 point). Self-attention over $N$ cells makes $N^2$ comparisons. Predict for
+# `size=512` and `factor=8`, then write the function: how many times more are made with each pixel
+# as a cell than with cells of `factor` x `factor` pixels?
 
 
 # %%

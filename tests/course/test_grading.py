@@ -174,6 +174,17 @@ def test_a_renamed_notebook_without_metadata_is_known_by_its_exercises(tmp_path:
     assert grade(path).points == 2
 
 
+def test_what_the_first_cell_imports_is_there(tmp_path: Path) -> None:
+    setup = "from statistics import mean as average\nbegin('x', minutes=2)"
+    uses = HALF.replace("return int(", "average([1.0])\n    return int(")
+    path = write(tmp_path / "a.ipynb", setup, uses)
+    document = json.loads(path.read_text())
+    document["cells"][0]["metadata"] = {"lineage": {"role": "setup"}}
+    path.write_text(json.dumps(document))
+    graded = grade(path)
+    assert (graded.points, graded.notes) == (1, [])
+
+
 def test_cells_of_the_page_are_not_run(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", "raise SystemExit", Q_SAMPLE)
     document = json.loads(path.read_text())
