@@ -72,7 +72,7 @@ def write_course(folder: Path) -> list[Path]:
             raise UserError(f"{path} exists already, and may hold work: choose another folder.")
     documents = {path: json.loads(path.read_text(encoding="utf-8")) for path in sources}
     lessons = [_lesson(path.stem, document) for path, document in documents.items()]
-    files = {path.name: path.read_bytes() for path in sources}
+    files = {path.name: _handed_out(document) for path, document in documents.items()}
     files |= {
         ARCHIVE: _archive(),
         "requirements.txt": _requirements().encode(),
@@ -82,6 +82,15 @@ def write_course(folder: Path) -> list[Path]:
     for name, data in files.items():
         write_bytes(folder / name, data)
     return [folder / name for name in files]
+
+
+def _handed_out(document: dict[str, Any]) -> bytes:
+    """A notebook whose links into the project, which students do not have, are names of files."""
+    for cell in document["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = "".join(cell["source"])
+            cell["source"] = re.sub(r"\[[^\]]+\]\(\.\./([^)]+)\)", r"`\1`", text)
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _lesson(name: str, document: dict[str, Any]) -> Lesson:

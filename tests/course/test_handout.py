@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def test_notebooks_hold_stubs_and_no_solution(folder: Path) -> None:
         sources = ["".join(cell["source"]) for cell in document["cells"]]
         assert any("raise NotImplementedError" in source for source in sources)
         assert not any("BEGIN SOLUTION" in source for source in sources)
+
+
+def test_links_lead_to_files_of_the_folder(folder: Path) -> None:
+    for name in NAMES:
+        for cell in json.loads((folder / name).read_text())["cells"]:
+            if cell["cell_type"] == "markdown":
+                for link in re.findall(r"\]\(([^)#]+)", "".join(cell["source"])):
+                    assert link.startswith("https://") or (folder / link).exists(), link
 
 
 def test_requirements_are_pinned_and_name_the_archive(folder: Path) -> None:
