@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -161,6 +162,7 @@ def _schedule(lessons: list[Lesson]) -> str:
 
 
 def _instructions(lessons: list[Lesson]) -> str:
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return f"""# Text-to-image generation, step by step
 
 {len(lessons)} notebooks go through the history of text-to-image generation. Each trains one system
@@ -168,7 +170,7 @@ on your computer, in a minute or two, without a GPU. [schedule.md](schedule.md) 
 
 ## Install, once
 
-Python 3.10 to 3.13. In this folder:
+Python {python}, with which the versions in requirements.txt were tested. In this folder:
 
     python3 -m venv .venv
     .venv/bin/pip install -r requirements.txt        (Windows: .venv\\Scripts\\pip)

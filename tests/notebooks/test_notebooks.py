@@ -19,6 +19,7 @@ from PIL import Image
 
 from lineage.catalog import working
 from lineage.course.checking import exercises
+from lineage.course.grading import grade
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -130,6 +131,17 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_every_system_has_a_place_in_a_notebook() -> None:
     text = "\n".join(path.read_text() for path in (NOTEBOOKS / "solutions").glob("*.py"))
     assert {key for key in working() if f'"pretrained:{key}"' not in text} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_blank_copy_earns_nothing_and_the_solutions_all(name: str) -> None:
+    blank = grade(NOTEBOOKS / f"{name}.ipynb")
+    assert blank.points == 0 and blank.notes == []
+    assert all(q.reason == f"{q.name} is not written yet." for q in blank.questions)
+    solved = grade(NOTEBOOKS / "solutions" / f"{name}.ipynb")
+    assert solved.points == solved.of == blank.of > 0, solved.to_json()
+    assert solved.notes == []
 
 
 @pytest.mark.slow
