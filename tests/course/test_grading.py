@@ -80,10 +80,10 @@ def test_a_cell_that_fails_costs_only_itself(tmp_path: Path) -> None:
 )
 def test_what_hangs_is_stopped_and_the_rest_is_graded(hanging: str, tmp_path: Path) -> None:
     started = time.perf_counter()
-    graded = grade(write(tmp_path / "a.ipynb", hanging, HALF), seconds=1.5)
+    graded = grade(write(tmp_path / "a.ipynb", hanging, HALF), seconds=4)
     assert earned(graded)["half_noise_step"] == 1 and earned(graded)["q_sample"] == 0
     told = " ".join([*graded.notes, reason(graded, "q_sample")])
-    assert "did not end within 1.5 seconds" in told
+    assert "did not end within 4 seconds" in told
     assert time.perf_counter() - started < 120
 
 
