@@ -125,7 +125,9 @@ class SourceLines:
         from pygments.formatters import HtmlFormatter
         from pygments.lexers import PythonLexer
 
-        formatter = HtmlFormatter(noclasses=True, prestyles="font-family: monospace; padding: 6px; color: #222")
+        formatter = HtmlFormatter(
+            noclasses=True, prestyles="font-family: monospace; padding: 6px; color: #222"
+        )
         return f"{self.place}:\n{highlight(self.code, PythonLexer(), formatter)}"
 
 
