@@ -10,6 +10,7 @@ moment. `lineage.train` trains the same stages in a run folder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from lineage.data import load_dataset
 from lineage.errors import CheckFailed, UserError
 from lineage.options import configure
 from lineage.plan import check_weights, plan, source_of
-from lineage.pretrained import run_folder
 from lineage.runs import seed_weights
 from lineage.system import System, Trainable
 from lineage.text.tokenizer import make_tokenizer
@@ -61,15 +61,12 @@ class TrainingStep:
         Raises:
             CheckFailed: one is not finite.
         """
-        losses = {n: float(v) for n, v in self.values.items() if n.split("/")[0] in self._groups}
+        groups = self.trainer.groups
+        losses = {n: float(v) for n, v in self.values.items() if n.split("/")[0] in groups}
         for name, value in losses.items():
-            if not abs(value) < float("inf"):
+            if not math.isfinite(value):
                 raise CheckFailed(f"Step {self.number} of {self.stage}: {name} became {value}.")
         return losses
-
-    @property
-    def _groups(self) -> Mapping[str, Any]:
-        return self.trainer.groups
 
     def draw(self, captions: str | Sequence[str], *, seed: int = 0, **options: Any) -> Tensor:
         """Pictures (B, 3, S, S) in [-1, 1] by the averaged weights; no part of the budget.
@@ -113,10 +110,7 @@ def training_steps(
         "device": device,
     }
     config = configure(key, preset_name=preset, settings=settings, **options)
-    sources = {
-        name: source_of(run_folder(run, f"stages_from {name}"), name)
-        for name, run in (stages_from or {}).items()
-    }
+    sources = {name: source_of(run, name) for name, run in (stages_from or {}).items()}
     return _steps(config, sources)
 
 

@@ -22,7 +22,6 @@ from lineage.cli.arguments import (
     settings_of,
 )
 from lineage.cli.imports import large_imports
-from lineage.pretrained import run_folder
 
 
 def train(
@@ -76,10 +75,7 @@ def train(
         threads=threads,
         resume=resume,
         settings=settings_of(settings),
-        stages_from={
-            name: run_folder(run, f"--from {name}")
-            for name, run in pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae").items()
-        },
+        stages_from=pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae"),
     )
     place = shlex.quote(str(folder))
     print(plain(f'{folder}: trained; draw with: lineage sample {place} "a caption"'))

@@ -67,10 +67,9 @@ def exercise(points: int = 1) -> Callable[[Judge], Judge]:
     """Decorator of a check, which has the name of its exercise."""
 
     def register(judge: Judge) -> Judge:
-        name = judge.__name__
-        if name in _registered and _registered[name].module != judge.__module__.split(".")[-1]:
+        name, module = judge.__name__, judge.__module__.rpartition(".")[2]
+        if name in _registered and _registered[name].module != module:
             raise ValueError(f"two exercises are called {name}")
-        module = judge.__module__.rpartition(".")[2]
         _registered[name] = Exercise(name, module, points, judge)
         return judge
 

@@ -87,7 +87,7 @@ def submissions(paths: Iterable[Path]) -> list[Path]:
     Raises:
         UserError: a path does not exist, or a folder holds no notebook.
     """
-    found: list[Path] = []
+    notebooks: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(
@@ -95,12 +95,12 @@ def submissions(paths: Iterable[Path]) -> list[Path]:
             )
             if not inside:
                 raise UserError(f"{path} holds no notebook (.ipynb).")
-            found += inside
+            notebooks += inside
         elif path.exists():
-            found.append(path)
+            notebooks.append(path)
         else:
             raise UserError(f"There is no notebook {path}.")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(notebooks))
 
 
 def grade(path: Path, seconds: float = SECONDS) -> Graded:
@@ -150,7 +150,7 @@ def _cell(one: dict[str, Any]) -> _Cell:
 
 
 def _name(path: Path, document: dict[str, Any], cells: Sequence[_Cell]) -> str:
-    """Name of the notebook without its number: from its metadata, its exercises or its file."""
+    """Name of the notebook without its number: from its metadata, its file or its exercises."""
     modules = {one.module for one in exercises().values()}
     metadata = document.get("metadata", {})
     mark = metadata.get("lineage", {}) if isinstance(metadata, dict) else {}
