@@ -66,6 +66,8 @@ def test_drawing_is_no_part_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(type(step.system), "generate", slow)
     step.draw(["a red circle"], sampling_steps=1)
     assert step.trainer.seconds == before
+    next(steps)  # which counts the time since the last one
+    assert step.trainer.seconds == before
 
 
 def test_a_loss_that_is_no_number_ends_it() -> None:

@@ -382,7 +382,7 @@ class DiffusionModel(System):
         steps: list[SamplingStep] = []
 
         def callback(step: int, x_t: Tensor, x0: Tensor) -> None:
-            steps.append(SamplingStep(schedule.levels[step], x_t.clone(), x0.clone()))
+            steps.append(SamplingStep(schedule.levels[step], x_t, x0))
 
         noise = NoiseStreams.for_pictures(seed, len(captions), self.device)
         with self.inference():
