@@ -15,7 +15,7 @@ import torch
 
 from lineage.config import RunConfig, flat, from_dict, to_dict, with_field
 from lineage.errors import UserError, nearest
-from lineage.pretrained import run_folder
+from lineage.pretrained import is_packaged, run_folder, run_name
 from lineage.recipes import find_recipe, preset
 from lineage.system import System
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
@@ -79,6 +79,11 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
     last = _stages_of(source)[-1].name == name
     path = folder / "model.safetensors" if last else finished_weights(folder, name)
     cost = read_cost(folder).get(name, {"finished": False})
+    if is_packaged(folder) and not last:
+        raise UserError(
+            f"{run_name(folder)} holds its last stage alone: train a run of your own, and take its "
+            f"stage {name}."
+        )
     interrupted = last and (folder / "state.pt").exists() and not cost.get("finished", True)
     if interrupted or not path.exists():
         raise UserError(

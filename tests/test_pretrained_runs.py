@@ -101,6 +101,16 @@ def test_no_run_is_trained_in_the_package(capsys: pytest.CaptureFixture[str]) ->
     assert "folder of your own" in capsys.readouterr().err
 
 
+def test_a_stage_that_a_run_does_not_hold_cannot_be_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = ["--from", "codec=pretrained:vqvae"]
+    assert main(["train", "vqvae", "--steps", "1", *taken, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "pretrained:vqvae holds its last stage alone" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_scoring_writes_nothing_into_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
