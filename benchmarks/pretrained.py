@@ -61,13 +61,13 @@ NARROW = {"autoencoder.net.channels": "24"}
 RUNS = {
     "retrieval": Run(None, {"model.memory_size": "870"}),  # 2.7 MB of pictures
     "gan_int_cls": Run(5),
-    "stackgan": Run(8),
+    "stackgan": Run(55),
     "vqvae": Run(12),
-    "attngan": Run(8),
-    "ddpm": Run(14),
+    "attngan": Run(55),
+    "ddpm": Run(55),
     "vqgan": Run(8),
     "dalle": Run(8),
-    "ldm": Run(8, NARROW),
+    "ldm": Run(55, NARROW),
     "dit": Run(8, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
 }
 
