@@ -237,6 +237,14 @@ class TextConfig:
         if self.vocab_size < smallest:
             raise UserError(f"encoder.vocab_size={self.vocab_size} must be at least {smallest}.")
 
+    def without_files(self) -> TextConfig:
+        """The same sizes, without the places where weights of runs lie."""
+        runs = {
+            name: {key: value for key, value in run.items() if key != "weights"}
+            for name, run in self.runs.items()
+        }
+        return dataclasses.replace(self, runs=runs)
+
 
 @configuration
 class OptimConfig:
@@ -349,7 +357,7 @@ class RunConfig:
 
     def without_files(self: R) -> R:
         """The same run without files to start from: a trained run's weights hold what they gave."""
-        return self
+        return dataclasses.replace(self, encoder=self.encoder.without_files())
 
 
 # --- JSON, and dotted names -----------------------------------------------------------------------

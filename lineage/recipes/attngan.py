@@ -30,7 +30,7 @@ class Config(RunConfig):
     model: AttnGANConfig = field(default_factory=AttnGANConfig)
 
     def without_files(self) -> Config:
-        return replace(self, damsm=replace(self.damsm, inception_weights=""))
+        return replace(super().without_files(), damsm=replace(self.damsm, inception_weights=""))
 
 
 # The authors' code: Adam, learning rate 0.002, momentum 0.5, gradients clipped at 0.25; its factor

@@ -97,7 +97,7 @@ class LatentConfig(RunConfig):
     model: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def without_files(self) -> LatentConfig:
-        return replace(self, autoencoder=replace(self.autoencoder, lpips=()))
+        return replace(super().without_files(), autoencoder=replace(self.autoencoder, lpips=()))
 
 
 def autoencoder_and_denoiser(
