@@ -21,7 +21,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import Depth, Dim, PositiveInt, configuration
+from lineage.bounds import Depth, Dim, Ints
+from lineage.config import configuration
 from lineage.errors import UserError
 from lineage.nn.attention import Attention
 from lineage.nn.transformer import GELUKind, TransformerBlock
@@ -143,7 +144,7 @@ class ResNetConfig:
     """
 
     width: Dim = 64
-    num_blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=4, max_length=4)] = (3, 4, 6, 3)
+    num_blocks: Annotated[Ints, Field(min_length=4, max_length=4)] = (3, 4, 6, 3)
     num_heads: Depth = 32
 
 

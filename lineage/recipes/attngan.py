@@ -6,7 +6,8 @@ from dataclasses import field, replace
 
 from lineage.attngan.attngan import AttnGAN, AttnGANConfig
 from lineage.attngan.damsm import DAMSM, DAMSMConfig
-from lineage.config import OptimConfig, RunConfig, Share, TextConfig, TrainConfig, configuration
+from lineage.bounds import Share
+from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig, configuration
 from lineage.recipes.joint_text import DCGAN_OPTIM
 from lineage.text.encoders import EncoderSpec
 from lineage.text.tokenizer import Tokenizer
