@@ -208,6 +208,10 @@ class TextConfig:
         dropout: Share of the word vectors' entries that are dropped in training (`lstm`).
         join: How `joined:` puts the words of its encoders together: `channels`, as SDXL, or
             `sequence`, as SD3.
+        feed_forward: Kind of the feed-forward layers of `t5`: `relu`, or `gated`, as version 1.1.
+        head_dim: Width of a head of `t5`; 0 is `width` / `num_heads`.
+        ff_dim: Width inside the feed-forward layers of `t5`; 0 is 4 `width` for `relu` and
+            8/3 `width` for `gated`.
     """
 
     tokenizer: Literal["word", "bpe"] = "word"
@@ -222,6 +226,9 @@ class TextConfig:
     cell: Literal["lstm", "gru"] = "lstm"
     dropout: Fraction = 0.0
     join: Literal["channels", "sequence"] = "channels"
+    feed_forward: Literal["relu", "gated"] = "gated"
+    head_dim: DimFromZero = 0
+    ff_dim: DimFromZero = 0
 
     def __post_init__(self) -> None:
         smallest = 4 if self.tokenizer == "word" else 260  # special tokens, bytes, one more
