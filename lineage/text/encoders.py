@@ -12,6 +12,7 @@
     clip:RUN                  the frozen text tower of a run of CLIP
     char_cnn_rnn              Reed's encoder of characters (`char_cnn_rnn.py`)
     bert, glide               encoders of diffusion models that attend to the padding (`padded.py`)
+    t5                        encoder of T5, of Imagen and its successors (`t5.py`)
     pretrained:NAME           a frozen model of Hugging Face (`pretrained.py`)
     joined:NAME+NAME          several of these together, as in SDXL and SD3 (`joined.py`)
 
@@ -37,6 +38,7 @@ from lineage.text.contract import TextEncoder
 from lineage.text.joined import JOINED, JoinedEncoder, split_names
 from lineage.text.padded import BertEncoder, GlideEncoder
 from lineage.text.pretrained import PRETRAINED, PretrainedEncoder
+from lineage.text.t5 import T5Encoder
 from lineage.text.token_encoder import TokenEncoder
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
 from lineage.weights import read_tensors
@@ -118,6 +120,7 @@ ENCODERS: dict[str, Callable[[TextConfig, Tokenizer], TextEncoder]] = {
     "clip": CLIPTextEncoder,
     "bert": BertEncoder,
     "glide": GlideEncoder,
+    "t5": T5Encoder,
 }
 """Encoders that need nothing but sizes and a tokeniser, by name."""
 
