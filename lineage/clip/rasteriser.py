@@ -173,6 +173,10 @@ class Strokes:
         """All fields."""
         return self.points, self.num_segments, self.radius, self.color
 
+    def detach(self) -> Strokes:
+        """The same strokes, through which no gradient flows."""
+        return Strokes(*(tensor.detach() for tensor in self.tensors()))
+
     @property
     def is_drawn(self) -> Tensor:
         """(B, P, M) True for segments that are drawn."""
@@ -258,7 +262,8 @@ def over(coverage: Tensor, color: Tensor) -> Tensor:
     """
     alpha = coverage * color[..., 3, None, None]  # (B, P, H, W)
     image = torch.ones_like(alpha[:, :1]).expand(-1, 3, -1, -1)
-    for a, own in zip(alpha[:, :, None].unbind(1), color[..., :3, None, None].unbind(1)):
+    colors = color[..., :3, None, None]
+    for a, own in zip(alpha[:, :, None].unbind(1), colors.unbind(1), strict=True):
         image = image + a * (own - image)
     return image
 
@@ -372,3 +377,35 @@ def _pixel_means(
         for row in is_hit.split(samples, dim=1)
     ]
     return torch.stack(rows, dim=1)
+
+
+# --- vector files ---------------------------------------------------------------------------------
+
+
+def to_svg(strokes: Strokes, size: int) -> list[str]:
+    """Drawings on a canvas of `size` x `size` pixels as the text of SVG files.
+
+    The width of a line in SVG is twice the radius. Ends and joins are round, since a pixel is on a
+    stroke when it is near enough, whatever the direction.
+    """
+    drawings = []
+    for points, num_segments, radius, color in zip(
+        *(tensor.detach().cpu() for tensor in strokes.tensors()), strict=True
+    ):
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="512" height="512" '
+            f'viewBox="0 0 {size} {size}">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            '<g fill="none" stroke-linecap="round" stroke-linejoin="round">',
+        ]
+        for own, count, r, rgba in zip(
+            points.tolist(), num_segments.tolist(), radius.tolist(), color.tolist(), strict=True
+        ):
+            start, *rest = [f"{x:.3f} {y:.3f}" for x, y in own[: 3 * count + 1]]
+            red, green, blue = (round(255 * value) for value in rgba[:3])
+            lines.append(
+                f'<path d="M {start} C {", ".join(rest)}" stroke="rgb({red}, {green}, {blue})" '
+                f'stroke-opacity="{rgba[3]:.4f}" stroke-width="{2 * r:.3f}"/>'
+            )
+        drawings.append("\n".join([*lines, "</g>", "</svg>", ""]))
+    return drawings
