@@ -374,7 +374,7 @@ class CLIPDraw(System):
         """The strokes of the pictures that `generate` returns for the same arguments."""
         parts = []
         for part, noise, own in self.sample_batches(captions, seed, options):
-            with self.inference():
+            with self.inference(), self._threads(len(part), several=False):
                 parts.append(self.initial_strokes(noise, own.pop("num_paths", None)))
                 for _ in self.optimise(parts[-1], part, noise, **own):
                     pass

@@ -10,7 +10,8 @@ of the test over a pixel's area is a smooth function of the stroke, and can be d
     hit(q) = d(q) < r                    r is `stroke_width` of diffvg     `hits`
     coverage = mean of hit over a pixel  on an N x N grid, no gradient     `coverage`
     coverage ~ clamp(r - d + 1/2, 0, 1)  at the pixel's centre             `soft_coverage`
-    c_p over c_(p-1) over ... over white                    `over`, `image_exact`, `image_diffvg`
+    c_p over c_(p-1) ... over white      for P strokes, of which the last  `over`, `image_exact`,
+                                         is in front                       `image_diffvg`
 
 Distance. The derivative of |B(t) - q|^2 has degree five, so that there are at most three local
 minima inside (0, 1). It is computed on a grid of t; wherever it changes from negative to positive,
@@ -23,8 +24,9 @@ envelope theorem), and no gradient flows through the search.
 Two renderers. diffvg counts 2 x 2 jittered samples and finds the gradient of their mean by sampling
 the stroke's boundary. This file optimises another renderer, `soft_coverage`: the distance of the
 pixel's centre alone decides, with a ramp of one pixel across the boundary. For a straight boundary
-parallel to the pixels that is the exact area; for one at 45 degrees it is off by up to 0.09, and at
-round ends by up to 0.19 (radius 1 to 2.5). Strokes thinner than half a pixel are too faint.
+parallel to the pixels that is the exact area, and for one at 45 degrees it is off by up to 0.05. On
+random strokes of radius 0.5 to 4, pixels of the boundary differ from `coverage` by 0.03 in the
+mean, and single ones, where a stroke ends or bends sharply, by up to 0.3.
 
 Two ways to average. Each sub-sample of a pixel gets a colour: that of the strokes over each other,
 from back to front. `image_exact` puts that over white and averages. diffvg divides the colour by
