@@ -186,7 +186,7 @@ def take_views(images: Tensor, matrices: Tensor) -> Tensor:
         (B, V, 3, S, S).
     """
     size, views = images.shape[-1], matrices.shape[1]
-    axis = (torch.arange(size, device=images.device) * 2 + 1) / size - 1
+    axis = (torch.arange(size, device=images.device) * 2 + 1).to(images.dtype) / size - 1
     x, y = torch.meshgrid(axis, axis, indexing="xy")
     plane = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # (S, S, 3)
     projected = torch.einsum("bvij,hwj->bvhwi", matrices, plane)

@@ -334,6 +334,8 @@ def _over_samples(is_hit: Tensor, color: Tensor) -> tuple[Tensor, Tensor]:
     premultiplied = color.new_zeros(3, *is_hit.shape[1:])
     alpha = color.new_zeros(is_hit.shape[1:])
     for own_hit, own in zip(is_hit, color, strict=True):
+        if not own_hit.any():
+            continue
         a = own_hit * own[3]
         premultiplied = (1 - a) * premultiplied + a * own[:3, None, None]
         alpha = (1 - a) * alpha + a

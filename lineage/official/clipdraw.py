@@ -75,6 +75,11 @@ class CLIPDrawOutputs(Verifier):
         """N and the sub-samples that each stroke hits, (P, H N, W N), by scene."""
         return {}
 
+    @cached_property
+    def _rgba(self) -> dict[str, Tensor]:
+        """(4, H, W) as diffvg averages it, by scene."""
+        return {}
+
     def _scene(self, scene: str, height: int, width: int) -> tuple[Tensor, Tensor, int]:
         """Hits (P, H N, W N), colours (P, 4) and N."""
         color = self.inputs[f"{scene}/stroke_color"]
@@ -97,7 +102,9 @@ class CLIPDrawOutputs(Verifier):
         drawing = self._scene(scene, *self.outputs[f"{scene}/{which}"].shape[:2])
         if which == "image_exact":
             return image_exact(*drawing).permute(1, 2, 0)
-        rgba = rgba_diffvg(*drawing)
+        if scene not in self._rgba:
+            self._rgba[scene] = rgba_diffvg(*drawing)
+        rgba = self._rgba[scene]
         image = rgba if which == "rgba_diffvg" else image_diffvg(rgba)
         return image.permute(1, 2, 0)
 

@@ -50,7 +50,7 @@ PRESETS = {
     # since they count in pixels.
     "tiny": _preset(
         "tiny",
-        CLIPDrawConfig(num_paths=24, num_steps=150, point_spread=0.3, points_lr=0.3),
+        CLIPDrawConfig(num_paths=16, num_steps=150, point_spread=0.3, points_lr=0.3),
     ),
     # One GPU of 8 GB.
     "small": _preset(
