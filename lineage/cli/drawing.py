@@ -18,7 +18,7 @@ from lineage.data.contract import to_bytes, to_unit
 from lineage.data.decoding import decode, shown_size, why_broken
 from lineage.errors import UserError
 from lineage.sheets import picture, rows_sheet, sheet
-from lineage.system import System, Visualises
+from lineage.system import DrawsVectors, System, Visualises
 
 T = TypeVar("T")
 
@@ -53,6 +53,16 @@ def draw(
 
     judge = scorer_of_run(scorer, run, system.device)
     return best_of(system, captions, judge, candidates, seed=seed, **options)[0]
+
+
+def draws_vectors(system: System, out: Path) -> DrawsVectors:
+    """The system, if it draws strokes. Raises `UserError` if it draws pixels."""
+    if not isinstance(system, DrawsVectors):
+        raise UserError(
+            f"{type(system).__name__} draws pixels, which are not written as SVG: write to "
+            f"{out.with_suffix('.png')}."
+        )
+    return system
 
 
 def options_of(
