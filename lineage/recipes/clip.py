@@ -40,7 +40,7 @@ PRESETS = {
         optim=OptimConfig(lr=1.5e-3, beta2=0.98, weight_decay=0.05, ema_decay=0.99),
         train=TrainConfig(minutes=5, batch_size=128, checkpoint_every=500, sample_every=0),
         model=CLIPConfig(
-            projection_dim=64, vit=ViTConfig(patch_size=4, width=64, num_layers=3, num_heads=4)
+            projection_dim=64, vit=ViTConfig(patch_size=8, width=64, num_layers=3, num_heads=4)
         ),
     ),
     # One GPU of 8 GB, under an hour.
