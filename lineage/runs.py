@@ -50,8 +50,9 @@ from lineage.pretrained import PREFIX, run_folder
 from lineage.recipes import find_recipe
 from lineage.recipes import preset as recipe_preset
 from lineage.resume import check_changes, differences, last_threads, recorded_changes
+from lineage.search import matches_sheet
 from lineage.sheets import save_picture, sheet
-from lineage.system import System
+from lineage.system import System, Trainable
 from lineage.text.tokenizer import make_tokenizer
 from lineage.threads import requested, use_threads, worded
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
@@ -357,8 +358,12 @@ def _stages(
     examples = dataset.showcase(16)
     is_main = Distributed.join(pick_device(config.train.device)).is_main
 
-    def draw_sheet(system: System, stage: str, step: int) -> None:
-        sample_sheet(system, examples, folder / "samples" / f"{stage}_{step:06d}.png")
+    def draw_sheet(system: Trainable, stage: str, step: int) -> None:
+        path = folder / "samples" / f"{stage}_{step:06d}.png"
+        if isinstance(system, System):
+            sample_sheet(system, examples, path)
+        else:
+            save_picture(matches_sheet(system, dataset, examples[:8]), path)
 
     return RunStages(
         folder=folder,

@@ -5,6 +5,7 @@
                     10,000 pictures takes less than a second
     search          the nearest pictures of each query
     choose          the other way round: which of several captions fits one picture
+    matches_sheet   the sheet that training of CLIP writes
     search_sheet    a row of pictures for each query
 
 Axes: N pictures, K queries, P width of the joint space, S side.
@@ -14,9 +15,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from lineage.characters import plain
 from lineage.data import load_dataset
-from lineage.data.contract import CaptionedDataset, Skipped, to_unit
+from lineage.data.contract import CaptionedDataset, Example, Skipped, to_unit
 from lineage.data.decoding import decode, why_broken
 from lineage.data.pictures import is_picture, list_files
 from lineage.errors import UserError, say_once
@@ -36,6 +37,10 @@ from lineage.training.store import cache_folder, cached, fingerprint, load_tenso
 
 CHUNK = 64
 """Number of pictures that are embedded at once."""
+COLUMNS = 8
+"""Number of pictures in a row of a sheet."""
+NUM_PICTURES = 256
+"""Number of pictures among which a sheet of training shows the best."""
 
 
 class Comparer(Protocol):
@@ -192,7 +197,10 @@ def choose(model: Comparer, image: Tensor, captions: Sequence[str]) -> list[tupl
 
 
 def search_sheet(
-    pictures: Pictures, queries: Sequence[str], hits: Sequence[Sequence[Hit]], columns: int = 8
+    pictures: Pictures,
+    queries: Sequence[str],
+    hits: Sequence[Sequence[Hit]],
+    columns: int = COLUMNS,
 ) -> Image.Image:
     """A sheet with each query's pictures one after the other, best first."""
     blank = torch.full_like(pictures.image(hits[0][0].number), 255)
@@ -203,6 +211,26 @@ def search_sheet(
             images.append(pictures.image(hit.number) if hit else blank)
             labels.append(label)
     return sheet(images, labels, columns)
+
+
+def matches_sheet(
+    model: Any, dataset: CaptionedDataset, examples: Sequence[Example]
+) -> Image.Image:
+    """For each example's first caption, the best of the first `NUM_PICTURES` of a data set: what a
+    CLIP has learnt so far.
+    """
+    count = NUM_PICTURES if dataset.endless else min(NUM_PICTURES, len(dataset))
+    pictures = replace(_of_dataset(dataset), names=[f"{i}" for i in range(count)])
+    images = torch.stack([pictures.image(number) for number in range(count)])
+    training = model.training
+    model.eval()
+    try:
+        vectors = torch.cat([image_vectors(model, part) for part in images.split(CHUNK)])
+        captions = [example.captions[0] for example in examples]
+        hits = search(model, vectors, pictures.names, captions, COLUMNS)
+    finally:
+        model.train(training)
+    return search_sheet(pictures, captions, hits)
 
 
 def _filled(row: Sequence[Hit], columns: int, query: str) -> Iterator[tuple[Hit | None, str]]:

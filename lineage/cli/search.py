@@ -7,7 +7,7 @@ from pathlib import Path
 from lineage.characters import plain
 from lineage.cli.arguments import Flag, PathName, RunName, SheetCount, Threads, print_json
 from lineage.cli.imports import large_imports
-from lineage.errors import UserError
+from lineage.errors import UserError, say
 
 
 def search(
@@ -40,7 +40,7 @@ def search(
     """
     with large_imports():
         from lineage import runs, search
-        from lineage.data.decoding import decode, why_broken
+        from lineage.cli.drawing import pixels, unread_text
         from lineage.data.pictures import is_picture
         from lineage.sheets import check_picture, save_picture
         from lineage.threads import use_threads
@@ -54,15 +54,13 @@ def search(
                 f"{run} is no run of clip: name one, which `lineage train clip` makes, or "
                 "pretrained:clip."
             )
+        for note in unread_text(model.text, words):
+            say(plain(note))
         path = Path(data).expanduser()
         if path.is_file() and is_picture(str(path)):
             if out is not None:
                 raise UserError(f"--out has no effect for the single picture {path}: leave it out.")
-            try:
-                image = runs.torch.from_numpy(decode(path, model.size))
-            except Exception as error:  # of many kinds: a broken file may hold anything
-                raise UserError(f"{path}: {why_broken(error, path)}") from error
-            ranked = search.choose(model, image, words)
+            ranked = search.choose(model, pixels(path, model.size), words)
             if json:
                 print_json([{"words": one, "cosine": cosine} for one, cosine in ranked])
             else:
