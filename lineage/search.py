@@ -48,9 +48,14 @@ class Comparer(Protocol):
 
     Attributes:
         size: S, side of the pictures that it takes.
+        embed_dim: P.
     """
 
     size: int
+    embed_dim: int
+
+    def parameters(self) -> Iterator[Tensor]:
+        """All weights."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> (B, P)."""
