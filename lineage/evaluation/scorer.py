@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -43,6 +44,7 @@ from tqdm import tqdm
 
 from lineage.config import OptimConfig, TextConfig, from_dict, to_dict
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
+from lineage.data.shapes_languages import ENGLISH
 from lineage.errors import UserError
 from lineage.evaluation import sections
 from lineage.evaluation.judge import resized
@@ -337,13 +339,15 @@ def scorer_for(
     seed: int = 0,
     progress: bool = True,
 ) -> ContrastiveScorer:
-    """The scorer of a data set: for `shapes` the shipped one, for other data one fitted to `train`.
+    """The scorer of a data set: for `shapes` in English the shipped one, for other data and other
+    languages one fitted to `train`.
 
     A fitted one is cached in `$LINEAGE_CACHE` (or `~/.cache/lineage`), in the folder `scorers`,
     under a hash of `data_fingerprint` and the arguments of `fit_scorer`. A damaged file is
     replaced; if the folder cannot be written, nothing is cached.
     """
-    if dataset_spec.partition(":")[0] == "shapes":
+    is_english = getattr(train, "languages", ENGLISH) == ENGLISH
+    if re.split("[:?]", dataset_spec)[0] == "shapes" and is_english:
         shipped = resources.files("lineage.evaluation") / "weights" / "scorer_shapes.safetensors"
         with resources.as_file(shipped) as path:
             return load_scorer(path)
