@@ -39,20 +39,23 @@ def parse_rest(rest: str) -> tuple[str, tuple[str, ...]]:
     """Level and languages of what follows `shapes:` or `shapes` in a spec.
 
     Raises:
-        UserError: an option or a language is unknown, or languages are named twice.
+        UserError: an option or a language is unknown, stands in the place of the level, or is named
+            twice.
     """
     rest, question, options = rest.partition("?")
     level, colon, names = rest.partition(":")
     if question:
-        option, equals, value = options.partition("=")
-        if option != "lang" or not equals:
-            raise UserError(
-                f"shapes has no option {option!r}: {nearest(option, ['lang=LANGUAGE'])}"
-            )
+        option, _, value = options.partition("=")
+        if option != "lang":
+            raise UserError(f"shapes has no option {option!r}: {nearest(option, ['lang'])}")
         if colon:
             raise UserError(f"shapes:{rest}?{options} names languages twice: write shapes:{rest}.")
         names = value
     level = level or "easy"
+    if level in (*GRAMMARS, "all"):
+        raise UserError(
+            f"shapes has no level {level!r}: write shapes:easy:{level} for the language."
+        )
     return level, languages_of(names) if colon or question else ENGLISH
 
 

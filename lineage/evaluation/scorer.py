@@ -352,6 +352,8 @@ def scorer_for(
         with resources.as_file(shipped) as path:
             return load_scorer(path)
     inputs = [data_fingerprint, train.size, steps or STEPS, seed, VERSION, validation is not None]
+    if train.endless:  # the seed of the world
+        inputs.append(getattr(train, "seed", 0))
     path = cache_folder("scorers") / f"{fingerprint(json.dumps(inputs).encode())}.safetensors"
 
     def fit() -> ContrastiveScorer:
