@@ -142,7 +142,8 @@ def evaluate(
     config = EvalConfig(**settings)
     with use_threads(config.threads):
         if all(not CATALOG[read_config(folder).key].draws for folder in folders):
-            document, scored = score_matching(folders, config), []
+            scored: list[ScoredRun] = []
+            document = score_matching(folders, config)
         else:
             document, scored = score_runs(folders, config)
     if out is not None:
