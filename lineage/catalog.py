@@ -37,6 +37,7 @@ class Row:
         stages: Names of its training stages, in order.
         presets: Names of the presets at which it works.
         status: `works` or `planned`.
+        draws: If true, it draws pictures of captions; CLIP only compares the two.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Row:
     stages: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
     status: str = "planned"
+    draws: bool = True
 
     @property
     def works(self) -> bool:
@@ -191,6 +193,9 @@ _ROWS = (
         "caption in the batch.",
         family="clip",
         stages=("clip",),
+        presets=PRESETS,
+        status="works",
+        draws=False,
     ),
     Row(
         key="dalle",
@@ -487,6 +492,11 @@ CATALOG: dict[str, Row] = {row.key: row for row in _ROWS}
 def working() -> list[str]:
     """Keys of the systems that work, oldest first."""
     return [key for key, row in CATALOG.items() if row.works]
+
+
+def drawing() -> list[str]:
+    """Keys of the working systems that draw pictures, oldest first."""
+    return [key for key in working() if CATALOG[key].draws]
 
 
 def lookup(key: str) -> Row:

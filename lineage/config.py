@@ -208,6 +208,11 @@ class TextConfig:
         dropout: Share of the word vectors' entries that are dropped in training (`lstm`).
         join: How `joined:` puts the words of its encoders together: `channels`, as SDXL, or
             `sequence`, as SD3.
+        projection_dim: Width of the sentence of the `clip` encoder; 0 is `width`.
+        gelu: Activation of the `clip` encoder: `quick_gelu` (OpenAI's models) or `gelu` (OpenCLIP).
+        layer: Layer of a `clip` encoder whose states are the words: `last`; `penultimate`, behind
+            the final norm, as in Stable Diffusion 2; or `penultimate_raw`, before it, as in SDXL.
+        runs: Name, sizes and tokeniser of each run that `clip:RUN` names; filled in.
     """
 
     tokenizer: Literal["word", "bpe"] = "word"
@@ -222,6 +227,10 @@ class TextConfig:
     cell: Literal["lstm", "gru"] = "lstm"
     dropout: Fraction = 0.0
     join: Literal["channels", "sequence"] = "channels"
+    projection_dim: DimFromZero = 0
+    gelu: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer: Literal["last", "penultimate", "penultimate_raw"] = "last"
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         smallest = 4 if self.tokenizer == "word" else 260  # special tokens, bytes, one more

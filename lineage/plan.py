@@ -17,7 +17,7 @@ from lineage.config import RunConfig, flat, from_dict, to_dict, with_field
 from lineage.errors import UserError, nearest
 from lineage.pretrained import is_packaged, run_folder, run_name
 from lineage.recipes import find_recipe, preset
-from lineage.system import System
+from lineage.system import Trainable
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
 from lineage.training.cost import read_cost
 from lineage.training.stage import (
@@ -179,12 +179,12 @@ def check_effects(
             raise UserError(f"{name} has no effect: the run takes stage {taken} as it is.")
 
 
-def build(stages: list[Stage]) -> System:
+def build(stages: list[Stage]) -> Trainable:
     """The untrained system of the last stage, built through the ones before it."""
     for stage in stages:
         stage.construct()
     system = stages[-1].system
-    assert isinstance(system, System)
+    assert system is not None
     return system
 
 

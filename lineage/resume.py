@@ -88,7 +88,7 @@ def recorded_changes(
         seconds=float(state.get("seconds", 0)),
         cpu_seconds=float(state.get("cpu_seconds", 0)),
     )
-    if stage is stages[-1] and spent >= 1:
+    if stage is [one for one in stages if one.trains][-1] and spent >= 1:
         if not fields:
             return changes
         name, (before, now) = next(iter(fields.items()))

@@ -55,7 +55,9 @@ from lineage.text.tokenizer import make_tokenizer
 from lineage.threads import requested, use_threads, worded
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.memory import check_memory
-from lineage.training.stage import RunStages, Stage, Stopped, finished_weights, load_weights
+from lineage.training.run_stages import RunStages
+from lineage.training.stage import Stage, finished_weights, load_weights
+from lineage.training.stopping import Stopped
 from lineage.training.store import (
     cache_folder,
     remove_partials,
@@ -338,7 +340,8 @@ def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = 
     if folder is not None:
         check_checkpoints(folder, stages)
     stages[-1].clear()
-    system.text.check()
+    if system.text is not None:
+        system.text.check()
 
 
 def _stages(
@@ -404,8 +407,19 @@ def sample_sheet(system: System, examples: list[Example], path: Path, seed: int 
 # --- run folders ----------------------------------------------------------------------------------
 
 
-def load(run: str | Path, device: str = "auto") -> System:
-    """The trained system of a run folder, ready to `generate`.
+def load_system(run: str | Path, device: str = "auto") -> System:
+    """As `load`, for a run that draws. Raises `UserError` for others too."""
+    system = load(run, device)
+    if not isinstance(system, System):
+        key = read_config(run_folder(run, "run")).key
+        raise UserError(
+            f"{run} is a run of {key}, which draws no pictures: it compares pictures with captions."
+        )
+    return system
+
+
+def load(run: str | Path, device: str = "auto") -> Any:
+    """The trained model of a run folder: a `System`, ready to `generate`, or a `CLIP`.
 
     On Linux the process keeps the memory that drawing frees (`keep_freed_memory`).
 

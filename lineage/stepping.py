@@ -124,7 +124,7 @@ def _steps(config: RunConfig, sources: Mapping[str, Any]) -> Iterator[TrainingSt
         if stage.weights is not None:
             check_weights([stage])
             load_weights(system, stage.weights)
-        else:
+        elif stage.trains:
             trainer = stage.trainer(dataset, config.seed)
             trainer.choose_threads()
             for values in trainer.steps():

@@ -25,7 +25,7 @@ from lineage.official.verify import FileCheck, verify
 from lineage.recipes import find_recipe
 from lineage.system import System
 from lineage.text.tokenizer import WordTokenizer
-from lineage.training.stage import RunStages
+from lineage.training.run_stages import RunStages
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16  # side of the pictures at preset smoke

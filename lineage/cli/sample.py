@@ -75,7 +75,7 @@ def sample(
     if scorer is not None and best_of is None:
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
     with use_threads(threads):
-        system = runs.load(run, device)
+        system = runs.load_system(run, device)
         values = drawing.options_of(system, settings_of(options), files)
         texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
         for sentence in drawing.unread_text(system, texts):

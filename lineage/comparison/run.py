@@ -48,7 +48,7 @@ from lineage.files import check_output, claimed, expanded
 from lineage.options import configure
 from lineage.plan import read_config, read_saved
 from lineage.resume import differences, last_threads, result_settings
-from lineage.runs import check_runs, fingerprint_of, load
+from lineage.runs import check_runs, fingerprint_of, load_system
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
 from lineage.threads import requested, use_threads, worded
@@ -293,7 +293,7 @@ def _commands(
 def _page(folder: Path, examples: Sequence[Example], scored: ScoredRun) -> SystemPage:
     """Pictures of the captions, and a visualisation of the longest one."""
     captions = [example.captions[0] for example in examples]
-    system = load(folder, device=read_config(folder).train.device)
+    system = load_system(folder, device=read_config(folder).train.device)
     by_seed = [to_bytes(system.generate(captions, seed=seed)).cpu() for seed in SEEDS]
     rows: list[list[LabelledImage]] = []
     if isinstance(system, Visualises):

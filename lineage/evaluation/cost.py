@@ -192,12 +192,12 @@ def main() -> None:
     """Print the cost of a run as JSON: `RUN DEVICE THREADS`, with a JSON list of captions as input;
     THREADS is empty to measure.
     """
-    from lineage.runs import load
+    from lineage.runs import load_system
 
     run, device, threads = sys.argv[1:]
     with protect(), use_free_threads(), use_threads(int(threads or torch.get_num_threads())):
         captions, weights = json.load(sys.stdin), Path(run) / "model.safetensors"
-        print(json.dumps(sampling_cost(load(run, device), captions, weights)))
+        print(json.dumps(sampling_cost(load_system(run, device), captions, weights)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from lineage.evaluation.scorer import Scorer, hub_scorer, in_chunks, scorer_for
 from lineage.files import expanded
 from lineage.nn.inception import fid_features, load_inception
 from lineage.pretrained import run_folder
-from lineage.runs import fingerprint_of, load
+from lineage.runs import fingerprint_of, load_system
 from lineage.system import EmbedsImages, System
 from lineage.text.contract import caption_list
 from lineage.threads import tuned
@@ -126,7 +126,7 @@ class MatchingScorer:
 
 def matching_scorer(run: Path, device: torch.device) -> MatchingScorer:
     """The matching model of a run. Raises `UserError` if it has none."""
-    system = load(run, str(device))
+    system = load_system(run, str(device))
     if "imported" in read_json(run / "config.json").get("made_with", {}):
         raise UserError(f"{run} was imported without its image encoder; name a trained attngan.")
     if not isinstance(system, EmbedsImages):

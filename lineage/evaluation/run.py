@@ -44,7 +44,7 @@ from lineage.evaluation.real import (
 from lineage.evaluation.scorer import Scorer, check_captions
 from lineage.files import check_output, expanded
 from lineage.pretrained import run_folder, run_name
-from lineage.runs import load, read_config
+from lineage.runs import load_system, read_config
 from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
 from lineage.threads import use_free_threads, use_threads
@@ -266,7 +266,7 @@ def _score(
     config: EvalConfig,
 ) -> ScoredRun:
     """All sections of one run."""
-    system = load(folder, config.device)
+    system = load_system(folder, config.device)
     system.sample_batch_size = config.batch_size or system.sample_batch_size
     shared, real_groups = real.shared_captions()
     prompt_captions = [prompt.prompt for prompt in prompts.prompts] if prompts else []

@@ -4,14 +4,31 @@ al. 2019).
     x = x + Attention(LayerNorm(x))
     x = x + MLP(LayerNorm(x)),    MLP(h) = W_2 GELU(W_1 h), four times as wide inside
 
+CLIP has `QuickGELU` in place of GELU.
+
 Axes: B batch, N positions, H heads, D width.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
 
 from lineage.nn.attention import Attention
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), an approximation of GELU (Hendrycks and Gimpel 2016, section 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) -> (...)."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+GELUKind = Literal["gelu", "quick_gelu"]
+GELUS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
 class TransformerBlock(nn.Module):
@@ -22,16 +39,23 @@ class TransformerBlock(nn.Module):
         num_heads: Number of heads.
         inner_dim: Width of all heads together; None is `width`.
         bias: If true, the projections to queries, keys and values have a bias.
+        gelu: Activation of the perceptron: `gelu` or `quick_gelu`.
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, inner_dim: int | None = None, bias: bool = True
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        inner_dim: int | None = None,
+        bias: bool = True,
+        gelu: GELUKind = "gelu",
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = Attention(width, num_heads, inner_dim=inner_dim, bias=bias)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width), GELUS[gelu](), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -5,11 +5,10 @@
     lstm         Bidirectional LSTM (Hochreiter and Schmidhuber 1997) as in AttnGAN (Xu et al. 2018,
                  section 3.2): a word is its two hidden states, the sentence the last state of each
                  direction. `encoder.cell=gru` takes a GRU.
-    transformer  Pre-norm causal transformer, as the text encoder of CLIP (Radford et al. 2021,
-                 section 2.4); the sentence is the state at the last word. Departure: CLIP appends
-                 an end token and reads the state there. Here the mask covers words only, so the
-                 last word takes its place: causal attention lets it attend to all others.
+    transformer  Pre-norm causal transformer over words alone; the sentence is the state at the last
+                 word, since causal attention lets it attend to all others.
 
+    clip                      text tower of CLIP, with start and end tokens (`clip_text.py`)
     char_cnn_rnn              Reed's encoder of characters (`char_cnn_rnn.py`)
     bert, glide               encoders of diffusion models that attend to the padding (`padded.py`)
     pretrained:NAME           a frozen model of Hugging Face (`pretrained.py`)
@@ -31,6 +30,7 @@ from lineage.config import TextConfig, to_dict
 from lineage.errors import UserError, nearest
 from lineage.nn.transformer import TransformerBlock
 from lineage.text.char_cnn_rnn import CharCNNRNN
+from lineage.text.clip_text import CLIPTextEncoder
 from lineage.text.contract import TextEncoder
 from lineage.text.joined import JOINED, JoinedEncoder, split_names
 from lineage.text.padded import BertEncoder, GlideEncoder
@@ -112,6 +112,7 @@ ENCODERS: dict[str, Callable[[TextConfig, Tokenizer], TextEncoder]] = {
     "bag": BagEncoder,
     "lstm": LSTMEncoder,
     "transformer": TransformerEncoder,
+    "clip": CLIPTextEncoder,
     "bert": BertEncoder,
     "glide": GlideEncoder,
 }

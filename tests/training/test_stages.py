@@ -23,7 +23,8 @@ from lineage.text.contract import TextFeatures
 from lineage.text.tokenizer import WordTokenizer
 from lineage.training.log import read_log
 from lineage.training.loop import Stopped, Trainer
-from lineage.training.stage import RunStages, Stage, finished_weights, replace_stage
+from lineage.training.run_stages import RunStages
+from lineage.training.stage import Stage, finished_weights, replace_stage
 from lineage.training.store import cache_folder, load_tensors, read_json, save_state
 
 
