@@ -6,23 +6,19 @@ caption, and the latents of one picture are optimised until CLIP is content.
 
     picture        x = decode(VQ(z)), VQ with a straight-through gradient   `VQGANCLIP.synthesise`
     cutouts        N random views of x, in CLIP's size                      `cutouts.py`
-    distance       2 arcsin(|u - v| / 2)^2 of unit vectors, half the squared angle between the
-                   features of a cutout and of a prompt                     `spherical_distance`
-    loss           sum over prompts of |w| mean over cutouts of sign(w) distance
-                                                                            `prompt_losses`
+    loss           sum over prompts p of |w_p| mean over cutouts of sign(w_p) distance, where
+                   distance is half the squared angle between CLIP's features
+                                                                            `prompts.py`
     regulariser    weight / (4 i + 2) * mean(z^2) at step i                 `VQGANCLIP.step`
     update         a step of Adam on z; then each channel of z is clamped to the range that the
                    codebook has in it                                       `VQGANCLIP.step`
 
-A caption may hold several prompts, `a castle:2 | in fog | people:-0.5`, each with a weight and, as
-a third number, a stop: a pair of cutout and prompt whose signed distance is below it has no
-gradient any more (`split_prompts`). A weight below 0 moves away from its prompt.
+A caption may hold several prompts with weights, `a castle:2 | in fog | people:-0.5`; pictures may
+be prompts too (`reference`), and so may random features (`noise_seeds`).
 
-Departures. A colon ends a prompt's text only before a number, so that texts may contain colons, and
-blanks around `|` and `:` do not count (the public code fails, or reads another text). `reference`
-pictures have the size of the drawing. Noise prompts, pseudo-prompts of random features, and all
-draws come from seeds, the starting codes too. One run draws one picture of each caption: there are
-no stories of several captions in turn.
+Departures. A picture's start comes from its seed, as all its draws do; the public program draws it
+before it sets the seed. One run draws one picture of each caption: there are no stories of several
+captions in turn. A picture that is a prompt has the size of the drawing.
 
 Axes: B pictures, N cutouts, P prompts of all pictures, F width of CLIP's features, K codes, D width
 of a code, H W grid of codes, S side.
@@ -30,10 +26,9 @@ of a code, H W grid of codes, S side.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -47,6 +42,12 @@ from lineage.clip.cutouts import (
     draw_crops,
     latest_cutouts,
     original_cutouts,
+)
+from lineage.clip.prompts import (
+    PromptFeatures,
+    noise_prompt,
+    prompt_losses,
+    split_prompts,
 )
 from lineage.config import (
     Dim,
@@ -65,7 +66,7 @@ from lineage.system import LabelledImage, System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
 Optimiser = Literal["adam", "adamw", "adamax", "adagrad", "rmsprop"]
-OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "adamax": torch.optim.Adamax,
@@ -115,76 +116,6 @@ class VQGANCLIPConfig:
             )
 
 
-# --- prompts --------------------------------------------------------------------------------------
-
-
-class Prompt(NamedTuple):
-    """A part of a caption: its text, its weight, and the signed distance at which it stops."""
-
-    text: str
-    weight: float = 1.0
-    stop: float = -torch.inf
-
-
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_PROMPT = re.compile(
-    rf"(?P<text>.*?)\s*(?::\s*(?P<weight>{_NUMBER})\s*(?::\s*(?P<stop>{_NUMBER}|-inf)\s*)?)?",
-    re.DOTALL,
-)
-
-
-def split_prompt(text: str) -> Prompt:
-    """`a fox: 2 : 0.5` -> its text, weight and stop; only numbers at the end are cut off."""
-    match = _PROMPT.fullmatch(text.strip())
-    assert match is not None  # every text fits: weight and stop may be missing
-    weight, stop = match["weight"] or "1", match["stop"] or "-inf"
-    return Prompt(match["text"], float(weight), float(stop))
-
-
-def split_prompts(caption: str) -> list[Prompt]:
-    """The prompts of a caption, separated by `|`; empty ones are left out if there are others."""
-    parts = [part for part in caption.split("|") if part.strip()]
-    return [split_prompt(part) for part in parts or [""]]
-
-
-@dataclass(frozen=True)
-class PromptFeatures:
-    """Features of the prompts of all pictures.
-
-    Attributes:
-        features: (P, F) from CLIP, not normalised.
-        weight, stop: (P,).
-        row: (P,) int64, the picture that a prompt belongs to.
-    """
-
-    features: Tensor
-    weight: Tensor
-    stop: Tensor
-    row: Tensor
-
-
-def spherical_distance(u: Tensor, v: Tensor) -> Tensor:
-    """Half the squared angle between vectors (..., F), broadcast -> (...)."""
-    chord = (F.normalize(u, dim=-1) - F.normalize(v, dim=-1)).norm(dim=-1)
-    return 2 * (chord / 2).clamp(max=1).arcsin().square()  # rounding must not leave arcsin's range
-
-
-def prompt_losses(features: Tensor, prompts: PromptFeatures) -> Tensor:
-    """|w| times the mean over cutouts of sign(w) times the distance, (P,).
-
-    Pairs whose signed distance is below the stop count in full but pass no gradient.
-
-    Args:
-        features: (B, N, F) of the cutouts.
-        prompts: Of all pictures.
-    """
-    own = features[prompts.row]  # (P, N, F)
-    distance = spherical_distance(own, prompts.features[:, None])  # (P, N)
-    signed = prompts.weight.sign()[:, None] * distance
-    signed = torch.where(signed > prompts.stop[:, None], signed, signed.detach())
-    return prompts.weight.abs() * signed.mean(1)
-
-
 # --- latents --------------------------------------------------------------------------------------
 
 
@@ -216,7 +147,7 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def vector_quantise(z: Tensor, codebook: Tensor) -> Tensor:
-    """Nearest codes (..., D) of vectors (..., D); the gradient passes as if nothing had happened."""
+    """Nearest codes (..., D) of vectors (..., D); the gradient passes unchanged."""
     z_q = F.embedding(nearest_codes(z.detach(), codebook), codebook)
     return z + (z_q - z).detach()
 
@@ -364,30 +295,26 @@ class VQGANCLIP(System):
         reference_weight: float = 1.0,
     ) -> PromptFeatures:
         """Features of all prompts: those of each caption, of `negative`, of noise, of pictures."""
-        rows: list[tuple[int, Prompt]] = []
-        for row, caption in enumerate(captions):
-            rows += [(row, prompt) for prompt in split_prompts(caption)]
-            if negative:
-                away = [p._replace(weight=-p.weight) for p in split_prompts(negative)]
-                rows += [(row, prompt) for prompt in away]
-        parts = [self.clip.encode_text([prompt.text for _, prompt in rows])]
-        numbers = [(row, prompt.weight, prompt.stop) for row, prompt in rows]
+        away = [p._replace(weight=-p.weight) for p in split_prompts(negative)] if negative else []
+        texts = [(row, p) for row, caption in enumerate(captions) for p in split_prompts(caption)]
+        texts += [(row, p) for row in range(len(captions)) for p in away]
+        features = [self.clip.encode_text([prompt.text for _, prompt in texts])]
+        rows = [row for row, _ in texts]
+        weights, stops = [p.weight for _, p in texts], [p.stop for _, p in texts]
         for seed, weight in zip(self.config.noise_seeds, self.config.noise_weights, strict=True):
-            parts.append(noise_prompt(seed, self.clip.embed_dim).to(parts[0]).expand(len(captions), -1))
-            numbers += [(row, weight, -torch.inf) for row in range(len(captions))]
-        if reference is not None and cut is not None:  # each cutout is a prompt, all with one weight
-            features = self.encode_cutouts(cut((reference + 1) / 2))  # (B, N, F)
-            parts.append(features.flatten(0, 1))
-            share = reference_weight / features.shape[1]
-            numbers += [(row, share, -torch.inf) for row in range(len(captions)) for _ in features[row]]
-        row, weight, stop = zip(*numbers, strict=True)
-        like = parts[0]
-        return PromptFeatures(
-            torch.cat(parts),
-            torch.tensor(weight).to(like),
-            torch.tensor(stop).to(like),
-            torch.tensor(row, device=like.device),
-        )
+            random = noise_prompt(seed, self.clip.embed_dim).to(features[0])
+            features.append(random.expand(len(captions), -1))
+            rows += range(len(captions))
+            weights += [weight] * len(captions)
+        if reference is not None and cut is not None:
+            views = self.encode_cutouts(cut((reference + 1) / 2))  # (B, N, F), a prompt each
+            features.append(views.flatten(0, 1))
+            rows += [row for row in range(len(captions)) for _ in views[row]]
+            weights += [reference_weight / views.shape[1]] * (len(rows) - len(weights))
+        stops += [-torch.inf] * (len(rows) - len(stops))
+        joined = torch.cat(features).float()
+        numbers = (torch.tensor(values, device=joined.device) for values in (weights, stops, rows))
+        return PromptFeatures(joined, *numbers)
 
     # --- optimisation ---------------------------------------------------------------------------
 
@@ -460,8 +387,3 @@ class VQGANCLIP(System):
         """The codec's reconstructions of pictures (B, 3, S, S) in [-1, 1]."""
         z = self.codec.encode_latents(images)
         return 2 * self.synthesise(z) - 1
-
-
-def noise_prompt(seed: int, embed_dim: int) -> Tensor:
-    """(1, F) random features, the same for every picture."""
-    return torch.randn(1, embed_dim, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,365 @@
+"""Outputs of nerdyrodent/VQGAN-CLIP (generate.py), for `lineage verify`.
+
+The official decoder is a stand-in of a few convolutions, the official perceptor a tiny CLIPModel of
+huggingface/transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from lineage.clip import cutouts
+from lineage.clip.clip import CLIP, CLIPConfig
+from lineage.clip.image_towers import ViTConfig
+from lineage.clip.prompts import PromptFeatures, prompt_losses, spherical_distance
+from lineage.clip.vqgan_clip import (
+    VQGANCLIP,
+    Cut,
+    Step,
+    VQGANCLIPConfig,
+    gradient_picture,
+    nearest_codes,
+    vector_quantise,
+)
+from lineage.official.verify import NotComputed, Verifier, output
+from lineage.text.clip_text import CLIPTextTower
+from lineage.text.contract import TextEncoder
+
+
+class StandInCodec(nn.Module):
+    """The decoder of the reference: three convolutions, with SiLU and a doubling between them."""
+
+    factor = 4
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.state = state
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.state["quantize.embedding.weight"]
+
+    def encode_latents(self, image: Tensor) -> Tensor:
+        raise NotComputed("the reference has no encoder")
+
+    def decode_latents(self, z_q: Tensor) -> Tensor:
+        """(B, H, W, D) -> (B, 3, 4 H, 4 W)."""
+        x = self._conv("conv_in", rearrange(z_q, "b h w d -> b d h w"))
+        for name in ("conv_mid", "conv_out"):
+            x = self._conv(name, F.interpolate(F.silu(x), scale_factor=2, mode="nearest"))
+        return x
+
+    def _conv(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = (self.state[f"decoder.{name}.{part}"] for part in ("weight", "bias"))
+        return F.conv2d(x, weight, bias, padding="same")
+
+
+def resized_size(width: int, height: int, out_size: Sequence[int]) -> tuple[int, int]:
+    """Width and height of a picture that keeps its ratio, at an area no larger than before."""
+    ratio, area = width / height, min(width * height, out_size[0] * out_size[1])
+    return round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+
+
+class VQGANCLIPOutputs(Verifier):
+    """Outputs of generate.py: its pieces, and short optimisations."""
+
+    name = "vqgan_clip"
+    source = ("VQGAN-CLIP", "generate.py")
+
+    # --- resampling and clamping --------------------------------------------------------------
+
+    @output(r"(ramp|lanczos)_([\d.]+)_([\d.]+)")
+    def kernel(self, kind: str, ratio: str, width: str) -> Tensor:
+        ramp = cutouts.ramp(float(ratio), float(width))
+        return ramp if kind == "ramp" else cutouts.lanczos(ramp, float(width))
+
+    @output(r"resample/(\w+)")
+    def resample(self, name: str) -> Tensor:
+        height, width = self.config["rs_sizes"]["down" if name == "no_align" else name]
+        return cutouts.resample(self.inputs["resample/x"], (height, width), name != "no_align")
+
+    @output("clamp/y")
+    def clamp(self) -> Tensor:
+        return cutouts.clamp_with_grad(self.inputs["clamp/x"])
+
+    @output("clamp/grad", grad=True)
+    def clamp_grad(self) -> Tensor:
+        x = self.inputs["clamp/x"].clone().requires_grad_()
+        return _gradient(cutouts.clamp_with_grad(x), x, self.inputs["clamp/grad_out"])
+
+    # --- quantisation -------------------------------------------------------------------------
+
+    @output("vq/quantized")
+    def quantised(self) -> Tensor:
+        return vector_quantise(self.inputs["vq/x"], self.inputs["vq/codebook"])
+
+    @output("vq/indices")
+    def indices(self) -> Tensor:
+        return nearest_codes(self.inputs["vq/x"], self.inputs["vq/codebook"])
+
+    @output("vq/grad", grad=True)
+    def quantised_grad(self) -> Tensor:
+        x = self.inputs["vq/x"].clone().requires_grad_()
+        return _gradient(
+            vector_quantise(x, self.inputs["vq/codebook"]), x, self.inputs["vq/grad_out"]
+        )
+
+    # --- prompts ------------------------------------------------------------------------------
+
+    @output(r"prompt/dists(\d+)")
+    def distances(self, number: str) -> Tensor:
+        weight = torch.tensor(float(self.config["prompts"][int(number)][0]))
+        features, embed = self.inputs["prompt/features"], self.inputs[f"prompt/embed{number}"]
+        return weight.sign() * spherical_distance(features[:, None], embed[None])
+
+    @output(r"prompt/loss(\d+)")
+    def prompt_loss(self, number: str) -> Tensor:
+        return self._loss(number, self.inputs["prompt/features"])
+
+    @output(r"prompt/grad(\d+)", grad=True)
+    def prompt_grad(self, number: str) -> Tensor:
+        features = self.inputs["prompt/features"].clone().requires_grad_()
+        return _gradient(self._loss(number, features), features)
+
+    def _loss(self, number: str, features: Tensor) -> Tensor:
+        weight, stop = self.config["prompts"][int(number)]
+        embed = self.inputs[f"prompt/embed{number}"]
+        prompts = prompt_features([(embed, float(weight), float(stop))])
+        return prompt_losses(features[None], prompts).sum()
+
+    # --- cutouts ------------------------------------------------------------------------------
+
+    @output("cut/original")
+    def original(self) -> Tensor:
+        image, side = self.inputs["cut/image"], self.config["cut_size"]
+        crops = self._crops("cut/", image.shape[2:], slice(None))
+        return cutouts.original_cutouts(image, crops, side)[0]
+
+    def _crops(self, at: str, shape: Sequence[int], rows: slice | int) -> cutouts.Crops:
+        """The crops of one picture (H, W), from the stored draws."""
+        names = {"cut/": ("u", "offset_x", "offset_y")}.get(at)
+        u, left, top = (
+            self.inputs[at + name][rows][None]
+            for name in names or ("cut_u", "cut_offset_x", "cut_offset_y")
+        )
+        side, power = self.config["cut_size"], self.config["cut_pow"]
+        return cutouts.Crops(cutouts.crop_sides(u, *shape, side, power), left, top)
+
+    @output("cut/(latest|pooled_only)")
+    def latest(self, kind: str) -> Tensor:
+        pooled = cutouts.pooled(self.inputs["cut/image"], self.config["cut_size"])
+        if kind == "pooled_only":
+            return pooled
+        return cutouts.add_noise(pooled, self.inputs["cut/noise_fac"], self.inputs["cut/noise"])
+
+    @output(r"aug/(\w+)")
+    def warped(self, name: str) -> Tensor:
+        padding: Any = "border" if "border" in name else "zeros"
+        return cutouts.warp(self.inputs["aug/images"], self.inputs[f"aug/{name}_matrix"], padding)
+
+    # --- pictures -----------------------------------------------------------------------------
+
+    @output("gradient/image")
+    def gradient_image(self) -> Tensor:
+        height, width, _ = self.outputs["gradient/image"].shape
+        return torch.from_numpy(
+            gradient_picture(self.inputs["gradient/draws"].numpy(), height, width)
+        )
+
+    @output("resize/size")
+    def resize_size(self) -> Tensor:
+        out_size = self.inputs["resize/out_size"].tolist()
+        sizes = [resized_size(*size, out_size) for size in self.inputs["resize/in"].tolist()]
+        return torch.tensor(sizes)
+
+    # --- optimisation -------------------------------------------------------------------------
+
+    @cached_property
+    def clip(self) -> CLIP:
+        return clip_of(self.config["clip"], self.state["clip"])
+
+    @output("traj/text_embeds")
+    def text_embeds(self) -> Tensor:
+        return self.clip.text.embed(self.inputs["traj/prompt_ids"])
+
+    @cached_property
+    def trajectories(self) -> dict[str, list[Step]]:
+        return {}
+
+    def trajectory(self, method: str) -> list[Step]:
+        """The steps with one kind of cutouts."""
+        if method not in self.trajectories:
+            self.trajectories[method] = list(self._optimise(method))
+        return self.trajectories[method]
+
+    def _init_weight(self, method: str) -> float:
+        """Weight of the pull towards 0, which only the trajectories that say so have."""
+        sentence = str(self.reference.sentences.get(f"output/traj/{method}/z", ""))
+        has_it = "init_weight" in sentence if sentence else method == "latest"
+        return float(self.config["init_weight"]) if has_it else 0.0
+
+    def _optimise(self, method: str) -> Iterator[Step]:
+        optimiser = str(self.config["optimiser"]).lower()
+        config = VQGANCLIPConfig(
+            lr=self.config["lr"],
+            optimiser=optimiser,  # type: ignore[arg-type]
+            init_weight=self._init_weight(method),
+        )
+        codec = StandInCodec(self.state["vqgan"])
+        width, height = self.config["toks"]
+        ids = self.inputs["traj/init_indices"].view(1, height, width)
+        system = VQGANCLIP(config, self.clip, codec, 4 * height)
+        prompts = [
+            (embed[None], float(weight), float(stop))
+            for embed, (weight, stop) in zip(
+                self.text_embeds(), self.config["traj_prompts"], strict=True
+            )
+        ]
+        if "traj/noise_prompt" in self.inputs:
+            noise = self.inputs["traj/noise_prompt"]
+            prompts.append((noise, float(self.config["noise_weight"]), -torch.inf))
+        draws = self.inputs["traj/cut_u" if method == "original" else "traj/noise_fac"]
+        return system.optimise(
+            F.embedding(ids, codec.codebook),
+            prompt_features(prompts),
+            self._stored_cut(method),
+            steps=len(draws),
+        )
+
+    def _stored_cut(self, method: str) -> Cut:
+        """Cutouts from the stored draws, those of the next step at each call."""
+        side, steps = self.config["cut_size"], iter(range(10**9))
+
+        def cut(image: Tensor) -> Tensor:
+            step = next(steps)
+            if method == "original":
+                crops = self._crops("traj/", image.shape[2:], step)
+                return cutouts.original_cutouts(image, crops, side)
+            deviation, noise = (self.inputs[f"traj/{name}"][step] for name in ("noise_fac", "noise"))
+            return cutouts.add_noise(cutouts.pooled(image, side), deviation, noise)[None]
+
+        return cut
+
+    @output("traj/(original|latest)/(z|grads|images|losses)")
+    def traj(self, method: str, what: str) -> Tensor:
+        steps = self.trajectory(method)
+        if what == "images":
+            return torch.cat([step.image for step in steps])
+        if what == "losses":
+            pulls = [step.init_loss for step in steps] if self._init_weight(method) else []
+            terms = torch.stack([step.prompt_losses for step in steps])
+            return torch.cat([torch.stack(pulls), terms], 1) if pulls else terms
+        latents = [step.z if what == "z" else step.grad for step in steps]
+        return rearrange(latents, "t b h w d -> t b d h w")
+
+
+def prompt_features(prompts: Sequence[tuple[Tensor, float, float]]) -> PromptFeatures:
+    """Prompts of one picture, from features (R, F), weight and stop of each; R rows share a weight."""
+    weights = [weight / len(rows) for rows, weight, _ in prompts for _ in rows]
+    stops = [stop for rows, _, stop in prompts for _ in rows]
+    return PromptFeatures(
+        torch.cat([rows for rows, _, _ in prompts]),
+        torch.tensor(weights),
+        torch.tensor(stops),
+        torch.zeros(len(weights), dtype=torch.int64),
+    )
+
+
+def _gradient(value: Tensor, x: Tensor, grad_out: Tensor | None = None) -> Tensor:
+    (gradient,) = torch.autograd.grad(value, x, grad_out)
+    return gradient
+
+
+# --- the perceptor --------------------------------------------------------------------------------
+
+
+class TokenText(TextEncoder):
+    """A text tower that is given token ids."""
+
+    def __init__(self, tower: CLIPTextTower, end_id: int, sentence_dim: int) -> None:
+        super().__init__()
+        self.tower, self.end_id, self.sentence_dim = tower, end_id, sentence_dim
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, F), from the first end token of each row."""
+        end = (ids == self.end_id).int().argmax(1)
+        return self.tower.pool(self.tower.hidden_states(ids), end)
+
+
+LAYERS = {
+    "self_attn.q_proj": "attn.to_q",
+    "self_attn.k_proj": "attn.to_k",
+    "self_attn.v_proj": "attn.to_v",
+    "self_attn.out_proj": "attn.to_out",
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+}
+
+
+def clip_of(config: dict[str, Any], state: dict[str, Tensor]) -> CLIP:
+    """transformers' `CLIPModel`, whose perceptrons may have any width."""
+    text, vision = config["text_config"], config["vision_config"]
+    projection_dim = config["projection_dim"]
+    tower = CLIPTextTower(
+        vocab_size=text["vocab_size"],
+        context_length=text["max_position_embeddings"],
+        width=text["hidden_size"],
+        num_layers=text["num_hidden_layers"],
+        num_heads=text["num_attention_heads"],
+        projection_dim=projection_dim,
+    )
+    vit = ViTConfig(
+        patch_size=vision["patch_size"],
+        width=vision["hidden_size"],
+        num_layers=vision["num_hidden_layers"],
+        num_heads=vision["num_attention_heads"],
+    )
+    clip = CLIP(
+        CLIPConfig(projection_dim=projection_dim, vit=vit),
+        TokenText(tower, text["eos_token_id"], projection_dim),
+        vision["image_size"],
+    )
+    for blocks, sizes in ((tower.blocks, text), (clip.image_tower.blocks, vision)):
+        for block in blocks:
+            width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+            block.mlp[0], block.mlp[2] = nn.Linear(width, inner), nn.Linear(inner, width)
+    clip.load_state_dict({ours: value for ours, value in _clip_state(state)})
+    return clip.eval()
+
+
+def _clip_state(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    import re
+    ours = {
+        "logit_scale": "logit_scale",
+        "text_model.embeddings.token_embedding.weight": "text.tower.token_emb.weight",
+        "text_model.embeddings.position_embedding.weight": "text.tower.pos_emb",
+        "vision_model.embeddings.class_embedding": "image_tower.class_emb",
+        "vision_model.embeddings.position_embedding.weight": "image_tower.pos_emb",
+        "vision_model.embeddings.patch_embedding.weight": "image_tower.patch_emb.weight",
+    }
+    for k, v in state.items():
+        if k in ours:
+            yield ours[k], v
+        elif k == "text_projection.weight":
+            yield "text.tower.text_proj", v.T
+        elif k == "visual_projection.weight":
+            yield "image_tower.proj", v.T
+        elif m := re.fullmatch(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.*)\.(\w+)", k):
+            tower = "text.tower" if m[1] == "text" else "image_tower"
+            yield f"{tower}.blocks.{m[2]}.{LAYERS[m[3]]}.{m[4]}", v
+        else:
+            name, part = k.rsplit(".", 1)
+            yield {
+                "text_model.final_layer_norm": "text.tower.norm",
+                "vision_model.pre_layrnorm": "image_tower.norm_pre",
+                "vision_model.post_layernorm": "image_tower.norm_post",
+            }[name] + "." + part, v
