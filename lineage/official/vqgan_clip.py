@@ -6,7 +6,8 @@ huggingface/transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,9 +29,11 @@ from lineage.clip.vqgan_clip import (
     nearest_codes,
     vector_quantise,
 )
+from lineage.config import TextConfig
+from lineage.nn.transformer import TransformerBlock
 from lineage.official.verify import NotComputed, Verifier, output
-from lineage.text.clip_text import CLIPTextTower
-from lineage.text.contract import TextEncoder
+from lineage.text.clip_text import CLIPTextEncoder, CLIPTextTower
+from lineage.text.tokenizer import WordTokenizer
 
 
 class StandInCodec(nn.Module):
@@ -139,18 +142,14 @@ class VQGANCLIPOutputs(Verifier):
     @output("cut/original")
     def original(self) -> Tensor:
         image, side = self.inputs["cut/image"], self.config["cut_size"]
-        crops = self._crops("cut/", image.shape[2:], slice(None))
-        return cutouts.original_cutouts(image, crops, side)[0]
+        draws = (self.inputs[f"cut/{name}"] for name in ("u", "offset_x", "offset_y"))
+        return cutouts.original_cutouts(image, self._crops(image, *draws), side)[0]
 
-    def _crops(self, at: str, shape: Sequence[int], rows: slice | int) -> cutouts.Crops:
-        """The crops of one picture (H, W), from the stored draws."""
-        names = {"cut/": ("u", "offset_x", "offset_y")}.get(at)
-        u, left, top = (
-            self.inputs[at + name][rows][None]
-            for name in names or ("cut_u", "cut_offset_x", "cut_offset_y")
-        )
+    def _crops(self, image: Tensor, u: Tensor, left: Tensor, top: Tensor) -> cutouts.Crops:
+        """The crops of one picture, from stored draws (N,)."""
         side, power = self.config["cut_size"], self.config["cut_pow"]
-        return cutouts.Crops(cutouts.crop_sides(u, *shape, side, power), left, top)
+        sides = cutouts.crop_sides(u, image.shape[2], image.shape[3], side, power)
+        return cutouts.Crops(sides[None], left[None], top[None])
 
     @output("cut/(latest|pooled_only)")
     def latest(self, kind: str) -> Tensor:
@@ -176,8 +175,8 @@ class VQGANCLIPOutputs(Verifier):
     @output("resize/size")
     def resize_size(self) -> Tensor:
         out_size = self.inputs["resize/out_size"].tolist()
-        sizes = [resized_size(*size, out_size) for size in self.inputs["resize/in"].tolist()]
-        return torch.tensor(sizes)
+        sizes = self.inputs["resize/in"].tolist()
+        return torch.tensor([resized_size(width, height, out_size) for width, height in sizes])
 
     # --- optimisation -------------------------------------------------------------------------
 
@@ -187,7 +186,10 @@ class VQGANCLIPOutputs(Verifier):
 
     @output("traj/text_embeds")
     def text_embeds(self) -> Tensor:
-        return self.clip.text.embed(self.inputs["traj/prompt_ids"])
+        ids, tower = self.inputs["traj/prompt_ids"], self.clip.text.tower
+        assert isinstance(tower, CLIPTextTower)
+        is_end = ids == self.config["clip"]["text_config"]["eos_token_id"]
+        return tower.pool(tower.hidden_states(ids), is_end.int().argmax(1))
 
     @cached_property
     def trajectories(self) -> dict[str, list[Step]]:
@@ -240,9 +242,10 @@ class VQGANCLIPOutputs(Verifier):
         def cut(image: Tensor) -> Tensor:
             step = next(steps)
             if method == "original":
-                crops = self._crops("traj/", image.shape[2:], step)
-                return cutouts.original_cutouts(image, crops, side)
-            deviation, noise = (self.inputs[f"traj/{name}"][step] for name in ("noise_fac", "noise"))
+                names = ("cut_u", "cut_offset_x", "cut_offset_y")
+                draws = (self.inputs[f"traj/{name}"][step] for name in names)
+                return cutouts.original_cutouts(image, self._crops(image, *draws), side)
+            deviation, noise = (self.inputs[f"traj/{n}"][step] for n in ("noise_fac", "noise"))
             return cutouts.add_noise(cutouts.pooled(image, side), deviation, noise)[None]
 
         return cut
@@ -261,7 +264,9 @@ class VQGANCLIPOutputs(Verifier):
 
 
 def prompt_features(prompts: Sequence[tuple[Tensor, float, float]]) -> PromptFeatures:
-    """Prompts of one picture, from features (R, F), weight and stop of each; R rows share a weight."""
+    """Prompts of one picture, from features (R, F), weight and stop of each; the R rows share the
+    weight.
+    """
     weights = [weight / len(rows) for rows, weight, _ in prompts for _ in rows]
     stops = [stop for rows, _, stop in prompts for _ in rows]
     return PromptFeatures(
@@ -280,19 +285,6 @@ def _gradient(value: Tensor, x: Tensor, grad_out: Tensor | None = None) -> Tenso
 # --- the perceptor --------------------------------------------------------------------------------
 
 
-class TokenText(TextEncoder):
-    """A text tower that is given token ids."""
-
-    def __init__(self, tower: CLIPTextTower, end_id: int, sentence_dim: int) -> None:
-        super().__init__()
-        self.tower, self.end_id, self.sentence_dim = tower, end_id, sentence_dim
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) -> (B, F), from the first end token of each row."""
-        end = (ids == self.end_id).int().argmax(1)
-        return self.tower.pool(self.tower.hidden_states(ids), end)
-
-
 LAYERS = {
     "self_attn.q_proj": "attn.to_q",
     "self_attn.k_proj": "attn.to_k",
@@ -305,61 +297,62 @@ LAYERS = {
 }
 
 
-def clip_of(config: dict[str, Any], state: dict[str, Tensor]) -> CLIP:
+def clip_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> CLIP:
     """transformers' `CLIPModel`, whose perceptrons may have any width."""
-    text, vision = config["text_config"], config["vision_config"]
-    projection_dim = config["projection_dim"]
-    tower = CLIPTextTower(
-        vocab_size=text["vocab_size"],
-        context_length=text["max_position_embeddings"],
+    text, vision, dim = config["text_config"], config["vision_config"], config["projection_dim"]
+    sizes = TextConfig(
         width=text["hidden_size"],
         num_layers=text["num_hidden_layers"],
         num_heads=text["num_attention_heads"],
-        projection_dim=projection_dim,
+        max_words=text["max_position_embeddings"],
+        projection_dim=dim,
     )
+    encoder = CLIPTextEncoder(sizes, WordTokenizer([]))
+    encoder.tower.token_emb = nn.Embedding(text["vocab_size"], sizes.width)
     vit = ViTConfig(
         patch_size=vision["patch_size"],
         width=vision["hidden_size"],
         num_layers=vision["num_hidden_layers"],
         num_heads=vision["num_attention_heads"],
     )
-    clip = CLIP(
-        CLIPConfig(projection_dim=projection_dim, vit=vit),
-        TokenText(tower, text["eos_token_id"], projection_dim),
-        vision["image_size"],
-    )
-    for blocks, sizes in ((tower.blocks, text), (clip.image_tower.blocks, vision)):
-        for block in blocks:
-            width, inner = sizes["hidden_size"], sizes["intermediate_size"]
-            block.mlp[0], block.mlp[2] = nn.Linear(width, inner), nn.Linear(inner, width)
-    clip.load_state_dict({ours: value for ours, value in _clip_state(state)})
+    clip = CLIP(CLIPConfig(projection_dim=dim, vit=vit), encoder, vision["image_size"])
+    for tower, part in ((encoder.tower, text), (clip.image_tower, vision)):
+        for module in tower.modules():
+            if isinstance(module, TransformerBlock):
+                width, inner = part["hidden_size"], part["intermediate_size"]
+                module.mlp[0], module.mlp[2] = nn.Linear(width, inner), nn.Linear(inner, width)
+    clip.load_state_dict(clip_state(state))
     return clip.eval()
 
 
-def _clip_state(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    import re
-    ours = {
-        "logit_scale": "logit_scale",
-        "text_model.embeddings.token_embedding.weight": "text.tower.token_emb.weight",
-        "text_model.embeddings.position_embedding.weight": "text.tower.pos_emb",
-        "vision_model.embeddings.class_embedding": "image_tower.class_emb",
-        "vision_model.embeddings.position_embedding.weight": "image_tower.pos_emb",
-        "vision_model.embeddings.patch_embedding.weight": "image_tower.patch_emb.weight",
-    }
-    for k, v in state.items():
-        if k in ours:
-            yield ours[k], v
-        elif k == "text_projection.weight":
-            yield "text.tower.text_proj", v.T
-        elif k == "visual_projection.weight":
-            yield "image_tower.proj", v.T
-        elif m := re.fullmatch(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.*)\.(\w+)", k):
-            tower = "text.tower" if m[1] == "text" else "image_tower"
-            yield f"{tower}.blocks.{m[2]}.{LAYERS[m[3]]}.{m[4]}", v
+CLIP_NAMES = {
+    "logit_scale": "logit_scale",
+    "text_model.embeddings.token_embedding.weight": "text.tower.token_emb.weight",
+    "text_model.embeddings.position_embedding.weight": "text.tower.pos_emb",
+    "text_projection.weight": "text.tower.text_proj",
+    "vision_model.embeddings.class_embedding": "image_tower.class_emb",
+    "vision_model.embeddings.position_embedding.weight": "image_tower.pos_emb",
+    "vision_model.embeddings.patch_embedding.weight": "image_tower.patch_emb.weight",
+    "visual_projection.weight": "image_tower.proj",
+}
+NORMS = {
+    "text_model.final_layer_norm": "text.tower.norm",
+    "vision_model.pre_layrnorm": "image_tower.norm_pre",
+    "vision_model.post_layernorm": "image_tower.norm_post",
+}
+TOWERS = {"text": "text.tower", "vision": "image_tower"}
+
+
+def clip_state(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of transformers' `CLIPModel` under our names; our projections are transposed."""
+    state = {}
+    for key, value in official.items():
+        name, _, kind = key.rpartition(".")
+        if match := re.fullmatch(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)", name):
+            tower, number, layer = match.groups()
+            state[f"{TOWERS[tower]}.blocks.{number}.{LAYERS[layer]}.{kind}"] = value
+        elif name in NORMS:
+            state[f"{NORMS[name]}.{kind}"] = value
         else:
-            name, part = k.rsplit(".", 1)
-            yield {
-                "text_model.final_layer_norm": "text.tower.norm",
-                "vision_model.pre_layrnorm": "image_tower.norm_pre",
-                "vision_model.post_layernorm": "image_tower.norm_post",
-            }[name] + "." + part, v
+            state[CLIP_NAMES[key]] = value.T if "projection" in key else value
+    return state
