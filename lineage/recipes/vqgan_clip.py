@@ -72,9 +72,12 @@ def _preset(name: str, train: TrainConfig, model: VQGANCLIPConfig) -> Config:
 _PAPER = _preset("paper", clip_recipe.PRESETS["paper"].train, VQGANCLIPConfig())
 
 PRESETS = {
-    # Seconds, for tests: every part is there, at its smallest.
+    # Seconds, for tests: every part is there, at its smallest. The rate is so large that few steps
+    # reach other codes.
     "smoke": _preset(
-        "smoke", clip_recipe.PRESETS["smoke"].train, VQGANCLIPConfig(num_steps=3, cutouts=4)
+        "smoke",
+        clip_recipe.PRESETS["smoke"].train,
+        VQGANCLIPConfig(num_steps=4, lr=0.5, cutouts=4),
     ),
     # Minutes on two CPU cores.
     "tiny": _preset(
