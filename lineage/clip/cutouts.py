@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -147,7 +147,7 @@ def draw_crops(
     return Crops(side, left, top)
 
 
-@cache
+@lru_cache(maxsize=512)
 def resampling_matrix(old: int, new: int) -> Tensor:
     """(new, old) the map of a row of `old` pixels that `resample` makes."""
     eye = torch.eye(old, device="cpu")[None, None]

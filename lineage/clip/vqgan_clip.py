@@ -26,9 +26,9 @@ of a code, H W grid of codes, S side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ from lineage.config import (
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
+from lineage.nn.vqgan_losses import psnr
 from lineage.system import LabelledImage, System, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
 
@@ -74,6 +75,8 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
 }
 """With PyTorch's defaults for all but the rate, as in the public code: AdamW decays z by 0.01."""
+MAX_CUTOUT_VALUES = 2**20
+"""Largest number of pixel values of the cutouts of a step; they need most of the memory."""
 NUM_FRAMES = 8
 """Number of pictures in a row of the film."""
 
@@ -214,6 +217,8 @@ class VQGANCLIP(System):
         self.config, self.size = config, size
         self.clip, self.codec = clip.requires_grad_(False), codec.requires_grad_(False)
         self.grid_size = size // codec.factor
+        max_pictures = MAX_CUTOUT_VALUES // (3 * clip.size**2 * config.cutouts)
+        self.sample_batch_size = max(1, min(System.sample_batch_size, max_pictures))
 
     @property
     def text(self) -> TextEncoder:  # type: ignore[override]
@@ -258,6 +263,11 @@ class VQGANCLIP(System):
         for step in self.optimise(z, prompts, cut, steps, lr):
             z = step.z
         return 2 * self.synthesise(z) - 1
+
+    def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
+        if "reference" in options or options.get("reference_weight", 1.0) == 1.0:
+            return {}
+        return {"reference_weight": "there is no reference picture"}
 
     def initial_latents(self, noise: NoiseStreams, image: Tensor | None = None) -> Tensor:
         """z of the first step, (B, H, W, D): the codes of `image`, of a gradient, or random."""
@@ -385,5 +395,16 @@ class VQGANCLIP(System):
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """The codec's reconstructions of pictures (B, 3, S, S) in [-1, 1]."""
-        z = self.codec.encode_latents(images)
-        return 2 * self.synthesise(z) - 1
+        return 2 * self.synthesise(self.codec.encode_latents(images)) - 1
+
+    def stage_scores(self, batch: Batch) -> dict[str, Tensor]:
+        """Per-image metrics of codec and CLIP, (B,) each.
+
+        Returns:
+            `psnr` of the codec's reconstruction in dB; `cosine` of CLIP's features of the picture
+            and its caption.
+        """
+        image = batch.image
+        mse = (self.reconstruct(image) - image).square().flatten(1).mean(1)
+        features = self.clip.encode_image(image), self.clip.encode_text(batch.caption)
+        return {"psnr": psnr(mse), "cosine": F.cosine_similarity(*features)}

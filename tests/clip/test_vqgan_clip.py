@@ -34,6 +34,7 @@ from lineage.clip.vqgan_clip import (
     gradient_picture,
     vector_quantise,
 )
+from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
 from lineage.official.reference import read_reference
@@ -358,6 +359,32 @@ def test_options_change_the_picture(make: Callable[..., VQGANCLIP]) -> None:
     assert list(system.options()) == [
         *("steps", "cutouts", "lr", "negative", "image", "reference", "reference_weight")
     ]
+
+
+def test_a_weight_without_a_picture_is_named_as_idle(make: Callable[..., VQGANCLIP]) -> None:
+    system, picture = make(), torch.zeros(1, 3, SIZE, SIZE)
+    assert set(system.idle_options(["a"], {"reference_weight": 0.5})) == {"reference_weight"}
+    assert system.idle_options(["a"], {"reference_weight": 0.5, "reference": picture}) == {}
+    assert system.idle_options(["a"], {"reference_weight": 1.0}) == {}
+
+
+def test_each_stage_is_scored(make: Callable[..., VQGANCLIP]) -> None:
+    """CLIP's cosine is that of the pair; a codec that decodes exactly would have no finite PSNR."""
+    system = make()
+    images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
+    with torch.no_grad():
+        scores = system.stage_scores(Batch(images, CAPTIONS[:2], None, ["0", "1"]))
+        cosines = system.clip.similarity(images, CAPTIONS[:2])
+        error = (system.codec.decode(system.codec.encode(images)) - images).square()
+    torch.testing.assert_close(scores["cosine"], cosines.diag())
+    torch.testing.assert_close(scores["psnr"], 10 * (4 / error.flatten(1).mean(1)).log10())
+
+
+def test_few_pictures_at_once_have_many_cutouts(make: Callable[..., VQGANCLIP]) -> None:
+    """The cutouts of a step need most of the memory."""
+    assert make(cutouts=4).sample_batch_size == 64
+    assert make(cutouts=100).sample_batch_size == 2**20 // (100 * 3 * SIZE**2)
+    assert make(cutouts=60_000).sample_batch_size == 1
 
 
 def test_a_film_ends_with_the_picture(make: Callable[..., VQGANCLIP]) -> None:
