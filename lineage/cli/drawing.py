@@ -29,6 +29,7 @@ CELL, MARGIN = 128, 10  # side of a picture on a sheet, and the space beside it
 
 def unread_text(system: System, captions: list[str]) -> list[str]:
     """What the system does not read in the captions, or has no token for, in a few words each."""
+    captions = system.texts(captions)
     ends = [system.text.overflow(caption, system.text_len) for caption in dict.fromkeys(captions)]
     notes = [f"not read, beyond {end.limit}: {end.text}" for end in ends if end is not None]
     if unknown := system.text.unknown(captions, system.text_len):

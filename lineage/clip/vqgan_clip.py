@@ -264,6 +264,10 @@ class VQGANCLIP(System):
             z = step.z
         return 2 * self.synthesise(z) - 1
 
+    def texts(self, captions: list[str]) -> list[str]:
+        """The texts of all prompts, without their weights."""
+        return [prompt.text for caption in captions for prompt in split_prompts(caption)]
+
     def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
         if "reference" in options or options.get("reference_weight", 1.0) == 1.0:
             return {}

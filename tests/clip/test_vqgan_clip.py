@@ -17,6 +17,7 @@ from torch import Tensor
 import lineage
 from lineage import runs
 from lineage.catalog import CATALOG
+from lineage.cli import drawing
 from lineage.clip.clip import CLIP
 from lineage.clip.prompts import (
     Prompt,
@@ -366,6 +367,11 @@ def test_a_weight_without_a_picture_is_named_as_idle(make: Callable[..., VQGANCL
     assert set(system.idle_options(["a"], {"reference_weight": 0.5})) == {"reference_weight"}
     assert system.idle_options(["a"], {"reference_weight": 0.5, "reference": picture}) == {}
     assert system.idle_options(["a"], {"reference_weight": 1.0}) == {}
+
+
+def test_weights_are_no_unknown_words(make: Callable[..., VQGANCLIP]) -> None:
+    notes = drawing.unread_text(make(), ["a red circle:2 | a zorp: -0.5"])
+    assert notes == ["unknown words: zorp"]
 
 
 def test_each_stage_is_scored(make: Callable[..., VQGANCLIP]) -> None:
