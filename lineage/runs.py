@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 import lineage
-from lineage.config import RunConfig, Threads, to_dict, typed
+from lineage.bounds import Threads
+from lineage.config import RunConfig, to_dict, typed
 from lineage.cores import usable_cpus
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, Protocol, get_type_hints, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lineage.config import Seed, typed
+from lineage.bounds import Seed
+from lineage.config import typed
 from lineage.data.contract import Batch
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams

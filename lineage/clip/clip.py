@@ -41,9 +41,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lineage.bounds import Dim, NonNegativeFloat, PositiveFloat
 from lineage.clip.image_towers import ModifiedResNet, ResNetConfig, VisionTransformer, ViTConfig
 from lineage.clip.opposites import opposite
-from lineage.config import Dim, NonNegativeFloat, PositiveFloat, configuration
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.nn.noise import NoiseStreams
 from lineage.system import Trainable, Turn

@@ -35,6 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lineage.bounds import (
+    Dim,
+    Float,
+    Floats,
+    IntsFromZero,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 from lineage.clip.clip import CLIP
 from lineage.clip.cutouts import (
     Augmentation,
@@ -49,16 +58,7 @@ from lineage.clip.prompts import (
     prompt_losses,
     split_prompts,
 )
-from lineage.config import (
-    Dim,
-    Float,
-    Floats,
-    IntsFromZero,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    configuration,
-)
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams

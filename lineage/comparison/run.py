@@ -27,10 +27,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lineage.catalog import CATALOG, lookup, working
+from lineage.bounds import Threads
+from lineage.catalog import CATALOG, drawing, lookup
 from lineage.comparison.report import SystemPage, write_report
 from lineage.comparison.training import train_all
-from lineage.config import RunConfig, Threads, TrainConfig, to_dict, typed
+from lineage.config import RunConfig, TrainConfig, to_dict, typed
 from lineage.cores import usable_cpus
 from lineage.data import load_dataset
 from lineage.data.contract import Example, to_bytes
@@ -101,7 +102,7 @@ def compare(
         Interrupted: a request to stop; the same command goes on.
     """
     folder = expanded(out, "out")
-    names = working() if keys is None else [keys] if isinstance(keys, str) else keys
+    names = drawing() if keys is None else [keys] if isinstance(keys, str) else keys
     keys = list(dict.fromkeys(names))
     if not keys:
         raise UserError("There is nothing to compare: name at least one system.")

@@ -25,7 +25,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from lineage.config import Int, Seed, typed
+from lineage.bounds import Int, Seed
+from lineage.config import typed
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped
 from lineage.errors import UserError, nearest
 from lineage.files import expanded

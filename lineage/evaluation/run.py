@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lineage.bounds import NUM_SEEDS, PositiveInt, Seed, Threads
 from lineage.characters import plain
-from lineage.config import NUM_SEEDS, PositiveInt, RunConfig, Seed, Threads, configuration
+from lineage.config import RunConfig, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError

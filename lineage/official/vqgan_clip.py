@@ -6,8 +6,8 @@ huggingface/transformers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lineage.clip import cutouts
 from lineage.clip.clip import CLIP, CLIPConfig
-from lineage.clip.image_towers import ViTConfig
 from lineage.clip.prompts import PromptFeatures, prompt_losses, spherical_distance
 from lineage.clip.vqgan_clip import (
     VQGANCLIP,
@@ -29,8 +28,8 @@ from lineage.clip.vqgan_clip import (
     nearest_codes,
     vector_quantise,
 )
-from lineage.config import TextConfig
 from lineage.nn.transformer import TransformerBlock
+from lineage.official.clip import clip_state, image_sizes, text_sizes, text_tower
 from lineage.official.verify import NotComputed, Verifier, output
 from lineage.text.clip_text import CLIPTextEncoder, CLIPTextTower
 from lineage.text.tokenizer import WordTokenizer
@@ -285,74 +284,21 @@ def _gradient(value: Tensor, x: Tensor, grad_out: Tensor | None = None) -> Tenso
 # --- the perceptor --------------------------------------------------------------------------------
 
 
-LAYERS = {
-    "self_attn.q_proj": "attn.to_q",
-    "self_attn.k_proj": "attn.to_k",
-    "self_attn.v_proj": "attn.to_v",
-    "self_attn.out_proj": "attn.to_out",
-    "layer_norm1": "norm1",
-    "layer_norm2": "norm2",
-    "mlp.fc1": "mlp.0",
-    "mlp.fc2": "mlp.2",
-}
-
-
-def clip_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> CLIP:
-    """transformers' `CLIPModel`, whose perceptrons may have any width."""
-    text, vision, dim = config["text_config"], config["vision_config"], config["projection_dim"]
-    sizes = TextConfig(
-        width=text["hidden_size"],
-        num_layers=text["num_hidden_layers"],
-        num_heads=text["num_attention_heads"],
-        max_words=text["max_position_embeddings"],
-        projection_dim=dim,
+def clip_of(config: Mapping[str, Any], official: Mapping[str, Tensor]) -> CLIP:
+    """transformers' `CLIPModel`."""
+    text, vision = config["text_config"], config["vision_config"]
+    state = clip_state(official)
+    heads, gelu = text["num_attention_heads"], text.get("hidden_act", "quick_gelu")
+    encoder = CLIPTextEncoder(
+        text_sizes(state, num_heads=heads, tokenizer="word"), WordTokenizer([])
     )
-    encoder = CLIPTextEncoder(sizes, WordTokenizer([]))
-    encoder.tower.token_emb = nn.Embedding(text["vocab_size"], sizes.width)
-    vit = ViTConfig(
-        patch_size=vision["patch_size"],
-        width=vision["hidden_size"],
-        num_layers=vision["num_hidden_layers"],
-        num_heads=vision["num_attention_heads"],
-    )
-    clip = CLIP(CLIPConfig(projection_dim=dim, vit=vit), encoder, vision["image_size"])
-    for tower, part in ((encoder.tower, text), (clip.image_tower, vision)):
-        for module in tower.modules():
-            if isinstance(module, TransformerBlock):
-                width, inner = part["hidden_size"], part["intermediate_size"]
-                module.mlp[0], module.mlp[2] = nn.Linear(width, inner), nn.Linear(inner, width)
-    clip.load_state_dict(clip_state(state))
+    encoder.tower = text_tower(official, heads, gelu)
+    fields, size = image_sizes(state)
+    vit = replace(fields["vit"], num_heads=vision["num_attention_heads"])
+    clip = CLIP(CLIPConfig(**{**fields, "vit": vit}), encoder, size)
+    for block in clip.image_tower.modules():
+        if isinstance(block, TransformerBlock):  # a tiny model's perceptrons may be narrow
+            width, inner = vision["hidden_size"], vision["intermediate_size"]
+            block.mlp[0], block.mlp[2] = nn.Linear(width, inner), nn.Linear(inner, width)
+    clip.load_state_dict(state)
     return clip.eval()
-
-
-CLIP_NAMES = {
-    "logit_scale": "logit_scale",
-    "text_model.embeddings.token_embedding.weight": "text.tower.token_emb.weight",
-    "text_model.embeddings.position_embedding.weight": "text.tower.pos_emb",
-    "text_projection.weight": "text.tower.text_proj",
-    "vision_model.embeddings.class_embedding": "image_tower.class_emb",
-    "vision_model.embeddings.position_embedding.weight": "image_tower.pos_emb",
-    "vision_model.embeddings.patch_embedding.weight": "image_tower.patch_emb.weight",
-    "visual_projection.weight": "image_tower.proj",
-}
-NORMS = {
-    "text_model.final_layer_norm": "text.tower.norm",
-    "vision_model.pre_layrnorm": "image_tower.norm_pre",
-    "vision_model.post_layernorm": "image_tower.norm_post",
-}
-TOWERS = {"text": "text.tower", "vision": "image_tower"}
-
-
-def clip_state(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of transformers' `CLIPModel` under our names; our projections are transposed."""
-    state = {}
-    for key, value in official.items():
-        name, _, kind = key.rpartition(".")
-        if match := re.fullmatch(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)", name):
-            tower, number, layer = match.groups()
-            state[f"{TOWERS[tower]}.blocks.{number}.{LAYERS[layer]}.{kind}"] = value
-        elif name in NORMS:
-            state[f"{NORMS[name]}.{kind}"] = value
-        else:
-            state[CLIP_NAMES[key]] = value.T if "projection" in key else value
-    return state

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lineage.config import OptimConfig, PositiveInt, RunConfig, Share, TrainConfig, configuration
+from lineage.bounds import PositiveInt, Share
+from lineage.config import OptimConfig, RunConfig, TrainConfig, configuration
 from lineage.data.cached import CachedDataset
 from lineage.data.contract import CaptionedDataset
 from lineage.text.encoders import EncoderSpec

@@ -6,17 +6,10 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 
+from lineage.bounds import DimFromZero, PositiveInt, Share
 from lineage.clip.clip import CLIP, CLIPConfig
 from lineage.clip.vqgan_clip import VQGANCLIP, LatentCodec, VQGANCLIPConfig
-from lineage.config import (
-    DimFromZero,
-    OptimConfig,
-    PositiveInt,
-    RunConfig,
-    Share,
-    TrainConfig,
-    configuration,
-)
+from lineage.config import OptimConfig, RunConfig, TrainConfig, configuration
 from lineage.recipes import clip as clip_recipe
 from lineage.recipes import vqgan as codec_recipe
 from lineage.recipes.codes_prior import codec_stage

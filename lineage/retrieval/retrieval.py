@@ -48,7 +48,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import Dim, Float, PositiveInt, configuration
+from lineage.bounds import Dim, Float, PositiveInt
+from lineage.config import configuration
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams

@@ -8,7 +8,7 @@ the run.
           no text is unknown.
 
 Both are saved as plain JSON. Tokens 0, 1 and 2 are the same in both: padding, unknown word, no
-caption.
+caption. Runs of imported CLIPs have the tokeniser of `clip_tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -280,6 +280,10 @@ def tokenizer_from_json(saved: Any) -> Tokenizer:
         if saved["kind"] == "word":
             words = [str(word) for word in saved["words"]]
             return WordTokenizer(words, drop_unknown=saved.get("drop_unknown", False) is True)
+        if saved["kind"] == "clip":
+            from lineage.text.clip_tokenizer import CLIPTokenizer
+
+            return CLIPTokenizer([(str(left), str(right)) for left, right in saved["merges"]])
         if saved["kind"] == "bpe":
             return BPETokenizer([(int(left), int(right)) for left, right in saved["merges"]])
     except (TypeError, KeyError, ValueError, IndexError, AttributeError):

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts, configuration
+from lineage.bounds import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.nn.gan import dcgan_weights

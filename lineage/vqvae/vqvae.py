@@ -27,7 +27,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import DepthFromZero, Dim, Halvings, Int, PositiveFloat, configuration
+from lineage.bounds import DepthFromZero, Dim, Halvings, Int, PositiveFloat
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.nn.fast import channels_last_on_cpu
 from lineage.nn.noise import NoiseStreams
