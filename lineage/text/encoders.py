@@ -36,7 +36,7 @@ from lineage.text.joined import JOINED, JoinedEncoder, split_names
 from lineage.text.padded import BertEncoder, GlideEncoder
 from lineage.text.pretrained import PRETRAINED, PretrainedEncoder
 from lineage.text.token_encoder import TokenEncoder
-from lineage.text.tokenizer import Tokenizer
+from lineage.text.tokenizer import Tokenizer, WordTokenizer
 
 
 class BagEncoder(TokenEncoder):
@@ -136,6 +136,12 @@ def make_encoder(name: str, config: TextConfig, tokenizer: Tokenizer) -> TextEnc
         names = [*ENCODERS, f"{JOINED}NAME+NAME", f"{PRETRAINED}NAME"]
         raise UserError(f"There is no text encoder {name!r}: {nearest(name, names)}")
     return ENCODERS[name](config, tokenizer)
+
+
+def check_encoder(name: str, config: TextConfig) -> None:
+    """Raise `UserError` if there is no encoder called `name`, or its sizes do not fit it."""
+    with torch.device("meta"):
+        make_encoder(name, config, WordTokenizer([]))
 
 
 @dataclass(frozen=True)
