@@ -19,13 +19,13 @@ from torch import Tensor
 from lineage.characters import well_formed
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.contract import Overflow, TextEncoder, TextFeatures, caption_list
+from lineage.text.contract import FrozenEncoder, Overflow, TextFeatures, caption_list, content_hash
 
 PRETRAINED = "pretrained:"
 CLIP = ("clip", "clip_text_model")  # types of a whole CLIP, and of its text model alone
 
 
-class PretrainedEncoder(TextEncoder):
+class PretrainedEncoder(FrozenEncoder):
     """A frozen text model.
 
     Args:
@@ -74,10 +74,25 @@ class PretrainedEncoder(TextEncoder):
             sentence = (words * share[..., None]).sum(1)
         return TextFeatures(words.float(), mask, sentence.float(), inputs["input_ids"])
 
-    def null(self, count: int) -> TextFeatures:
-        """Features of the empty caption."""
-        rows = torch.zeros(count, dtype=torch.int64, device=self.device_tag.device)
-        return self.encode([""])[rows]
+    def num_words(self, caption: str) -> tuple[int, ...]:
+        """All positions; and those of the caption if it fills them, since `transformers` leaves out
+        the mask of a batch without padding, and then rounds differently.
+        """
+        length = self.config.max_words
+        return (length, 0) if len(self.tokens(caption)) < length else (length, length)
+
+    def fingerprint(self) -> str:
+        tokenizer, model = self._load()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        sizes = {n: v for n, v in model.config.to_dict().items() if n != "_name_or_path"}
+        settings = [
+            type(self).__qualname__,
+            self.config.max_words,
+            words,
+            repr(sorted(sizes.items())),
+        ]
+        return content_hash(settings, model.state_dict())
 
     def tokens(self, caption: str) -> list[str]:
         tokenizer, _ = self._load()
