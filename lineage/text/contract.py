@@ -61,6 +61,10 @@ class TextFeatures:
         """The same features, through which no gradient flows."""
         return self._map(Tensor.detach)
 
+    def to(self, device: torch.device) -> TextFeatures:
+        """The same features on `device`."""
+        return self._map(lambda part: part.to(device))
+
     def __getitem__(self, rows: Tensor | slice) -> TextFeatures:
         """Features of some rows, by number (from 0), slice or mask, in the order of `rows`."""
         if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1:

@@ -109,7 +109,7 @@ class CaptionCache:
             if row is None:
                 missing.append(caption)
             else:
-                yield caption, row
+                yield caption, row.to(device_of(self.text))
         for caption, row in encode_apart(self.text, missing):
             if self._store is not None:
                 self._store.put(caption, row)
