@@ -1,9 +1,16 @@
 """`pretrained:NAME`: a frozen text model of Hugging Face. NAME is a folder, or an id of the hub.
 
 Words are the model's last hidden states. The sentence is CLIP's pooled output, or the mean of the
-words for other models. Every caption has `max_words` positions; behind the last word the mask is
-False. The weights are loaded at the first use. They are no part of a run, which needs the model
-again.
+words for other models; start and end count as words. (A model of sentences such as all-MiniLM
+divides that mean by its norm, so that products are cosines. Here the mean stays as it is: a family
+learns what it does with it.) The weights are loaded at the first use. They are no part of a run,
+which needs the model again.
+
+Every caption has `max_words` positions; behind the last word the mask is False. No word depends on
+the padding: CLIP is causal, and other models have the mask. But a network may attend to the
+positions behind the words, as Stable Diffusion's does, and expects as many for every caption; other
+networks leave them out by the mask. They cost time: `encoder.max_words` should be no larger than
+the longest caption needs.
 
 Axes: B captions, L = `max_words` positions, D width.
 """
@@ -153,10 +160,12 @@ def load_text_model(name: str) -> tuple[Any, Any]:
             AutoTokenizer,
             CLIPTextModel,
         )
+        from transformers.utils import logging
     except ImportError as error:
         raise UserError(
             "text=pretrained: needs transformers: pip install 'lineage-t2i[hub]'."
         ) from error
+    logging.disable_progress_bar()  # training has one of its own
     folder = Path(name)
     inner = folder / "text_encoder"
     tokenizer_path, model_path = (folder / "tokenizer", inner) if inner.is_dir() else (name, name)
