@@ -28,7 +28,6 @@ MAX_NOTE = 400  # letters of a note on the terminal
 CELL, MARGIN = 128, 10  # side of a picture on a sheet, and the space beside it
 
 
-<<<<<<< HEAD
 def unread_text(text: TextEncoder, captions: list[str], length: int | None = None) -> list[str]:
     """What an encoder does not read in the captions, or has no token for, in a few words each.
 
@@ -36,12 +35,6 @@ def unread_text(text: TextEncoder, captions: list[str], length: int | None = Non
         length: Number of the words' vectors that are used; None for all.
     """
     ends = [text.overflow(caption, length) for caption in dict.fromkeys(captions)]
-=======
-def unread_text(system: System, captions: list[str]) -> list[str]:
-    """What the system does not read in the captions, or has no token for, in a few words each."""
-    captions = system.texts(captions)
-    ends = [system.text.overflow(caption, system.text_len) for caption in dict.fromkeys(captions)]
->>>>>>> vqganclip
     notes = [f"not read, beyond {end.limit}: {end.text}" for end in ends if end is not None]
     if unknown := text.unknown(captions, length):
         notes.append(f"unknown words: {', '.join(unknown)}")
