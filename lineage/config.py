@@ -255,6 +255,8 @@ class TrainConfig:
             for; None is 2 for a GPU and 0 for a CPU, where a thread beside the arithmetic slows
             both.
         device: `cpu`, `cuda`, `mps`, or `auto`: the best there is.
+        text_cache: Folder that keeps the features of captions for other runs, in full precision, if
+            the text encoder is frozen; empty for none.
     """
 
     minutes: Minutes | None = None
@@ -270,6 +272,7 @@ class TrainConfig:
     compile: bool = False
     prefetch: DepthFromZero | None = None
     device: str = "auto"
+    text_cache: str = ""
 
     @property
     def is_timed(self) -> bool:

@@ -331,6 +331,8 @@ def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = 
             f"train.cpu_minutes={train.cpu_minutes:g} counts the processor's time, and this run is "
             "for a GPU: give --minutes or --steps, or add --device cpu."
         )
+    if train.text_cache:
+        check_output(expanded(train.text_cache, "train.text_cache"), folder=True)
     with torch.device("meta"):
         system = build(stages)
     default = recipe_preset(config.key, config.preset)

@@ -48,9 +48,14 @@ class Comparer(Protocol):
 
     Attributes:
         size: S, side of the pictures that it takes.
+        embed_dim: P.
     """
 
     size: int
+    embed_dim: int
+
+    def parameters(self) -> Iterator[Tensor]:
+        """All weights."""
 
     @property
     def device(self) -> torch.device:

@@ -247,6 +247,12 @@ class System(Trainable):
                 checked[name] = typed(known[name].type, value, name)
         return checked
 
+    def texts(self, captions: list[str]) -> list[str]:
+        """The texts that the text encoder reads for `captions`; others where a caption has parts
+        with weights.
+        """
+        return captions
+
     def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
         """Options that change no picture of `captions` beside the others, and why: name -> reason.
 

@@ -41,7 +41,7 @@ from lineage.text.padded import BertEncoder, GlideEncoder
 from lineage.text.pretrained import PRETRAINED, PretrainedEncoder
 from lineage.text.t5 import T5Encoder
 from lineage.text.token_encoder import TokenEncoder
-from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
+from lineage.text.tokenizer import Tokenizer, WordTokenizer, tokenizer_from_json
 from lineage.weights import read_tensors
 
 
@@ -177,6 +177,12 @@ def make_encoder(name: str, config: TextConfig, tokenizer: Tokenizer) -> TextEnc
         names = [*ENCODERS, f"{JOINED}NAME+NAME", f"{PRETRAINED}NAME", f"{CLIP_RUN}RUN"]
         raise UserError(f"There is no text encoder {name!r}: {nearest(name, names)}")
     return ENCODERS[name](config, tokenizer)
+
+
+def check_encoder(name: str, config: TextConfig) -> None:
+    """Raise `UserError` if there is no encoder called `name`, or its sizes do not fit it."""
+    with torch.device("meta"):
+        make_encoder(name, config, WordTokenizer([]))
 
 
 @dataclass(frozen=True)
