@@ -15,12 +15,27 @@ import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
+from lineage.bounds import (
+    Depth,
+    DepthFromZero,
+    Dim,
+    DimFromZero,
+    Fraction,
+    Minutes,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Side,
+    Steps,
+)
 from lineage.errors import UserError, nearest
 
 MAX_TEXT = 1000
@@ -29,69 +44,6 @@ MAX_TEXT = 1000
 C = TypeVar("C")
 R = TypeVar("R", bound="RunConfig")
 T = TypeVar("T")
-
-
-# --- types with bounds ----------------------------------------------------------------------------
-
-
-def _number(value: Any) -> Any:
-    """`1e3` and 1000.0 are whole numbers too; true and false are no numbers."""
-    if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+(\.\d*)?[eE][+-]?\d+\s*", value):
-        number = float(value)
-        return int(number) if number.is_integer() else number
-    return value
-
-
-def _listed(value: Any) -> Any:
-    """`1,2,3` or `(1, 2, 3)` on the command line."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number), Field(ge=-1e38, le=1e38)]
-"""What float32 holds."""
-PositiveInt = Annotated[Int, Field(ge=1, le=10**9)]
-NonNegativeInt = Annotated[Int, Field(ge=0, le=10**9)]
-NUM_SEEDS = 2**63
-Seed = Annotated[Int, Field(ge=0, le=NUM_SEEDS - 1)]
-Steps = Annotated[Int, Field(ge=1, le=10**12)]
-"""A budget in steps or pictures."""
-Minutes = Annotated[Float, Field(gt=0, le=10**7)]
-"""A budget in minutes."""
-Threads = Annotated[Int, Field(ge=1, le=256)]
-"""Number of threads of PyTorch on a CPU."""
-SheetCount = Annotated[Int, Field(ge=1, le=10_000)]
-"""Number of pictures that one sheet can hold."""
-Side = Annotated[Int, Field(ge=4, le=1024)]
-"""Side of the pictures in pixels."""
-Dim = Annotated[Int, Field(ge=1, le=2**16)]
-"""Size of one axis of a tensor: a width, a number of channels, a length."""
-DimFromZero = Annotated[Int, Field(ge=0, le=2**16)]
-Depth = Annotated[Int, Field(ge=1, le=128)]
-"""Number of layers, blocks or attention heads."""
-DepthFromZero = Annotated[Int, Field(ge=0, le=128)]
-Halvings = Annotated[Int, Field(ge=1, le=10)]
-"""Number of layers that each halve the side of a picture."""
-PositiveFloat = Annotated[Float, Field(gt=0)]
-NonNegativeFloat = Annotated[Float, Field(ge=0)]
-Fraction = Annotated[Float, Field(ge=0, lt=1)]
-"""From 0 to below 1, such as a dropout rate or the decay of an average."""
-Share = Annotated[Float, Field(gt=0, lt=1)]
-"""Between 0 and 1, such as a stage's share of the budget."""
-Ints = Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)]
-Multipliers = Annotated[
-    tuple[Annotated[Int, Field(ge=1, le=64)], ...],
-    BeforeValidator(_listed),
-    Field(min_length=1, max_length=10),
-]
-"""Factors on a number of channels, one for each level."""
-IntsFromZero = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_listed)]
-Floats = Annotated[tuple[Float, ...], BeforeValidator(_listed)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 @dataclass_transform(
@@ -213,6 +165,10 @@ class TextConfig:
         layer: Layer of a `clip` encoder whose states are the words: `last`; `penultimate`, behind
             the final norm, as in Stable Diffusion 2; or `penultimate_raw`, before it, as in SDXL.
         runs: Name, sizes and tokeniser of each run that `clip:RUN` names; filled in.
+        feed_forward: Kind of the feed-forward layers of `t5`: `relu`, or `gated`, as version 1.1.
+        head_dim: Width of a head of `t5`; 0 is `width` / `num_heads`.
+        ff_dim: Width inside the feed-forward layers of `t5`; 0 is 4 `width` for `relu` and
+            8/3 `width` for `gated`.
     """
 
     tokenizer: Literal["word", "bpe"] = "word"
@@ -231,11 +187,22 @@ class TextConfig:
     gelu: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer: Literal["last", "penultimate", "penultimate_raw"] = "last"
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    feed_forward: Literal["relu", "gated"] = "gated"
+    head_dim: DimFromZero = 0
+    ff_dim: DimFromZero = 0
 
     def __post_init__(self) -> None:
         smallest = 4 if self.tokenizer == "word" else 260  # special tokens, bytes, one more
         if self.vocab_size < smallest:
             raise UserError(f"encoder.vocab_size={self.vocab_size} must be at least {smallest}.")
+
+    def without_files(self) -> TextConfig:
+        """The same sizes, without the places where weights of runs lie."""
+        runs = {
+            name: {key: value for key, value in run.items() if key != "weights"}
+            for name, run in self.runs.items()
+        }
+        return dataclasses.replace(self, runs=runs)
 
 
 @configuration
@@ -288,6 +255,8 @@ class TrainConfig:
             for; None is 2 for a GPU and 0 for a CPU, where a thread beside the arithmetic slows
             both.
         device: `cpu`, `cuda`, `mps`, or `auto`: the best there is.
+        text_cache: Folder that keeps the features of captions for other runs, in full precision, if
+            the text encoder is frozen; empty for none.
     """
 
     minutes: Minutes | None = None
@@ -303,6 +272,7 @@ class TrainConfig:
     compile: bool = False
     prefetch: DepthFromZero | None = None
     device: str = "auto"
+    text_cache: str = ""
 
     @property
     def is_timed(self) -> bool:
@@ -349,7 +319,7 @@ class RunConfig:
 
     def without_files(self: R) -> R:
         """The same run without files to start from: a trained run's weights hold what they gave."""
-        return self
+        return dataclasses.replace(self, encoder=self.encoder.without_files())
 
 
 # --- JSON, and dotted names -----------------------------------------------------------------------

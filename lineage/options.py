@@ -8,6 +8,7 @@ from typing import Any
 
 from lineage.config import RunConfig, with_field
 from lineage.recipes import preset
+from lineage.text_runs import with_clip_runs
 
 
 def configure(
@@ -60,4 +61,4 @@ def changed_by(
     for name, value in sorted(fields.items(), key=lambda item: item[0] != "recipe"):
         if value is not None:
             config = with_field(config, name, value)
-    return config
+    return with_clip_runs(config, settings or {})

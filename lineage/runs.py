@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 import lineage
-from lineage.config import RunConfig, Threads, to_dict, typed
+from lineage.bounds import Threads
+from lineage.config import RunConfig, to_dict, typed
 from lineage.cores import usable_cpus
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, to_bytes
@@ -49,8 +50,9 @@ from lineage.pretrained import PREFIX, run_folder
 from lineage.recipes import find_recipe
 from lineage.recipes import preset as recipe_preset
 from lineage.resume import check_changes, differences, last_threads, recorded_changes
+from lineage.search import matches_sheet
 from lineage.sheets import save_picture, sheet
-from lineage.system import System
+from lineage.system import System, Trainable
 from lineage.text.tokenizer import make_tokenizer
 from lineage.threads import requested, use_threads, worded
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
@@ -330,6 +332,8 @@ def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = 
             f"train.cpu_minutes={train.cpu_minutes:g} counts the processor's time, and this run is "
             "for a GPU: give --minutes or --steps, or add --device cpu."
         )
+    if train.text_cache:
+        check_output(expanded(train.text_cache, "train.text_cache"), folder=True)
     with torch.device("meta"):
         system = build(stages)
     default = recipe_preset(config.key, config.preset)
@@ -356,8 +360,12 @@ def _stages(
     examples = dataset.showcase(16)
     is_main = Distributed.join(pick_device(config.train.device)).is_main
 
-    def draw_sheet(system: System, stage: str, step: int) -> None:
-        sample_sheet(system, examples, folder / "samples" / f"{stage}_{step:06d}.png")
+    def draw_sheet(system: Trainable, stage: str, step: int) -> None:
+        path = folder / "samples" / f"{stage}_{step:06d}.png"
+        if isinstance(system, System):
+            sample_sheet(system, examples, path)
+        else:
+            save_picture(matches_sheet(system, dataset, examples[:8]), path)
 
     return RunStages(
         folder=folder,

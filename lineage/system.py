@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, Protocol, get_type_hints, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lineage.config import Seed, typed
+from lineage.bounds import Seed
+from lineage.config import typed
 from lineage.data.contract import Batch
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
@@ -245,6 +246,12 @@ class System(Trainable):
             else:
                 checked[name] = typed(known[name].type, value, name)
         return checked
+
+    def texts(self, captions: list[str]) -> list[str]:
+        """The texts that the text encoder reads for `captions`; others where a caption has parts
+        with weights.
+        """
+        return captions
 
     def idle_options(self, captions: list[str], options: Mapping[str, Any]) -> dict[str, str]:
         """Options that change no picture of `captions` beside the others, and why: name -> reason.

@@ -16,8 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lineage.catalog import CATALOG, working
-from lineage.config import (
+from lineage.bounds import (
     Float,
     Floats,
     Fraction,
@@ -27,13 +26,16 @@ from lineage.config import (
     Multipliers,
     NonNegativeFloat,
     NonNegativeInt,
-    OptimConfig,
     PositiveFloat,
     PositiveInt,
-    RunConfig,
     Share,
-    TextConfig,
     Texts,
+)
+from lineage.catalog import CATALOG, working
+from lineage.config import (
+    OptimConfig,
+    RunConfig,
+    TextConfig,
     TrainConfig,
     configuration,
     field_names,

@@ -53,7 +53,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lineage.attngan.damsm import DAMSM, damsm_terms
-from lineage.config import DepthFromZero, Dim, Int, NonNegativeFloat, PositiveInt, configuration
+from lineage.bounds import DepthFromZero, Dim, Int, NonNegativeFloat, PositiveInt
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import conv3x3, halved_channels, num_doublings, upsample_block

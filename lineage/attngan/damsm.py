@@ -46,7 +46,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import Dim, PositiveFloat, configuration
+from lineage.bounds import Dim, PositiveFloat
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import conv3x3

@@ -36,7 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import Dim, NonNegativeFloat, PositiveInt, configuration
+from lineage.bounds import Dim, NonNegativeFloat, PositiveInt
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.gan import (

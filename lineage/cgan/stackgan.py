@@ -55,7 +55,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from lineage.config import DepthFromZero, Dim, NonNegativeFloat, PositiveInt, configuration
+from lineage.bounds import DepthFromZero, Dim, NonNegativeFloat, PositiveInt
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.blocks import (

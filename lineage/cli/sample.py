@@ -85,7 +85,7 @@ def sample(
         artist = drawing.draws_vectors(system, out) if vectors else None
         values = drawing.options_of(system, settings_of(options), files)
         texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
-        for sentence in drawing.unread_text(system, texts):
+        for sentence in drawing.unread_text(system.text, system.texts(texts), system.text_len):
             say(sentence)
         if visualise:
             save_picture(drawing.visualisation(system, captions[0], seed=seed), out)

@@ -41,13 +41,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lineage.bounds import Dim, NonNegativeFloat, PositiveFloat
 from lineage.clip.image_towers import ModifiedResNet, ResNetConfig, VisionTransformer, ViTConfig
-from lineage.clip.opposites import opposite
-from lineage.config import Dim, NonNegativeFloat, PositiveFloat, configuration
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.nn.noise import NoiseStreams
 from lineage.system import Trainable, Turn
 from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.text.opposites import opposite
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

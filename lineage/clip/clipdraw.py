@@ -43,17 +43,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lineage.bounds import Dim, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from lineage.clip.clip import CLIP
 from lineage.clip.rasteriser import Strokes, render, to_svg
-from lineage.config import (
-    Dim,
-    Fraction,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    Share,
-    configuration,
-)
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams

@@ -21,7 +21,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import Depth, Dim, PositiveInt, configuration
+from lineage.bounds import Depth, Dim, Ints
+from lineage.config import configuration
 from lineage.errors import UserError
 from lineage.nn.attention import Attention
 from lineage.nn.transformer import GELUKind, TransformerBlock
@@ -35,15 +36,41 @@ class ViTConfig:
 
     Attributes:
         patch_size: Side of a patch in pixels.
+        conv_stem: If true, convolutions that each halve the side take the place of the one that
+            cuts patches (Xiao et al. 2021, arXiv:2106.14881): small data sets need the locality.
         width: Width of a patch's vector.
         num_layers: Number of blocks.
         num_heads: Number of attention heads.
     """
 
     patch_size: Dim = 32
+    conv_stem: bool = False
     width: Dim = 768
     num_layers: Depth = 12
     num_heads: Depth = 12
+
+
+def conv_stem(patch_size: int, width: int) -> nn.Sequential:
+    """Convolutions of stride 2, each with twice the channels of the one before: pictures
+    (B, 3, S, S) -> (B, D, S / patch_size, S / patch_size).
+    """
+    halvings = patch_size.bit_length() - 1
+    if patch_size != 2**halvings or width % 2**halvings:
+        raise UserError(
+            f"A stem of convolutions needs patches of 2, 4, 8, ... pixels and a width that can be "
+            f"halved as often, not patches of {patch_size} and a width of {width}."
+        )
+    layers: list[nn.Module] = []
+    in_channels = 3
+    for number in reversed(range(halvings)):
+        channels = width // 2**number
+        layers += [
+            nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False),
+            nn.GroupNorm(1, channels),
+            nn.ReLU(),
+        ]
+        in_channels = channels
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 1, bias=False))
 
 
 class VisionTransformer(nn.Module):
@@ -64,7 +91,9 @@ class VisionTransformer(nn.Module):
         if size % patch:
             raise UserError(f"Pictures of {size} pixels cannot be cut into patches of {patch}.")
         self.side = size // patch  # H = W
-        self.patch_emb = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.patch_emb: nn.Module = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        if config.conv_stem:
+            self.patch_emb = conv_stem(patch, width)
         self.class_emb = nn.Parameter(torch.randn(width) * width**-0.5)
         self.pos_emb = nn.Parameter(torch.randn(self.side**2 + 1, width) * width**-0.5)
         self.norm_pre = nn.LayerNorm(width)
@@ -115,7 +144,7 @@ class ResNetConfig:
     """
 
     width: Dim = 64
-    num_blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=4, max_length=4)] = (3, 4, 6, 3)
+    num_blocks: Annotated[Ints, Field(min_length=4, max_length=4)] = (3, 4, 6, 3)
     num_heads: Depth = 32
 
 

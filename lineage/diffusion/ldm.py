@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts, configuration
+from lineage.bounds import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts
+from lineage.config import configuration
 from lineage.data.contract import Batch, CaptionedDataset
 from lineage.diffusion.model import DiffusionConfig, DiffusionModel, Space
 from lineage.diffusion.networks.unet import UNetConfig, make_unet

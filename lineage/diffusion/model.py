@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import Float, Floats, Fraction, NonNegativeFloat, PositiveInt, configuration
+from lineage.bounds import Float, Floats, Fraction, NonNegativeFloat, PositiveInt
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.diffusion.bound import vlb_loss
 from lineage.diffusion.guidance import Guidance, Threshold, apply_threshold

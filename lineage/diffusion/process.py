@@ -38,7 +38,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lineage.config import Int, PositiveFloat, configuration, typed
+from lineage.bounds import Int, PositiveFloat
+from lineage.config import configuration, typed
 from lineage.diffusion.schedules import (
     FLOW,
     NO_NOISE,

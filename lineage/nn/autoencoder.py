@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import Depth, Dim, IntsFromZero, Multipliers, configuration
+from lineage.bounds import Depth, Dim, IntsFromZero, Multipliers
+from lineage.config import configuration
 from lineage.errors import UserError
 from lineage.nn.attention import attend
 from lineage.nn.fast import GroupNorm, channels_last_on_cpu, conv_of_upsampled

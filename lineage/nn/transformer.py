@@ -39,6 +39,7 @@ class TransformerBlock(nn.Module):
         num_heads: Number of heads.
         inner_dim: Width of all heads together; None is `width`.
         bias: If true, the projections to queries, keys and values have a bias.
+        mlp_dim: Width inside the perceptron; None is four times `width`.
         gelu: Activation of the perceptron: `gelu` or `quick_gelu`.
     """
 
@@ -49,13 +50,15 @@ class TransformerBlock(nn.Module):
         *,
         inner_dim: int | None = None,
         bias: bool = True,
+        mlp_dim: int | None = None,
         gelu: GELUKind = "gelu",
     ) -> None:
         super().__init__()
+        mlp_dim = 4 * width if mlp_dim is None else mlp_dim
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = Attention(width, num_heads, inner_dim=inner_dim, bias=bias)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), GELUS[gelu](), nn.Linear(4 * width, width)
+            nn.Linear(width, mlp_dim), GELUS[gelu](), nn.Linear(mlp_dim, width)
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

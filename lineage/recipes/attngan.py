@@ -6,7 +6,8 @@ from dataclasses import field, replace
 
 from lineage.attngan.attngan import AttnGAN, AttnGANConfig
 from lineage.attngan.damsm import DAMSM, DAMSMConfig
-from lineage.config import OptimConfig, RunConfig, Share, TextConfig, TrainConfig, configuration
+from lineage.bounds import Share
+from lineage.config import OptimConfig, RunConfig, TextConfig, TrainConfig, configuration
 from lineage.recipes.joint_text import DCGAN_OPTIM
 from lineage.text.encoders import EncoderSpec
 from lineage.text.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ class Config(RunConfig):
     model: AttnGANConfig = field(default_factory=AttnGANConfig)
 
     def without_files(self) -> Config:
-        return replace(self, damsm=replace(self.damsm, inception_weights=""))
+        return replace(super().without_files(), damsm=replace(self.damsm, inception_weights=""))
 
 
 # The authors' code: Adam, learning rate 0.002, momentum 0.5, gradients clipped at 0.25; its factor

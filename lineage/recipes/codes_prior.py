@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lineage.config import OptimConfig, PositiveInt, RunConfig, Share, configuration
+from lineage.bounds import PositiveInt, Share
+from lineage.config import OptimConfig, RunConfig, TrainConfig, configuration
 from lineage.data.cached import CachedDataset
 from lineage.data.contract import CaptionedDataset
 from lineage.text.encoders import EncoderSpec
@@ -69,15 +70,9 @@ def codec_and_prior(
         arguments: Keywords of `build`.
         tokenizer: Tokeniser of the captions.
     """
-    codec_train = replace(config.train, batch_size=config.codec_batch_size, sample_every=0)
-    first = Stage(
-        "codec",
-        build,
-        arguments,
-        optim=config.codec_optim,
-        optim_setting="codec_optim",
-        train=codec_train,
-        share=config.codec_share,
+    codec_train = replace(config.train, batch_size=config.codec_batch_size)
+    first = codec_stage(
+        build, arguments, optim=config.codec_optim, train=codec_train, share=config.codec_share
     )
     encoder = EncoderSpec(config.text, config.encoder, tokenizer)
     second = Stage(
@@ -90,6 +85,26 @@ def codec_and_prior(
         prepare=lambda dataset, system: with_codes(dataset, system, config.cache_size),
     )
     return [first, second]
+
+
+def codec_stage(
+    build: Callable[..., Codec],
+    arguments: dict[str, Any],
+    *,
+    optim: OptimConfig,
+    train: TrainConfig,
+    share: float,
+) -> Stage:
+    """Stage `codec`, for these recipes and those that draw with its codec."""
+    return Stage(
+        "codec",
+        build,
+        arguments,
+        optim=optim,
+        optim_setting="codec_optim",
+        train=replace(train, sample_every=0),
+        share=share,
+    )
 
 
 def prior(codec: Codec, config: PriorConfig, encoder: EncoderSpec, size: int) -> Prior:

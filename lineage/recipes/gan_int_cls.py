@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 
+from lineage.bounds import Share
 from lineage.cgan.gan_int_cls import GANConfig, GanIntCls
 from lineage.cgan.joint_embedding import JointEmbedding
-from lineage.config import Share, TextConfig, TrainConfig, configuration
+from lineage.config import TextConfig, TrainConfig, configuration
 from lineage.recipes.joint_text import DCGAN_OPTIM, JointTextConfig, text_stage
 from lineage.text.tokenizer import Tokenizer
 from lineage.training.stage import Stage

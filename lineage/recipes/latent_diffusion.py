@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import field, replace
 
-from lineage.config import OptimConfig, PositiveInt, RunConfig, Share, configuration
+from lineage.bounds import PositiveInt, Share
+from lineage.config import OptimConfig, RunConfig, configuration
 from lineage.data.cached import CachedDataset
 from lineage.data.contract import CaptionedDataset
 from lineage.diffusion.ldm import (
@@ -97,7 +98,7 @@ class LatentConfig(RunConfig):
     model: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def without_files(self) -> LatentConfig:
-        return replace(self, autoencoder=replace(self.autoencoder, lpips=()))
+        return replace(super().without_files(), autoencoder=replace(self.autoencoder, lpips=()))
 
 
 def autoencoder_and_denoiser(

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import field, replace
 from typing import Any, Literal
 
+from lineage.bounds import Floats
 from lineage.cgan.joint_embedding import JointEmbedding
 from lineage.cgan.stackgan import StackGANConfig, StageOne, StageTwo
-from lineage.config import Floats, TextConfig, TrainConfig, configuration, typed
+from lineage.config import TextConfig, TrainConfig, configuration, typed
 from lineage.errors import UserError
 from lineage.recipes.joint_text import DCGAN_OPTIM, JointTextConfig, text_stage
 from lineage.text.tokenizer import Tokenizer

@@ -30,7 +30,7 @@ class Config(CodesConfig):
     codec: VQGANConfig = field(default_factory=VQGANConfig)
 
     def without_files(self) -> Config:
-        return replace(self, codec=replace(self.codec, lpips=()))
+        return replace(super().without_files(), codec=replace(self.codec, lpips=()))
 
 
 PRESETS = {

@@ -43,6 +43,7 @@ class CLIPTextTower(nn.Module):
         num_layers: Number of blocks.
         num_heads: Number of attention heads.
         projection_dim: P.
+        mlp_dim: Width inside the blocks' perceptrons; None is four times D.
         gelu: Activation of the blocks.
     """
 
@@ -55,13 +56,15 @@ class CLIPTextTower(nn.Module):
         num_layers: int,
         num_heads: int,
         projection_dim: int,
+        mlp_dim: int | None = None,
         gelu: GELUKind = "quick_gelu",
     ) -> None:
         super().__init__()
         self.token_emb = nn.Embedding(vocab_size, width)
         self.pos_emb = nn.Parameter(torch.empty(context_length, width))
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, num_heads, gelu=gelu) for _ in range(num_layers)
+            TransformerBlock(width, num_heads, mlp_dim=mlp_dim, gelu=gelu)
+            for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(width)
         self.text_proj = nn.Parameter(torch.empty(width, projection_dim))

@@ -9,8 +9,10 @@
                  word, since causal attention lets it attend to all others.
 
     clip                      text tower of CLIP, with start and end tokens (`clip_text.py`)
+    clip:RUN                  the frozen text tower of a run of CLIP
     char_cnn_rnn              Reed's encoder of characters (`char_cnn_rnn.py`)
     bert, glide               encoders of diffusion models that attend to the padding (`padded.py`)
+    t5                        encoder of T5, of Imagen and its successors (`t5.py`)
     pretrained:NAME           a frozen model of Hugging Face (`pretrained.py`)
     joined:NAME+NAME          several of these together, as in SDXL and SD3 (`joined.py`)
 
@@ -21,12 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineage.config import TextConfig, to_dict
+from lineage.config import TextConfig, from_dict, to_dict
 from lineage.errors import UserError, nearest
 from lineage.nn.transformer import TransformerBlock
 from lineage.text.char_cnn_rnn import CharCNNRNN
@@ -35,8 +38,10 @@ from lineage.text.contract import TextEncoder
 from lineage.text.joined import JOINED, JoinedEncoder, split_names
 from lineage.text.padded import BertEncoder, GlideEncoder
 from lineage.text.pretrained import PRETRAINED, PretrainedEncoder
+from lineage.text.t5 import T5Encoder
 from lineage.text.token_encoder import TokenEncoder
-from lineage.text.tokenizer import Tokenizer
+from lineage.text.tokenizer import Tokenizer, WordTokenizer, tokenizer_from_json
+from lineage.weights import read_tensors
 
 
 class BagEncoder(TokenEncoder):
@@ -115,8 +120,40 @@ ENCODERS: dict[str, Callable[[TextConfig, Tokenizer], TextEncoder]] = {
     "clip": CLIPTextEncoder,
     "bert": BertEncoder,
     "glide": GlideEncoder,
+    "t5": T5Encoder,
 }
 """Encoders that need nothing but sizes and a tokeniser, by name."""
+
+
+CLIP_RUN = "clip:"
+
+
+def text_tower_of_run(run: str, config: TextConfig) -> TextEncoder:
+    """`clip:RUN`: the frozen text tower of a run of CLIP, with that run's sizes and tokeniser.
+
+    Args:
+        run: Name of the run.
+        config: `runs` describes it; `layer` chooses the words.
+
+    Raises:
+        UserError: the run's weights are gone, or its text tower has no such layer.
+    """
+    if run not in config.runs:
+        raise UserError(f"text={CLIP_RUN}{run} names no run of clip that is known here.")
+    source = config.runs[run]
+    sizes = replace(from_dict(TextConfig, source["encoder"]), layer=config.layer)
+    encoder = make_encoder(source["text"], sizes, tokenizer_from_json(source["tokenizer"]))
+    if config.layer != "last" and not isinstance(encoder, CLIPTextEncoder):
+        raise UserError(
+            f"encoder.layer={config.layer} needs a CLIP with CLIP's own text tower, and that of "
+            f"{run} is {source['text']}."
+        )
+    on_meta = any(tensor.is_meta for tensor in encoder.parameters())
+    if "weights" in source and not on_meta:  # a trained run's weights hold them already
+        tensors = read_tensors(Path(source["weights"]))
+        own = {n.removeprefix("text."): t for n, t in tensors.items() if n.startswith("text.")}
+        encoder.load_state_dict(own)
+    return encoder.requires_grad_(False)
 
 
 def make_encoder(name: str, config: TextConfig, tokenizer: Tokenizer) -> TextEncoder:
@@ -131,12 +168,20 @@ def make_encoder(name: str, config: TextConfig, tokenizer: Tokenizer) -> TextEnc
             make_encoder(part, replace(config, width=width), tokenizer) for part, width in parts
         ]
         return JoinedEncoder(encoders, config)
+    if name.startswith(CLIP_RUN):
+        return text_tower_of_run(name.removeprefix(CLIP_RUN), config)
     if name.startswith(PRETRAINED):
         return PretrainedEncoder(config, name.removeprefix(PRETRAINED))
     if name not in ENCODERS:
-        names = [*ENCODERS, f"{JOINED}NAME+NAME", f"{PRETRAINED}NAME"]
+        names = [*ENCODERS, f"{JOINED}NAME+NAME", f"{PRETRAINED}NAME", f"{CLIP_RUN}RUN"]
         raise UserError(f"There is no text encoder {name!r}: {nearest(name, names)}")
     return ENCODERS[name](config, tokenizer)
+
+
+def check_encoder(name: str, config: TextConfig) -> None:
+    """Raise `UserError` if there is no encoder called `name`, or its sizes do not fit it."""
+    with torch.device("meta"):
+        make_encoder(name, config, WordTokenizer([]))
 
 
 @dataclass(frozen=True)
@@ -158,9 +203,9 @@ class EncoderSpec:
         return make_encoder(self.name, self.config, self.tokenizer)
 
     def to_json(self) -> dict[str, Any]:
-        """Name, sizes and tokeniser as plain JSON values."""
+        """Name, sizes and tokeniser as plain JSON values; weights of runs by their hash."""
         return {
             "name": self.name,
-            "config": to_dict(self.config),
+            "config": to_dict(self.config.without_files()),
             "tokenizer": self.tokenizer.to_json(),
         }

@@ -14,7 +14,7 @@ from lineage.config import TextConfig
 from lineage.text.contract import Overflow, TextEncoder, TextFeatures, caption_list
 from lineage.text.tokenizer import NULL, PAD, Tokenizer
 
-UNITS = {"word": "words", "bpe": "tokens"}
+UNITS = {"word": "words", "bpe": "tokens", "clip": "tokens"}
 """What the tokens of each kind of tokeniser are called."""
 
 

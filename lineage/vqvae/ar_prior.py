@@ -43,7 +43,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import Dim, Float, Fraction, NonNegativeFloat, NonNegativeInt, configuration
+from lineage.bounds import Dim, Float, Fraction, NonNegativeFloat, NonNegativeInt
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import (
+from lineage.bounds import (
     Depth,
     Dim,
     Float,
@@ -43,8 +43,8 @@ from lineage.config import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    configuration,
 )
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.nn.fast import channels_last_on_cpu
 from lineage.nn.noise import NoiseStreams

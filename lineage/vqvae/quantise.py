@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import Dim, Fraction, NonNegativeFloat, PositiveInt, configuration
+from lineage.bounds import Dim, Fraction, NonNegativeFloat, PositiveInt
+from lineage.config import configuration
 
 EPSILON = 1e-5
 """Constant of the Laplace smoothing of cluster sizes."""

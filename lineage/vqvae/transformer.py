@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lineage.config import Depth, Dim, Fraction, configuration
+from lineage.bounds import Depth, Dim, Fraction
+from lineage.config import configuration
 from lineage.errors import UserError
 from lineage.nn.attention import attend
 

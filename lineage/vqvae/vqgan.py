@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lineage.config import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts, configuration
+from lineage.bounds import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.nn.gan import dcgan_weights
@@ -107,8 +108,8 @@ class VQGAN(Codec):
     ) -> Iterator[Turn]:
         """Equations 4 to 7: the codec's turn, then the discriminator's on the same pictures."""
         config, image, disc = self.config, batch.image, self.discriminator
-        quantised = self.quantiser(self._encode(image))
-        decoded = self._decode(quantised.z_q)
+        quantised = self.quantiser(self.encode_latents(image))
+        decoded = self.decode_latents(quantised.z_q)
         mse = self.track_mse(image, decoded)
         metrics = {"psnr": psnr(mse)}
 
@@ -131,16 +132,21 @@ class VQGAN(Codec):
         if adversarial:
             yield Turn("discriminator", *hinge_disc_loss(disc, image, decoded))
 
-    def _encode(self, image: Tensor) -> Tensor:
+    @property
+    def codebook(self) -> Tensor:
+        """(K, D) the code vectors."""
+        return self.quantiser.codebook
+
+    def encode_latents(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) -> vectors (B, H, W, D) before quantisation."""
         return rearrange(self.quant_conv(self.encoder(image)), "b d h w -> b h w d")
 
-    def _decode(self, z_q: Tensor) -> Tensor:
+    def decode_latents(self, z_q: Tensor) -> Tensor:
         """(B, H, W, D) -> (B, 3, S, S)."""
         return self.decoder(self.post_quant_conv(rearrange(z_q, "b h w d -> b d h w")))
 
     def encode(self, image: Tensor) -> Tensor:
-        return self.quantiser.nearest(self._encode(image))
+        return self.quantiser.nearest(self.encode_latents(image))
 
     def decode(self, ids: Tensor) -> Tensor:
-        return self._decode(self.quantiser.lookup(ids)).float().clamp(-1, 1)
+        return self.decode_latents(self.quantiser.lookup(ids)).float().clamp(-1, 1)

@@ -27,7 +27,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import DepthFromZero, Dim, Halvings, Int, PositiveFloat, configuration
+from lineage.bounds import DepthFromZero, Dim, Halvings, Int, PositiveFloat
+from lineage.config import configuration
 from lineage.data.contract import Batch
 from lineage.nn.fast import channels_last_on_cpu
 from lineage.nn.noise import NoiseStreams
@@ -146,9 +147,8 @@ class VQVAE(Codec):
         self, batch: Batch, text: TextFeatures | None, noise: NoiseStreams
     ) -> Iterator[Turn]:
         """Equation 3."""
-        z_e = rearrange(self.encoder(batch.image), "b d h w -> b h w d")
-        quantised = self.quantiser(z_e)
-        decoded = self.decoder(rearrange(quantised.z_q, "b h w d -> b d h w"))
+        quantised = self.quantiser(self.encode_latents(batch.image))
+        decoded = self.decode_latents(quantised.z_q)
         mse = self.track_mse(batch.image, decoded)
         nll = F.mse_loss(decoded.float(), batch.image) / self.config.data_variance
         yield Turn(
@@ -157,9 +157,21 @@ class VQVAE(Codec):
             metrics=lambda: {"psnr": psnr(mse), **codebook_usage(self.quantiser.cluster_size)},
         )
 
+    @property
+    def codebook(self) -> Tensor:
+        """(K, D) the code vectors."""
+        return self.quantiser.codebook
+
+    def encode_latents(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) -> vectors (B, H, W, D) before quantisation."""
+        return rearrange(self.encoder(image), "b d h w -> b h w d")
+
+    def decode_latents(self, z_q: Tensor) -> Tensor:
+        """(B, H, W, D) -> (B, 3, S, S)."""
+        return self.decoder(rearrange(z_q, "b h w d -> b d h w"))
+
     def encode(self, image: Tensor) -> Tensor:
-        return self.quantiser.nearest(rearrange(self.encoder(image), "b d h w -> b h w d"))
+        return self.quantiser.nearest(self.encode_latents(image))
 
     def decode(self, ids: Tensor) -> Tensor:
-        z_q = rearrange(self.quantiser.lookup(ids), "b h w d -> b d h w")
-        return self.decoder(z_q).float().clamp(-1, 1)
+        return self.decode_latents(self.quantiser.lookup(ids)).float().clamp(-1, 1)

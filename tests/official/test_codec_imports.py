@@ -201,7 +201,7 @@ def published_vqgan(sizes: Sizes = Sizes()) -> tuple[VQGAN, State]:  # noqa: B00
     torch.manual_seed(3)
     codec = VQGAN(sizes.config()).eval()
     randomise(codec)
-    vectors = codec._encode(make_pictures()).reshape(-1, sizes.dim)
+    vectors = codec.encode_latents(make_pictures()).reshape(-1, sizes.dim)
     vectors = vectors[torch.randperm(len(vectors))].repeat(sizes.codes, 1)[: sizes.codes]
     codec.quantiser.embedding.copy_(vectors + 0.1 * torch.randn(vectors.shape))
     state = vqgan_official(codec.state_dict(), len(sizes.mult))
@@ -293,7 +293,7 @@ def test_an_imported_codebook_does_not_start_again(tmp_path: Path) -> None:
     codec: Any = lineage.load(tmp_path / "run").codec
     quantiser = codec.quantiser
     assert bool(quantiser.initialised) and quantiser.config.restart_threshold == 0
-    quantiser.train()(codec._encode(make_pictures()))
+    quantiser.train()(codec.encode_latents(make_pictures()))
     assert torch.equal(quantiser.embedding.data, theirs.quantiser.embedding.data)
 
 

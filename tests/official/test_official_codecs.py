@@ -317,7 +317,7 @@ def test_a_vqgan_of_other_sizes(check_file: Callable[..., FileCheck]) -> None:
     outputs = {
         "z_e": z_e,
         "indices": codec.encode(image).flatten(),
-        "reconstruction": codec._decode(codec.quantiser.lookup(codec.encode(image))),
+        "reconstruction": codec.decode_latents(codec.quantiser.lookup(codec.encode(image))),
         "disc_real": codec.discriminator(image.repeat_interleave(4, 2).repeat_interleave(4, 3)),
     }
     official = vqgan_official(codec.state_dict(), 3)

@@ -25,7 +25,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from lineage.config import Depth, Dim, DimFromZero, Float, configuration
+from lineage.bounds import Depth, Dim, DimFromZero, Float
+from lineage.config import configuration
 from lineage.diffusion.networks.layers import timestep_embedding, zero_module
 from lineage.errors import UserError
 from lineage.nn.attention import Attention

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import (
+from lineage.bounds import (
     Depth,
     Dim,
     DimFromZero,
@@ -40,8 +40,8 @@ from lineage.config import (
     IntsFromZero,
     Multipliers,
     NonNegativeFloat,
-    configuration,
 )
+from lineage.config import configuration
 from lineage.diffusion.networks.attention_blocks import (
     CrossAttentionBlock,
     JointAttentionBlock,
