@@ -2,8 +2,10 @@
 
 The problem: optimise the pixels of a picture until CLIP finds it like a caption, and the result is
 noise that only CLIP can read. What is new: optimise a *drawing*. Some hundred strokes can hardly
-express such noise, so that what raises the cosine must look like something. Nothing is trained, and
-the result is a vector file (SVG) that a pen could draw.
+express such noise, so that what raises the cosine must be larger shapes. Nothing is trained, and
+the result is a vector file (SVG) that a pen could draw. A drawing is only as good as its CLIP: one
+of the size `tiny`, trained for minutes, is content with the right colours in about the right place,
+and gives such a blot the cosine of a real picture.
 
     section 3    strokes of random place, length and colour           `initial_strokes`
                  picture = render(strokes)                            `rasteriser.render`

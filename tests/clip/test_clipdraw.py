@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lineage.catalog import CATALOG
 from lineage.cli import drawing
 from lineage.clip.clipdraw import (
     CROP_TRIES,
@@ -326,6 +327,29 @@ def test_only_a_system_of_strokes_writes_svg(system: CLIPDraw, tmp_path: Any) ->
 
     with pytest.raises(UserError, match="Pixels draws pixels"):
         drawing.draws_vectors(Pixels(), tmp_path / "x.svg")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not CATALOG["clipdraw"].works, reason="the catalogue calls it planned")
+def test_sample_writes_svg_files(sample: Any) -> None:
+    """One file for one drawing; a sheet of vectors there is not."""
+    answer = sample("clipdraw", "a red circle", "--set", "steps=2", "--out", "one.svg")
+    assert (answer.code, answer.out) == (0, "one.svg\n")
+    root = ElementTree.parse("one.svg").getroot()
+    assert root.tag.endswith("svg") and len(root[1]) == 4
+    answer = sample("clipdraw", "a", "b", "--set", "steps=2", "--single", "--out", "two.svg")
+    assert answer.out.split() == ["two_000.svg", "two_001.svg"]
+    for flags, words in (
+        (["a", "b"], "--single"),
+        (["a", "--best-of", 2], "--best-of"),
+        (["a", "--visualise"], "picture file"),
+    ):
+        answer = sample("clipdraw", *flags, "--out", "no.svg")
+        assert answer.code == 2 and words in answer.errors
+
+
+def test_pixels_are_not_written_as_svg(sample: Any) -> None:
+    answer = sample("retrieval", "a red circle", "--out", "x.svg")
+    assert answer.code == 2 and "draws pixels" in answer.errors and "x.png" in answer.errors
 
 
 def test_padding_of_strokes_is_not_drawn(system: CLIPDraw) -> None:
