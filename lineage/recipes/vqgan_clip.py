@@ -74,8 +74,8 @@ PRESETS = {
         clip_recipe.PRESETS["smoke"].train,
         VQGANCLIPConfig(num_steps=4, lr=0.5, cutouts=4),
     ),
-    # Minutes on two CPU cores: five for CLIP, as in `clip`, and five for the codec. No colour jitter,
-    # which turns red to orange: captions of `shapes` name colours. So at `small`.
+    # Minutes on two CPU cores: five for CLIP, as in `clip`, and five for the codec. Captions of
+    # `shapes` name colours, and colour jitter turns red to orange; so at `small`.
     "tiny": _preset(
         "tiny",
         replace(clip_recipe.PRESETS["tiny"].train, minutes=10),
