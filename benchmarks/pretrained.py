@@ -35,6 +35,9 @@ from lineage.evaluation.cost import machine
 from lineage.evaluation.run import evaluate
 from lineage.pretrained import FOLDER, PREFIX
 from lineage.runs import load, load_dataset, sample_sheet
+from lineage.search import matches_sheet
+from lineage.sheets import save_picture
+from lineage.system import System
 from lineage.training.store import load_tensors, save_tensors, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -49,10 +52,12 @@ class Run:
     Attributes:
         cpu_minutes: Budget of training; None for a system with a budget of its own.
         settings: Fields of the configuration.
+        stages_from: Stages that are taken from other runs of this table, which are trained first.
     """
 
     cpu_minutes: float | None
     settings: dict[str, str] = field(default_factory=dict)
+    stages_from: dict[str, str] = field(default_factory=dict)
 
 
 # An autoencoder of 0.4 in place of 0.7 million parameters, the same in both.
@@ -66,7 +71,10 @@ RUNS = {
     "attngan": Run(55),
     "ddpm": Run(55),
     "vqgan": Run(8),
+    "clip": Run(10),
     "dalle": Run(8),
+    "vqgan_clip": Run(8, stages_from={"clip": "clip"}),
+    "clipdraw": Run(None, stages_from={"clip": "clip"}),
     "ldm": Run(55, NARROW),
     "dit": Run(8, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
 }
@@ -80,6 +88,8 @@ def command(key: str) -> list[str]:
         parts += ["--cpu-minutes", f"{run.cpu_minutes:g}"]
     for name, value in run.settings.items():
         parts += ["--set", f"{name}={value}"]
+    for stage, other in run.stages_from.items():
+        parts += ["--from", f"{stage}=runs/pretrained/{other}"]
     return parts
 
 
@@ -109,8 +119,11 @@ def score(key: str) -> dict[str, Any]:
     """Scores of the run as it comes with the package, and its sheet."""
     folder = ROOT / "results" / "pretrained" / key
     document = evaluate(PREFIX + key, out=folder, threads=1)
-    system = load(PREFIX + key)
-    sample_sheet(system, load_dataset("shapes", "train").showcase(16), folder / "sheet.png")
+    system, data = load(PREFIX + key), load_dataset("shapes", "train")
+    if isinstance(system, System):
+        sample_sheet(system, data.showcase(16), folder / "sheet.png")
+    else:
+        save_picture(matches_sheet(system, data, data.showcase(8)), folder / "sheet.png")
     return document
 
 
@@ -147,8 +160,10 @@ def main() -> None:
         if key not in RUNS:
             sys.exit(f"There is no {key} among {', '.join(RUNS)}.")
     torch.set_num_threads(1)
+    later = [key for key in keys if RUNS[key].stages_from]
     with ThreadPoolExecutor(max(1, min(usable_cpus(), len(keys)))) as pool:
-        list(pool.map(train, keys))
+        list(pool.map(train, [key for key in keys if key not in later]))
+        list(pool.map(train, later))
 
 
 if __name__ == "__main__":

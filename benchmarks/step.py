@@ -34,7 +34,6 @@ from lineage.nn.noise import NoiseStreams
 from lineage.recipes import find_recipe, preset
 from lineage.system import System
 from lineage.text.tokenizer import make_tokenizer
-from lineage.training.caption_cache import CACHE_SIZE
 from lineage.training.loop import Trainer
 from lineage.training.machine import keep_freed_memory
 from lineage.training.store import write_json
@@ -124,7 +123,6 @@ def measure(system: System, trainer: Trainer) -> dict[str, float]:
     """Median milliseconds of both, in turn."""
     only_passes = passes(system, trainer)
     batches = cycle([trainer.loader.at(number) for number in range(16)])
-    trainer.step = CACHE_SIZE  # from here on the features of captions are cached
 
     def steps() -> None:
         for number in range(STEPS):

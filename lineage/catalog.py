@@ -220,6 +220,8 @@ _ROWS = (
         family="clip",
         builds_on=("clip", "vqgan"),
         stages=("clip", "codec"),
+        presets=PRESETS,
+        status="works",
     ),
     Row(
         key="adm",
@@ -256,6 +258,8 @@ _ROWS = (
         family="clip",
         builds_on=("clip",),
         stages=("clip",),
+        presets=PRESETS,
+        status="works",
     ),
     Row(
         key="glide",

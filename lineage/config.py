@@ -165,6 +165,10 @@ class TextConfig:
         layer: Layer of a `clip` encoder whose states are the words: `last`; `penultimate`, behind
             the final norm, as in Stable Diffusion 2; or `penultimate_raw`, before it, as in SDXL.
         runs: Name, sizes and tokeniser of each run that `clip:RUN` names; filled in.
+        feed_forward: Kind of the feed-forward layers of `t5`: `relu`, or `gated`, as version 1.1.
+        head_dim: Width of a head of `t5`; 0 is `width` / `num_heads`.
+        ff_dim: Width inside the feed-forward layers of `t5`; 0 is 4 `width` for `relu` and
+            8/3 `width` for `gated`.
     """
 
     tokenizer: Literal["word", "bpe"] = "word"
@@ -183,6 +187,9 @@ class TextConfig:
     gelu: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer: Literal["last", "penultimate", "penultimate_raw"] = "last"
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    feed_forward: Literal["relu", "gated"] = "gated"
+    head_dim: DimFromZero = 0
+    ff_dim: DimFromZero = 0
 
     def __post_init__(self) -> None:
         smallest = 4 if self.tokenizer == "word" else 260  # special tokens, bytes, one more
@@ -248,6 +255,8 @@ class TrainConfig:
             for; None is 2 for a GPU and 0 for a CPU, where a thread beside the arithmetic slows
             both.
         device: `cpu`, `cuda`, `mps`, or `auto`: the best there is.
+        text_cache: Folder that keeps the features of captions for other runs, in full precision, if
+            the text encoder is frozen; empty for none.
     """
 
     minutes: Minutes | None = None
@@ -263,6 +272,7 @@ class TrainConfig:
     compile: bool = False
     prefetch: DepthFromZero | None = None
     device: str = "auto"
+    text_cache: str = ""
 
     @property
     def is_timed(self) -> bool:

@@ -45,19 +45,21 @@ from lineage.plan import (
     read_saved,
     read_tokenizer,
     source_of,
+    use_own_weights,
 )
 from lineage.pretrained import PREFIX, run_folder
 from lineage.recipes import find_recipe
 from lineage.recipes import preset as recipe_preset
 from lineage.resume import check_changes, differences, last_threads, recorded_changes
+from lineage.search import matches_sheet
 from lineage.sheets import save_picture, sheet
-from lineage.system import System
+from lineage.system import System, Trainable
 from lineage.text.tokenizer import make_tokenizer
 from lineage.threads import requested, use_threads, worded
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.memory import check_memory
 from lineage.training.run_stages import RunStages
-from lineage.training.stage import Stage, finished_weights, load_weights
+from lineage.training.stage import Stage, load_weights
 from lineage.training.stopping import Stopped
 from lineage.training.store import (
     cache_folder,
@@ -225,9 +227,7 @@ def _resumed(
             "another --out."
         )
     stages = plan(config, read_tokenizer(folder), sources)
-    for stage in stages:  # the other run's folder is no longer needed
-        if stage.weights is not None and (own := finished_weights(folder, stage.name)).exists():
-            stage.weights = own
+    use_own_weights(stages, folder)
     _check_stages(stages, config, folder)
     threads, new_threads = None, None
     if not config.train.is_timed:
@@ -331,6 +331,8 @@ def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = 
             f"train.cpu_minutes={train.cpu_minutes:g} counts the processor's time, and this run is "
             "for a GPU: give --minutes or --steps, or add --device cpu."
         )
+    if train.text_cache:
+        check_output(expanded(train.text_cache, "train.text_cache"), folder=True)
     with torch.device("meta"):
         system = build(stages)
     default = recipe_preset(config.key, config.preset)
@@ -357,8 +359,12 @@ def _stages(
     examples = dataset.showcase(16)
     is_main = Distributed.join(pick_device(config.train.device)).is_main
 
-    def draw_sheet(system: System, stage: str, step: int) -> None:
-        sample_sheet(system, examples, folder / "samples" / f"{stage}_{step:06d}.png")
+    def draw_sheet(system: Trainable, stage: str, step: int) -> None:
+        path = folder / "samples" / f"{stage}_{step:06d}.png"
+        if isinstance(system, System):
+            sample_sheet(system, examples, path)
+        else:
+            save_picture(matches_sheet(system, dataset, examples[:8]), path)
 
     return RunStages(
         folder=folder,

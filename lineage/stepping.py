@@ -129,5 +129,6 @@ def _steps(config: RunConfig, sources: Mapping[str, Any]) -> Iterator[TrainingSt
             trainer.choose_threads()
             for values in trainer.steps():
                 yield TrainingStep(stage.name, trainer.step, trainer.spent(), values, trainer)
+            trainer.captions.save()
             system = keep_average(trainer)
         stage.system = system.eval()

@@ -306,6 +306,14 @@ class Visualises(Protocol):
 
 
 @runtime_checkable
+class DrawsVectors(Protocol):
+    """A system whose pictures are drawn from strokes."""
+
+    def svg(self, captions: str | Sequence[str], *, seed: int = 0, **options: Any) -> list[str]:
+        """The pictures of `generate` for the same arguments, as the text of SVG files."""
+
+
+@runtime_checkable
 class Reconstructs(Protocol):
     """A system whose first stage encodes and decodes pictures."""
 

@@ -30,21 +30,33 @@ MAY = {
     "catalog": BASE,
     "fonts": BASE,
     "sheets": FILES_TOO | {"fonts"},
-    "system": {"bounds", "config", "errors", "data.contract", "nn.noise", "text.contract", "threads"},
+    "system": {
+        "bounds",
+        "config",
+        "errors",
+        "data.contract",
+        "nn.noise",
+        "text.contract",
+        "threads",
+    },
     "cores": set(),
     "threads": BASE | {"cores"},
     "weights": FILES_TOO,
     "nn": BASE | {"bounds", "config", "weights"},
     "data": FILES_TOO | {"bounds", "config", "threads"},
     "text": FILES_TOO | {"nn", "bounds", "config", "weights"},
-    "training": FILES_TOO | {"bounds", "config", "system", "data.contract", "nn", "text.contract", "threads"},
+    "training": FILES_TOO
+    | {"bounds", "config", "system", "data.contract", "nn", "text.contract", "threads"},
     **dict.fromkeys(FAMILIES, CONTRACTS),
 }
 """For each part, the modules or packages of ours that it may import beside its own. Parts that are
 not listed (recipes, evaluation, comparison, official, runs, cli) sit on top."""
 
 
-EXTRA = {"data.tools": {"sheets"}}  # it draws contact sheets
+EXTRA = {
+    "data.tools": {"sheets"},  # it draws contact sheets
+    "clip.clip": {"text.opposites"},  # of words of place
+}
 LONG = {"catalog"}  # a table, not a program
 
 
@@ -154,6 +166,8 @@ def test_every_part_has_rules() -> None:
         "resume",
         "runs",
         "stepping",
+        "text_runs",
+        "search",
         "course",
         "recipes",
         "evaluation",

@@ -34,9 +34,9 @@ def _typed(hint: str) -> Parameter:
     """A parameter that is checked as a configuration's field of type `hint` is."""
 
     def convert(_: Any, tokens: Sequence[Token]) -> Any:
-        from lineage import config  # imports pydantic, which takes longer than `lineage list`
+        from lineage import bounds, config  # their pydantic takes longer than `lineage list`
 
-        return config.typed(getattr(config, hint), tokens[0].value, tokens[0].keyword or "")
+        return config.typed(getattr(bounds, hint), tokens[0].value, tokens[0].keyword or "")
 
     return Parameter(converter=convert)
 

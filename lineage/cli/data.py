@@ -29,7 +29,7 @@ def data_show(
     """Draw a contact sheet with captions.
 
     Args:
-        spec: Data set: shapes, shapes:hard, a path, folder:PATH or imagefolder:PATH.
+        spec: Data set: shapes, shapes:hard, shapes:easy:zh, PATH, folder:PATH or imagefolder:PATH.
         out: Picture to write.
         count: Number of pictures.
         columns: Number of pictures in a row.
@@ -52,7 +52,7 @@ def data_check(spec: str, /, *, size: Count = 32, json: Flag = False) -> None:
     """Count pictures and captions, and name every rejected file with its reason.
 
     Args:
-        spec: Data set: shapes, shapes:hard, a path, folder:PATH or imagefolder:PATH.
+        spec: Data set: shapes, shapes:hard, shapes:easy:zh, PATH, folder:PATH or imagefolder:PATH.
         size: Side of the pictures in pixels.
         json: If true, print one JSON document.
     """
@@ -87,7 +87,7 @@ def data_export(
     """Write a data set as an imagefolder.
 
     Args:
-        spec: Data set: shapes, shapes:hard, a path, folder:PATH or imagefolder:PATH.
+        spec: Data set: shapes, shapes:hard, shapes:easy:zh, PATH, folder:PATH or imagefolder:PATH.
         out: Folder to write.
         count: Largest number of pictures; all if left out.
         size: Side of the pictures in pixels.

@@ -18,7 +18,8 @@ from lineage.data.contract import to_bytes, to_unit
 from lineage.data.decoding import decode, shown_size, why_broken
 from lineage.errors import UserError
 from lineage.sheets import picture, rows_sheet, sheet
-from lineage.system import System, Visualises
+from lineage.system import DrawsVectors, System, Visualises
+from lineage.text.contract import TextEncoder
 
 T = TypeVar("T")
 
@@ -27,12 +28,15 @@ MAX_NOTE = 400  # letters of a note on the terminal
 CELL, MARGIN = 128, 10  # side of a picture on a sheet, and the space beside it
 
 
-def unread_text(system: System, captions: list[str]) -> list[str]:
-    """What the system does not read in the captions, or has no token for, in a few words each."""
-    captions = system.texts(captions)
-    ends = [system.text.overflow(caption, system.text_len) for caption in dict.fromkeys(captions)]
+def unread_text(text: TextEncoder, captions: list[str], length: int | None = None) -> list[str]:
+    """What an encoder does not read in the captions, or has no token for, in a few words each.
+
+    Args:
+        length: Number of the words' vectors that are used; None for all.
+    """
+    ends = [text.overflow(caption, length) for caption in dict.fromkeys(captions)]
     notes = [f"not read, beyond {end.limit}: {end.text}" for end in ends if end is not None]
-    if unknown := system.text.unknown(captions, system.text_len):
+    if unknown := text.unknown(captions, length):
         notes.append(f"unknown words: {', '.join(unknown)}")
     return [n if len(n) <= MAX_NOTE else f"{n[:MAX_NOTE]} ... ({len(n):,} letters)" for n in notes]
 
@@ -54,6 +58,16 @@ def draw(
 
     judge = scorer_of_run(scorer, run, system.device)
     return best_of(system, captions, judge, candidates, seed=seed, **options)[0]
+
+
+def draws_vectors(system: System, out: Path) -> DrawsVectors:
+    """The system, if it draws strokes. Raises `UserError` if it draws pixels."""
+    if not isinstance(system, DrawsVectors):
+        raise UserError(
+            f"{type(system).__name__} draws pixels, which are not written as SVG: write to "
+            f"{out.with_suffix('.png')}."
+        )
+    return system
 
 
 def options_of(
@@ -90,7 +104,7 @@ def idle_options(system: System, captions: list[str], options: Mapping[str, Any]
 
 def _read_picture(path: Path, size: int) -> Tensor:
     """A picture file as (1, 3, S, S) in [-1, 1]."""
-    return to_unit(_pixels(path, size))[None]
+    return to_unit(pixels(path, size))[None]
 
 
 def _read_mask(path: Path, size: int) -> Tensor:
@@ -99,7 +113,7 @@ def _read_mask(path: Path, size: int) -> Tensor:
     Raises:
         UserError: it is true everywhere or nowhere.
     """
-    grey = _pixels(path, min(_size(path))).float().mean(0)  # of its own size
+    grey = pixels(path, min(_size(path))).float().mean(0)  # of its own size
     white = (grey > 127.5).float()[None, None]
     mask = F.adaptive_avg_pool2d(white, (size, size)) > 0.5
     if mask.all() or not mask.any():
@@ -111,7 +125,7 @@ def _read_mask(path: Path, size: int) -> Tensor:
     return mask
 
 
-def _pixels(path: Path, size: int) -> Tensor:
+def pixels(path: Path, size: int) -> Tensor:
     """The centred square of a picture file, (3, S, S) uint8."""
     return _opened(path, lambda: torch.from_numpy(decode(path, size).copy()))
 

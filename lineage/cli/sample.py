@@ -43,7 +43,7 @@ def sample(
     Args:
         run: Run folder, or pretrained:KEY.
         captions: Captions to draw.
-        out: Sheet to write.
+        out: Sheet to write, or an SVG file, for a system that draws strokes.
         count: Number of pictures of each caption.
         single: If true, write one file for each picture, without caption.
         image: Picture file to start from, where the system has that option.
@@ -60,13 +60,19 @@ def sample(
     with large_imports():
         from lineage import runs
         from lineage.cli import drawing
+        from lineage.files import check_output, write_bytes
         from lineage.sheets import check_picture, picture, save_picture
         from lineage.system import CAPTION_OPTIONS
         from lineage.threads import use_threads
 
     ending = out.suffix or ".png"
     first = out.with_name(f"{out.stem}_000{ending}") if single and out.name else out
-    check_picture(first)
+    vectors = ending.lower() == ".svg" and not visualise
+    (check_output if vectors else check_picture)(first)
+    if vectors and best_of is not None:
+        raise UserError(f"--best-of compares pixels: leave it out, or write to {out.stem}.png.")
+    if vectors and not single and len(captions) * count > 1:
+        raise UserError(f"{out} can hold one drawing: add --single for a file of each.")
     files = {"image": image, "mask": mask, "control": control}
     if visualise:
         others = {**files, "set": options, "best-of": best_of, "single": single, "count": count > 1}
@@ -76,9 +82,10 @@ def sample(
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
     with use_threads(threads):
         system = runs.load_system(run, device)
+        artist = drawing.draws_vectors(system, out) if vectors else None
         values = drawing.options_of(system, settings_of(options), files)
         texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
-        for sentence in drawing.unread_text(system, texts):
+        for sentence in drawing.unread_text(system.text, system.texts(texts), system.text_len):
             say(sentence)
         if visualise:
             save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
@@ -87,6 +94,12 @@ def sample(
         for sentence in drawing.idle_options(system, captions, values):
             say(sentence)
         captions = [caption for caption in captions for _ in range(count)]
+        if artist is not None:
+            for number, text in enumerate(artist.svg(captions, seed=seed, **values)):
+                path = out.with_name(f"{out.stem}_{number:03d}{ending}") if single else out
+                write_bytes(path, text.encode())
+                print(plain(path))
+            return
         images = drawing.draw(
             system,
             captions,

@@ -87,6 +87,7 @@ def compare(
     *,
     data: str | None = None,
     preset: Preset = "tiny",
+    text: str = "historical",
     minutes: Minutes | None = None,
     steps: Steps | None = None,
     out: PathName = Path("runs/compare"),
@@ -104,6 +105,8 @@ def compare(
         keys: Systems, as in `lineage list`; all that work if left out.
         data: Data set; shapes if left out.
         preset: Size of the systems.
+        text: Text encoder of all systems, as in --text transformer; historical gives each its
+            recipe's.
         minutes: Budget of each system in minutes of training: of the processor, on a CPU.
         steps: Budget of each system in steps.
         out: Folder to write.
@@ -123,6 +126,7 @@ def compare(
         keys,
         data=data,
         preset=preset,
+        text=text,
         minutes=minutes,
         steps=steps,
         out=out,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lineage.characters import valid
 from lineage.evaluation.run import Failure
-from lineage.evaluation.table import score_tables
+from lineage.evaluation.table import ScoreTable, score_tables
 from lineage.files import write_bytes
 from lineage.sheets import picture
 from lineage.system import LabelledImage
@@ -34,6 +34,9 @@ _DASHES = ("-", "--", ":", "-.")
 
 MAX_TERMS = 12  # curves in one figure; beyond, the sum of each group's terms
 MAX_FAILURES = 12  # failed pictures of a system on the page
+
+HISTORICAL = "historical"
+"""`text` of a comparison in which each system has the encoder of its recipe."""
 
 SPLIT_TITLES = {
     "test": "Combinations in training",
@@ -80,7 +83,7 @@ def write_report(
         curves={key: figure for key in pages if (figure := curve(pages[key].log)) is not None},
         wall=wall_time(summary),
         bars=bars(summary["scores"], summary["order"]),
-        tables=score_tables(summary["scores"]),
+        tables=[encoder_table(summary), *score_tables(summary["scores"])],
     )
     write_bytes(path, valid(page).encode())
 
@@ -105,6 +108,20 @@ def bars(scores: dict[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
         ]
         panels.append({"title": title, "tasks": tasks})
     return panels
+
+
+def encoder_table(summary: dict[str, Any]) -> ScoreTable:
+    """The text encoder of each system."""
+    encoders = {key: system["encoder"] for key, system in summary["systems"].items()}
+    historical = summary["text"] == HISTORICAL
+    return ScoreTable(
+        "Text encoders",
+        ["encoder", "width of a word"],
+        {key: [one["name"], str(one["width"])] for key, one in encoders.items()},
+        "each system has the encoder of its recipe"
+        if historical
+        else "one encoder for all systems, of the sizes of each recipe where the command sets none",
+    )
 
 
 def wall_time(summary: dict[str, Any]) -> float:

@@ -9,6 +9,10 @@ thread, since several threads wait for each other more in some systems than in o
 counts as processor time; and as many systems as there are cores are trained at a time, which uses
 two cores better than two threads do.
 
+Each system reads its captions with the encoder of its recipe (`text="historical"`), or all with one
+(`text="transformer"`): then no system is ahead by its encoder alone. Sizes of the encoder are those
+of each recipe, unless `settings` holds them (`encoder.width`).
+
     OUT/<key>/         the run folder of each system
     OUT/report.html    the page: one file, no network
     OUT/report.json    its data
@@ -25,11 +29,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lineage.bounds import Threads
 from lineage.catalog import CATALOG, drawing, lookup
-from lineage.comparison.report import SystemPage, write_report
+from lineage.comparison.report import HISTORICAL, SystemPage, write_report
 from lineage.comparison.training import train_all
 from lineage.config import RunConfig, TrainConfig, to_dict, typed
 from lineage.cores import usable_cpus
@@ -47,11 +52,12 @@ from lineage.evaluation.run import (
 )
 from lineage.files import check_output, claimed, expanded
 from lineage.options import configure
-from lineage.plan import read_config, read_saved
+from lineage.plan import build, plan, read_config, read_saved, read_tokenizer
 from lineage.resume import differences, last_threads, result_settings
 from lineage.runs import check_runs, fingerprint_of, load_system
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
+from lineage.text.encoders import check_encoder
 from lineage.threads import requested, use_threads, worded
 from lineage.training.log import read_log
 from lineage.training.machine import pick_device
@@ -74,6 +80,7 @@ def compare(
     minutes: float | None = None,
     steps: int | None = None,
     preset: str = "tiny",
+    text: str = HISTORICAL,
     out: str | Path = "runs/compare",
     seed: int | None = None,
     device: str | None = None,
@@ -92,6 +99,7 @@ def compare(
         keys: Keys of the systems; None for all that work.
         data, minutes, steps, preset, seed, device, settings: As for `lineage.train`; the same for
             every system. On a CPU, `minutes` are those of the processor in each thread.
+        text: Text encoder of all systems, as `transformer`; `historical` gives each its recipe's.
         threads: Number of threads of each system on a CPU; 1 if None.
         out: Folder for runs and report.
         pictures, features, scorer: As for `lineage.evaluate`.
@@ -101,7 +109,8 @@ def compare(
         CheckFailed: a system could not be trained.
         Interrupted: a request to stop; the same command goes on.
     """
-    folder = expanded(out, "out")
+    folder, settings = expanded(out, "out"), _with_encoder(settings, text)
+    text = str(settings.get("text", HISTORICAL))
     names = drawing() if keys is None else [keys] if isinstance(keys, str) else keys
     keys = list(dict.fromkeys(names))
     if not keys:
@@ -114,7 +123,8 @@ def compare(
         "device": device,
     }
     for key in keys:
-        lookup(key)
+        if not lookup(key).draws:
+            raise UserError(f"{key} draws no pictures that could be compared: leave it out.")
     demanded, per_system = None, None
     if pick_device(device or "auto").type == "cpu":
         demanded = requested() if threads is None else typed(Threads, threads, "threads")
@@ -122,13 +132,15 @@ def compare(
     for name in ("report.html", "report.json", "sheet.png"):
         check_output(folder / name)
     train = configure(keys[0], preset_name=preset, settings=settings, **options).train
-    fair = options | _fair_budget(train, settings or {}, per_system)
+    fair = options | _fair_budget(train, settings, per_system)
     configs = [configure(key, preset_name=preset, settings=settings, **fair) for key in keys]
     if len({config.size for config in configs}) > 1:
         raise UserError(
             f"The systems draw at different sizes at preset {preset}; set one with --set size=..."
         )
     config = configs[0]
+    if text != HISTORICAL:
+        check_encoder(text, config.encoder)
 
     @functools.cache
     def fingerprint() -> str:
@@ -142,8 +154,11 @@ def compare(
     )
     check_scoring(config.data, config.size, config.seed, scoring)
     examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
-    flags = ["--preset", preset, *_flags(fair | {"threads": per_system}, settings or {})]
-    compare_flags = ["--preset", preset, *_flags(options | {"threads": threads}, settings or {})]
+    flags = ["--preset", preset, *_flags(fair | {"threads": per_system}, settings)]
+    held = None if text == HISTORICAL else text
+    others = {name: value for name, value in settings.items() if name != "text"}
+    whole = options | {"text": held, "threads": threads}
+    compare_flags = ["--preset", preset, *_flags(whole, others)]
     at_once = systems_at_once(per_system)
     with claimed(folder):
         if per_system and config.train.cpu_minutes is not None:
@@ -157,6 +172,7 @@ def compare(
             "budget": {"minutes": train.minutes, "steps": train.max_steps},
             "cpu_minutes": config.train.cpu_minutes,
             "threads": per_system,
+            "text": text,
             "reproduce": _commands(keys, flags, compare_flags, scoring, folder.name),
         }
         with use_threads(demanded):
@@ -172,6 +188,22 @@ def systems_at_once(threads: int | None) -> int:
     if threads is None:
         return 1
     return max(1, min(usable_cpus() // threads, total_memory("cpu") // MEMORY))
+
+
+def _with_encoder(settings: Mapping[str, Any] | None, text: str) -> dict[str, Any]:
+    """`settings` with the text encoder of all systems, if one is held fixed.
+
+    Raises:
+        UserError: `settings` name another one.
+    """
+    changed = dict(settings or {})
+    if text == HISTORICAL:
+        return changed
+    if changed.get("text", text) != text:
+        raise UserError(
+            f"--text {text} and --set text={changed['text']} are two encoders: leave one out."
+        )
+    return {**changed, "text": text}
 
 
 def _fair_budget(
@@ -311,14 +343,18 @@ def _page(folder: Path, examples: Sequence[Example], scored: ScoredRun) -> Syste
 
 def _system_summary(key: str, folder: Path, scored: ScoredRun) -> dict[str, Any]:
     """The part of the report's data about one system, beside its scores."""
-    row = CATALOG[key]
+    row, config = CATALOG[key], read_config(folder)
+    with torch.device("meta"):
+        text = build(plan(config, read_tokenizer(folder))).text
+    assert text is not None
     return {
         "title": row.title,
         "year": row.year,
         "paper": row.paper,
         "idea": row.idea,
+        "encoder": {"name": config.text, "width": text.word_dim},
         **scored.scores["cost"],
-        "config": to_dict(read_config(folder)),
+        "config": to_dict(config),
     }
 
 

@@ -2,6 +2,7 @@
 
     load_dataset("shapes")                       the procedural world, endless, needs no files
     load_dataset("shapes:hard", split="heldout") `easy` (the default), `medium` or `hard`
+    load_dataset("shapes:easy:zh")               Chinese captions; see `shapes_languages`
     load_dataset("folder:my/pictures")           pictures, each with a .txt of captions beside it
     load_dataset("imagefolder:my/set")           the Hugging Face layout, metadata.jsonl or .csv
     load_dataset("my/pictures")                  a bare path; its layout is recognised
@@ -37,10 +38,12 @@ Loader = Callable[[str, str, int, int], CaptionedDataset]
 """(text after the colon, split, size, seed) -> data set."""
 
 
-def _shapes(level: str, split: str, size: int, seed: int) -> CaptionedDataset:
+def _shapes(rest: str, split: str, size: int, seed: int) -> CaptionedDataset:
     from lineage.data.shapes import Shapes
+    from lineage.data.shapes_languages import parse_rest
 
-    return Shapes(level or "easy", split, size, seed)
+    level, languages = parse_rest(rest)
+    return Shapes(level, split, size, seed, languages)
 
 
 def _folder(path: str, split: str, size: int, seed: int) -> CaptionedDataset:
@@ -72,7 +75,8 @@ def load_dataset(
     """Load one split of a data set.
 
     Args:
-        spec: `shapes`, `shapes:LEVEL`, `KIND:PATH` or a path; see the head of this module.
+        spec: `shapes`, `shapes:LEVEL`, `shapes:LEVEL:LANGUAGE`, `KIND:PATH` or a path; see the head
+            of this module.
         split: Name of the split: `train`, `validation`, `test`, or another that the data has.
         size: Side of the square pictures in pixels. Files are cropped to their centred square and
             resized.
@@ -87,12 +91,16 @@ def load_dataset(
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
-    """Kind and path of a spec: `folder:a/b` -> ("folder", "a/b"); a bare path keeps its name.
+    """Kind and path of a spec: `folder:a/b` -> ("folder", "a/b"); a bare path keeps its name. What
+    follows a kind without files may begin with a `?`: `shapes?lang=zh` -> ("shapes", "?lang=zh").
 
     Raises:
         UserError: The kind is unknown or lacks its path, or the path does not exist.
     """
     kind, colon, rest = spec.partition(":")
+    if "?" in kind and kind.partition("?")[0] in ENDLESS:
+        kind, _, options = spec.partition("?")
+        return kind, f"?{options}"
     if kind in KINDS and (rest or kind in ENDLESS):
         return kind, rest
     if kind in KINDS and colon:

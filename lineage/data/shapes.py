@@ -3,11 +3,11 @@
 A picture shows a scene: one to four objects (shape, colour, size, place) on a background. Its
 captions describe the same scene, so they are always true. `Example.meta` holds the scene, so that
 an evaluation has the ground truth. Captions cover the six tasks of GenEval (Ghosh et al. 2023):
-single object, two objects, counting, colours, position, colour attribution.
+single object, two objects, counting, colours, position, colour attribution. They are English,
+Chinese or Russian (see `shapes_languages`); scenes and pictures do not depend on the language.
 
-Example `index` is a function of (seed, split, index). Random numbers come from a counter-based
-generator (SplitMix64, Steele et al. 2014) in place of a stream, so that a batch is vectorised and
-each example can be computed alone.
+Example `index` is a function of (seed, split, index), by counter-based random numbers
+(`uniforms.py`).
 
 Combinations that never occur in `train`, `validation` and `test`, but in every scene of `heldout`:
     pairs: some pairs (shape, colour);
@@ -30,8 +30,10 @@ import torch
 from numpy.typing import NDArray
 
 from lineage.data.contract import Batch, CaptionedDataset, Example, to_unit
-from lineage.data.shapes_captions import NUM_UNIFORMS, PLACES, RELATIONS, SceneWords, caption
+from lineage.data.shapes_captions import NUM_UNIFORMS, PLACES, RELATIONS, SceneWords
 from lineage.data.shapes_draw import BACKGROUNDS, COLOURS, SDF, TEXTURES, backgrounds, paint
+from lineage.data.shapes_languages import ENGLISH, caption, name_of
+from lineage.data.uniforms import uniforms
 from lineage.errors import UserError, nearest
 
 Floats = NDArray[np.float64]
@@ -39,7 +41,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 NUM_CAPTIONS = 5
-"""Number of captions of an example."""
+"""Number of captions of an example, in each language."""
 SPLITS = {"train": 20_000, "validation": 2_000, "test": 2_000, "heldout": 2_000}
 """The splits and their nominal lengths; larger indices are valid too."""
 
@@ -79,24 +81,6 @@ LEVELS = {
         shapes=8, colours=8, backgrounds=3, textures=5, kinds=(0.3, 0.3, 0.2, 0.2), free=True
     ),
 }
-
-
-def uniforms(seed: int, stream: str, index: Ints, count: int) -> Floats:
-    """Numbers (B, count) in [0, 1), each a function of (seed, stream, index, column) alone."""
-    name = int.from_bytes(stream.encode()[:8].ljust(8, b"\0"), "little")
-    with np.errstate(over="ignore"):
-        key = _mix(np.array([seed], np.uint64) * np.uint64(0xD1B54A32D192ED03) + np.uint64(name))
-        row = _mix(key + index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-        columns = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        bits = _mix(row[:, None] + columns)
-    return (bits >> np.uint64(11)) * (1.0 / (1 << 53))
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Output function of SplitMix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass
@@ -337,7 +321,7 @@ def scene_words(scenes: Scenes) -> list[SceneWords]:
             colours=[colours[c] for c in colour[:count]],
             first=first,
             large=is_large,
-            relation=tuple(RELATIONS)[relation] if relation >= 0 else None,
+            relation=RELATIONS[relation] if relation >= 0 else None,
             place=PLACES[anchor[1]][anchor[0]] if min(anchor) >= 0 else None,
             background=grounds[ground],
         )
@@ -364,12 +348,22 @@ def scene_meta(scenes: Scenes, row: int) -> dict[str, Any]:
 
 
 class Shapes(CaptionedDataset):
-    """The world at one level, split and size. Every index from 0 up is a new example."""
+    """The world at one level, split and size. Every index from 0 up is a new example.
+
+    Args:
+        languages: Names of languages. Of several, each visit of an example draws one, and the
+            captions of example i begin with those of language i.
+    """
 
     endless = True
 
     def __init__(
-        self, level: str = "easy", split: str = "train", size: int = 32, seed: int = 0
+        self,
+        level: str = "easy",
+        split: str = "train",
+        size: int = 32,
+        seed: int = 0,
+        languages: tuple[str, ...] = ENGLISH,
     ) -> None:
         if level not in LEVELS:
             raise UserError(f"shapes has no level {level!r}: {nearest(level, LEVELS)}")
@@ -377,8 +371,8 @@ class Shapes(CaptionedDataset):
             raise UserError(f"shapes has no split {split!r}: {nearest(split, SPLITS)}")
         if not 16 <= size <= 256:
             raise UserError(f"size={size} must be between 16 and 256 pixels for shapes.")
-        self.name = f"shapes:{level}"
-        self.level = LEVELS[level]
+        self.name = name_of(level, languages)
+        self.level_name, self.level, self.languages = level, LEVELS[level], languages
         self.split, self.size, self.seed = split, size, seed
         self.skipped = []
 
@@ -394,7 +388,14 @@ class Shapes(CaptionedDataset):
             raise IndexError(f"shapes has no example {index}: indices start at 0")
         scenes = self.scenes([index])
         words = scene_words(scenes)[0]
-        captions = [caption(words, self._uniforms([index], [k])[0]) for k in range(NUM_CAPTIONS)]
+        numbers = range(NUM_CAPTIONS)
+        u = self._uniforms([index] * NUM_CAPTIONS, numbers)
+        first = index % len(self.languages)
+        captions = [
+            caption(words, u[number], language)
+            for language in (*self.languages[first:], *self.languages[:first])
+            for number in numbers
+        ]
         return Example(
             id=f"{self.split}-{index}",
             image=torch.from_numpy(render(scenes, self.size)[0]),
@@ -406,11 +407,13 @@ class Shapes(CaptionedDataset):
     def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
         scenes = self.scenes(indices)
         visit = np.asarray(indices, np.int64) + (np.asarray(epochs, np.int64) << 40)
-        number = (uniforms(seed, "visit", visit, 1)[:, 0] * NUM_CAPTIONS).astype(np.int64).tolist()
+        choices = uniforms(seed, "visit", visit, 2) * [NUM_CAPTIONS, len(self.languages)]
+        number, language = choices.astype(np.int64).T.tolist()
         u = self._uniforms(indices, number)
+        rows = zip(scene_words(scenes), u, language, strict=True)
         return Batch(
             to_unit(torch.from_numpy(render(scenes, self.size))),
-            [caption(words, row) for words, row in zip(scene_words(scenes), u, strict=True)],
+            [caption(words, row, self.languages[one]) for words, row, one in rows],
             torch.from_numpy(self._labels(scenes)),
             [f"{self.split}-{i}" for i in indices],
         )
@@ -432,7 +435,8 @@ class Shapes(CaptionedDataset):
         words = scene_words(self.scenes(indices))
         for number in range(NUM_CAPTIONS):
             u = self._uniforms(indices, np.full(len(indices), number))
-            yield from (caption(w, row) for w, row in zip(words, u, strict=True))
+            for language in self.languages:
+                yield from (caption(w, row, language) for w, row in zip(words, u, strict=True))
 
     def showcase(self, count: int) -> list[Example]:
         """The first scenes of each kind in turn, so that few pictures show every task."""

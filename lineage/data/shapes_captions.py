@@ -1,9 +1,14 @@
-"""Grammar of `shapes`: true captions of a scene, with paraphrases.
+"""Captions of `shapes`, first half: which facts of a scene a caption states, in any language.
 
-    caption := [frame] what [ground]
-    what    := one thing | thing joint thing | number things | number things and thing(s)
-    thing   := a|an [size] [colour] shape [place]   or   a shape that is colour
-    joint   := and | next to | left of | right of | above | below   (and their longer forms)
+A caption is made in two steps, as in most systems that generate text (Reiter and Dale 1997,
+"Building applied natural language generation systems"): content is planned here, and a grammar of
+one language realises the plan (`shapes_captions_en.py`, `_zh`, `_ru`). So a scene has the same
+captions in every language.
+
+    plan  := [frame] what [background]
+    what  := one thing [place] | thing joint thing | number things | number things and thing(s)
+    thing := [number] [size] [colour] shape
+    joint := and | next to | left | right | above | below   (each relation in two wordings)
 
 Caption 0 is the plain one, which evaluation reads. It names every colour and the relation of two
 objects that are side by side or one above the other. The other captions omit a part, change the
@@ -12,24 +17,22 @@ order or add something that is also true.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 NUM_UNIFORMS = 6
 """Number of random numbers that one caption uses."""
 
-NUMBERS = ("no", "one", "two", "three", "four")
-RELATIONS = {
-    "left": ("left of", "to the left of"),
-    "right": ("right of", "to the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
+RELATIONS = ("left", "right", "above", "below")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 PLACES = (
     ("in the top left", "at the top", "in the top right"),
     ("on the left", "in the middle", "on the right"),
     ("in the bottom left", "at the bottom", "in the bottom right"),
 )
+"""Places of a single object, by row and column; the English phrases are their names."""
+
+Form = Literal["plain", "one", "digits", "that is"]
+Frame = Literal["", "picture", "drawing", "there is"]
 
 
 class SceneWords(NamedTuple):
@@ -53,8 +56,47 @@ class SceneWords(NamedTuple):
     background: str
 
 
-def caption(scene: SceneWords, u: list[float] | None) -> str:
-    """One caption.
+class Thing(NamedTuple):
+    """Equal objects, as a caption names them; an empty string is left out.
+
+    Attributes:
+        shape: Name of their shape.
+        colour: Name of their colour.
+        number: Number of objects, 1 to 4.
+        size: `small`, `large`, or empty.
+        form: `one` stresses the number of a single object, `digits` writes that of several as a
+            digit, `that is` puts the colour behind the shape.
+    """
+
+    shape: str
+    colour: str = ""
+    number: int = 1
+    size: str = ""
+    form: Form = "plain"
+
+
+class CaptionPlan(NamedTuple):
+    """What a caption says; an empty string is left out.
+
+    Attributes:
+        things: One thing or two.
+        joint: `and`, `next to`, or a relation of the first thing to the second.
+        second_wording: If true, the relation has the second of its wordings.
+        place: Phrase from `PLACES` for a single object.
+        background: Name of the background's colour.
+        frame: Kind of sentence around the things.
+    """
+
+    things: tuple[Thing, ...]
+    joint: str = ""
+    second_wording: bool = False
+    place: str = ""
+    background: str = ""
+    frame: Frame = ""
+
+
+def plan_caption(scene: SceneWords, u: list[float] | None) -> CaptionPlan:
+    """The plan of one caption.
 
     Args:
         scene: The scene in words.
@@ -63,79 +105,65 @@ def caption(scene: SceneWords, u: list[float] | None) -> str:
     """
     count, first = len(scene.shapes), scene.first
     if count == 1:
-        what = _single(scene, u)
+        plan = _single(scene, u)
     elif count == 2 and first == 1:
-        what = _pair(scene, u)
+        plan = _pair(scene, u)
     else:
-        # without a colour, two sorts might be the same
-        coloured = u is None or u[0] < 0.8 or first < count
-        what = _group(first, scene.shapes[0], scene.colours[0] if coloured else "", u)
-        if first < count:
-            what += " and " + _group(count - first, scene.shapes[-1], scene.colours[-1], u)
-    return what if u is None else _frame(what, scene.background, u)
+        plan = _groups(scene, u)
+    return plan if u is None else _framed(plan, scene.background, u)
 
 
-def _a(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def _thing(shape: str, colour: str) -> str:
-    return f"{colour} {shape}" if colour else shape
-
-
-def _plural(shape: str) -> str:
-    return shape + ("es" if shape.endswith("s") else "s")
-
-
-def _single(scene: SceneWords, u: list[float] | None) -> str:
+def _single(scene: SceneWords, u: list[float] | None) -> CaptionPlan:
     shape, colour = scene.shapes[0], scene.colours[0]
     if u is None:
-        return _a(_thing(shape, colour))
-    size = "large" if scene.large else "small"
+        return CaptionPlan((Thing(shape, colour),))
     if u[0] < 0.12:
-        what = _a(shape)
+        thing = Thing(shape)
     elif u[0] < 0.20:
-        what = f"{_a(shape)} that is {colour}"
+        thing = Thing(shape, colour, form="that is")
     elif u[0] < 0.45:
-        what = _a(f"{size} {colour} {shape}")
+        thing = Thing(shape, colour, size="large" if scene.large else "small")
     elif u[0] < 0.53:
-        what = f"one {colour} {shape}"
+        thing = Thing(shape, colour, form="one")
     else:
-        what = _a(_thing(shape, colour))
-    return f"{what} {scene.place}" if scene.place and u[1] < 0.3 else what
+        thing = Thing(shape, colour)
+    return CaptionPlan((thing,), place=scene.place if scene.place and u[1] < 0.3 else "")
 
 
-def _pair(scene: SceneWords, u: list[float] | None) -> str:
-    shapes, colours, relation = scene.shapes, list(scene.colours), scene.relation
-    order = (0, 1)
-    if u is not None:
-        if u[0] < 0.2 and shapes[0] != shapes[1]:
-            colours = ["", ""]
-        if u[1] < 0.5:
-            order = (1, 0)
-            relation = relation and OPPOSITE[relation]
-    one, other = (_a(_thing(shapes[i], colours[i])) for i in order)
-    if relation is None or (u is not None and u[2] < 0.4):
-        joint = "next to" if u is not None and u[3] < 0.15 else "and"
-    else:
-        joint = RELATIONS[relation][0 if u is None or u[3] < 0.7 else 1]
-    return f"{one} {joint} {other}"
+def _pair(scene: SceneWords, u: list[float] | None) -> CaptionPlan:
+    one, other = map(Thing, scene.shapes, scene.colours)
+    relation = scene.relation
+    if u is None:
+        return CaptionPlan((one, other), joint=relation or "and")
+    if u[0] < 0.2 and one.shape != other.shape:
+        one, other = Thing(one.shape), Thing(other.shape)
+    if u[1] < 0.5:
+        one, other = other, one
+        relation = relation and OPPOSITE[relation]
+    if relation is None or u[2] < 0.4:
+        return CaptionPlan((one, other), joint="next to" if u[3] < 0.15 else "and")
+    return CaptionPlan((one, other), joint=relation, second_wording=u[3] >= 0.7)
 
 
-def _group(count: int, shape: str, colour: str, u: list[float] | None) -> str:
-    if count == 1:
-        return _a(_thing(shape, colour))
-    number = str(count) if u is not None and u[3] < 0.15 else NUMBERS[count]
-    return f"{number} {_thing(_plural(shape), colour)}"
+def _groups(scene: SceneWords, u: list[float] | None) -> CaptionPlan:
+    count, first = len(scene.shapes), scene.first
+    form: Form = "digits" if u is not None and u[3] < 0.15 else "plain"
+    # without a colour, two sorts might be the same
+    coloured = u is None or u[0] < 0.8 or first < count
+    one = Thing(scene.shapes[0], scene.colours[0] if coloured else "", first, form=form)
+    if first == count:
+        return CaptionPlan((one,))
+    other = Thing(scene.shapes[-1], scene.colours[-1], count - first, form=form)
+    return CaptionPlan((one, other), joint="and")
 
 
-def _frame(what: str, background: str, u: list[float]) -> str:
+def _framed(plan: CaptionPlan, background: str, u: list[float]) -> CaptionPlan:
     if u[4] < 0.12:
-        what = f"{what} on a {background} background"
+        plan = plan._replace(background=background)
     if u[5] < 0.1:
-        return f"a picture of {what}"
+        return plan._replace(frame="picture")
     if u[5] < 0.16:
-        return f"{'there is' if what.startswith(('a ', 'an ', 'one ')) else 'there are'} {what}"
+        return plan._replace(frame="there is")
     if u[5] < 0.2:
-        return f"a drawing of {what}"
-    return what
+        return plan._replace(frame="drawing")
+    return plan

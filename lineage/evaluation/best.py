@@ -17,7 +17,6 @@ from lineage.data import load_dataset
 from lineage.data.contract import to_bytes
 from lineage.errors import UserError
 from lineage.evaluation.features import find_scorer
-from lineage.evaluation.real import unseen_split
 from lineage.evaluation.scorer import Scorer
 from lineage.runs import read_config
 from lineage.system import System
@@ -65,8 +64,9 @@ def scorer_of_run(name: str, run: Path, device: torch.device) -> Scorer:
     """
     config = read_config(run)
     train = load_dataset(config.data, "train", config.size, config.seed)
-    unseen = unseen_split(config.data, config.size, config.seed)
-    scorer = find_scorer(name, config.data, train, unseen, device)
+    scorer = find_scorer(name, config.data, train, device)
     if scorer is None:
-        raise UserError("--best-of needs a scorer: --scorer auto, hub:MODEL or damsm:RUN.")
+        raise UserError(
+            "--best-of needs a scorer: --scorer auto, clip:RUN, hub:MODEL or damsm:RUN."
+        )
     return scorer

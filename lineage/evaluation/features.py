@@ -22,7 +22,7 @@ import lineage
 from lineage.data.contract import CaptionedDataset, to_unit
 from lineage.errors import UserError
 from lineage.evaluation.judge import Judge, resized
-from lineage.evaluation.scorer import Scorer, hub_scorer, in_chunks, scorer_for
+from lineage.evaluation.scorer import Scorer, clip_scorer, hub_scorer, in_chunks, scorer_for
 from lineage.files import expanded
 from lineage.nn.inception import fid_features, load_inception
 from lineage.pretrained import run_folder
@@ -138,10 +138,10 @@ def find_scorer(
     name: str,
     spec: str,
     train: CaptionedDataset,
-    unseen: CaptionedDataset,
     device: torch.device,
 ) -> Scorer | None:
-    """The text-fit model called `auto` (the one of this data), `hub:MODEL`, `damsm:RUN` or `none`.
+    """The text-fit model called `auto` (the one of this data), `clip:RUN`, `hub:MODEL`,
+    `damsm:RUN` or `none`.
 
     Raises:
         UserError: the name is unknown, or a model cannot be trained on the data.
@@ -152,9 +152,13 @@ def find_scorer(
         return hub_scorer(str(expanded(name.removeprefix("hub:"), "hub:MODEL")), device)
     if name.startswith("damsm:"):
         return matching_scorer(run_folder(name.removeprefix("damsm:"), "damsm:RUN"), device)
+    if name.startswith("clip:"):
+        return clip_scorer(name.removeprefix("clip:"), device)
     if name != "auto":
-        raise UserError(f"There is no scorer {name!r}: auto, none, hub:MODEL or damsm:RUN.")
-    return scorer_for(spec, train, fingerprint_of(train), unseen).to(device)
+        raise UserError(
+            f"There is no scorer {name!r}: auto, none, clip:RUN, hub:MODEL or damsm:RUN."
+        )
+    return scorer_for(spec, train, fingerprint_of(train), device=device)
 
 
 # --- cache ------------------------------------------------------------------------------------

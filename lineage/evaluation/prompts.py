@@ -18,25 +18,30 @@ strict verdict allows none (see `judge`), and `exclude` is written where GenEval
     position        a circle left of a square | standing as training never shows
     color_attr      a red circle and a blue square | one of them an unseen pair
 
-`python -m lineage.evaluation.prompts` prints all lines; data/prompts/shapes.jsonl holds them.
+Prompts are English, or in the languages of `shapes` that the data has: the scenes, and so what the
+judge accepts, are the same. `python -m lineage.evaluation.prompts` prints all lines, which
+data/prompts/shapes.jsonl holds; `python -m lineage.evaluation.prompts zh` prints Chinese ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lineage.characters import decoded
 from lineage.data.shapes import LEVELS, Level, heldout_pair, heldout_relation
-from lineage.data.shapes_captions import NUMBERS, PLACES, RELATIONS
+from lineage.data.shapes_captions import PLACES, CaptionPlan, Form, Frame, Thing
 from lineage.data.shapes_draw import BACKGROUNDS, COLOURS, SDF
+from lineage.data.shapes_languages import ENGLISH, GRAMMARS, languages_of
 from lineage.errors import UserError, nearest
 from lineage.files import read_regular
 
@@ -104,40 +109,54 @@ class Prompt:
 # --- making prompts ---------------------------------------------------------------------------
 
 
-def make_prompts(level_name: str) -> list[Prompt]:
-    """The prompts of a level: every task, in distribution and held out; always the same."""
+def make_prompts(level_name: str, languages: tuple[str, ...] = ENGLISH) -> list[Prompt]:
+    """The prompts of a level: every task, in distribution and held out; always the same.
+
+    Prompt i describes the same scene in every language; of several, it is in language i.
+    """
     level = LEVELS[level_name]
-    prompts = []
+    chosen: list[tuple[str, str, Candidate]] = []
     for (tag, candidates), split in product(_CANDIDATES.items(), SPLITS):
-        ranked = [
-            (rank, Prompt(tag, text, include, level_name, split, ground))
-            for rank, text, include, ground in candidates(level, split == "heldout")
-        ]
-        ranked.sort(key=lambda pair: (pair[0], _shuffle_key(pair[1])))
-        prompts += [prompt for _, prompt in ranked[: MAX_PROMPTS[split]]]
-    return prompts
+        ranked = sorted(candidates(level, split == "heldout"), key=partial(_order, tag))
+        chosen += [(tag, split, one) for one in ranked[: MAX_PROMPTS[split]]]
+    return [
+        Prompt(
+            tag,
+            GRAMMARS[languages[number % len(languages)]](one.plan),
+            one.include,
+            level_name,
+            split,
+            one.plan.background or None,
+        )
+        for number, (tag, split, one) in enumerate(chosen)
+    ]
 
 
-def _shuffle_key(prompt: Prompt) -> bytes:
-    """Key of a random order that is the same on every machine."""
-    return hashlib.blake2b(f"{prompt.tag}/{prompt.prompt}".encode()).digest()
+class Candidate(NamedTuple):
+    """A prompt that may be chosen.
+
+    Attributes:
+        rank: Plain wordings have the lowest.
+        plan: Plan of the caption.
+        include: Objects of the scene.
+    """
+
+    rank: int
+    plan: CaptionPlan
+    include: tuple[ObjectSpec, ...]
 
 
-Candidate = tuple[int, str, tuple[ObjectSpec, ...], str | None]
-"""(rank: plain wordings come first; caption; include; background)."""
+def _order(tag: str, one: Candidate) -> tuple[int, bytes]:
+    """Plain wordings first; among them a random order that is the same everywhere."""
+    text = f"{tag}/{GRAMMARS['en'](one.plan)}"
+    return one.rank, hashlib.blake2b(text.encode()).digest()
 
 
-def _a(*words: str | None) -> str:
-    noun = " ".join(word for word in words if word)
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def _framed(rank: int, what: str, include: tuple[ObjectSpec, ...]) -> Iterator[Candidate]:
+def _framed(rank: int, plan: CaptionPlan, include: tuple[ObjectSpec, ...]) -> Iterator[Candidate]:
     """A caption alone, and in the frames that training captions have."""
-    there = "there is" if what.startswith(("a ", "an ", "one ")) else "there are"
-    frames = (what, f"a picture of {what}", f"a drawing of {what}", f"{there} {what}")
-    for number, text in enumerate(frames):
-        yield rank + (number > 0), text, include, None
+    frames: tuple[Frame, ...] = ("", "picture", "drawing", "there is")
+    for number, frame in enumerate(frames):
+        yield Candidate(rank + (number > 0), plan._replace(frame=frame), include)
 
 
 def _pairs(level: Level, unseen: bool) -> list[tuple[str, str]]:
@@ -152,17 +171,17 @@ def _pairs(level: Level, unseen: bool) -> list[tuple[str, str]]:
 def _single(level: Level, unseen: bool) -> Iterator[Candidate]:
     if unseen:
         for (shape, colour), size in product(_pairs(level, True), SIZES):
-            yield from _framed(
-                0, _a(size, colour, shape), (ObjectSpec(shape, 1, colour, size=size),)
-            )
+            plan = CaptionPlan((Thing(shape, colour, size=size),))
+            yield from _framed(0, plan, (ObjectSpec(shape, 1, colour, size=size),))
         for (shape, colour), place in product(_pairs(level, True), PLACE_NAMES):
-            text = f"{_a(colour, shape)} {place}"
-            yield 0, text, (ObjectSpec(shape, 1, colour, place=place),), None
+            plan = CaptionPlan((Thing(shape, colour),), place=place)
+            yield Candidate(0, plan, (ObjectSpec(shape, 1, colour, place=place),))
     else:
         for shape in SHAPES[: level.shapes]:
-            yield from _framed(0, _a(shape), (ObjectSpec(shape),))
+            yield from _framed(0, CaptionPlan((Thing(shape),)), (ObjectSpec(shape),))
         for shape, place in product(SHAPES[: level.shapes], PLACE_NAMES):
-            yield 2, f"{_a(shape)} {place}", (ObjectSpec(shape, place=place),), None
+            plan = CaptionPlan((Thing(shape),), place=place)
+            yield Candidate(2, plan, (ObjectSpec(shape, place=place),))
 
 
 def _two(level: Level, unseen: bool) -> Iterator[Candidate]:
@@ -171,37 +190,41 @@ def _two(level: Level, unseen: bool) -> Iterator[Candidate]:
         for (shape, colour), (other, other_colour) in product(
             _pairs(level, True), _pairs(level, False)
         ):
-            include = (ObjectSpec(shape, 1, colour), ObjectSpec(other, 1, other_colour))
             if shape != other and colour != other_colour:
-                one, two = _a(colour, shape), _a(other_colour, other)
-                yield from _framed(0, f"{one} next to {two}", include)
-                yield from _framed(0, f"{two} next to {one}", include[::-1])
+                one = ObjectSpec(shape, 1, colour), ObjectSpec(other, 1, other_colour)
+                for include in (one, one[::-1]):
+                    yield from _framed(0, _joined("next to", include), include)
     else:
-        for (one, two), joint in product(permutations(names, 2), ("and", "next to")):
-            yield from _framed(
-                0, f"{_a(one)} {joint} {_a(two)}", (ObjectSpec(one), ObjectSpec(two))
-            )
+        for (first, second), joint in product(permutations(names, 2), ("and", "next to")):
+            include = (ObjectSpec(first), ObjectSpec(second))
+            yield from _framed(0, _joined(joint, include), include)
+
+
+def _joined(joint: str, include: tuple[ObjectSpec, ...]) -> CaptionPlan:
+    """Single objects, with their colours, in this order."""
+    return CaptionPlan(tuple(Thing(o.shape, o.colour or "") for o in include), joint)
 
 
 def _counting(level: Level, unseen: bool) -> Iterator[Candidate]:
     pairs: list[tuple[str, str | None]] = [*_pairs(level, unseen)]
     if not unseen:
         pairs = [*((shape, None) for shape in SHAPES[: level.shapes]), *pairs]
+    forms: tuple[Form, ...] = ("plain", "digits")
     for (shape, colour), count in product(pairs, (2, 3, 4)):
-        plural = shape + ("es" if shape.endswith("s") else "s")
-        for rank, number in enumerate((NUMBERS[count], str(count))):
-            what = " ".join(filter(None, (number, colour, plural)))
-            yield from _framed(rank, what, (ObjectSpec(shape, count, colour),))
+        for rank, form in enumerate(forms):
+            plan = CaptionPlan((Thing(shape, colour or "", count, form=form),))
+            yield from _framed(rank, plan, (ObjectSpec(shape, count, colour),))
 
 
 def _colours(level: Level, unseen: bool) -> Iterator[Candidate]:
+    forms: tuple[Form, ...] = ("plain", "that is", "one")
     for shape, colour in _pairs(level, unseen):
         include = (ObjectSpec(shape, 1, colour),)
-        forms = (_a(colour, shape), f"{_a(shape)} that is {colour}", f"one {colour} {shape}")
         for rank, form in enumerate(forms):
-            yield from _framed(rank, form, include)
+            plan = CaptionPlan((Thing(shape, colour, form=form),))
+            yield from _framed(rank, plan, include)
             for ground in GROUNDS[: level.backgrounds]:
-                yield rank + 1, f"{form} on a {ground} background", include, ground
+                yield Candidate(rank + 1, plan._replace(background=ground), include)
 
 
 def _position(level: Level, unseen: bool) -> Iterator[Candidate]:
@@ -213,8 +236,9 @@ def _position(level: Level, unseen: bool) -> Iterator[Candidate]:
         if bool(left if ours in ("left", "right") else above) != unseen:
             continue
         include = (ObjectSpec(SHAPES[b]), ObjectSpec(SHAPES[a], position=(name, 0)))
-        for rank, words in enumerate(RELATIONS[ours]):
-            yield from _framed(rank, f"{_a(SHAPES[a])} {words} {_a(SHAPES[b])}", include)
+        things = (Thing(SHAPES[a]), Thing(SHAPES[b]))
+        for rank, second_wording in enumerate((False, True)):
+            yield from _framed(rank, CaptionPlan(things, ours, second_wording), include)
 
 
 def _attribution(level: Level, unseen: bool) -> Iterator[Candidate]:
@@ -223,11 +247,9 @@ def _attribution(level: Level, unseen: bool) -> Iterator[Candidate]:
     ):
         if shape != other and colour != other_colour:
             include = (ObjectSpec(shape, 1, colour), ObjectSpec(other, 1, other_colour))
-            yield from _framed(0, f"{_a(colour, shape)} and {_a(other_colour, other)}", include)
+            yield from _framed(0, _joined("and", include), include)
             if unseen:  # otherwise the loop produces this order as well
-                yield from _framed(
-                    0, f"{_a(other_colour, other)} and {_a(colour, shape)}", include[::-1]
-                )
+                yield from _framed(0, _joined("and", include[::-1]), include[::-1])
 
 
 _CANDIDATES = {
@@ -240,9 +262,11 @@ _CANDIDATES = {
 }
 
 
-def to_lines(prompts: Iterable[Prompt]) -> str:
-    """The file that holds `prompts`."""
-    return "".join(json.dumps(prompt.to_json()) + "\n" for prompt in prompts)
+def to_lines(prompts: Iterable[Prompt], ensure_ascii: bool = True) -> str:
+    """The file that holds `prompts`; if `ensure_ascii`, other characters are escaped."""
+    return "".join(
+        json.dumps(prompt.to_json(), ensure_ascii=ensure_ascii) + "\n" for prompt in prompts
+    )
 
 
 # --- reading prompts --------------------------------------------------------------------------
@@ -355,4 +379,6 @@ def _one_of(value: Any, allowed: tuple[Any, ...]) -> Any:
 
 
 if __name__ == "__main__":
-    print("".join(to_lines(make_prompts(name)) for name in LEVELS), end="")
+    names = languages_of(sys.argv[1]) if sys.argv[1:] else ENGLISH
+    lines = (to_lines(make_prompts(level, names), ensure_ascii=False) for level in LEVELS)
+    sys.stdout.buffer.write("".join(lines).encode())

@@ -19,6 +19,7 @@ from torch import Tensor
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, to_bytes
 from lineage.data.shapes import LEVELS, Shapes
+from lineage.data.shapes_languages import ENGLISH
 from lineage.errors import UserError
 from lineage.evaluation import sections
 from lineage.evaluation.exam import exam
@@ -120,7 +121,7 @@ def prompt_set(
     """The prompts for a data set; None if it is not `shapes`, the only data that the judge reads.
 
     Args:
-        prompts: File of prompts; None for the package's own.
+        prompts: File of prompts; None for the package's own, in the languages of the data.
 
     Raises:
         UserError: the file cannot be read, or holds no prompts of the data's level.
@@ -129,9 +130,11 @@ def prompt_set(
         if prompts:
             raise UserError(f"--prompts needs the judge of shapes, and {data.name} is other data.")
         return None
-    level = data.name.partition(":")[2]
+    level = data.level_name
     if prompts is None:
-        return PromptSet(judge, make_prompts(level), "lineage.evaluation.prompts", data.size, seed)
+        made, source = make_prompts(level, data.languages), "lineage.evaluation.prompts"
+        source += "" if data.languages == ENGLISH else f" {','.join(data.languages)}"
+        return PromptSet(judge, made, source, data.size, seed)
     fitting = [prompt for prompt in read_prompts(Path(prompts), level) if prompt.level == level]
     if not fitting:
         raise UserError(f"{prompts} holds no prompts of level {level}, the level of {data.name}.")

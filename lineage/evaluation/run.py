@@ -26,15 +26,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lineage.bounds import NUM_SEEDS, PositiveInt, Seed, Threads
+from lineage.catalog import CATALOG
 from lineage.characters import plain
 from lineage.config import RunConfig, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes, to_unit
 from lineage.errors import UserError
 from lineage.evaluation import sections
-from lineage.evaluation.cost import cached_cost, machine
+from lineage.evaluation.cost import cached_cost
 from lineage.evaluation.features import find_features, find_scorer
 from lineage.evaluation.judge import Detections, Judge
+from lineage.evaluation.matching import matching
+from lineage.evaluation.protocol import protocol_of, warnings_of
 from lineage.evaluation.real import (
     SPREAD_SAMPLES,
     PromptSet,
@@ -42,7 +45,7 @@ from lineage.evaluation.real import (
     prompt_set,
     unseen_split,
 )
-from lineage.evaluation.scorer import Scorer, check_captions
+from lineage.evaluation.scorer import Scorer, check_captions, clip_scorer
 from lineage.files import check_output, expanded
 from lineage.pretrained import run_folder, run_name
 from lineage.runs import load_system, read_config
@@ -138,12 +141,42 @@ def evaluate(
             check_output(out / name)
     config = EvalConfig(**settings)
     with use_threads(config.threads):
-        document, scored = score_runs(folders, config)
+        if all(not CATALOG[read_config(folder).key].draws for folder in folders):
+            scored: list[ScoredRun] = []
+            document = score_matching(folders, config)
+        else:
+            document, scored = score_runs(folders, config)
     if out is not None:
         write_json(out / "scores.json", document)
-        for name, one in zip(names, scored, strict=True):
+        for name, one in zip(names, scored, strict=bool(scored)):
             write_sheets(one, out, name)
     return document
+
+
+def score_matching(folders: Sequence[Path], config: EvalConfig) -> dict[str, Any]:
+    """The document of runs that compare pictures with captions, such as those of CLIP: their cost
+    and the section of `matching.py`.
+    """
+    run_configs = [read_config(folder) for folder in folders]
+    spec, size, data_seed = _common_data(folders, run_configs, config.data)
+    unseen = unseen_split(spec, size, data_seed)
+    prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
+    runs = []
+    for folder, run_config in zip(folders, run_configs, strict=True):
+        scorer = clip_scorer(folder, pick_device(config.device))
+        section = matching(scorer, unseen, prompts, config.pictures, config.seed)
+        cost = {"training": read_cost(folder)}
+        run = {"run": run_name(folder), "system": run_config.key}
+        runs.append({**run, "matching": section, "cost": cost})
+    protocol = {
+        "pictures": min(config.pictures, len(unseen)),
+        "split": unseen.split,
+        "captions": "the first of each picture",
+        "pool": 1 + sections.WRONG_CAPTIONS,
+        "seed": config.seed,
+    }
+    shared = {"data": unseen.name, "size": size, "seed": config.seed}
+    return {**shared, "runs": runs, "protocol": {"matching": protocol}, "warnings": []}
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -186,7 +219,9 @@ def score_runs(
         "runs": runs,
         "real": real,
         "shuffled": shuffled,
-        "protocol": _protocol(pictures, config.seed),
+        "protocol": protocol_of(
+            pictures, config.seed, (_seed(config.seed, 1), _seed(config.seed, 2))
+        ),
         "warnings": [],
     }
     if not any("stages" in run for run in runs):
@@ -195,7 +230,7 @@ def score_runs(
         real["composition"], shuffled["composition"] = prompts.rows()
         document["judge"] = prompts.judge_exam()
         document["protocol"]["composition"] = {"seed": config.seed, **prompts.protocol()}
-    document["warnings"] = _warnings(pictures, document)
+    document["warnings"] = warnings_of(pictures, document)
     for folder, run_config in zip(folders, run_configs, strict=True):
         document["warnings"] += budget_warnings(folder, run_config.train)
     return document, scored
@@ -226,7 +261,7 @@ def check_scoring(spec: str, size: int, data_seed: int, config: EvalConfig) -> N
         find_features(config.features, None, device)
     if config.scorer != "auto":
         train = load_dataset(spec, "train", size, data_seed)
-        scorer = find_scorer(config.scorer, spec, train, unseen, device)
+        scorer = find_scorer(config.scorer, spec, train, device)
         _features_name(config, judged, scorer)
     elif not judged:
         check_captions(load_dataset(spec, "train", size, data_seed))
@@ -251,7 +286,7 @@ def _real_pictures(
     unseen = unseen_split(spec, size, data_seed)
     prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
     train = load_dataset(spec, "train", size, data_seed)
-    scorer = find_scorer(config.scorer, spec, train, unseen, device)
+    scorer = find_scorer(config.scorer, spec, train, device)
     network = find_features(_features_name(config, prompts is not None, scorer), scorer, device)
     return RealPictures(unseen, train, config.pictures, network, scorer, config.seed), prompts
 
@@ -373,79 +408,3 @@ def write_sheets(run: ScoredRun, folder: Path, name: str) -> None:
     pairs = [picture for pair in run.nearest for picture in pair]
     labels = ["generated", "nearest in training"] * len(run.nearest)
     save_picture(sheet(pairs, labels), folder / f"{name}_nearest.png")
-
-
-# --- protocol and warnings --------------------------------------------------------------------
-
-
-def _protocol(real: RealPictures, seed: int) -> dict[str, Any]:
-    """How the scores of each section were made."""
-    features = {"features": real.network.name, "width": real.network.width}
-    sample = {
-        **features,
-        "real": len(real.images),
-        "generated": len(real.images),
-        "real_split": real.data.split,
-        "captions": "the first of each real picture",
-        "size": real.data.size,
-        "seed": _seed(seed, 1),
-    }
-    protocol: dict[str, Any] = {
-        "intervals": "95 %, bootstrap over pictures; Wilson's if all have one verdict",
-        "quality": {
-            **sample,
-            "neighbours_of_precision_and_recall": sections.PRECISION_NEIGHBOURS,
-            "neighbours_of_density_and_coverage": sections.DENSITY_NEIGHBOURS,
-            "kid": "unbiased, polynomial kernel of degree 3, all pictures",
-            "real_row": "training pictures against the unseen ones",
-        },
-        "diversity": {
-            "features": real.network.name,
-            "captions": len(real.shared_captions()[0]),
-            "samples_of_each": SPREAD_SAMPLES,
-            "distance": "mean Euclidean distance of two samples",
-            "seed": _seed(seed, 2),
-        },
-        "memorisation": {**sample, "training_pictures": len(real.train_features)},
-        "stages": {
-            "pictures": len(real.images),
-            "real_split": real.data.split,
-            "nats_per_code": "of the true codes, each given the caption and all codes before it",
-            "bits_per_dim": "of bytes: the prior's, and the decoder's density given the codes",
-            "reconstruction": "real pictures of the prompts, encoded, decoded and judged",
-        },
-        "cost": {"machine": machine(), "captions": "of real pictures"},
-    }
-    if real.scorer:
-        protocol["text_fit"] = {
-            "scorer": real.scorer.name,
-            "kind": real.scorer.kind,
-            "scorer_protocol": real.scorer.protocol,
-            "used_in_training": False,
-            "wrong_captions": sections.WRONG_CAPTIONS,
-            "wrong_captions_from": "other pictures, all with other words",
-            "pictures": len(real.images),
-            "seed": seed,
-        }
-    return protocol
-
-
-def _warnings(real: RealPictures, document: dict[str, Any]) -> list[str]:
-    """What a reader of the scores must know."""
-    warnings = []
-    if real.data.split == "train":
-        warnings.append(
-            f"{real.data.name} has no validation or test split: real pictures are training "
-            "pictures, so memorisation says nothing."
-        )
-    for row in (document["real"], *document["runs"]):
-        warnings += [row["quality"][key] for key in ("warning", "reason") if key in row["quality"]]
-    ceiling = document["real"].get("text_fit", {}).get("r_precision", {}).get("value", 1.0)
-    if ceiling < 0.5:
-        warnings.append(
-            f"The scorer finds the true caption of only {ceiling:.0%} of unseen real pictures: "
-            "R-precision and CLIP score say little here; --scorer hub:MODEL names a better one."
-        )
-    if real.scorer is None:
-        warnings.append("Text fit was not measured, because no scorer was named.")
-    return list(dict.fromkeys(warnings))

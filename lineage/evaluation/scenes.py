@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lineage.data.shapes import LEVELS, Level, Scenes, layout, render, scene_words, uniforms
+from lineage.data.shapes import LEVELS, Level, Scenes, layout, render, scene_words
 from lineage.data.shapes_captions import RELATIONS
+from lineage.data.uniforms import uniforms
 from lineage.errors import UserError
 from lineage.evaluation.prompts import (
     COLOUR_NAMES,
@@ -117,7 +118,7 @@ def near_miss(
         objects = objects[:-1] if fewer else [*objects, objects[-1]]
         return SceneSpec(tuple(objects), background=spec.background)
     if attribute in ("relation", "size", "place", "background"):
-        names = {"relation": tuple(RELATIONS), "size": SIZES, "place": PLACE_NAMES}
+        names = {"relation": RELATIONS, "size": SIZES, "place": PLACE_NAMES}
         changed: Any = {attribute: another(getattr(spec, attribute), names.get(attribute, GROUNDS))}
         return replace(spec, **changed)
     if attribute == "shape":

@@ -1,69 +1,40 @@
 """Models that measure how well a picture fits a caption, for R-precision and CLIP score.
 
-    Scorer             the contract: unit vectors of pictures and of captions
-    ContrastiveScorer  a small CLIP (Radford et al. 2021, section 2.3, figure 3)
-    fit_scorer         trains one on any captioned data, in about a minute
-    scorer_for         the scorer of a data set: shipped for `shapes`, otherwise trained once
-    HubScorer          a published CLIP, through the `transformers` library
+    Scorer        the contract: unit vectors of pictures and of captions
+    CLIPScorer    a run of CLIP (`lineage/clip`)
+    scorer_for    the scorer of a data set: `pretrained:clip` for `shapes`, otherwise a run of CLIP
+                  that is trained once, in about a minute
+    HubScorer     a published CLIP, through the `transformers` library
 
-For B pairs the logits are t <image_i, text_j>, of unit vectors and a learnt scale t (the inverse
-temperature: 1 / 0.07 at first, clipped at 100). The loss is the mean of the cross-entropies along
-rows and along columns, whose targets are the diagonal. Departures from CLIP:
-    Pairs with the same caption, or of the same picture, are no negatives of each other: if ten
-    pictures of a batch have the caption "a red circle", it is true of all ten. They are masked.
-    Soft targets would require equal logits, and so pull together pictures that differ in what
-    the caption leaves out.
-    Pictures are blurred and made noisy, as generated ones are, and not cropped: a crop would make
-    "on the left" false. For the same reason the image tower ends in a linear layer over a 4 x 4
-    grid.
-    Weights are rounded to float16 at the end, so a saved scorer is exactly the trained one.
-Like CLIP it is close to a bag of words (Yuksekgonul et al. 2023), as random wrong captions seldom
-differ in order alone: it separates objects, colours and counts well, "left of" and "right of"
-hardly.
-
-Axes: B pictures or captions, S pixels, L words, C channels, D joint width.
+Axes: B pictures or captions, S pixels, P width of the joint space.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import shutil
+import tempfile
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from lineage.config import OptimConfig, TextConfig, from_dict, to_dict
-from lineage.data.contract import Batch, CaptionedDataset, to_unit
-from lineage.errors import UserError
-from lineage.evaluation import sections
-from lineage.evaluation.judge import resized
-from lineage.files import write_bytes
+from lineage.data.contract import CaptionedDataset, to_unit
+from lineage.errors import CheckFailed, UserError
+from lineage.pretrained import run_folder, run_name
+from lineage.runs import load, read_config, train
+from lineage.search import Comparer
 from lineage.text.contract import caption_list
-from lineage.text.encoders import make_encoder
-from lineage.text.tokenizer import PAD, Tokenizer, make_tokenizer, tokenizer_from_json
-from lineage.threads import ThreadTuner, tuned
-from lineage.training.group import Group
-from lineage.training.loader import Loader
-from lineage.training.machine import Distributed
-from lineage.training.store import cache_folder, cached, fingerprint
+from lineage.threads import tuned
+from lineage.training.cost import read_cost
+from lineage.training.store import cache_folder, fingerprint
 
-VERSION = 2  # of network and training; scorers that another version has cached are not used
-TEXT = TextConfig(vocab_size=1024, max_words=32, width=48, num_layers=2, num_heads=4)
-STEPS, BATCH_SIZE = 800, 96  # of `fit_scorer`
-OPTIM = OptimConfig(lr=1.5e-3, beta2=0.98, weight_decay=0.05, ema_decay=0.0)
 CHUNK = 64  # rows of one pass, always as many
-SIDE = 32  # pixels a side in the image tower
-CHANNELS, WIDTH = 24, 64  # C of the image tower (twice as many below 16 x 16), and D
-METADATA = ("config", "tokenizer", "scorer", "protocol")  # of a scorer's file
+STEPS, BATCH_SIZE = 800, 96  # of a scorer that is trained for a data set
+SETTINGS = {"train.checkpoint_every": 0, "train.sample_every": 0, "size": 32}
 
 
 class Scorer(Protocol):
@@ -72,7 +43,7 @@ class Scorer(Protocol):
     Attributes:
         name: Name that is stated with every score.
         kind: `clip` or `damsm`.
-        width: D.
+        width: P.
         protocol: How the scorer was made, as JSON values.
     """
 
@@ -82,14 +53,14 @@ class Scorer(Protocol):
     protocol: dict[str, Any]
 
     def image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8, any S from 8 up -> (B, D) float32 unit vectors on the CPU."""
+        """(B, 3, S, S) uint8, any S from 8 up -> (B, P) float32 unit vectors on the CPU."""
 
     def text(self, captions: list[str]) -> Tensor:
-        """B captions -> (B, D) float32 unit vectors on the CPU."""
+        """B captions -> (B, P) float32 unit vectors on the CPU."""
 
 
 def in_chunks(rows: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """(B, ...) -> (B, D) unit vectors, `encode`d in chunks of `CHUNK` rows.
+    """(B, ...) -> (B, P) unit vectors, `encode`d in chunks of `CHUNK` rows.
 
     The last chunk is filled with copies of a row: kernels round differently for different shapes,
     and the result for a row must not depend on the number of rows.
@@ -103,142 +74,62 @@ def in_chunks(rows: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-class Residual(nn.Sequential):
-    """x + layers(x), with the layers norm, SiLU, convolution, twice."""
-
-    def __init__(self, c: int) -> None:
-        halves = ((nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1)) for _ in range(2))
-        super().__init__(*(layer for half in halves for layer in half))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-def image_tower(c: int, width: int) -> nn.Sequential:
-    """(B, 3, 32, 32) in [-1, 1] -> (B, D)."""
-    return nn.Sequential(
-        nn.PixelUnshuffle(2),  # (B, 12, 16, 16)
-        nn.Conv2d(12, c, 3, padding=1),
-        Residual(c),
-        nn.Conv2d(c, 2 * c, 3, stride=2, padding=1),  # (B, 2C, 8, 8)
-        Residual(2 * c),
-        nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1),  # (B, 2C, 4, 4)
-        Residual(2 * c),
-        nn.GroupNorm(8, 2 * c),
-        nn.SiLU(),
-        nn.Flatten(),  # (B, 32C): positions stay apart
-        nn.Linear(32 * c, width),
-    )
-
-
-class ContrastiveScorer(nn.Module):
-    """Two towers and a temperature.
+class CLIPScorer:
+    """A trained CLIP.
 
     Args:
-        config, tokenizer: Configuration and tokeniser of the text tower.
+        model: The CLIP.
         name, protocol: See `Scorer`.
     """
 
     kind: str = "clip"
 
-    def __init__(
-        self, config: TextConfig, tokenizer: Tokenizer, name: str, protocol: dict[str, Any]
-    ) -> None:
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.name, self.protocol, self.width = name, protocol, WIDTH
-        self.image_tower = image_tower(CHANNELS, WIDTH)
-        self.text_tower = make_encoder("transformer", config, tokenizer)
-        self.project = nn.Linear(config.width, WIDTH, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    def __init__(self, model: Comparer, name: str, protocol: dict[str, Any]) -> None:
+        self.model, self.name, self.protocol = model, name, protocol
+        self.device = next(iter(model.parameters())).device
+        self.width = model.embed_dim
 
     @torch.no_grad()
     def image(self, images: Tensor) -> Tensor:
         def encode(part: Tensor) -> Tensor:
-            return self.image_tower(resized(to_unit(part.to(self.log_scale.device)), SIDE))
+            return self.model.encode_image(to_unit(part.to(self.device)))
 
         return in_chunks(images, encode)
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
-        length = self.config.max_words  # the same for all, whatever the longest caption
-        rows = [self.tokenizer.encode(caption)[:length] for caption in caption_list(captions)]
-        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])  # (B, L)
+        captions = caption_list(captions)
 
-        def encode(part: Tensor) -> Tensor:
-            part = part.to(self.log_scale.device)
-            _, sentence = self.text_tower(part, part != PAD)
-            return self.project(sentence)
+        def encode(rows: Tensor) -> Tensor:
+            # one at a time: a caption's vector must not depend on the longest one beside it
+            return torch.cat([self.model.encode_text([captions[row]]) for row in rows.tolist()])
 
-        return in_chunks(ids, encode)
+        return in_chunks(torch.arange(len(captions)), encode)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The contrastive loss of B pairs at 32 pixels, a scalar."""
-        captions, ids = np.array(batch.caption), np.array(batch.id)
-        same = (captions[:, None] == captions) | (ids[:, None] == ids)  # (B, B)
-        sentence = self.text_tower.encode(batch.caption).sentence
-        return contrastive_loss(
-            F.normalize(self.image_tower(batch.image), dim=-1),
-            F.normalize(self.project(sentence), dim=-1),
-            self.log_scale.clamp(max=math.log(100)).exp(),
-            torch.from_numpy(same),
+
+def clip_scorer(run: str | Path, device: torch.device | str = "cpu") -> CLIPScorer:
+    """The scorer of a run of CLIP.
+
+    Raises:
+        UserError: there is no such run, or it is of another system.
+    """
+    folder = run_folder(run, "clip:RUN")
+    model = load(folder, str(device))
+    if not hasattr(model, "encode_image"):
+        raise UserError(
+            f"{run_name(folder)} is no run of clip: name one, which `lineage train clip` makes."
         )
-
-    def save(self, path: str | Path) -> None:
-        """Write the file for `load_scorer`. Raises `UserError` if it cannot be written."""
-        values = (to_dict(self.config), self.tokenizer.to_json(), self.name, self.protocol)
-        metadata = dict(zip(METADATA, map(json.dumps, values), strict=True))
-        weights = {name: w.cpu().half().contiguous() for name, w in self.state_dict().items()}
-        write_bytes(Path(path), safetensors.torch.save(weights, metadata))
-
-
-def load_scorer(path: str | Path) -> ContrastiveScorer:
-    """The scorer that `ContrastiveScorer.save` wrote, in float32, on the CPU.
-
-    Raises `UserError` if the file is missing, damaged or holds something else.
-    """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        config, tokenizer, *rest = (json.loads(metadata[name]) for name in METADATA)
-        with torch.device("meta"):  # draws no random numbers
-            scorer = ContrastiveScorer(
-                from_dict(TextConfig, config), tokenizer_from_json(tokenizer), *rest
-            )
-        scorer.load_state_dict(weights, assign=True)
-    except Exception as error:  # of many kinds, since the file may hold anything
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is missing, damaged or not a scorer ({first[:120]}).") from error
-    return scorer.eval().requires_grad_(False)
-
-
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
-    """The symmetric cross-entropy of unit vectors (B, D), Radford et al. 2021, figure 3.
-
-    Args:
-        scale: Factor of the cosines.
-        same: (B, B) True for pairs that are no negatives of each other.
-    """
-    off_diagonal = ~torch.eye(len(image), dtype=torch.bool)
-    logits = (scale * image @ text.T).masked_fill(same & off_diagonal, -torch.inf)  # (B, B)
-    target = torch.arange(len(image))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-# --- training ---------------------------------------------------------------------------------
-
-
-def degraded(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 3, S, S) in [-1, 1] -> (B, 3, 32, 32), as a weak generator might draw them.
-
-    Half of the batches are blurred by way of 24 or 16 pixels; each picture has noise of its own
-    strength, with a deviation of at most 0.15.
-    """
-    side = (SIDE, SIDE, 24, 16)[int(torch.randint(4, (), generator=generator))]
-    small = resized(resized(resized(images, SIDE), side), SIDE)
-    sigma = 0.15 * torch.rand(len(small), 1, 1, 1, generator=generator)
-    return small + sigma * torch.randn(small.shape, generator=generator)
+    config = read_config(folder)
+    weights = fingerprint((folder / "model.safetensors").read_bytes())
+    protocol = {
+        "model": "clip",
+        "run": run_name(folder),
+        "weights": weights,
+        "data": config.data,
+        "size": config.size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    return CLIPScorer(model, f"CLIP of {config.data} ({weights})", protocol)
 
 
 def check_captions(dataset: CaptionedDataset) -> list[str]:
@@ -252,108 +143,52 @@ def check_captions(dataset: CaptionedDataset) -> list[str]:
     return captions
 
 
-def fit_scorer(
+def scorer_for(
+    dataset_spec: str,
     dataset: CaptionedDataset,
-    validation: CaptionedDataset | None = None,
+    data_fingerprint: str,
     *,
-    steps: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    steps: int = STEPS,
     seed: int = 0,
-    progress: bool = True,
-) -> ContrastiveScorer:
-    """Train a scorer on the CPU; the same arguments give the same scorer.
+    device: torch.device | str = "cpu",
+) -> CLIPScorer:
+    """The scorer of a data set: for `shapes` the package's, for other data a CLIP that is trained
+    on it once and kept in `$LINEAGE_CACHE` (or `~/.cache/lineage`), in the folder `scorers`.
 
     Args:
-        dataset: Data set to train on.
-        validation: Unseen pictures, on which its own R-precision is then measured.
-        steps: Number of steps of AdamW, with a warm-up over the first twentieth and a cosine;
-            `STEPS` if None.
-        batch_size: Number of pairs of a step; at most the number of pictures.
-        seed: Seed of weights, order, captions and noise.
-        progress: If true, show a bar on standard error if that is a terminal.
+        dataset_spec: Spec of the data set.
+        dataset: Its training split.
+        data_fingerprint: Hash of its content.
+        steps, seed: Number of steps of training, and its seed.
 
     Raises:
         UserError: all captions are the same, so there is nothing to tell apart.
     """
-    captions = check_captions(dataset)
-    steps = STEPS if steps is None else steps
-    batch_size = batch_size if dataset.endless else min(batch_size, len(dataset))
-    with torch.random.fork_rng(devices=[]):  # the global random state is restored
-        torch.default_generator.manual_seed(seed)
-        tokenizer = make_tokenizer(TEXT.tokenizer, captions, TEXT.vocab_size)
-        scorer = ContrastiveScorer(TEXT, tokenizer, f"contrastive scorer of {dataset.name}", {})
-    group, generator = Group("scorer", [scorer], OPTIM), torch.Generator().manual_seed(seed)
-    batches, threads = Loader(dataset, batch_size, seed).batches(), ThreadTuner()
-    disable = None if progress else True  # None: only on a terminal
-    with tqdm(total=steps, desc="fitting a scorer", unit=" steps", disable=disable) as bar:
-        for step in range(steps):
-            warmup = min(1.0, 20 * (step + 1) / steps)
-            lr_factor = warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-            batch = next(batches)
-            batch.image = degraded(batch.image, generator)
-            with threads.unit():
-                loss = scorer.loss(batch)
-                group.update(loss, lr_factor, step, Distributed())
-            if step % 10 == 0:
-                lr = OPTIM.lr * lr_factor
-                bar.set_postfix_str(f"loss {loss.item():.3f}, rate {lr:.1e}", refresh=False)
-            bar.update()
-    with torch.no_grad():
-        for parameter in group.parameters:
-            parameter.copy_(parameter.half())
-    scorer.protocol |= {"data": dataset.name, "split": dataset.split, "size": dataset.size}
-    scorer.protocol |= {"steps": steps, "batch": batch_size, "seed": seed, "version": VERSION}
-    scorer.protocol |= {"parameters": sum(map(Tensor.numel, group.parameters)), "r_precision": []}
-    if validation is not None:
-        scorer.protocol["r_precision"].append(own_r_precision(scorer, validation))
-    return scorer.eval().requires_grad_(False)
+    if dataset.name == "shapes:easy":
+        return clip_scorer("pretrained:clip", device)
+    check_captions(dataset)
+    count = BATCH_SIZE if dataset.endless else min(BATCH_SIZE, len(dataset))
+    settings = {**SETTINGS, "train.batch_size": count}
+    inputs = [data_fingerprint, dataset.name, steps, seed, settings]
+    folder = cache_folder("scorers") / fingerprint(json.dumps(inputs, sort_keys=True).encode())
 
+    def fit(out: Path) -> CLIPScorer:
+        options: dict[str, Any] = {"data": dataset_spec, "steps": steps, "seed": seed}
+        train("clip", **options, device="cpu", out=out, resume=out.exists(), settings=settings)
+        return clip_scorer(out, device)
 
-def own_r_precision(
-    scorer: Scorer, dataset: CaptionedDataset, max_pictures: int = 1000
-) -> dict[str, Any]:
-    """R-precision of real pictures; its value is None if all captions are the same."""
-    examples = [dataset[i] for i in range(min(max_pictures, len(dataset)))]
-    captions = [example.captions[0] for example in examples]
-    image = scorer.image(torch.stack([example.image for example in examples]))
-    section = sections.text_fit(image, scorer.text(captions), captions, scorer.kind)
-    return {
-        "data": dataset.name,
-        "split": dataset.split,
-        "size": dataset.size,
-        "n": len(examples),
-        "pool": section.get("pool"),
-        "value": section.get("r_precision", {}).get("value"),
-    }
-
-
-def scorer_for(
-    dataset_spec: str,
-    train: CaptionedDataset,
-    data_fingerprint: str,
-    validation: CaptionedDataset | None = None,
-    *,
-    steps: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> ContrastiveScorer:
-    """The scorer of a data set: for `shapes` the shipped one, for other data one fitted to `train`.
-
-    A fitted one is cached in `$LINEAGE_CACHE` (or `~/.cache/lineage`), in the folder `scorers`,
-    under a hash of `data_fingerprint` and the arguments of `fit_scorer`. A damaged file is
-    replaced; if the folder cannot be written, nothing is cached.
-    """
-    if dataset_spec.partition(":")[0] == "shapes":
-        shipped = resources.files("lineage.evaluation") / "weights" / "scorer_shapes.safetensors"
-        with resources.as_file(shipped) as path:
-            return load_scorer(path)
-    inputs = [data_fingerprint, train.size, steps or STEPS, seed, VERSION, validation is not None]
-    path = cache_folder("scorers") / f"{fingerprint(json.dumps(inputs).encode())}.safetensors"
-
-    def fit() -> ContrastiveScorer:
-        return fit_scorer(train, validation, steps=steps, seed=seed, progress=progress)
-
-    return cached(path, load_scorer, fit, lambda path, scorer: scorer.save(path))
+    if read_cost(folder).get("clip", {}).get("finished"):
+        try:
+            return clip_scorer(folder, device)
+        except UserError:  # a file is damaged
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return fit(folder)
+    except CheckFailed:
+        raise
+    except UserError:  # the folder cannot be written, or another process trains there
+        with tempfile.TemporaryDirectory() as temporary:
+            return fit(Path(temporary) / "scorer")
 
 
 # --- published models -------------------------------------------------------------------------

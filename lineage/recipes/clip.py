@@ -27,7 +27,7 @@ PRESETS = {
         encoder=TextConfig(width=16),
         optim=OptimConfig(lr=2e-3, warmup=10),
         train=TrainConfig(
-            max_steps=20, batch_size=8, checkpoint_every=10, sample_every=0, log_every=5
+            max_steps=20, batch_size=8, checkpoint_every=10, sample_every=20, log_every=5
         ),
         model=CLIPConfig(
             projection_dim=16, vit=ViTConfig(patch_size=8, width=16, num_layers=2, num_heads=2)
@@ -38,9 +38,9 @@ PRESETS = {
         size=32,
         encoder=TextConfig(width=64, num_layers=2),
         optim=OptimConfig(lr=1.5e-3, beta2=0.98, weight_decay=0.05, ema_decay=0.99),
-        train=TrainConfig(minutes=5, batch_size=128, checkpoint_every=500, sample_every=0),
+        train=TrainConfig(minutes=5, batch_size=128, checkpoint_every=500, sample_every=1000),
         model=CLIPConfig(
-            projection_dim=64, vit=ViTConfig(patch_size=4, width=64, num_layers=3, num_heads=4)
+            projection_dim=64, vit=ViTConfig(patch_size=8, width=64, num_layers=3, num_heads=4)
         ),
     ),
     # One GPU of 8 GB, under an hour.
@@ -48,7 +48,7 @@ PRESETS = {
         size=64,
         encoder=TextConfig(tokenizer="bpe", vocab_size=2048, width=256, num_layers=4),
         optim=OptimConfig(lr=5e-4, beta2=0.98, weight_decay=0.2, warmup=500, ema_decay=0.999),
-        train=TrainConfig(minutes=55, batch_size=512, checkpoint_every=1000, sample_every=0),
+        train=TrainConfig(minutes=55, batch_size=512, checkpoint_every=1000, sample_every=2000),
         model=CLIPConfig(
             projection_dim=256, vit=ViTConfig(patch_size=8, width=256, num_layers=6, num_heads=4)
         ),
@@ -64,7 +64,7 @@ PRESETS = {
             lr=5e-4, beta2=0.98, weight_decay=0.2, warmup=2000, grad_clip=0.0, ema_decay=0.0
         ),
         train=TrainConfig(
-            max_steps=390_625, batch_size=32_768, checkpoint_every=1000, sample_every=0
+            max_steps=390_625, batch_size=32_768, checkpoint_every=1000, sample_every=2000
         ),
         model=CLIPConfig(spatial_negatives=False, degrade=0.0),
     ),
@@ -107,7 +107,7 @@ def clip_stage(
         arguments,
         optim=optim,
         optim_setting=optim_setting,
-        train=replace(train, sample_every=0),
+        train=train,
         share=share,
     )
 

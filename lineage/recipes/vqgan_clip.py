@@ -43,7 +43,7 @@ class Config(RunConfig):
     model: VQGANCLIPConfig = field(default_factory=VQGANCLIPConfig)
 
     def without_files(self) -> Config:
-        return replace(self, codec=replace(self.codec, lpips=()))
+        return replace(super().without_files(), codec=replace(self.codec, lpips=()))
 
 
 def _preset(name: str, train: TrainConfig, model: VQGANCLIPConfig) -> Config:

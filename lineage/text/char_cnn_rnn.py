@@ -99,6 +99,9 @@ class CharCNNRNN(TextEncoder):
         parts = [text[start : start + _STRIDE].strip() for start in starts]
         return parts[: num_positions(self.config.max_chars)]
 
+    def num_words(self, caption: str) -> tuple[int, ...]:
+        return (num_positions(self.config.max_chars),)  # of every caption, most of them masked
+
     def null(self, count: int) -> TextFeatures:
         return self.encode([""] * count)
 

@@ -6,16 +6,20 @@ word's vector, Ds width of a sentence's.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.characters import well_formed
+from lineage.config import to_dict
 from lineage.errors import UserError
 
 
@@ -56,6 +60,10 @@ class TextFeatures:
     def detach(self) -> TextFeatures:
         """The same features, through which no gradient flows."""
         return self._map(Tensor.detach)
+
+    def to(self, device: torch.device) -> TextFeatures:
+        """The same features on `device`."""
+        return self._map(lambda part: part.to(device))
 
     def __getitem__(self, rows: Tensor | slice) -> TextFeatures:
         """Features of some rows, by number (from 0), slice or mask, in the order of `rows`."""
@@ -152,6 +160,24 @@ class TextEncoder(nn.Module):
     def check(self) -> None:
         """Raise `UserError` if files that the encoder needs are missing."""
 
+    def num_words(self, caption: str) -> tuple[int, ...]:
+        """Number of positions that `caption` takes, for each encoder that this one is made of.
+        Captions with the same numbers are encoded together without more padding.
+        """
+        return (len(self.tokens(caption)),)
+
+    def fingerprint(self) -> str:
+        """Hash of all that the features depend on beside the caption: class, `config`, `tokenizer`
+        and `state_dict`. An encoder that depends on more overrides this.
+        """
+        config, tokenizer = getattr(self, "config", None), getattr(self, "tokenizer", None)
+        settings = [
+            type(self).__qualname__,
+            None if config is None else to_dict(config),
+            None if tokenizer is None else tokenizer.to_json(),
+        ]
+        return content_hash(settings, self.state_dict())
+
     def unknown(self, captions: list[str], length: int | None = None) -> list[str]:
         """Words that are read but have no token, in order, each once.
 
@@ -167,3 +193,33 @@ class TextEncoder(nn.Module):
             length: Number of the words' vectors that are used; None for all.
         """
         return None
+
+
+class FrozenEncoder(TextEncoder):
+    """A text encoder that is never trained: features of "no caption" are computed once."""
+
+    _null: TextFeatures | None = None
+
+    @torch.no_grad()
+    def null(self, count: int) -> TextFeatures:
+        """Features of the empty caption, `count` times."""
+        device = device_of(self)
+        if self._null is None or self._null.ids.device != device:
+            self._null = self.encode([""])
+        return self._null[torch.zeros(count, dtype=torch.int64, device=device)]
+
+
+def device_of(text: TextEncoder) -> torch.device:
+    """Device of an encoder's weights and buffers; the CPU if it has none."""
+    tensors: Iterator[Tensor] = chain(text.parameters(), text.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def content_hash(settings: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """Hash of JSON values and of tensors by name."""
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12)
+    for name, tensor in sorted((tensors or {}).items()):
+        whole = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

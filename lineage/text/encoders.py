@@ -12,6 +12,7 @@
     clip:RUN                  the frozen text tower of a run of CLIP
     char_cnn_rnn              Reed's encoder of characters (`char_cnn_rnn.py`)
     bert, glide               encoders of diffusion models that attend to the padding (`padded.py`)
+    t5                        encoder of T5, of Imagen and its successors (`t5.py`)
     pretrained:NAME           a frozen model of Hugging Face (`pretrained.py`)
     joined:NAME+NAME          several of these together, as in SDXL and SD3 (`joined.py`)
 
@@ -20,6 +21,7 @@ Axes: B captions, L words, D width of words and sentence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +39,9 @@ from lineage.text.contract import TextEncoder
 from lineage.text.joined import JOINED, JoinedEncoder, split_names
 from lineage.text.padded import BertEncoder, GlideEncoder
 from lineage.text.pretrained import PRETRAINED, PretrainedEncoder
+from lineage.text.t5 import T5Encoder
 from lineage.text.token_encoder import TokenEncoder
-from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
+from lineage.text.tokenizer import Tokenizer, WordTokenizer, tokenizer_from_json
 from lineage.weights import read_tensors
 
 
@@ -118,6 +121,7 @@ ENCODERS: dict[str, Callable[[TextConfig, Tokenizer], TextEncoder]] = {
     "clip": CLIPTextEncoder,
     "bert": BertEncoder,
     "glide": GlideEncoder,
+    "t5": T5Encoder,
 }
 """Encoders that need nothing but sizes and a tokeniser, by name."""
 
@@ -175,6 +179,12 @@ def make_encoder(name: str, config: TextConfig, tokenizer: Tokenizer) -> TextEnc
     return ENCODERS[name](config, tokenizer)
 
 
+def check_encoder(name: str, config: TextConfig) -> None:
+    """Raise `UserError` if there is no encoder called `name`, or its sizes do not fit it."""
+    with torch.device("meta"):
+        make_encoder(name, config, WordTokenizer([]))
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """An encoder to be built: the argument of a stage, and part of its cache key.
@@ -193,10 +203,24 @@ class EncoderSpec:
         """The untrained encoder."""
         return make_encoder(self.name, self.config, self.tokenizer)
 
+    def without_files(self) -> EncoderSpec:
+        """The same encoder, whose weights come from a checkpoint and not from files of runs."""
+        return replace(self, config=self.config.without_files())
+
     def to_json(self) -> dict[str, Any]:
-        """Name, sizes and tokeniser as plain JSON values; weights of runs by their hash."""
-        return {
-            "name": self.name,
-            "config": to_dict(self.config.without_files()),
-            "tokenizer": self.tokenizer.to_json(),
-        }
+        """Name, sizes and tokeniser as plain JSON values; runs by the hash of their weights."""
+        name, config = _by_hash(self.name, to_dict(self.config.without_files()))
+        return {"name": name, "config": config, "tokenizer": self.tokenizer.to_json()}
+
+
+def _by_hash(name: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and sizes of an encoder, with hashes in place of the names of runs: a run that is moved
+    stays the same.
+    """
+    runs = {}
+    for run, source in config["runs"].items():
+        text, encoder = _by_hash(source["text"], source["encoder"])
+        runs[source["hash"]] = {**source, "text": text, "encoder": encoder}
+        whole = rf"(?<![^:+]){re.escape(CLIP_RUN + run)}(?![^+@])"
+        name = re.sub(whole, f"{CLIP_RUN}{source['hash']}", name)
+    return name, {**config, "runs": runs}

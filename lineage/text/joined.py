@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.config import TextConfig
-from lineage.text.contract import Overflow, TextEncoder, TextFeatures
+from lineage.config import TextConfig, to_dict
+from lineage.text.contract import Overflow, TextEncoder, TextFeatures, content_hash
 
 JOINED = "joined:"
 
@@ -83,6 +83,13 @@ class JoinedEncoder(TextEncoder):
     def check(self) -> None:
         for encoder in self._encoders():
             encoder.check()
+
+    def num_words(self, caption: str) -> tuple[int, ...]:
+        return sum((encoder.num_words(caption) for encoder in self._encoders()), ())
+
+    def fingerprint(self) -> str:
+        own = [type(self).__qualname__, to_dict(self.config)]
+        return content_hash([*own, *(encoder.fingerprint() for encoder in self._encoders())])
 
     def unknown(self, captions: list[str], length: int | None = None) -> list[str]:
         """Words that no encoder has a token for."""

@@ -40,6 +40,9 @@ class PaddedEncoder(TokenEncoder):
         self.blocks = nn.ModuleList(self.block() for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
 
+    def num_words(self, caption: str) -> tuple[int, ...]:
+        return (self.config.max_words,)
+
     @abstractmethod
     def block(self) -> TransformerBlock:
         """A new block."""

@@ -1,9 +1,16 @@
 """`pretrained:NAME`: a frozen text model of Hugging Face. NAME is a folder, or an id of the hub.
 
 Words are the model's last hidden states. The sentence is CLIP's pooled output, or the mean of the
-words for other models. Every caption has `max_words` positions; behind the last word the mask is
-False. The weights are loaded at the first use. They are no part of a run, which needs the model
-again.
+words for other models; start and end count as words. (A model of sentences such as all-MiniLM
+divides that mean by its norm, so that products are cosines. Here the mean stays as it is: a family
+learns what it does with it.) The weights are loaded at the first use. They are no part of a run,
+which needs the model again.
+
+Every caption has `max_words` positions; behind the last word the mask is False. No word depends on
+the padding: CLIP is causal, and other models have the mask. But a network may attend to the
+positions behind the words, as Stable Diffusion's does, and expects as many for every caption; other
+networks leave them out by the mask. They cost time: `encoder.max_words` should be no larger than
+the longest caption needs.
 
 Axes: B captions, L = `max_words` positions, D width.
 """
@@ -19,13 +26,13 @@ from torch import Tensor
 from lineage.characters import well_formed
 from lineage.config import TextConfig
 from lineage.errors import UserError
-from lineage.text.contract import Overflow, TextEncoder, TextFeatures, caption_list
+from lineage.text.contract import FrozenEncoder, Overflow, TextFeatures, caption_list, content_hash
 
 PRETRAINED = "pretrained:"
 CLIP = ("clip", "clip_text_model")  # types of a whole CLIP, and of its text model alone
 
 
-class PretrainedEncoder(TextEncoder):
+class PretrainedEncoder(FrozenEncoder):
     """A frozen text model.
 
     Args:
@@ -74,10 +81,25 @@ class PretrainedEncoder(TextEncoder):
             sentence = (words * share[..., None]).sum(1)
         return TextFeatures(words.float(), mask, sentence.float(), inputs["input_ids"])
 
-    def null(self, count: int) -> TextFeatures:
-        """Features of the empty caption."""
-        rows = torch.zeros(count, dtype=torch.int64, device=self.device_tag.device)
-        return self.encode([""])[rows]
+    def num_words(self, caption: str) -> tuple[int, ...]:
+        """All positions; and those of the caption if it fills them, since `transformers` leaves out
+        the mask of a batch without padding, and then rounds differently.
+        """
+        length = self.config.max_words
+        return (length, 0) if len(self.tokens(caption)) < length else (length, length)
+
+    def fingerprint(self) -> str:
+        tokenizer, model = self._load()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        sizes = {n: v for n, v in model.config.to_dict().items() if n != "_name_or_path"}
+        settings = [
+            type(self).__qualname__,
+            self.config.max_words,
+            words,
+            repr(sorted(sizes.items())),
+        ]
+        return content_hash(settings, model.state_dict())
 
     def tokens(self, caption: str) -> list[str]:
         tokenizer, _ = self._load()
@@ -138,10 +160,12 @@ def load_text_model(name: str) -> tuple[Any, Any]:
             AutoTokenizer,
             CLIPTextModel,
         )
+        from transformers.utils import logging
     except ImportError as error:
         raise UserError(
             "text=pretrained: needs transformers: pip install 'lineage-t2i[hub]'."
         ) from error
+    logging.disable_progress_bar()  # training has one of its own
     folder = Path(name)
     inner = folder / "text_encoder"
     tokenizer_path, model_path = (folder / "tokenizer", inner) if inner.is_dir() else (name, name)

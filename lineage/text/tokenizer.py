@@ -9,6 +9,10 @@ the run.
 
 Both are saved as plain JSON. Tokens 0, 1 and 2 are the same in both: padding, unknown word, no
 caption. Runs of imported CLIPs have the tokeniser of `clip_tokenizer.py`.
+
+Chinese has no blanks between words. Both tokenisers take each Chinese character as a word of its
+own, as BERT's does (Devlin et al. 2019). Otherwise whole clauses would be words, and whole captions
+one token, so that a new combination of known words would have no known part.
 """
 
 from __future__ import annotations
@@ -27,13 +31,14 @@ from lineage.errors import UserError, nearest
 PAD, UNK, NULL = 0, 1, 2
 SPECIAL = ("<pad>", "<unk>", "<null>")
 
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]|_", re.UNICODE)
+_HAN = r"\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_HAN}]|[^\W_{_HAN}]+(?:'[^\W_{_HAN}]+)?|[^\w\s]|_", re.UNICODE)
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-case words and punctuation marks, in order.
+    """Lower-case words, Chinese characters and punctuation marks, in order.
 
-    `A dog's ball.` -> `a`, `dog's`, `ball`, `.`
+    `A dog's ball.` -> `a`, `dog's`, `ball`, `.`; `红色的圆` -> `红`, `色`, `的`, `圆`
     """
     return _WORD.findall(well_formed(caption).lower())
 
@@ -139,9 +144,10 @@ class WordTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding.
 
-    A caption is split into words, each with the blank before it. A word starts as its UTF-8 bytes;
-    the merges then join neighbours, in the order of training. Tokens: 3 special ones, 256 bytes,
-    one for each merge.
+    A caption is split into words, each with the blank before it, or Chinese characters. A word
+    starts as its UTF-8 bytes (three of a Chinese character, two of a Russian letter); the merges
+    then join neighbours, in the order of training. Tokens: 3 special ones, 256 bytes, one for each
+    merge.
 
     Args:
         merges: Pairs of token ids; merge k makes token `3 + 256 + k`.
@@ -150,7 +156,10 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
     _BYTE = len(SPECIAL)
     _MERGED = len(SPECIAL) + 256
-    _SPLIT = re.compile(r"\s*[^\W_]{1,64}|\s*[^\w\s]{1,64}|\s*_{1,64}|\s+", re.UNICODE)
+    _SPLIT = re.compile(
+        rf"\s*[{_HAN}]|\s*[^\W_{_HAN}]{{1,64}}|\s*[^\w\s]{{1,64}}|\s*_{{1,64}}|\s+", re.UNICODE
+    )
+    _STARTS_WITH_HAN = re.compile(rf"[{_HAN}]")
 
     def __init__(self, merges: list[tuple[int, int]]) -> None:
         self.merges = merges
@@ -162,7 +171,9 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def _split(cls, caption: str) -> list[str]:
-        return cls._SPLIT.findall(" " + " ".join(well_formed(caption).lower().split()))
+        text = " ".join(well_formed(caption).lower().split())
+        blank = "" if cls._STARTS_WITH_HAN.match(text) else " "
+        return cls._SPLIT.findall(blank + text)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> BPETokenizer:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import reduce
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import CheckFailed, UserError
 from lineage.nn.noise import BatchNoise, stream_seed
 from lineage.system import Trainable
-from lineage.text.contract import TextFeatures
 from lineage.threads import LARGE, ThreadTuner, use_threads
 from lineage.training.caption_cache import CaptionCache
 from lineage.training.group import Group
@@ -111,8 +110,7 @@ class Trainer:
             prefetch=(2 if on_gpu else 0) if train.prefetch is None else train.prefetch,
             pin=on_gpu,
         )
-        text = self.system.text
-        self.captions = None if text is None else CaptionCache(text, dataset)
+        self.captions = CaptionCache(self.system.text, train.text_cache)
         modules = self.system.groups()
         for name in optim.lr_multipliers:
             if name not in modules:
@@ -178,7 +176,7 @@ class Trainer:
         if not self.system.training:  # to set the mode of all layers takes a while
             self.system.train()
         with self.autocast:
-            turns = self.system.losses(batch, self._encode(batch.caption), noise)
+            turns = self.system.losses(batch, self.captions.encode(batch.caption), noise)
         while True:
             with self.autocast:
                 turn = next(turns, None)
@@ -193,12 +191,6 @@ class Trainer:
             values[f"gradient/{turn.group}"] = norm
         self.step += 1
         return values
-
-    def _encode(self, captions: list[str]) -> TextFeatures:
-        """Features of the captions; None for a system that reads none."""
-        if self.captions is None:
-            return cast(TextFeatures, None)
-        return self.captions.encode(captions, self.step * self.batch_size)
 
     def _lr_factor(self) -> float:
         """Factor on every learning rate: warm-up by steps, decay by the share of the budget that is
@@ -298,6 +290,7 @@ class Trainer:
             if self._unchecked or self._values:
                 self._report(log, bar, logged_seconds, logged_step)
             checkpoint()
+            self.captions.save()
         if self._stop_requested:
             raise Stopped
 

@@ -44,7 +44,8 @@ class RunStages:
         data: Data set, size, seed and program version, for the cache keys.
         seed: Seed of data order and noise.
         seed_weights: Function that sets the random state from which every system is built.
-        sheet: Function that draws a sample sheet of a system, given stage and step.
+        sheet: Function that draws a sample sheet of a system, given stage and step; the last
+            stage's may be no `System`.
         write_settings: Function that writes the run's first files, given `threads`; called once
             all is known to fit, and whenever `threads` may have changed.
         threads: Number of threads that the run began with and keeps; None if it keeps none, or has
@@ -59,7 +60,7 @@ class RunStages:
     data: dict[str, Any]
     seed: int
     seed_weights: Callable[[], None]
-    sheet: Callable[[System, str, int], None]
+    sheet: Callable[[Trainable, str, int], None]
     write_settings: Callable[[int | None], None] = lambda threads: None
     threads: int | None = None
     mixed: bool = False
@@ -121,8 +122,7 @@ class RunStages:
             self.write_settings(self.threads)
             if not _holds(self.folder / "model.safetensors", system):
                 save_tensors(self.folder / "model.safetensors", system.state_dict())
-                if isinstance(system, System):
-                    self.sheet(system, stage.name, 0)
+                self.sheet(system, stage.name, 0)
 
     def _fixed_keys(self) -> dict[str, str]:
         """Keys of the stages that a later stage was built from: its weights hold theirs, so they
@@ -176,7 +176,7 @@ class RunStages:
         def sample() -> None:
             if is_main:
                 with trainer.averaged() as averaged:
-                    if isinstance(averaged, System):
+                    if last or isinstance(averaged, System):
                         self.sheet(averaged, stage.name, trainer.step)
             trainer.processes.barrier()
 

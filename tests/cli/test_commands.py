@@ -209,6 +209,7 @@ def test_an_unknown_shell_is_refused(arguments: list[str], call: Call) -> None:
         (["train", "retrieval", "--preset", "paper"], ["'paper'", "smoke"]),
         (["compare", "ddpm", "ddmp", *SMOKE], ["'ddpm'"]),
         (["compare", "glide", *SMOKE], ["planned"]),
+        (["compare", "ddpm", *SMOKE, "--text", "lstn"], ["'lstn'", "'lstm'"]),
         (["import-weights", "stackgn", "netG.pth", "--out", "runs/a"], ["'stackgn'", "'stackgan'"]),
         (["import-weights", "ddpm", "netG.pth", "--out", "runs/a"], ["'ddpm'", "stackgan"]),
         # settings

@@ -226,7 +226,7 @@ def test_any_caption_is_drawn(smoke_run: Callable[[str], Any], captions: list[st
     from lineage.sheets import sheet
 
     system = smoke_run("ddpm").system
-    notes = drawing.unread_text(system, captions)
+    notes = drawing.unread_text(system.text, captions, system.text_len)
     assert all(isinstance(note, str) for note in notes)
     pictures = to_bytes(system.generate(captions))
     assert sheet(list(pictures), captions).width > 0

@@ -370,7 +370,8 @@ def test_a_weight_without_a_picture_is_named_as_idle(make: Callable[..., VQGANCL
 
 
 def test_weights_are_no_unknown_words(make: Callable[..., VQGANCLIP]) -> None:
-    notes = drawing.unread_text(make(), ["a red circle:2 | a zorp: -0.5"])
+    system = make()
+    notes = drawing.unread_text(system.text, system.texts(["a red circle:2 | a zorp: -0.5"]))
     assert notes == ["unknown words: zorp"]
 
 

@@ -25,6 +25,7 @@ from lineage.comparison.report import (
     bars,
     curve,
     embed,
+    encoder_table,
     line_style,
     thinned,
     wall_time,
@@ -200,6 +201,35 @@ def test_the_report_has_the_data_of_the_runs(folder: Path) -> None:
     assert len(facts["reproduce"]) == 3
 
 
+def test_each_system_has_its_own_encoder_unless_one_is_held(folder: Path, page: Page) -> None:
+    """That of its recipe, as the report says."""
+    facts, text = read_json(folder / "report.json"), " ".join(" ".join(page.words).split())
+    assert facts["text"] == "historical"
+    assert facts["systems"]["retrieval"]["encoder"]["name"] == "bag"
+    assert facts["systems"]["gan_int_cls"]["encoder"] == {"name": "char_cnn_rnn", "width": 16}
+    assert "--text" not in facts["reproduce"][0] and "text=" not in " ".join(facts["reproduce"])
+    assert "with the text encoder of its recipe" in text and "with one text encoder" not in text
+    table = encoder_table(facts)
+    assert [table.rows[key][0] for key in KEYS] == ["bag", "char_cnn_rnn"]
+    assert table.title in text and table.note in text and "char_cnn_rnn" in text
+
+
+def test_the_page_names_an_encoder_that_is_held(folder: Path, tmp_path: Path) -> None:
+    summary = read_json(folder / "report.json")
+    summary["text"] = "pretrained:a<b>"
+    for system in summary["systems"].values():
+        system["encoder"] = {"name": "pretrained:a<b>", "width": 384}
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    empty = SystemPage([[picture]] * len(summary["captions"]), [], [], [])
+    pages = dict.fromkeys(KEYS, empty)
+    write_report(tmp_path / "page.html", summary, [picture] * len(summary["captions"]), pages)
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    text = " ".join(" ".join(page.words).split())
+    assert "with one text encoder, pretrained:a<b> ." in text and "of its recipe" not in text
+    assert text.count("pretrained:a<b>") == 1 + len(KEYS) and text.count("384") == len(KEYS)
+    assert "one encoder for all systems" in text
+
+
 def test_the_captions_are_not_those_of_training(folder: Path) -> None:
     """They are of unseen pictures: memorised pictures must not look like skill."""
     facts = read_json(folder / "report.json")
@@ -298,8 +328,9 @@ def test_a_second_comparison_keeps_the_cost_of_training(folder: Path) -> None:
         ({"minutes": 0.1, "steps": None}, "train.m"),
         ({"seed": 4}, "seed=0, not 4"),
         ({"preset": "tiny", "steps": 2}, "preset=smoke|tiny"),
+        ({"text": "lstm"}, "text=bag, not lstm as asked"),
     ],
-    ids=["rate", "steps", "minutes", "seed", "preset"],
+    ids=["rate", "steps", "minutes", "seed", "preset", "encoder"],
 )
 def test_runs_of_other_settings_are_not_reported(
     options: dict[str, Any], words: str, folder: Path
@@ -429,6 +460,35 @@ def test_minutes_are_those_of_the_processor(
         assert "--minutes" not in flags["ddpm"]
 
 
+# --- the text encoder -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [None, {"text": "lstm"}])
+def test_one_encoder_for_all_systems(
+    settings: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`--text` is a setting of every system, and of the commands that make the report again; so is
+    the setting itself."""
+    flags: dict[str, Sequence[str]] = {}
+    facts: dict[str, Any] = {}
+
+    def report(folder: Path, keys: Any, config: Any, scoring: Any, examples: Any, all: Any) -> Path:
+        facts.update(all)
+        return folder
+
+    monkeypatch.setattr("lineage.comparison.run.train_all", lambda every, _: flags.update(every))
+    monkeypatch.setattr("lineage.comparison.run._report", report)
+    asked: dict[str, Any] = {"preset": "smoke", "steps": 3, "out": tmp_path / "out"}
+    held = {"settings": settings} if settings else {"text": "lstm"}
+    lineage.compare(["ddpm", "gan_int_cls"], **asked, **held)
+    assert facts["text"] == "lstm"
+    for key in ("ddpm", "gan_int_cls"):
+        assert list(flags[key])[-2:] == ["--set", "text=lstm"]
+    whole, *single = facts["reproduce"]
+    assert "--text lstm" in whole and "--set" not in whole
+    assert len(single) == 2 and all("--set text=lstm" in line for line in single)
+
+
 def test_data_without_two_captions_is_refused_before_training(tmp_path: Path) -> None:
     """And what the sentence says to do works."""
     data = tmp_path / "data"
@@ -459,6 +519,9 @@ def test_errors_come_before_anything_is_trained(tmp_path: Path) -> None:
         (["gan_int_cls", "retrieval"], {"preset": "paper"}, "'paper'"),
         (["gan_int_cls"], {"settings": {"model.gen": 3}}, "'model.gen'"),
         (["gan_int_cls"], {"data": "nowhere"}, "nowhere"),
+        (["gan_int_cls"], {"text": "lstn"}, "no text encoder 'lstn': did you mean 'lstm'"),
+        (["gan_int_cls"], {"text": "pretrained:"}, "lacks the model"),
+        (["gan_int_cls"], {"text": "bag", "settings": {"text": "lstm"}}, "are two encoders"),
         (["gan_int_cls"], {"pictures": 0}, "pictures=0"),
     ):
         arguments: dict[str, Any] = {"preset": "smoke", "steps": 1, "out": tmp_path / "out"}

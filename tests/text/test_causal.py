@@ -14,8 +14,8 @@ SHORT = "a red circle"
 LONG = "two small yellow stars to the left of a large purple ring"
 MAX_WORDS = 9
 CAUSAL = ("bag", "transformer", "joined:bag+transformer@8")
-NOT_CAUSAL = ("lstm", "char_cnn_rnn", "bert", "glide", "joined:bag+lstm", "joined:bert+bag")
-TOKENS = ("bag", "transformer", "lstm", "bert", "glide")  # encoders of token ids
+NOT_CAUSAL = ("lstm", "char_cnn_rnn", "bert", "glide", "t5", "joined:bag+lstm", "joined:bert+bag")
+TOKENS = ("bag", "transformer", "lstm", "bert", "glide", "t5")  # encoders of token ids
 
 
 def tokenizer_of(kind: str) -> Tokenizer:

@@ -118,8 +118,8 @@ def test_other_characters_give_other_features(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("caption", "unknown"),
     [
-        ("红色的圆", ["红色的圆"]),
-        ("a 红色 circle, a 红色 ring", ["红色"]),
+        ("红色的圆", ["红", "色", "的", "圆"]),
+        ("a 红色 circle, a 红色 ring", ["红", "色"]),
         ("красный круг", ["красный", "круг"]),
         ("A RED Circle; 50% (of $7)!", []),
         ("a red\tcircle\n", []),

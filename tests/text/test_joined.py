@@ -20,7 +20,6 @@ from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.text.encoders import make_encoder
 from lineage.text.joined import JoinedEncoder, split_names
 from lineage.text.tokenizer import make_tokenizer
-from lineage.training import caption_cache
 from lineage.training.caption_cache import CaptionCache
 
 WIDTH, MAX_WORDS = 12, 10
@@ -271,10 +270,9 @@ def test_the_caption_cache_returns_the_same_features(
     name: str, join: str, shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It truncates features of a frozen encoder by the number of their words."""
-    monkeypatch.setattr(caption_cache, "CACHE_SIZE", 12)
     encoder = make(name, join).requires_grad_(False)
     captions = list(dict.fromkeys(shapes.all_captions(12)))[:3]
-    features = CaptionCache(encoder, shapes).encode(captions, 400)
+    features = CaptionCache(encoder).encode(captions)
     expected = encoder.encode(captions)
     length = features.words.shape[1]
     assert int(expected.mask.sum()) == int(features.mask.sum())

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lineage
 from lineage import runs
@@ -20,10 +21,10 @@ from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset
 from lineage.data.tools import export
 from lineage.errors import UserError
+from lineage.text.contract import TextFeatures
 from lineage.text.encoders import make_encoder
 from lineage.text.pretrained import PretrainedEncoder
 from lineage.text.tokenizer import WordTokenizer
-from lineage.training import caption_cache
 from lineage.training.caption_cache import CaptionCache
 from lineage.training.store import load_tensors
 
@@ -481,48 +482,101 @@ def test_a_run_without_its_model_raises_a_sentence(
     assert str(tmp_path / "clip") in error_of(lambda: system.generate(SHORT))
 
 
+def same_bits(one: TextFeatures, other: TextFeatures) -> bool:
+    names = ("words", "mask", "sentence", "ids")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_caption_cache_returns_the_padding_too(
-    kind: str, folders: dict[str, Path], shapes: CaptionedDataset, monkeypatch: pytest.MonkeyPatch
+    kind: str, folders: dict[str, Path], shapes: CaptionedDataset
 ) -> None:
     """The loop caches features of a frozen encoder. A network that attends to the padding, as
     Stable Diffusion does, needs as much of it in training as in sampling."""
-    monkeypatch.setattr(caption_cache, "CACHE_SIZE", 12)
     encoder = make(folders[kind])
-    cache = CaptionCache(encoder, shapes)
+    cache = CaptionCache(encoder)
     captions = list(dict.fromkeys(shapes.all_captions(12)))[:3]
-    for num_before in (0, 400):
-        features, expected = cache.encode(captions, num_before), encoder.encode(captions)
+    for visit in range(2):
+        features, expected = cache.encode(captions), encoder.encode(captions)
         for part in ("words", "mask", "sentence", "ids"):
             torch.testing.assert_close(
-                getattr(features, part),
-                getattr(expected, part),
-                msg=f"{part} after {num_before} captions",
+                getattr(features, part), getattr(expected, part), msg=f"{part} at visit {visit}"
             )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_features_do_not_depend_on_the_batch(kind: str, folders: dict[str, Path]) -> None:
+    """Bit for bit; among captions that fill all positions are some that do not."""
+    captions = [*CAPTIONS, "a " * 20, "red " * 9, "blue ring", "a small ring of a red ring", "a"]
+    alone = {c: CaptionCache(make(folders[kind])).encode([c]) for c in captions}
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        order = torch.randperm(len(captions), generator=generator).tolist()
+        cache = CaptionCache(make(folders[kind]))
+        for some in (order[: step + 1], order):
+            features = cache.encode([captions[i] for i in some])
+            assert same_bits(features, TextFeatures.cat([alone[captions[i]] for i in some]))
+
+
+def test_a_caption_without_padding_is_encoded_with_such(folders: dict[str, Path]) -> None:
+    """`transformers` leaves out the mask of a batch without padding."""
+    encoder = make(folders["bert"])
+    assert encoder.num_words("a " * 20) == encoder.num_words(LONG) != encoder.num_words(SHORT)
+    assert encoder.num_words("a " * 5) == encoder.num_words("")  # seven tokens, start and end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_null_is_computed_once(kind: str, folders: dict[str, Path]) -> None:
+    """A step of a diffusion model needs it each time. The first is computed as the captions are."""
+    encoder, calls = make(folders[kind]), []
+    original = encoder.encode
+    encoder.encode = lambda captions: calls.append(captions) or original(captions)  # type: ignore[method-assign]
+    CaptionCache(encoder).encode(["a ring"])
+    before = encoder.null(2)
+    before.words.zero_()
+    assert not torch.equal(encoder.null(3)[:2].words, before.words)
+    assert [chunk[0] for chunk in calls] == ["", "a ring"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_in_a_folder_are_those_of_the_model(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A model that has moved finds its own, and one with other weights or sizes does not."""
+
+    def encoded(folder: Path, **sizes: Any) -> int:
+        encoder, calls = make(folder, **sizes), []
+        original = encoder.encode
+        encoder.encode = lambda captions: calls.extend(captions) or original(captions)  # type: ignore[method-assign]
+        cache = CaptionCache(encoder, str(tmp_path / "features"))
+        cache.encode([SHORT, LONG]), cache.save()
+        return len({caption for caption in calls if caption})
+
+    shutil.copytree(folders[kind], tmp_path / "moved")
+    assert encoded(folders[kind]) == 2 and encoded(tmp_path / "moved") == 0
+    assert encoded(folders[kind], max_words=7) == 2
+    weights = load_file(tmp_path / "moved" / "model.safetensors")
+    weights = {n: w + 1e-3 if "encoder" in n else w for n, w in weights.items()}
+    save_file(weights, tmp_path / "moved" / "model.safetensors", {"format": "pt"})
+    assert encoded(tmp_path / "moved") == 2 and encoded(folders[kind]) == 0
+
+
 def test_a_network_attends_to_the_same_padding_in_training_and_sampling(
-    folders: dict[str, Path],
-    make_system: Callable[..., Any],
-    shapes: CaptionedDataset,
-    monkeypatch: pytest.MonkeyPatch,
+    folders: dict[str, Path], make_system: Callable[..., Any], shapes: CaptionedDataset
 ) -> None:
     """A network that attends to the padding receives the same words from the loop, early and
     late."""
-    monkeypatch.setattr(caption_cache, "CACHE_SIZE", 12)
     settings = {name.replace(".", "__"): v for name, v in settings_for(folders["clip"]).items()}
     system, _ = make_system("ldm", **settings, model__unet__attend_padding=True)
     with torch.no_grad():
         for parameter in system.network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    cache = CaptionCache(system.text, shapes)
+    cache = CaptionCache(system.text)
     caption = min(shapes.all_captions(12), key=len)
     x_t, t = torch.randn(1, *system.space.shape), torch.tensor([500])
-
-    def predict(num_before: int) -> Tensor:
-        with torch.no_grad():
-            return system.network(x_t, t, cache.encode([caption], num_before))
-
     assert isinstance(system.network, nn.Module)
-    early = predict(0)
-    torch.testing.assert_close(predict(400), early)
+    with torch.no_grad():
+        expected = system.network(x_t, t, system.text.encode([caption]))
+        for _ in range(2):
+            predicted = system.network(x_t, t, cache.encode([caption]))
+            torch.testing.assert_close(predicted, expected)

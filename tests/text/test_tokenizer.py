@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lineage.config import TextConfig
+from lineage.data import load_dataset
 from lineage.errors import UserError
 from lineage.text.tokenizer import (
     NULL,
@@ -58,6 +60,11 @@ def tokenizer(kind: str) -> Tokenizer:
         ("  two\tstars\n", ["two", "stars"]),
         ("snake_case", ["snake", "_", "case"]),
         ("Über 3 Kreise", ["über", "3", "kreise"]),
+        ("Синий круг, ёж", ["синий", "круг", ",", "ёж"]),
+        ("红色的圆", ["红", "色", "的", "圆"]),
+        ("2个红的X形，ok", ["2", "个", "红", "的", "x", "形", "，", "ok"]),
+        ("\U00020000々〇", ["\U00020000", "々", "〇"]),  # rare characters, repetition, zero
+        ("あか tori", ["あか", "tori"]),  # kana are not split
         ("", []),
         (" \n ", []),
     ],
@@ -215,6 +222,33 @@ def test_bpe_encodes_every_text(caption: str) -> None:
         assert one.decode(one.encode(caption)) == " ".join(caption.lower().split())
         assert one.unknown(caption) == []
         assert UNK not in one.encode(caption)
+
+
+def test_bpe_has_no_token_of_several_chinese_characters() -> None:
+    """Else a frequent caption would be one token, and a new one would share none with it."""
+    captions = ["红色的圆在蓝色的方块左边", "红色的圆", "2个蓝色的方块 ok"] * 50
+    one = make_tokenizer("bpe", captions, 4096)
+    pieces = [one.decode([i]) for i in one.encode("蓝色的圆在红色的方块左边")]
+    assert pieces == list("蓝色的圆在红色的方块左边")
+    assert one.encode("红色")[1:] == one.encode("蓝色")[1:]  # wherever a character stands
+    assert [one.decode([i]) for i in one.encode("2个蓝 ok")] == ["2", "个", "蓝", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("language", "pieces"),
+    [
+        ("zh", ["两", "颗", "绿", "色", "的", "星", "星"]),
+        ("ru", ["две", "зелёные", "звезды"]),
+    ],
+)
+def test_bpe_learns_the_languages_of_shapes(language: str, pieces: list[str]) -> None:
+    """From bytes: two of a Russian letter, three of a Chinese character."""
+    captions = list(load_dataset(f"shapes:hard:{language}").all_captions(400))
+    one = make_tokenizer("bpe", captions, 1024)
+    caption = ("" if language == "zh" else " ").join(pieces)
+    assert [one.decode([i]) for i in one.encode(caption)] == pieces
+    assert all(one.decode(one.encode(caption)) == caption for caption in set(captions))
+    assert max(len(one.encode(caption)) for caption in set(captions)) <= TextConfig().max_words
 
 
 def test_bpe_ignores_the_width_of_blanks() -> None:

@@ -19,7 +19,9 @@ from lineage.data.contract import CaptionedDataset, Example
 from lineage.system import Trainable
 from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.text.encoders import ENCODERS, make_encoder
+from lineage.text.joined import JOINED
 from lineage.text.tokenizer import WordTokenizer
+from lineage.threads import use_threads
 from lineage.training import caption_cache
 from lineage.training.caption_cache import CaptionCache
 from lineage.training.loop import Trainer
@@ -27,6 +29,7 @@ from lineage.training.store import load_state, save_state
 
 WORDS = ["a red circle", "a ring", "two blue squares above a star", "", "a star", "one ring left"]
 WIDTH = 8
+NAMES = [*ENCODERS, f"{JOINED}bag+char_cnn_rnn+lstm"]
 
 
 class Few(CaptionedDataset):
@@ -57,6 +60,11 @@ class Calls:
 
         text.encode = encode  # type: ignore[method-assign]
 
+    def encoded(self) -> list[str]:
+        """Captions of all chunks, without the repeats of each. ("No caption" is encoded first.)"""
+        chunks = self.captions[1:] if self.captions[:1] == [[""]] else self.captions
+        return [caption for chunk in chunks for caption in dict.fromkeys(chunk)]
+
 
 def encoder(tokenizer: WordTokenizer, name: str = "lstm", **config: Any) -> TextEncoder:
     torch.manual_seed(0)
@@ -69,10 +77,14 @@ def frozen(tokenizer: WordTokenizer, name: str = "lstm", **config: Any) -> TextE
     return encoder(tokenizer, name, **config).requires_grad_(False)
 
 
-@pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is built after twelve captions."""
-    monkeypatch.setattr(caption_cache, "CACHE_SIZE", 12)
+def bits(features: TextFeatures) -> list[Tensor]:
+    return [features.words, features.mask, features.sentence, features.ids]
+
+
+def assert_equal(features: TextFeatures, expected: TextFeatures) -> None:
+    """Bit for bit, padding among it."""
+    for one, other in zip(bits(features), bits(expected), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 # --- calls of the encoder ----------------------------------------------------------------
@@ -81,9 +93,9 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trained_encoder_is_called_each_time(tokenizer: WordTokenizer) -> None:
     """Its features change with every step, and carry a gradient."""
     text = encoder(tokenizer)
-    cache, calls = CaptionCache(text, Few()), Calls(text)
-    for before in (0, 12, 400):
-        features = cache.encode(WORDS[:2], before)
+    cache, calls = CaptionCache(text), Calls(text)
+    for _ in range(3):
+        features = cache.encode(WORDS[:2])
         assert features.sentence.requires_grad and features.words.requires_grad
     assert calls.captions == [WORDS[:2]] * 3
 
@@ -91,67 +103,54 @@ def test_a_trained_encoder_is_called_each_time(tokenizer: WordTokenizer) -> None
 def test_one_trained_parameter_is_enough(tokenizer: WordTokenizer) -> None:
     text = frozen(tokenizer)
     next(text.parameters()).requires_grad_()
-    cache, calls = CaptionCache(text, Few()), Calls(text)
-    cache.encode(WORDS[:2], 400), cache.encode(WORDS[:2], 400)
+    cache, calls = CaptionCache(text), Calls(text)
+    cache.encode(WORDS[:2]), cache.encode(WORDS[:2])
     assert calls.captions == [WORDS[:2]] * 2
 
 
-def test_a_frozen_encoder_is_called_until_enough_captions_were_encoded(
-    tokenizer: WordTokenizer,
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_encoder_encodes_each_caption_once(name: str, tokenizer: WordTokenizer) -> None:
+    """Padded ones too."""
+    text = frozen(tokenizer, name)
+    cache, calls = CaptionCache(text), Calls(text)
+    for captions in (WORDS[:2], WORDS[1:4], WORDS[:4] * 2, WORDS):
+        cache.encode(captions)
+    assert sorted(calls.encoded()) == sorted(WORDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chunk_has_captions_of_one_length_and_a_fixed_size(
+    name: str, tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then once for all captions, and never again."""
-    text = frozen(tokenizer)
-    cache, calls = CaptionCache(text, Few()), Calls(text)
-    for before in (0, 4, 8, 11):
-        cache.encode(WORDS[:2], before)
-    assert calls.captions == [WORDS[:2]] * 4
-    calls.captions.clear()
-    for before in (12, 16, 20):
-        assert not cache.encode(WORDS[2:4], before).sentence.requires_grad
-    assert calls.captions == [WORDS]
+    """So that a caption is computed by the same kernels whatever its neighbours are."""
+    monkeypatch.setitem(caption_cache.CHUNK_WORDS, "cpu", 12)
+    text = frozen(tokenizer, name, max_words=6)
+    cache, calls = CaptionCache(text), Calls(text)
+    cache.encode(WORDS[:3])
+    cache.encode(WORDS)
+    for chunk in [chunk for chunk in calls.captions if chunk != [""]]:
+        (num_words,) = {text.num_words(caption) for caption in chunk}
+        assert len(chunk) == max(1, 12 // sum(num_words))
+        masks = text.encode(chunk).mask
+        assert text.padded or name == "char_cnn_rnn" or JOINED in name or masks.all()
 
 
-def test_the_table_is_built_wherever_a_run_begins(tokenizer: WordTokenizer) -> None:
-    """Which caption is looked up is a function of data and step: a run that is resumed late has
-    encoded nothing itself."""
-    text = frozen(tokenizer)
-    cache, calls = CaptionCache(text, Few()), Calls(text)
-    cache.encode(WORDS[:2], 400), cache.encode(WORDS[1:3], 404)
-    assert calls.captions == [WORDS]
+def test_encoding_has_one_thread_float32_and_no_gradient(tokenizer: WordTokenizer) -> None:
+    """Whatever the step uses: its number of threads may change while a run measures."""
+    text, seen = frozen(tokenizer, "transformer"), []
+    original = text.encode
 
+    def encode(captions: list[str]) -> TextFeatures:
+        seen.append((torch.get_num_threads(), torch.is_grad_enabled()))
+        features = original(captions)
+        seen.append(features.words.dtype)
+        return features
 
-def test_many_captions_are_encoded_in_parts(
-    tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each keeps its row, short ones behind long ones."""
-    monkeypatch.setattr(caption_cache, "CHUNK", 4)
-    text = frozen(tokenizer)
-    cache, calls = CaptionCache(text, Few()), Calls(text)
-    features = cache.encode(WORDS, 12)
-    assert calls.captions == [WORDS[:4], WORDS[4:]]
-    assert_same(features, text.encode(WORDS))
-
-
-def test_the_table_is_bounded(tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of the data, so that a large data set costs no more memory than a small one."""
-    monkeypatch.setattr(caption_cache, "CACHE_SIZE", 3)
-    text = frozen(tokenizer)
-    cache, calls = CaptionCache(text, Few()), Calls(text)
-    cache.encode(["a ring"], 3)
-    assert calls.captions == [WORDS[:3]]
-    cache.encode(["a star"], 3)
-    assert calls.captions[1:] == [["a star"]]
-
-
-def test_captions_outside_the_table_are_encoded(tokenizer: WordTokenizer) -> None:
-    """The whole batch is encoded; the table is built afterwards."""
-    text = frozen(tokenizer)
-    cache, calls = CaptionCache(text, Few()), Calls(text)
-    mixed = ["a ring", "three yellow stars", "a star"]
-    for expected in ([mixed], [mixed, WORDS], [mixed, WORDS, mixed]):
-        captions = mixed if expected[-1] is mixed else WORDS[:2]
-        assert_same(cache.encode(captions, 12), frozen(tokenizer).encode(captions))
-        assert calls.captions == expected
+    text.encode = encode  # type: ignore[method-assign]
+    with use_threads(2), torch.autocast("cpu", torch.bfloat16):
+        features = CaptionCache(text).encode(WORDS)
+    assert set(seen) == {(1, False), torch.float32}
+    assert_equal(features, CaptionCache(frozen(tokenizer, "transformer")).encode(WORDS))
 
 
 # --- features --------------------------------------------------------------------------
@@ -172,18 +171,18 @@ def assert_same(features: TextFeatures, expected: TextFeatures) -> None:
     )
 
 
-@pytest.mark.parametrize("name", list(ENCODERS))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "captions",
     [WORDS, WORDS[::-1], ["a ring"], ["", "a star", "a star"], [WORDS[2], "a ring"]],
     ids=["all", "turned", "one", "twice", "two"],
 )
-def test_the_table_equals_the_encoder(
+def test_cached_features_are_those_of_the_encoder(
     name: str, captions: list[str], tokenizer: WordTokenizer
 ) -> None:
     """In any order, and no longer than the longest caption."""
     text = frozen(tokenizer, name)
-    features, expected = CaptionCache(text, Few()).encode(captions, 12), text.encode(captions)
+    features, expected = CaptionCache(text).encode(captions), text.encode(captions)
     assert_same(features, expected)
     longest = expected.mask.shape[1] if text.padded else expected.mask.sum(1).max()
     assert features.mask.shape[1] == longest
@@ -191,20 +190,55 @@ def test_the_table_equals_the_encoder(
         assert part.dtype == torch.float32 and not part.requires_grad
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [10**9, 3000, 1])
+def test_features_do_not_depend_on_what_is_cached(
+    name: str, size: int, tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: alone, after other captions, among other neighbours, without room."""
+    captions = [*WORDS, "a red ring", "a blue ring left of a red star", "one", "two stars"]
+    alone = {c: CaptionCache(frozen(tokenizer, name)).encode([c]) for c in captions}
+    monkeypatch.setattr(caption_cache, "CACHE_BYTES", size)
+    cache = CaptionCache(frozen(tokenizer, name))
+    for step in range(12):
+        order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(step))
+        some = [captions[i] for i in order[: 1 + step % 5].tolist()]
+        some += some[:1]
+        assert_equal(cache.encode(some), TextFeatures.cat([alone[caption] for caption in some]))
+
+
+def test_memory_is_bounded(tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions that find no room are encoded each time; those that found it are kept."""
+    monkeypatch.setattr(caption_cache, "CACHE_BYTES", 500)
+    text = frozen(tokenizer)
+    cache, calls = CaptionCache(text), Calls(text)
+    many = [f"a {word} star" for word in ("red", "blue", "green", "small", "large", "one", "two")]
+    cache.encode(many)
+    rows = 500 // (3 * (4 * WIDTH + 1 + 8) + 4 * WIDTH)
+    calls.captions.clear()
+    cache.encode(many)
+    assert calls.encoded() == many[rows:] and 1 < rows < len(many)
+
+
 def test_features_are_copies(tokenizer: WordTokenizer) -> None:
     """A step that writes into its features must not change the next one's."""
     text = frozen(tokenizer)
-    cache = CaptionCache(text, Few())
-    features = cache.encode(WORDS, 12)
-    features.words.zero_(), features.sentence.zero_(), features.mask.zero_()
-    assert_same(cache.encode(WORDS, 16), text.encode(WORDS))
+    cache = CaptionCache(text)
+    for _ in range(2):
+        features = cache.encode(WORDS)
+        assert_same(features, text.encode(WORDS))
+        features.words.zero_(), features.sentence.zero_(), features.mask.zero_()
 
 
 def test_an_encoder_without_parameters_is_frozen() -> None:
     text = ZeroEncoder()
-    cache, calls = CaptionCache(text, Few()), Calls(text)
-    assert len(cache.encode(WORDS[:3], 12)) == 3 and len(cache.encode(WORDS[:2], 16)) == 2
-    assert calls.captions == [WORDS]
+    cache, calls = CaptionCache(text), Calls(text)
+    assert len(cache.encode(WORDS[:3])) == 3 and len(cache.encode(WORDS[:2])) == 2
+    assert calls.encoded() == WORDS[:3]
+
+
+def test_a_system_may_read_no_captions() -> None:
+    assert CaptionCache(None).encode(WORDS) is None
 
 
 # --- in the loop ------------------------------------------------------------------------------
@@ -233,14 +267,12 @@ def advance(one: Trainer, until: int) -> Iterator[dict[str, Tensor]]:
         yield one.advance(one.loader.at(one.step))
 
 
-def test_the_loop_counts_captions(tokenizer: WordTokenizer) -> None:
-    """Three steps of four captions are encoded, the fourth builds the table."""
+def test_the_loop_encodes_each_caption_once(tokenizer: WordTokenizer) -> None:
     text = encoder(tokenizer)
     one = trainer(stackgan, text, Few())
     calls = Calls(text)
     list(advance(one, 6))
-    assert [len(captions) for captions in calls.captions] == [4, 4, 4, len(WORDS)]
-    assert calls.captions[-1] == WORDS
+    assert sorted(calls.encoded()) == sorted(WORDS)
 
 
 def test_a_stage_that_trains_its_encoder_calls_it_each_time(tokenizer: WordTokenizer) -> None:
@@ -274,11 +306,19 @@ def test_a_frozen_encoder_has_no_dropout(make: Make, tokenizer: WordTokenizer) -
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("size", [10**9, 1000])
 def test_a_resumed_run_is_one_that_was_never_stopped(
-    stop: int, dropout: float, tokenizer: WordTokenizer, tmp_path: Path
+    size: int,
+    stop: int,
+    dropout: float,
+    tokenizer: WordTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit: stopped before the table is built, as it is built, and after it was used."""
+    """Bit for bit, with nothing cached, and with no room for all; batches have captions of several
+    lengths."""
+    monkeypatch.setattr(caption_cache, "CACHE_BYTES", size)
 
     def begin() -> Trainer:
         return trainer(stackgan, encoder(tokenizer, dropout=dropout), Few())

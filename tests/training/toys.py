@@ -19,3 +19,6 @@ class ZeroEncoder(TextEncoder):
 
     def null(self, count: int) -> TextFeatures:
         return self.encode([""] * count)
+
+    def tokens(self, caption: str) -> list[str]:
+        return ["zero"]
