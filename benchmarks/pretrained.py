@@ -66,16 +66,16 @@ NARROW = {"autoencoder.net.channels": "24"}
 RUNS = {
     "retrieval": Run(None, {"model.memory_size": "870"}),  # 2.7 MB of pictures
     "gan_int_cls": Run(5),
-    "stackgan": Run(55),
+    "stackgan": Run(8),
     "vqvae": Run(12),
-    "attngan": Run(55),
-    "ddpm": Run(55),
+    "attngan": Run(8),
+    "ddpm": Run(14),
     "vqgan": Run(8),
     "clip": Run(10),
     "dalle": Run(8),
     "vqgan_clip": Run(8, stages_from={"clip": "clip"}),
     "clipdraw": Run(None, stages_from={"clip": "clip"}),
-    "ldm": Run(55, NARROW),
+    "ldm": Run(8, NARROW),
     "dit": Run(8, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
 }
 
