@@ -57,10 +57,6 @@ class Comparer(Protocol):
     def parameters(self) -> Iterator[Tensor]:
         """All weights."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> (B, P)."""
 
@@ -198,7 +194,8 @@ def _embed(model: Comparer, pictures: Pictures, broken: list[str]) -> Tensor:
 def image_vectors(model: Comparer, images: Tensor) -> Tensor:
     """(B, 3, S, S) uint8 -> (B, P) unit vectors on the CPU."""
     with use_free_threads():
-        vectors = model.encode_image(to_unit(images.to(model.device)))
+        device = next(iter(model.parameters())).device
+        vectors = model.encode_image(to_unit(images.to(device)))
         return F.normalize(vectors.float(), dim=-1).cpu()
 
 

@@ -227,6 +227,8 @@ class ModifiedResNet(nn.Module):
                 f"The ResNet of CLIP divides the side by 32, and {size} is no multiple."
             )
         width = config.width
+        if width % 2:
+            raise UserError(f"The stem of CLIP's ResNet halves its width, and {width} is odd.")
         self.stem = nn.Sequential(
             nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width // 2),
