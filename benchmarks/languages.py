@@ -2,14 +2,15 @@
 
     python benchmarks/languages.py                      about 8 x 12 minutes of one core, and scores
     python benchmarks/languages.py --systems ddpm       two such programs may run side by side
-    python benchmarks/languages.py --cpu-minutes 0.2 --out /tmp/trial    a trial
+    python benchmarks/languages.py --cpu-minutes 0.2 --every 20 --runs /tmp/runs --out /tmp/trial
 
 The scenes and the order of pictures are the same in every language, and so are the prompts' scenes
 and the judge; only words differ. All runs have a byte-level BPE tokeniser and a transformer as text
 encoder, one thread and the same minutes of processor time, so that a run on three languages has
 read a third of the captions of each.
 
-A stopped program goes on where it was, and what is finished is not done again.
+A stopped program goes on where it was, and what is finished is not done again. Paths are those of
+the folder that it is started in.
 
     runs/languages/SYSTEM-LANGUAGE-MINUTES     the runs; `scores.json` in each
     results/languages/languages.json, .md      all runs of this budget that are finished
@@ -21,6 +22,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,6 @@ from lineage.runs import load
 from lineage.training.cost import read_cost
 from lineage.training.store import read_json, write_json
 
-ROOT = Path(__file__).parent.parent
 SYSTEMS = ("ddpm", "vqvae")
 TRAINED_ON = (*ALL, "all")
 NAMES = {"en": "English", "zh": "Chinese", "ru": "Russian", "all": "all three"}
@@ -54,19 +55,19 @@ def command(key: str, language: str, minutes: float, folder: Path) -> list[str]:
     ]
 
 
-def prompts_in(language: str, size: int) -> PromptSet:
-    """The prompts of level easy in a language."""
+def prompts_in(language: str, size: int, every: int) -> PromptSet:
+    """The prompts of level easy in a language, or one in `every` of them."""
     data = load_dataset(f"shapes:easy:{language}", "validation", size)
     prompts = prompt_set(data, None, Judge.load(), seed=0)
     assert prompts is not None
-    return prompts
+    return replace(prompts, prompts=prompts.prompts[::every])
 
 
-def scores(folder: Path) -> dict[str, Any]:
+def scores(folder: Path, every: int) -> dict[str, Any]:
     """Scores of a run in each language, with the mean number of tokens of a prompt."""
     system, result = load(folder, "cpu"), {}
     for language in ALL:
-        prompts = prompts_in(language, system.size)
+        prompts = prompts_in(language, system.size, every)
         captions = [prompt.prompt for prompt in prompts.prompts]
         pictures = to_bytes(system.generate(captions, seed=0))
         verdicts = prompts.verdicts(prompts.judge.detect(pictures))
@@ -78,7 +79,7 @@ def scores(folder: Path) -> dict[str, Any]:
     return result
 
 
-def train_and_score(key: str, language: str, minutes: float, folder: Path) -> None:
+def train_and_score(key: str, language: str, minutes: float, folder: Path, every: int) -> None:
     """One run, unless it is finished."""
     done = folder / "scores.json"
     if done.exists():
@@ -86,15 +87,14 @@ def train_and_score(key: str, language: str, minutes: float, folder: Path) -> No
     made_by = machine()
     parts = command(key, language, minutes, folder)
     subprocess.run([sys.executable, "-m", *parts, "--resume"], check=True)
-    cost = read_cost(folder)
     write_json(
         done,
         {
             "system": key,
             "trained_on": language,
             "command": shlex.join(parts),
-            "cost": cost,
-            "scores": scores(folder),
+            "cost": read_cost(folder),
+            "scores": scores(folder, every),
             "machine": made_by,
         },
     )
@@ -162,8 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--cpu-minutes", type=float, default=12.0)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "languages")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "languages")
+    parser.add_argument("--every", type=int, default=1, help="score one in so many prompts")
+    parser.add_argument("--runs", type=Path, default=Path("runs/languages"))
+    parser.add_argument("--out", type=Path, default=Path("results/languages"))
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -172,9 +173,12 @@ def main() -> None:
 
     for key in options.systems:
         for language in TRAINED_ON:
-            train_and_score(key, language, options.cpu_minutes, folder(key, language))
+            run = folder(key, language)
+            train_and_score(key, language, options.cpu_minutes, run, options.every)
     files = [folder(key, name) / "scores.json" for key in SYSTEMS for name in TRAINED_ON]
-    real, shuffled = prompts_in("en", 32).rows()  # of pictures, so the same in every language
+    real, shuffled = prompts_in(
+        "en", 32, options.every
+    ).rows()  # of pictures, so the same in every language
     document = {
         "cpu_minutes": options.cpu_minutes,
         "runs": [read_json(path) for path in files if path.exists()],

@@ -18,6 +18,7 @@ from lineage.errors import UserError, nearest
 from lineage.pretrained import is_packaged, run_folder, run_name
 from lineage.recipes import find_recipe, preset
 from lineage.system import Trainable
+from lineage.text.encoders import EncoderSpec
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
 from lineage.training.cost import read_cost
 from lineage.training.stage import (
@@ -27,7 +28,7 @@ from lineage.training.stage import (
     replace_stage,
     state_path,
 )
-from lineage.training.store import load_state, load_tensors, read_json
+from lineage.training.store import fingerprint, load_state, load_tensors, read_json
 
 NOT_SETTINGS = ("made_with", "data_fingerprint", "stages_from", "changes")
 """Entries of config.json that are no settings of a run."""
@@ -136,6 +137,33 @@ def check_weights(stages: list[Stage]) -> None:
         sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
         if saved != sizes:
             raise UserError(f"{stage.weights} does not hold the weights of a stage {stage.name}.")
+
+
+def use_own_weights(stages: list[Stage], folder: Path) -> None:
+    """Let a resumed run read the files of other runs for such stages only that it does not hold.
+
+    Raises `UserError` if a text tower that is still to be read is no longer that of the beginning.
+    """
+    for stage in stages:
+        own = finished_weights(folder, stage.name)
+        if stage.weights is not None and own.exists():
+            stage.weights = own
+        started = own.exists() or state_path(folder, stage, stages).exists()
+        for argument, value in stage.arguments.items():
+            if isinstance(value, EncoderSpec) and started:
+                stage.arguments[argument] = value.without_files()
+            elif isinstance(value, EncoderSpec):
+                _check_runs(value.config.runs, folder)
+
+
+def _check_runs(runs: Mapping[str, Any], folder: Path) -> None:
+    for run, source in runs.items():
+        weights = Path(source["weights"])
+        if not weights.is_file() or fingerprint(weights.read_bytes()) != source["hash"]:
+            raise UserError(
+                f"The CLIP {run} is no longer what the run in {folder} began with: restore it, or "
+                "choose another --out."
+            )
 
 
 def check_checkpoints(folder: Path, stages: list[Stage]) -> None:

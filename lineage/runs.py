@@ -45,6 +45,7 @@ from lineage.plan import (
     read_saved,
     read_tokenizer,
     source_of,
+    use_own_weights,
 )
 from lineage.pretrained import PREFIX, run_folder
 from lineage.recipes import find_recipe
@@ -58,7 +59,7 @@ from lineage.threads import requested, use_threads, worded
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.memory import check_memory
 from lineage.training.run_stages import RunStages
-from lineage.training.stage import Stage, finished_weights, load_weights
+from lineage.training.stage import Stage, load_weights
 from lineage.training.stopping import Stopped
 from lineage.training.store import (
     cache_folder,
@@ -226,9 +227,7 @@ def _resumed(
             "another --out."
         )
     stages = plan(config, read_tokenizer(folder), sources)
-    for stage in stages:  # the other run's folder is no longer needed
-        if stage.weights is not None and (own := finished_weights(folder, stage.name)).exists():
-            stage.weights = own
+    use_own_weights(stages, folder)
     _check_stages(stages, config, folder)
     threads, new_threads = None, None
     if not config.train.is_timed:

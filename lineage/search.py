@@ -109,8 +109,9 @@ def _of_folder(root: Path, size: int) -> Pictures:
     files = [file for file in list_files(root, skipped) if is_picture(file)]
     if not files:
         raise UserError(f"There is no picture in {root}: name a folder that holds some.")
-    stats = [(root / file).stat() for file in files]
-    facts = [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
+    if skipped:
+        _say_left_out(f"{skipped[0].path} ({skipped[0].reason})", len(skipped))
+    facts = [[file, *_stamp(root / file)] for file in files]
 
     def image(number: int) -> Tensor:
         path = root / files[number]
@@ -121,6 +122,19 @@ def _of_folder(root: Path, size: int) -> Pictures:
 
     names = [plain(str(PurePosixPath(file).with_suffix(""))) for file in files]
     return Pictures(names, image, fingerprint(json.dumps([str(root.resolve()), facts]).encode()))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file; zeros for a link to nothing."""
+    try:
+        info = path.stat()
+    except OSError:
+        return 0, 0
+    return info.st_size, info.st_mtime_ns
+
+
+def _say_left_out(first: str, count: int) -> None:
+    say_once(f"Left out: {first}{f', and {count - 1} more' if count > 1 else ''}.")
 
 
 def _of_dataset(dataset: CaptionedDataset) -> Pictures:
@@ -135,15 +149,27 @@ def embeddings(model: Comparer, pictures: Pictures, weights: str) -> Tensor:
 
     Args:
         weights: Hash of the model's weights, under which the vectors are kept.
+
+    Raises:
+        UserError: no picture can be opened.
     """
     key = fingerprint(json.dumps([weights, pictures.key, model.size, CHUNK]).encode())
     path = cache_folder("search") / f"{key}.safetensors"
-    tensors = cached(path, load_tensors, lambda: {"image": _embed(model, pictures)}, save_tensors)
-    return tensors["image"]
+    broken: list[str] = []
+
+    def embed() -> dict[str, Tensor]:
+        return {"image": _embed(model, pictures, broken)}
+
+    vectors = cached(path, load_tensors, embed, save_tensors)["image"]
+    broken = broken or [pictures.names[i] for i in (~vectors.any(1)).nonzero()[:, 0].tolist()]
+    if broken:
+        _say_left_out(broken[0], len(broken))
+    return vectors
 
 
-def _embed(model: Comparer, pictures: Pictures) -> Tensor:
-    rows, broken = [], []
+def _embed(model: Comparer, pictures: Pictures, broken: list[str]) -> Tensor:
+    """The vectors; a sentence about each picture that cannot be opened is added to `broken`."""
+    rows: list[Tensor] = []
     numbers = range(len(pictures.names))
     with tqdm(total=len(numbers), desc="embedding", unit=" pictures", disable=None) as bar:
         for first in range(0, len(numbers), CHUNK):
@@ -159,9 +185,8 @@ def _embed(model: Comparer, pictures: Pictures) -> Tensor:
             unit = image_vectors(model, torch.stack(images))
             rows.append(unit * torch.tensor(opened)[:, None])
             bar.update(len(images))
-    if broken:
-        more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
-        say_once(f"Left out: {broken[0]}{more}.")
+    if len(broken) == len(numbers):
+        raise UserError(f"No picture can be opened: {broken[0]}.")
     return torch.cat(rows)
 
 
@@ -169,7 +194,9 @@ def _embed(model: Comparer, pictures: Pictures) -> Tensor:
 def image_vectors(model: Comparer, images: Tensor) -> Tensor:
     """(B, 3, S, S) uint8 -> (B, P) unit vectors on the CPU."""
     with use_free_threads():
-        return F.normalize(model.encode_image(to_unit(images)).float(), dim=-1).cpu()
+        device = next(iter(model.parameters())).device
+        vectors = model.encode_image(to_unit(images.to(device)))
+        return F.normalize(vectors.float(), dim=-1).cpu()
 
 
 @torch.no_grad()
@@ -184,11 +211,12 @@ def search(
     """The `count` pictures that are nearest to each query, the nearest first.
 
     Args:
-        image: (N, P) unit vectors of the pictures.
+        image: (N, P) unit vectors of the pictures; zeros for those that are left out.
         names: N names.
     """
-    cosines = text_vectors(model, queries) @ image.T  # (K, N)
-    best = cosines.topk(min(count, len(names)), dim=1)
+    found = image.any(1)  # (N,)
+    cosines = (text_vectors(model, queries) @ image.T).masked_fill(~found, -torch.inf)  # (K, N)
+    best = cosines.topk(min(count, int(found.sum())), dim=1)
     return [
         [Hit(number, names[number], cosine) for number, cosine in zip(row, values, strict=True)]
         for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -147,6 +147,8 @@ class CLIP(Trainable):
         return {"clip": [self]}
 
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+        with torch.no_grad():  # a bound in the graph alone would end its gradient for good
+            self.logit_scale.clamp_(max=math.log(self.config.max_scale))
         pictures = self.degraded(batch.image, noise) if self.config.degrade else batch.image
         image = F.normalize(self.encode_image(pictures), dim=-1)  # (B, P)
         words = F.normalize(self.project(text), dim=-1)  # (B, P)
@@ -160,9 +162,7 @@ class CLIP(Trainable):
             "clip",
             {"contrastive": contrastive_loss(logits, others, per_image)},
             metrics=lambda: {
-                "accuracy": (logits.argmax(1) == torch.arange(len(ids)).to(logits.device))
-                .float()
-                .mean(),
+                "accuracy": accuracy(logits, others),
                 "scale": scale,
             },
         )
@@ -225,6 +225,15 @@ class CLIP(Trainable):
         places = F.normalize(self.image_tower.places(self.normalise(images)), dim=1)
         text = F.normalize(self.encode_text(captions), dim=-1)
         return torch.einsum("bphw,bp->bhw", places, text)
+
+
+def accuracy(logits: Tensor, same: Tensor) -> Tensor:
+    """Share of pictures whose own caption fits best, a scalar; arguments as in `contrastive_loss`.
+
+    Other pairs with the same caption do not count.
+    """
+    best = logits.masked_fill(same, -torch.inf).argmax(1)
+    return (best == torch.arange(len(best), device=best.device)).float().mean()
 
 
 def contrastive_loss(logits: Tensor, same: Tensor, per_image: Tensor | None = None) -> Tensor:

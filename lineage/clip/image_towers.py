@@ -55,7 +55,7 @@ def conv_stem(patch_size: int, width: int) -> nn.Sequential:
     (B, 3, S, S) -> (B, D, S / patch_size, S / patch_size).
     """
     halvings = patch_size.bit_length() - 1
-    if patch_size != 2**halvings or width % 2**halvings:
+    if halvings == 0 or patch_size != 2**halvings or width % 2**halvings:
         raise UserError(
             f"A stem of convolutions needs patches of 2, 4, 8, ... pixels and a width that can be "
             f"halved as often, not patches of {patch_size} and a width of {width}."
@@ -227,6 +227,8 @@ class ModifiedResNet(nn.Module):
                 f"The ResNet of CLIP divides the side by 32, and {size} is no multiple."
             )
         width = config.width
+        if width % 2:
+            raise UserError(f"The stem of CLIP's ResNet halves its width, and {width} is odd.")
         self.stem = nn.Sequential(
             nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width // 2),

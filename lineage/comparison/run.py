@@ -123,7 +123,8 @@ def compare(
         "device": device,
     }
     for key in keys:
-        lookup(key)
+        if not lookup(key).draws:
+            raise UserError(f"{key} draws no pictures that could be compared: leave it out.")
     demanded, per_system = None, None
     if pick_device(device or "auto").type == "cpu":
         demanded = requested() if threads is None else typed(Threads, threads, "threads")

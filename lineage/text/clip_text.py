@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lineage.config import TextConfig
+from lineage.errors import UserError
 from lineage.nn.transformer import GELUKind, TransformerBlock
 from lineage.text.contract import Overflow, TextEncoder, TextFeatures, caption_list
 from lineage.text.token_encoder import UNITS
@@ -115,6 +116,11 @@ class CLIPTextEncoder(TextEncoder):
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
+        if config.max_words < 3:
+            raise UserError(
+                f"The clip encoder needs room for a start, a word and an end, so "
+                f"encoder.max_words={config.max_words} must be at least 3."
+            )
         self.config, self.tokenizer = config, tokenizer
         self.start_id, self.end_id = len(tokenizer), len(tokenizer) + 1
         self.vocab_size = len(tokenizer) + 2
@@ -170,8 +176,11 @@ class CLIPTextEncoder(TextEncoder):
         )
 
     def _room(self, length: int | None = None) -> int:
-        """Number of tokens between start and end."""
-        return max(0, min(length or self.config.max_words, self.config.max_words) - 2)
+        """Number of tokens between start and end that are read, if the first `length` vectors are
+        used: the start is one of them, the end need not be.
+        """
+        room = self.config.max_words - 2
+        return room if length is None else max(0, min(length - 1, room))
 
     def _ids(self, caption: str) -> list[int]:
         """A caption that is too long loses its last words, not its end token."""

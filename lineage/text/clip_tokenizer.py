@@ -7,14 +7,15 @@ A file of merges, one pair in a line, gives the vocabulary: 256 characters that 
 same with the mark, then one token for each merge. Start and end tokens follow (`clip_text.py` adds
 them).
 
-Departure: OpenAI's code mends broken Unicode first (the `ftfy` library); here well-formed text is
-taken as it is.
+Departure: OpenAI's code mends broken Unicode first (the `ftfy` library); here text is brought to
+composed form (NFC), and well-formed text stays as it is.
 """
 
 from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ from lineage.errors import UserError
 from lineage.text.tokenizer import Tokenizer
 
 END_OF_WORD = "</w>"
+_REMARK = "#version"  # in the first line of a file of merges
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 
@@ -39,6 +41,12 @@ def byte_order() -> list[int]:
     """The byte that each of `byte_characters` stands for."""
     seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return seen + [byte for byte in range(256) if byte not in seen]
+
+
+def _apart(character: str) -> str:
+    """A number such as `²` is a word of its own, which `_WORD` would take for a letter."""
+    is_number = unicodedata.category(character) in ("No", "Nl")
+    return f" {character} " if is_number else character
 
 
 class CLIPTokenizer(Tokenizer):
@@ -66,15 +74,21 @@ class CLIPTokenizer(Tokenizer):
         """The tokeniser of a file of merges, whose first line is a remark.
 
         Args:
-            lines: Lines of the file.
+            lines: Lines of the file. A later line may begin with `#` or `"` like the first.
             vocab_size: Number of tokens without start and end; OpenAI's file has more merges than
                 its models use.
 
         Raises:
             UserError: the file is another, or has too few merges.
         """
-        pairs = [tuple(line.split()) for line in lines if not line.startswith(("#", '"'))]
+        first, *others = [*lines] or [""]
+        pairs = [tuple(line.split()) for line in ([] if _REMARK in first else [first]) + others]
         merges = [pair for pair in pairs if len(pair) == 2][: vocab_size - 512]
+        if merges and not any(pair[1].endswith(END_OF_WORD) for pair in merges):
+            raise UserError(
+                f"No merge of the list ends in {END_OF_WORD}, so it is of another tokeniser: name "
+                "the merges.txt of a CLIP."
+            )
         if len(merges) != vocab_size - 512:
             raise UserError(
                 f"The list of merges gives {512 + len(merges):,} tokens, and the checkpoint has "
@@ -84,6 +98,7 @@ class CLIPTokenizer(Tokenizer):
 
     def encode(self, caption: str) -> list[int]:
         text = html.unescape(html.unescape(well_formed(caption)))
+        text = "".join(map(_apart, unicodedata.normalize("NFC", text)))
         ids: list[int] = []
         for word in _WORD.findall(" ".join(text.split()).lower()):
             if word not in self._cache:

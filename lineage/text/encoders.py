@@ -21,6 +21,7 @@ Axes: B captions, L words, D width of words and sentence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -202,10 +203,24 @@ class EncoderSpec:
         """The untrained encoder."""
         return make_encoder(self.name, self.config, self.tokenizer)
 
+    def without_files(self) -> EncoderSpec:
+        """The same encoder, whose weights come from a checkpoint and not from files of runs."""
+        return replace(self, config=self.config.without_files())
+
     def to_json(self) -> dict[str, Any]:
-        """Name, sizes and tokeniser as plain JSON values; weights of runs by their hash."""
-        return {
-            "name": self.name,
-            "config": to_dict(self.config.without_files()),
-            "tokenizer": self.tokenizer.to_json(),
-        }
+        """Name, sizes and tokeniser as plain JSON values; runs by the hash of their weights."""
+        name, config = _by_hash(self.name, to_dict(self.config.without_files()))
+        return {"name": name, "config": config, "tokenizer": self.tokenizer.to_json()}
+
+
+def _by_hash(name: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and sizes of an encoder, with hashes in place of the names of runs: a run that is moved
+    stays the same.
+    """
+    runs = {}
+    for run, source in config["runs"].items():
+        text, encoder = _by_hash(source["text"], source["encoder"])
+        runs[source["hash"]] = {**source, "text": text, "encoder": encoder}
+        whole = rf"(?<![^:+]){re.escape(CLIP_RUN + run)}(?![^+@])"
+        name = re.sub(whole, f"{CLIP_RUN}{source['hash']}", name)
+    return name, {**config, "runs": runs}

@@ -29,7 +29,7 @@ def opposite(caption: str) -> str | None:
 
     def exchange(match: re.Match[str]) -> str:
         word = match.group()
-        return _HAN.get(word) or _WORDS[word.lower()]
+        return _HAN.get(word) or _WORDS.get(word.lower(), word)  # `RİGHT` has two cases of i
 
     changed = _PATTERN.sub(exchange, caption)
     return changed if changed != caption else None

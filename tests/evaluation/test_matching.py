@@ -106,7 +106,7 @@ def test_the_package_s_clip_reads_shapes(data: CaptionedDataset) -> None:
     prompts = prompt_set(data, None, Judge.load(), 0)
     scores = matching(scorer, data, prompts, max_pictures=500)
     assert scores["r_precision"]["value"] > 0.85
-    assert scores["limit"]["value"] > 0.97
+    assert 0.9 < scores["limit"]["value"] < 1  # about one picture in 14 has a second true caption
     for word in ("left", "right", "above", "below"):
         assert scores["words_of_place"][word]["value"] > 0.9
     assert scores["near_misses"]["colour"]["value"] > 0.9
