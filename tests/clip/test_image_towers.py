@@ -15,8 +15,8 @@ from lineage.clip.image_towers import (
     Bottleneck,
     ModifiedResNet,
     ResNetConfig,
-    ViTConfig,
     VisionTransformer,
+    ViTConfig,
     conv_stem,
 )
 from lineage.errors import UserError

@@ -27,7 +27,7 @@ STRANGE = [
     "👩‍👩‍👧 waves 🇩🇪",
     "snake_case __init__ x_1",
     "10 m² and ½x, Ⅷ5",
-    "1,234.5 % of $7 ### \"\" #cat",
+    '1,234.5 % of $7 ### "" #cat',
     "tab\there\nnew a\u00a0b zero\u200bwidth",
     "ß ﬁ \x00\x07",
     "!",
@@ -146,7 +146,11 @@ def test_merges_that_the_model_does_not_use_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("lines", "size", "reason"),
     [
-        (LINES, 512 + len(MERGES) + 1, f"gives {512 + len(MERGES)} tokens.* has {513 + len(MERGES)}"),
+        (
+            LINES,
+            512 + len(MERGES) + 1,
+            f"gives {512 + len(MERGES)} tokens.* has {513 + len(MERGES)}",
+        ),
         ([], 514, "gives 512 tokens"),
         (["red", "cat"], 514, "gives 512 tokens"),
         (LINES, 50, "has 50"),
