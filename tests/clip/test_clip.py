@@ -230,7 +230,7 @@ def test_half_of_the_pictures_are_blurred_and_all_get_noise() -> None:
     stripes = torch.ones(total, 3, side, side)
     stripes[..., 2::4] = stripes[..., 3::4] = -1  # of two pixels, which a blur makes grey
     kept = (model.degraded(stripes, NoiseStreams(range(total))) * stripes).mean((1, 2, 3))
-    shares = Counter(round(float(share), 3) for share in kept)
+    shares = Counter(round(float(share), 2) for share in kept)
     sharp, less, least = sorted(shares, reverse=True)
     assert sharp == 1 and less > least + 0.1
     assert [shares[one] for one in (sharp, less, least)] == pytest.approx([200, 100, 100], abs=40)
@@ -288,7 +288,7 @@ def test_both_towers_and_the_scale_are_trained(batch: Batch) -> None:
             assert without_effect or (parameter.grad is not None and parameter.grad.any()), name
         values = turn.metrics()
         assert 0 <= float(values["accuracy"]) <= 1
-        assert float(values["scale"]) == pytest.approx(1 / 0.07, rel=1e-4)
+        assert float(values["scale"].detach()) == pytest.approx(1 / 0.07, rel=1e-4)
     assert isinstance(model.image_tower, ModifiedResNet)
 
 
