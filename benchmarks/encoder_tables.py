@@ -58,7 +58,7 @@ def scored(lines: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str,
             if both and lines[0]["encoder"] != BASELINE:
                 ours = values_of([of_seed[n] for n in both], split, tuple(tasks))
                 theirs = values_of([base_of[n] for n in both], split, tuple(tasks))
-                entry["difference"] = seeds_score(differences(ours, theirs))
+                entry["difference"] = seeds_score(differences(ours, theirs), lowest=-1.0)
             result[split][name] = entry
     return result
 

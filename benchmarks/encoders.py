@@ -397,7 +397,11 @@ def document_of(study: Study, command: str) -> dict[str, Any]:
         "reconstruction": {f: read_json(path) for f, path in shared.items() if path.exists()},
         "real": real,
         "shuffled": shuffled,
-        "skipped": {name: reason for name in ENCODERS if (reason := reason_to_skip(name))},
+        "skipped": {
+            name: reason
+            for name in ENCODERS
+            if (reason := reason_to_skip(name)) and name not in [row["encoder"] for row in rows]
+        },
         "failed": [line for line in lines if "failed" in line],
         "commits": sorted({str(line["machine"]["commit"]) for line in done}),
         "machine": machine(),

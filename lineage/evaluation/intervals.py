@@ -65,12 +65,19 @@ def task_mean_score(tasks: Sequence[Values], seed: int = 0) -> dict[str, Any]:
     value = float(torch.stack([column.mean() for column in columns]).mean())
     count = sum(map(len, columns))
     if low == high and value in (0.0, 1.0):
-        width = Z**2 / (count + Z**2)
-        low, high = (0.0, width) if value == 0 else (1 - width, 1.0)
+        low, high = _wilson(value, count)
     return as_score(value, low, high, count)
 
 
-def seeds_score(runs: Sequence[Sequence[Values]], seed: int = 0) -> dict[str, Any]:
+def _wilson(value: float, count: int) -> tuple[float, float]:
+    """Wilson's interval of `count` verdicts that are all alike."""
+    width = Z**2 / (count + Z**2)
+    return (0.0, width) if value == 0 else (1 - width, 1.0)
+
+
+def seeds_score(
+    runs: Sequence[Sequence[Values]], seed: int = 0, *, lowest: float = 0.0
+) -> dict[str, Any]:
     """`task_mean_score` of runs that differ in their seed alone, and of their like.
 
     Each resampled set draws runs, and draws prompts once for all its runs, since all drew the same
@@ -82,6 +89,7 @@ def seeds_score(runs: Sequence[Sequence[Values]], seed: int = 0) -> dict[str, An
     Args:
         runs: For each run, the values of the prompts of each task: verdicts, or their differences
             to another run's, for a paired comparison. One run speaks of prompts alone.
+        lowest: Lowest possible value: 0 for verdicts, -1 for differences. The highest is 1.
 
     Returns:
         The score; `n` counts prompts, `runs` the runs.
@@ -104,7 +112,11 @@ def seeds_score(runs: Sequence[Sequence[Values]], seed: int = 0) -> dict[str, An
     quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = torch.quantile(torch.stack(means).mean(0), quantiles).tolist()
     value = float(torch.stack([task.mean() for task in tasks]).mean())
-    return {**as_score(value, low, high, sum(t.shape[1] for t in tasks)), "runs": len(runs)}
+    low, high = max(low, lowest), min(high, 1.0)  # stretched means may lie beyond
+    count = sum(task.shape[1] for task in tasks)
+    if low == high and value in (0.0, 1.0) and lowest == 0:
+        low, high = _wilson(value, count)
+    return {**as_score(value, low, high, count), "runs": len(runs)}
 
 
 def fid_score(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, Any]:

@@ -263,3 +263,11 @@ def test_runs_that_differ_widen_the_interval() -> None:
     """
     low, high = intervals.seeds_score([[[0.4] * 9], [[0.6] * 9]])["interval"]
     assert (low, high) == pytest.approx((0.5 - 0.1 * math.sqrt(2), 0.5 + 0.1 * math.sqrt(2)), 1e-3)
+
+
+def test_limits_of_a_score_over_seeds() -> None:
+    """Stretched means stay possible; equal verdicts have Wilson's interval, differences none."""
+    assert intervals.seeds_score([[[0.0] * 9], [[1.0] * 9]])["interval"] == [0.0, 1.0]
+    assert intervals.seeds_score([[[-1.0] * 9], [[1.0] * 9]], lowest=-1)["interval"] == [-1.0, 1.0]
+    assert intervals.seeds_score([[[0.0] * 9]] * 3)["interval"] == [0.0, pytest.approx(0.299, 1e-2)]
+    assert intervals.seeds_score([[[0.0] * 9]] * 3, lowest=-1)["interval"] == [0.0, 0.0]
