@@ -5,6 +5,7 @@ and tables.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lineage.data import load_dataset
@@ -16,11 +17,11 @@ from lineage.evaluation.real import PromptSet, prompt_set
 from lineage.system import System
 
 
-def prompts_of(data: str, size: int) -> PromptSet:
-    """The prompts of a data set, such as `shapes:easy:en`."""
+def prompts_of(data: str, size: int, every: int = 1) -> PromptSet:
+    """The prompts of a data set, such as `shapes:easy:en`, or one in `every` of them."""
     prompts = prompt_set(load_dataset(data, "validation", size), None, Judge.load(), seed=0)
     assert prompts is not None, f"{data} is not shapes"
-    return prompts
+    return replace(prompts, prompts=prompts.prompts[::every])
 
 
 def verdicts(system: System, prompts: PromptSet, seed: int = 0) -> list[dict[str, bool]]:

@@ -22,7 +22,6 @@ import argparse
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +50,12 @@ def command(key: str, language: str, minutes: float, folder: Path) -> list[str]:
     ]
 
 
-<<<<<<< HEAD
-def prompts_in(language: str, size: int, every: int) -> PromptSet:
-    """The prompts of level easy in a language, or one in `every` of them."""
-    data = load_dataset(f"shapes:easy:{language}", "validation", size)
-    prompts = prompt_set(data, None, Judge.load(), seed=0)
-    assert prompts is not None
-    return replace(prompts, prompts=prompts.prompts[::every])
-
-
 def scores(folder: Path, every: int) -> dict[str, Any]:
     """Scores of a run in each language, with the mean number of tokens of a prompt."""
     system, result = load(folder, "cpu"), {}
     for language in ALL:
-        prompts = prompts_in(language, system.size, every)
-        captions = [prompt.prompt for prompt in prompts.prompts]
-        pictures = to_bytes(system.generate(captions, seed=0))
-        verdicts = prompts.verdicts(prompts.judge.detect(pictures))
-        lengths = [len(system.text.tokens(caption)) for caption in captions]
-=======
-def scores(folder: Path) -> dict[str, Any]:
-    """Scores of a run in each language, with the mean number of tokens of a prompt."""
-    system, result = load(folder, "cpu"), {}
-    for language in ALL:
-        prompts = prompts_of(f"shapes:easy:{language}", system.size)
+        prompts = prompts_of(f"shapes:easy:{language}", system.size, every)
         lengths = [len(system.text.tokens(caption)) for caption in captions_of(prompts.prompts)]
->>>>>>> study
         result[language] = {
             "tokens_per_prompt": round(sum(lengths) / len(lengths), 2),
             **composition(system, prompts),
@@ -173,13 +152,8 @@ def main() -> None:
             run = folder(key, language)
             train_and_score(key, language, options.cpu_minutes, run, options.every)
     files = [folder(key, name) / "scores.json" for key in SYSTEMS for name in TRAINED_ON]
-<<<<<<< HEAD
-    real, shuffled = prompts_in(
-        "en", 32, options.every
-=======
     real, shuffled = prompts_of(
-        "shapes:easy:en", 32
->>>>>>> study
+        "shapes:easy:en", 32, options.every
     ).rows()  # of pictures, so the same in every language
     document = {
         "cpu_minutes": options.cpu_minutes,
