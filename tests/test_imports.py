@@ -53,7 +53,10 @@ MAY = {
 not listed (recipes, evaluation, comparison, official, runs, cli) sit on top."""
 
 
-EXTRA = {"data.tools": {"sheets"}}  # it draws contact sheets
+EXTRA = {
+    "data.tools": {"sheets"},  # it draws contact sheets
+    "clip.clip": {"text.opposites"},  # of words of place
+}
 LONG = {"catalog"}  # a table, not a program
 
 
@@ -163,6 +166,8 @@ def test_every_part_has_rules() -> None:
         "resume",
         "runs",
         "stepping",
+        "text_runs",
+        "search",
         "course",
         "recipes",
         "evaluation",

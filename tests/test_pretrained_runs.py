@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lineage
-from lineage.catalog import working
+from lineage.catalog import CATALOG, working
 from lineage.cli import main
 from lineage.errors import UserError
 from lineage.evaluation import cost
@@ -41,10 +41,11 @@ def test_a_run_is_small_and_half_precise(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", pretrained())
-def test_a_run_draws(key: str) -> None:
+def test_a_run_is_loaded_in_full_precision_and_draws(key: str) -> None:
     system = lineage.load(f"pretrained:{key}")
     assert {p.dtype for p in system.parameters()} == {torch.float32}
-    assert system.generate(["a red circle"], seed=1).shape == (1, 3, 32, 32)
+    if CATALOG[key].draws:
+        assert system.generate(["a red circle"], seed=1).shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("key", pretrained())

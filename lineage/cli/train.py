@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from lineage import catalog
 from lineage.characters import plain
 from lineage.cli.arguments import (
     Flag,
@@ -78,4 +79,7 @@ def train(
         stages_from=pairs(stages_from, "STAGE=RUN, as in --from codec=runs/vqvae"),
     )
     place = shlex.quote(str(folder))
-    print(plain(f'{folder}: trained; draw with: lineage sample {place} "a caption"'))
+    use = f'draw with: lineage sample {place} "a caption"'
+    if not catalog.CATALOG[key].draws:
+        use = f'search with: lineage search {place} shapes "a caption"'
+    print(plain(f"{folder}: trained; {use}"))

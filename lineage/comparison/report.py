@@ -116,11 +116,11 @@ def encoder_table(summary: dict[str, Any]) -> ScoreTable:
     historical = summary["text"] == HISTORICAL
     return ScoreTable(
         "Text encoders",
-        ["encoder", "encoder.width"],
+        ["encoder", "width of a word"],
         {key: [one["name"], str(one["width"])] for key, one in encoders.items()},
         "each system has the encoder of its recipe"
         if historical
-        else "one encoder for all systems; its width is the recipe's unless it was set",
+        else "one encoder for all systems, of the sizes of each recipe where the command sets none",
     )
 
 

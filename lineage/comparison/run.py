@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lineage.bounds import Threads
@@ -51,7 +52,7 @@ from lineage.evaluation.run import (
 )
 from lineage.files import check_output, claimed, expanded
 from lineage.options import configure
-from lineage.plan import read_config, read_saved
+from lineage.plan import build, plan, read_config, read_saved, read_tokenizer
 from lineage.resume import differences, last_threads, result_settings
 from lineage.runs import check_runs, fingerprint_of, load_system
 from lineage.sheets import save_picture, sheet
@@ -343,12 +344,15 @@ def _page(folder: Path, examples: Sequence[Example], scored: ScoredRun) -> Syste
 def _system_summary(key: str, folder: Path, scored: ScoredRun) -> dict[str, Any]:
     """The part of the report's data about one system, beside its scores."""
     row, config = CATALOG[key], read_config(folder)
+    with torch.device("meta"):
+        text = build(plan(config, read_tokenizer(folder))).text
+    assert text is not None
     return {
         "title": row.title,
         "year": row.year,
         "paper": row.paper,
         "idea": row.idea,
-        "encoder": {"name": config.text, "width": config.encoder.width},
+        "encoder": {"name": config.text, "width": text.word_dim},
         **scored.scores["cost"],
         "config": to_dict(config),
     }

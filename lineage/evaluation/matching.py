@@ -1,8 +1,9 @@
 """Scores of a model that compares pictures with captions, such as a CLIP, on unseen pictures.
 
     r_precision        share of pictures whose caption comes first among 100 (Xu et al. 2018)
-    limit              the share that a perfect model would reach: several captions of the 100 may
-                       be true of a picture (`shapes` only)
+    limit              the share that a model would reach which knows what is true and no more:
+                       several captions of the 100 may be true of a picture (`shapes` only). One
+                       that knows when captions leave something out may get further
     text_to_image      share of captions whose own picture is among the first 1, 5 and 10 of all
     image_to_text      the same for pictures and captions; equal captions count as one
     words_of_place     share of pictures that fit their caption better than the same caption with
@@ -140,7 +141,7 @@ def near_misses(scorer: Scorer, prompts: list[Prompt], size: int, seed: int) -> 
 
 
 def best_possible(examples: Sequence[Example], pools: Tensor) -> Tensor:
-    """Chance (N,) that a perfect model finds each picture's own caption: 1 over the number of
+    """Chance (N,) of finding each picture's own caption by truth alone: 1 over the number of
     captions in its pool that are true of it, its own among them.
 
     A plain caption is true of a scene with exactly its objects, if it names no relation or theirs.

@@ -12,6 +12,7 @@ Axes: B pictures or captions, S pixels, P width of the joint space.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineage.data.contract import CaptionedDataset, to_unit
-from lineage.errors import UserError
+from lineage.errors import CheckFailed, UserError
 from lineage.pretrained import run_folder, run_name
 from lineage.runs import load, read_config, train
 from lineage.search import Comparer
 from lineage.text.contract import caption_list
 from lineage.threads import tuned
+from lineage.training.cost import read_cost
 from lineage.training.store import cache_folder, fingerprint
 
 CHUNK = 64  # rows of one pass, always as many
@@ -170,16 +172,23 @@ def scorer_for(
     inputs = [data_fingerprint, dataset.name, steps, seed, settings]
     folder = cache_folder("scorers") / fingerprint(json.dumps(inputs, sort_keys=True).encode())
 
-    def fit(out: Path, resume: bool) -> CLIPScorer:
+    def fit(out: Path) -> CLIPScorer:
         options: dict[str, Any] = {"data": dataset_spec, "steps": steps, "seed": seed}
-        train("clip", **options, device="cpu", out=out, resume=resume, settings=settings)
+        train("clip", **options, device="cpu", out=out, resume=out.exists(), settings=settings)
         return clip_scorer(out, device)
 
+    if read_cost(folder).get("clip", {}).get("finished"):
+        try:
+            return clip_scorer(folder, device)
+        except UserError:  # a file is damaged
+            shutil.rmtree(folder, ignore_errors=True)
     try:
-        return fit(folder, resume=folder.exists())
-    except UserError:  # the cache is damaged, or cannot be written
+        return fit(folder)
+    except CheckFailed:
+        raise
+    except UserError:  # the folder cannot be written, or another process trains there
         with tempfile.TemporaryDirectory() as temporary:
-            return fit(Path(temporary) / "scorer", resume=False)
+            return fit(Path(temporary) / "scorer")
 
 
 # --- published models -------------------------------------------------------------------------

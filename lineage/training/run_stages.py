@@ -30,6 +30,7 @@ from lineage.training.store import (
     save_tensors,
     without_advice,
     write_cache,
+    write_json,
 )
 
 
@@ -120,6 +121,8 @@ class RunStages:
         system.to(pick_device(stage.train.device)).eval()
         if Distributed.join(system.device).is_main:
             self.write_settings(self.threads)
+            if not (self.folder / "cost.json").exists():  # all other stages are from other runs
+                write_json(self.folder / "cost.json", {})
             if not _holds(self.folder / "model.safetensors", system):
                 save_tensors(self.folder / "model.safetensors", system.state_dict())
                 self.sheet(system, stage.name, 0)

@@ -7,19 +7,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lineage.data import load_dataset
-from lineage.data.contract import CaptionedDataset
 from lineage.evaluation import real, scorer
 from lineage.evaluation import run as module
 from lineage.evaluation.judge import Judge, verdict
 from lineage.evaluation.prompts import make_prompts, read_prompts
 from lineage.evaluation.real import PromptSet, prompt_set
-from lineage.text.tokenizer import WordTokenizer
 
 
 def prompts_of(spec: str) -> PromptSet:
@@ -61,28 +60,28 @@ def test_the_shipped_scorer_reads_english_alone(
 ) -> None:
     """It knows no Chinese word, and would call every caption the same."""
     monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path))
-    fitted: list[str] = []
+    trained: list[str] = []
 
-    def untrained(dataset: CaptionedDataset, *_: Any, **__: Any) -> scorer.ContrastiveScorer:
-        fitted.append(dataset.name)
-        words, name = WordTokenizer(["a"]), f"contrastive scorer of {dataset.name}"
-        return scorer.ContrastiveScorer(scorer.TEXT, words, name, {}).eval()
+    def train(key: str, **options: Any) -> None:
+        trained.append(options["data"])
 
-    monkeypatch.setattr(scorer, "fit_scorer", untrained)
+    def clip_scorer(run: Any, device: Any = "cpu") -> Any:
+        return SimpleNamespace(name=str(run))
 
-    def name(spec: str, seed: int = 0) -> str:
-        data = load_dataset(spec, "train", 16, seed)
+    monkeypatch.setattr(scorer, "train", train)
+    monkeypatch.setattr(scorer, "clip_scorer", clip_scorer)
+
+    def name(spec: str) -> str:
+        data = load_dataset(spec, "train", 16)
         return scorer.scorer_for(spec, data, data.name).name
 
-    for spec in ("shapes", "shapes:hard", "shapes?lang=en", "shapes:easy:en"):
-        assert name(spec) == "contrastive scorer of shapes (all levels)"
-    assert (
-        name("shapes?lang=zh") == name("shapes:easy:zh") == "contrastive scorer of shapes:easy:zh"
-    )
-    assert name("shapes:easy:ru") == "contrastive scorer of shapes:easy:ru"
-    assert fitted == ["shapes:easy:zh", "shapes:easy:ru"]
-    name("shapes:easy:zh", seed=1)
-    assert len(fitted) == 3
+    for spec in ("shapes", "shapes?lang=en", "shapes:easy:en"):
+        assert name(spec) == "pretrained:clip"
+    assert not trained
+    folders = [name(spec) for spec in ("shapes?lang=zh", "shapes:easy:zh", "shapes:easy:ru")]
+    assert folders[0] == folders[1] != folders[2]
+    assert trained == ["shapes?lang=zh", "shapes:easy:zh", "shapes:easy:ru"]
+    assert name("shapes:hard") not in ("pretrained:clip", *folders)
 
 
 def test_the_program_prints_prompts_in_a_language(tmp_path: Path) -> None:

@@ -1,62 +1,33 @@
-"""Scorers: unit vectors that depend on their row alone, a loss without false negatives, and weights
-that separate captions.
-"""
+"""Scorers: unit vectors that depend on their row alone, and the scorer of each data set."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
-from runpy import run_path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from lineage.data import load_dataset
-from lineage.data.contract import Batch, CaptionedDataset, Example
+from lineage.data.contract import Example
 from lineage.errors import UserError
 from lineage.evaluation import scorer as module
 from lineage.evaluation.features import find_scorer
-from lineage.evaluation.scorer import (
-    ContrastiveScorer,
-    Scorer,
-    contrastive_loss,
-    fit_scorer,
-    hub_scorer,
-    load_scorer,
-    own_r_precision,
-    scorer_for,
-)
-from lineage.training.store import fingerprint, save_tensors
+from lineage.evaluation.scorer import CLIPScorer, Scorer, hub_scorer, scorer_for
+from lineage.pretrained import run_folder
+from lineage.runs import fingerprint_of, train
+from lineage.training.store import fingerprint
 
 COUNTS = (1, 7, 64, 65)
 
 
-class Few(CaptionedDataset):
-    """Pictures with one caption each; of noise if `images` is None."""
-
-    def __init__(
-        self, captions: list[str], images: torch.Tensor | None = None, size: int = 16
-    ) -> None:
-        self.name, self.split, self.size, self.skipped = "few", "train", size, []
-        shape = (len(captions), 3, size, size)
-        self.images = torch.randint(256, shape, dtype=torch.uint8) if images is None else images
-        self.captions = captions
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(str(index), self.images[index], (self.captions[index],))
-
-
 @pytest.fixture(scope="session")
-def shipped() -> ContrastiveScorer:
+def shipped() -> CLIPScorer:
     return scorer_for("shapes", load_dataset("shapes"), "")
 
 
@@ -94,11 +65,11 @@ def check_contract(scorer: Scorer, captions: list[str]) -> None:
     assert scorer.kind == "clip" and scorer.name
 
 
-def test_a_vector_depends_on_its_row_alone(shipped: ContrastiveScorer, real: list[Example]) -> None:
+def test_a_vector_depends_on_its_row_alone(shipped: CLIPScorer, real: list[Example]) -> None:
     check_contract(shipped, [*first_captions(real), "", "an unheard-of word"])
 
 
-def test_places_matter(shipped: ContrastiveScorer) -> None:
+def test_places_matter(shipped: CLIPScorer) -> None:
     """The image tower keeps positions; a mean over the picture would lose them."""
     image = torch.full((1, 3, 32, 32), 242, dtype=torch.uint8)
     image[:, :, 11:21, 3:13] = torch.tensor([220, 40, 40], dtype=torch.uint8)[:, None, None]
@@ -107,205 +78,99 @@ def test_places_matter(shipped: ContrastiveScorer) -> None:
     assert (text @ left).argmax() == 0 and (text @ right).argmax() == 1
 
 
-def test_shipped_weights_find_true_captions(
-    shipped: ContrastiveScorer, real: list[Example]
-) -> None:
-    place = resources.files("lineage.evaluation") / "weights" / "scorer_shapes.safetensors"
-    with resources.as_file(place) as path:
-        assert path.stat().st_size < 1_000_000
-    for size, least in ((16, 0.85), (32, 0.85), (64, 0.85)):
-        validation = load_dataset("shapes:easy", "validation", size)
-        assert own_r_precision(shipped, validation, 200)["value"] > least
-    hard = own_r_precision(shipped, load_dataset("shapes:hard", "validation"), 200)
-    assert hard["value"] > 0.9 and hard["pool"] == 100
-    captions = first_captions(real)
-    shuffled = Few(captions[1:] + captions[:1], pictures(real))
-    assert own_r_precision(shipped, shuffled)["value"] < 0.05
-    stated = {
-        (m["data"], m["split"], m["size"]): m["value"] for m in shipped.protocol["r_precision"]
-    }
-    assert len(stated) == 12 and stated["shapes:hard", "validation", 32] > 0.9
-    assert shipped.protocol["parameters"] == sum(p.numel() for p in shipped.parameters())
+def test_the_scorer_of_shapes_is_the_package_s_clip(shipped: CLIPScorer) -> None:
+    assert shipped.protocol["run"] == "pretrained:clip"
+    weights = fingerprint((run_folder("pretrained:clip") / "model.safetensors").read_bytes())
+    assert shipped.protocol["weights"] == weights and weights in shipped.name
+    assert shipped.protocol["parameters"] == sum(p.numel() for p in shipped.model.parameters())
 
 
-def test_a_fit_lowers_the_loss_and_is_the_same_twice(real: list[Example]) -> None:
-    data = Few(first_captions(real), pictures(real), size=32)
-    batch = data.batch(range(96), [0] * 96, 0)
-    before = torch.get_rng_state()
-    one, again, other, untrained = (
-        fit_scorer(data, steps=steps, batch_size=32, seed=seed, progress=False)
-        for steps, seed in ((30, 0), (30, 0), (30, 1), (0, 0))
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-    assert one.loss(batch) < untrained.loss(batch) - 0.5
-    weights = one.state_dict()
-    for name, weight in again.state_dict().items():
-        assert torch.equal(weight, weights[name])
-    assert not torch.equal(other.project.weight, one.project.weight)
-
-
-def test_pairs_with_the_same_caption_are_no_negatives() -> None:
-    """Each caption is true of both pictures; as negatives they would cost log 2."""
-    image, scale = F.normalize(torch.randn(2, 8), dim=1), torch.tensor(10.0)
-    text = image[:1].expand(2, 8)
-    itself = torch.eye(2, dtype=torch.bool)
-    assert float(contrastive_loss(image, text, scale, torch.ones_like(itself))) == 0
-    assert float(contrastive_loss(image, text, scale, itself)) > math.log(2)
-
-
-@pytest.mark.parametrize(
-    ("captions", "ids", "no_negatives"),
-    [(["x"] * 4, "abcd", True), (list("wxyz"), "aaaa", True), (list("wxyz"), "abcd", False)],
-)
-def test_the_batch_defines_the_negatives(captions: list[str], ids: str, no_negatives: bool) -> None:
-    """With equal captions, or one picture, there are none, and the loss is zero."""
-    scorer = fit_scorer(Few(list("wxyz")), steps=0, progress=False)
-    loss = scorer.loss(Batch(torch.randn(4, 3, 32, 32), captions, None, list(ids)))
-    assert (float(loss) == 0) == no_negatives
-
-
-def test_the_loss_is_that_of_clip() -> None:
-    """With different captions: cross-entropy along rows and columns, written out."""
-    image, text = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
-    expected = 0.0
-    for i in range(5):
-        row = [float(7 * image[i] @ text[j]) for j in range(5)]
-        column = [float(7 * image[j] @ text[i]) for j in range(5)]
-        for logits in (row, column):
-            expected -= float(torch.tensor(logits).log_softmax(0)[i]) / 10
-    loss = contrastive_loss(image, text, torch.tensor(7.0), torch.eye(5, dtype=torch.bool))
-    assert float(loss) == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("size", [8, 16, 40])
-def test_tiny_data(size: int) -> None:
-    """Eight pictures with one caption each, at other sizes than the tower's."""
-    data = Few(["one thing", "another one"] * 4, size=size)
-    scorer = fit_scorer(data, data, steps=3, progress=False)
-    assert scorer.protocol["batch"] == 8
-    assert scorer.protocol["r_precision"][0]["pool"] == 2
-    assert scorer.image(pictures([data[0]])).shape == (1, scorer.width)
-
-
-@pytest.mark.parametrize("count", [1, 8])
-def test_one_caption_for_all_is_an_error(count: int) -> None:
-    with pytest.raises(UserError, match="--scorer none --features judge") as error:
-        fit_scorer(Few(["the same"] * count), steps=1)
-    assert "\n" not in str(error.value) and "few" in str(error.value)
-
-
-def test_a_saved_scorer_is_loaded_unchanged(tmp_path: Path, real: list[Example]) -> None:
-    scorer = fit_scorer(Few(first_captions(real)[:40]), steps=2, progress=False)
-    scorer.save(tmp_path / "in" / "scorer.safetensors")
-    before = torch.get_rng_state()
-    back = load_scorer(tmp_path / "in" / "scorer.safetensors")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert back.name == scorer.name and back.protocol == scorer.protocol
-    assert torch.equal(back.image(pictures(real)), scorer.image(pictures(real)))
-    captions = first_captions(real)
-    assert torch.equal(back.text(captions), scorer.text(captions))
-
-
-def damages(whole: bytes) -> dict[str, bytes]:
-    return {
-        "empty": b"",
-        "short": whole[: len(whole) // 2],
-        "text": b"<html></html>",
-        "head": whole.replace(b"tokenizer", b"tokenisor"),
-        "field": whole.replace(b"max_words", b"max_birds"),
-        "sizes": whole.replace(b'width\\": 48', b'width\\": 40'),
-        "lost": whole.replace(b"log_scale", b"log_scald"),
-    }
-
-
-def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "scorer.safetensors"
-    fit_scorer(Few(list("abcd")), steps=0, progress=False).save(path)
-    whole = path.read_bytes()
-    for content in damages(whole).values():
-        assert content != whole
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"scorer\.safetensors") as error:
-            load_scorer(path)
-        assert "\n" not in str(error.value)
-    save_tensors(path, {"a": torch.zeros(2)})
-    with pytest.raises(UserError, match="not a scorer"):
-        load_scorer(path)
-    path.unlink()
-    with pytest.raises(UserError, match=r"scorer\.safetensors"):
-        load_scorer(path)
+# --- a scorer of other data -------------------------------------------------------------------
 
 
 @pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Names of the data sets that scorers are fitted to, with an empty cache."""
-    monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path))
-    names: list[str] = []
-
-    def counted(dataset: CaptionedDataset, *rest: object, **options: object) -> object:
-        names.append(dataset.name)
-        return fit_scorer(dataset, *rest, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module, "fit_scorer", counted)
-    return names
+def folder(tmp_path: Path) -> Path:
+    """Eight captioned pictures."""
+    place = tmp_path / "few"
+    place.mkdir()
+    for i, letter in enumerate("abcdefgh"):
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(letter)
+    return place
 
 
-def test_a_fitted_scorer_is_cached(fits: list[str], tmp_path: Path) -> None:
-    data = Few(list("abcdefgh"))
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """Folders in which scorers are trained, with an empty cache."""
+    monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / "cache"))
+    folders: list[Path] = []
 
-    def get(fingerprint: str, **more: int) -> ContrastiveScorer:
-        options = {"steps": 2, "progress": False, **more}
-        return scorer_for("folder:few", data, fingerprint, **options)  # type: ignore[arg-type]
+    def counted(key: str, **options: Any) -> Path:
+        folders.append(options["out"])
+        return train(key, **options)
 
-    one, again = get("1"), get("1")
-    assert fits == ["few"] and len(list((tmp_path / "scorers").iterdir())) == 1
+    monkeypatch.setattr(module, "train", counted)
+    return folders
+
+
+def scorer_of(folder: Path, **options: Any) -> CLIPScorer:
+    data = load_dataset(str(folder), size=32)
+    return scorer_for(str(folder), data, fingerprint_of(data), **{"steps": 2, **options})
+
+
+def test_a_scorer_is_trained_once_for_a_data_set(fits: list[Path], folder: Path) -> None:
+    one, again = scorer_of(folder), scorer_of(folder)
+    assert len(fits) == 1
     assert torch.equal(one.text(["a"]), again.text(["a"])) and one.protocol == again.protocol
-    for changed in (get("2"), get("1", seed=1), get("1", steps=3)):
-        assert changed.protocol["data"] == "few"
-    data.size = 24
-    get("1")
-    assert len(fits) == 5
+    assert one.protocol["data"] == str(folder)
+    for changed in (scorer_of(folder, seed=1), scorer_of(folder, steps=3)):
+        assert not torch.equal(changed.text(["a"]), one.text(["a"]))
+    (folder / "0.txt").write_text("z")
+    scorer_of(folder)
+    assert len(set(fits)) == 4
 
 
-def test_a_damaged_scorer_in_the_cache_is_replaced(fits: list[str], tmp_path: Path) -> None:
-    data = Few(list("abcd"))
-    for _ in range(2):
-        scorer_for("few", data, "1", steps=0, progress=False)
-    (path,) = (tmp_path / "scorers").iterdir()
-    path.write_bytes(b"damaged")
-    scorer_for("few", data, "1", steps=0, progress=False)
-    scorer_for("few", data, "1", steps=0, progress=False)
+def test_a_damaged_scorer_in_the_cache_is_replaced(fits: list[Path], folder: Path) -> None:
+    before = scorer_of(folder).text(["a"])
+    (fits[0] / "model.safetensors").write_bytes(b"damaged")
+    assert torch.equal(scorer_of(folder).text(["a"]), before)
+    scorer_of(folder)
     assert len(fits) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(fits: list[str], tmp_path: Path) -> None:
-    (tmp_path / "scorers").write_text("a file in the way")
-    scorer_for("few", Few(list("abcd")), "1", steps=0, progress=False)
-    assert fits == ["few"]
+def test_a_cache_that_cannot_be_written_is_no_error(
+    fits: list[Path], folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "scorers").write_text("a file in the way")
+    assert scorer_of(folder).text(["a"]).shape == (1, 64)
 
 
-def test_scorers_by_name(fits: list[str]) -> None:
-    data, cpu = load_dataset("shapes:hard", size=16), torch.device("cpu")
-    assert find_scorer("none", data.name, data, data, cpu) is None
-    scorer = find_scorer("auto", data.name, data, data, cpu)
-    assert scorer is not None and scorer.name == "contrastive scorer of shapes (all levels)"
-    assert not fits
-    with pytest.raises(UserError, match="hub:MODEL"):
-        find_scorer("best", data.name, data, data, cpu)
+@pytest.mark.parametrize("count", [1, 8])
+def test_one_caption_for_all_is_an_error(count: int, folder: Path) -> None:
+    for path in sorted(folder.glob("*.txt")):
+        path.write_text("the same") if int(path.stem) < count else path.unlink()
+    with pytest.raises(UserError, match="--scorer none --features judge") as error:
+        scorer_of(folder)
+    assert "\n" not in str(error.value) and "few" in str(error.value)
 
 
-def test_all_levels_in_turn() -> None:
-    """The data set that the shipped scorer is trained on."""
-    path = Path(__file__).parents[2] / "benchmarks" / "train_scorer.py"
-    data = run_path(str(path))["AllLevels"]()
-    levels = [load_dataset(f"shapes:{level}") for level in ("easy", "medium", "hard")]
-    batch = data.batch([7, 0, 5], [0, 0, 0], 0)
-    for row, index in enumerate((7, 0, 5)):
-        alone = levels[index % 3].batch([index // 3], [0], 0)
-        assert torch.equal(batch.image[row], alone.image[0])
-        assert batch.caption[row] == alone.caption[0]
-        assert torch.equal(data[index].image, levels[index % 3][index // 3].image)
-    assert len(set(batch.id)) == 3 and len(data) == 60_000
+def test_scorers_by_name(smoke_run: Callable[[str], Any]) -> None:
+    data, cpu = load_dataset("shapes", size=16), torch.device("cpu")
+    assert find_scorer("none", data.name, data, cpu) is None
+    scorer = find_scorer("auto", data.name, data, cpu)
+    assert scorer is not None and scorer.protocol["run"] == "pretrained:clip"
+    run = smoke_run("clip").folder
+    own = find_scorer(f"clip:{run}", data.name, data, cpu)
+    assert own is not None and own.width == 16 and own.protocol["run"] == str(run)
+    with pytest.raises(UserError, match="clip:RUN, hub:MODEL"):
+        find_scorer("best", data.name, data, cpu)
+    with pytest.raises(UserError, match="no run of clip"):
+        find_scorer(f"clip:{smoke_run('retrieval').folder}", data.name, data, cpu)
+
+
+# --- a CLIP of the hub ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -376,7 +241,7 @@ def test_errors_without_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def matching(smoke_run: Callable[[str], Any]) -> Scorer:
     """The DAMSM of a finished run, as `--scorer damsm:RUN` names it."""
     data, spec = load_dataset("shapes", size=16), f"damsm:{smoke_run('attngan').folder}"
-    scorer = find_scorer(spec, data.name, data, data, torch.device("cpu"))
+    scorer = find_scorer(spec, data.name, data, torch.device("cpu"))
     assert scorer is not None
     return scorer
 
@@ -431,5 +296,5 @@ def test_a_run_without_a_matching_model_is_an_error(
     folder = smoke_run("retrieval").folder
     for run, word in ((folder, "without a DAMSM"), (tmp_path / "none", "no run folder")):
         with pytest.raises(UserError, match=word) as error:
-            find_scorer(f"damsm:{run}", data.name, data, data, cpu)
+            find_scorer(f"damsm:{run}", data.name, data, cpu)
         assert "\n" not in str(error.value) and str(run) in str(error.value)

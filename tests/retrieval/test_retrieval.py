@@ -150,6 +150,20 @@ def test_a_stored_caption_gives_its_own_picture_among_many() -> None:
         assert any(torch.equal(picture, to_bytes(batch.image[i])) for i in same)
 
 
+@pytest.mark.parametrize("tokenizer", ["word", "bpe"])
+def test_a_caption_in_another_language_gets_the_nearest_one(tokenizer: str) -> None:
+    """Its parse is English, so that a Chinese or Russian caption is never pasted from parts."""
+    captions = ["一个红色的方块", "一个绿色的方块", "красный круг слева от синего круга"]
+    system = make(captions, tokenizer=tokenizer)
+    store(system, [block(colour) for colour in COLOURS], captions)
+    for caption, colour in (
+        ("绿色的方块", "green"),
+        ("图片里有一个红色的方块", "red"),
+        ("на картинке синий круг", "blue"),
+    ):
+        assert torch.equal(to_bytes(system.generate(caption))[0], block(colour)), caption
+
+
 def test_losses_yield_nothing_and_the_memory_fills_up() -> None:
     captions = [f"a thing {i}" for i in range(5)]
     system = make(captions, memory_size=4)
