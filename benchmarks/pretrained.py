@@ -112,6 +112,10 @@ def export(key: str) -> None:
     for file in FILES:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / file, folder / file)
+    config = json.loads((run / "config.json").read_text())
+    for source in config.get("stages_from", {}).values():
+        source.pop("weights", None)  # which lie where the other run was trained
+    write_json(folder / "config.json", config)
     save_tensors(folder / "model.safetensors", tensors)
     size = (folder / "model.safetensors").stat().st_size
     if size > LARGEST:

@@ -142,6 +142,10 @@ def _names(hint: Any, at: str) -> list[str]:
 # --- what every run has ---------------------------------------------------------------------------
 
 
+_RUN = {"text": str, "encoder": dict, "tokenizer": dict, "hash": str}
+"""Entries that `TextConfig.runs` has of each run, and their types."""
+
+
 @configuration
 class TextConfig:
     """Sizes of a text encoder.
@@ -195,6 +199,9 @@ class TextConfig:
         smallest = 4 if self.tokenizer == "word" else 260  # special tokens, bytes, one more
         if self.vocab_size < smallest:
             raise UserError(f"encoder.vocab_size={self.vocab_size} must be at least {smallest}.")
+        for name, run in self.runs.items():
+            if not all(isinstance(run.get(key), kind) for key, kind in _RUN.items()):
+                raise UserError(f"encoder.runs.{name} is damaged: restore it, or train again.")
 
     def without_files(self) -> TextConfig:
         """The same sizes, without the places where weights of runs lie."""

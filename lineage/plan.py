@@ -158,6 +158,8 @@ def use_own_weights(stages: list[Stage], folder: Path) -> None:
 
 def _check_runs(runs: Mapping[str, Any], folder: Path) -> None:
     for run, source in runs.items():
+        if "weights" not in source:  # of a stage of another run, whose own weights are read
+            continue
         weights = Path(source["weights"])
         if not weights.is_file() or fingerprint(weights.read_bytes()) != source["hash"]:
             raise UserError(

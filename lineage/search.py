@@ -116,7 +116,7 @@ def _of_folder(root: Path, size: int) -> Pictures:
     def image(number: int) -> Tensor:
         path = root / files[number]
         try:
-            return torch.from_numpy(decode(path, size))
+            return torch.from_numpy(decode(path, size).copy())  # Pillow's memory is read-only
         except Exception as error:  # of many kinds: a broken file may hold anything
             raise UserError(f"{path}: {why_broken(error, path)}") from error
 

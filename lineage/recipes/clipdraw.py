@@ -45,17 +45,17 @@ PRESETS = {
     "smoke": _preset(
         "smoke", CLIPDrawConfig(num_paths=4, max_segments=2, num_steps=4, num_views=2)
     ),
-    # A picture in seconds on two CPU cores: few strokes, since the canvas is small; these spread
-    # wider, since a twentieth of 32 pixels is nothing; and the rates of points and radii are lower,
-    # since they count in pixels.
+    # A picture in seconds on two CPU cores. Few strokes, since the canvas is small; each spreads
+    # wider, since a twentieth of 32 pixels is nothing. Points move by pixels, and so more slowly;
+    # colours faster, since there are fewer steps.
     "tiny": _preset(
         "tiny",
-        CLIPDrawConfig(num_paths=16, num_steps=150, point_spread=0.3, points_lr=0.3),
+        CLIPDrawConfig(num_paths=16, num_steps=150, point_spread=0.3, points_lr=0.3, color_lr=0.03),
     ),
-    # One GPU of 8 GB.
+    # One GPU of 8 GB; between the two in all of these.
     "small": _preset(
         "small",
-        CLIPDrawConfig(num_paths=96, num_steps=400, point_spread=0.2, points_lr=0.5),
+        CLIPDrawConfig(num_paths=96, num_steps=400, point_spread=0.2, points_lr=0.5, color_lr=0.02),
     ),
     # Frans et al. 2021: 256 strokes, 1,000 steps on a canvas of 224 pixels, with ViT-B/32.
     "paper": _preset("paper", CLIPDrawConfig()),

@@ -13,7 +13,7 @@ from lineage.text.tokenizer import Tokenizer, make_tokenizer
 SHORT = "a red circle"
 LONG = "two small yellow stars to the left of a large purple ring"
 MAX_WORDS = 9
-CAUSAL = ("bag", "transformer", "joined:bag+transformer@8")
+CAUSAL = ("bag", "transformer", "clip", "joined:bag+transformer@8")
 NOT_CAUSAL = ("lstm", "char_cnn_rnn", "bert", "glide", "t5", "joined:bag+lstm", "joined:bert+bag")
 TOKENS = ("bag", "transformer", "lstm", "bert", "glide", "t5")  # encoders of token ids
 

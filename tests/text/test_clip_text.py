@@ -59,10 +59,8 @@ def naive(tower: CLIPTextTower, ids: list[int], gelu: str) -> list[Tensor]:
             out = []
             for head in range(heads):
                 part = slice(d * head, d * head + d)
-                scores = [
-                    query[place][part] @ key[k][part] / math.sqrt(d) for k in range(place + 1)
-                ]
-                weights = torch.stack(scores).softmax(0)
+                scores = [query[place][part] @ key[k][part] for k in range(place + 1)]
+                weights = (torch.stack(scores) / math.sqrt(d)).softmax(0)
                 out.append(sum(w * value[k][part] for k, w in enumerate(weights)))
             x[place] = x[place] + attn.to_out(torch.cat(out))  # type: ignore[arg-type]
         for place in range(len(x)):

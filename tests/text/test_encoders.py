@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lineage.config import TextConfig, to_dict
 from lineage.errors import UserError
+from lineage.text.clip_text import CLIPTextEncoder
 from lineage.text.contract import TextEncoder, TextFeatures
 from lineage.text.encoders import ENCODERS, EncoderSpec, TokenEncoder, make_encoder
 from lineage.text.padded import PaddedEncoder
@@ -26,6 +27,7 @@ ORDERED = [name for name in ENCODERS if name != "bag"]
 CHARACTERS = "char_cnn_rnn"  # its own tests are in test_char_cnn_rnn.py
 TOKENS = [name for name in ENCODERS if name != CHARACTERS]
 PADDED = ("bert", "glide")  # their own tests are in test_padded.py
+MARKED = "clip"  # start and end are two of its words; its own tests are in test_clip_text.py
 
 
 @pytest.fixture(params=list(ENCODERS))
@@ -42,6 +44,10 @@ def make(name: str, kind: str = "word", config: TextConfig = CONFIG) -> TextEnco
     return encoder.eval()
 
 
+def reads_tokens(encoder: TextEncoder) -> bool:
+    return isinstance(encoder, TokenEncoder | CLIPTextEncoder)
+
+
 def parts(text: TextFeatures) -> Iterable[Tensor]:
     return text.words, text.mask, text.sentence, text.ids
 
@@ -49,7 +55,7 @@ def parts(text: TextFeatures) -> Iterable[Tensor]:
 def test_shapes(encoder: TextEncoder) -> None:
     """LONG has 12 words and is cut; characters have 8 positions, whatever the caption."""
     text = encoder.encode(CAPTIONS)
-    length = MAX_WORDS if isinstance(encoder, TokenEncoder) else 8
+    length = MAX_WORDS if reads_tokens(encoder) else 8
     assert encoder.word_dim == encoder.sentence_dim == WIDTH
     assert text.words.shape == (4, length, WIDTH) and text.words.dtype == torch.float32
     assert text.mask.shape == (4, length) and text.mask.dtype == torch.bool
@@ -62,15 +68,16 @@ def test_mask_and_padding(encoder: TextEncoder) -> None:
     """True is a word, or a position at every 18th character. Ids of the padding are zero, and so
     are its vectors, except in encoders that attend to it."""
     text = encoder.encode(CAPTIONS)
-    tokens = isinstance(encoder, TokenEncoder)
-    assert text.mask.sum(1).tolist() == ([3, MAX_WORDS, 1, 3] if tokens else [1, 4, 1, 1])
+    tokens, marks = reads_tokens(encoder), 2 * isinstance(encoder, CLIPTextEncoder)
+    words = [3 + marks, MAX_WORDS, 1 + marks, 3 + marks]
+    assert text.mask.sum(1).tolist() == (words if tokens else [1, 4, 1, 1])
     assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in text.mask)
     assert (text.ids[~text.mask] == PAD).all() and (text.ids[text.mask] != PAD).all()
     if not isinstance(encoder, PaddedEncoder):
         assert (text.words[~text.mask] == 0).all()
     assert (text.words[text.mask].abs().amax(1) > 0).all()
     if tokens:
-        assert text.ids[2, 0] == NULL
+        assert text.ids[2, marks // 2] == NULL
         assert text.ids[3].tolist().count(UNK) == 1
 
 
@@ -142,7 +149,7 @@ def test_long_captions_are_cut(encoder: TextEncoder) -> None:
     """A caption of a thousand words is cut, not refused."""
     endless = LONG + " red" * 1000
     text = encoder.encode([endless])
-    tokens = isinstance(encoder, TokenEncoder)
+    tokens = reads_tokens(encoder)
     assert text.ids.shape == (1, MAX_WORDS if tokens else 8)
     start = LONG if tokens else endless[: CONFIG.max_chars]
     for a, b in zip(parts(text), parts(encoder.encode([start])), strict=True):
@@ -156,7 +163,9 @@ def test_gradients_reach_every_parameter(encoder: TextEncoder) -> None:
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("encoder", [name for name in TOKENS if name not in PADDED], indirect=True)
+@pytest.mark.parametrize(
+    "encoder", [name for name in TOKENS if name not in (*PADDED, MARKED)], indirect=True
+)
 def test_the_padding_row_is_never_trained(encoder: TextEncoder) -> None:
     text = encoder.encode(CAPTIONS)
     (text.words.sum() + text.sentence.square().sum()).backward()
@@ -166,7 +175,7 @@ def test_the_padding_row_is_never_trained(encoder: TextEncoder) -> None:
 
 def test_unknown_words_are_listed_once(encoder: TextEncoder) -> None:
     """An encoder of characters has no unknown words."""
-    unknown = ["zorp", "quux"] if isinstance(encoder, TokenEncoder) else []
+    unknown = ["zorp", "quux"] if reads_tokens(encoder) else []
     assert encoder.unknown(["a zorp", "quux zorp red"]) == unknown
     assert encoder.unknown([SHORT]) == []
 
@@ -174,7 +183,7 @@ def test_unknown_words_are_listed_once(encoder: TextEncoder) -> None:
 # --- captions that are too long ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", [name for name in TOKENS if name != MARKED])
 @pytest.mark.parametrize(
     ("length", "limit", "rest", "unknown"),
     [

@@ -31,14 +31,7 @@ def test_words_of_place_are_exchanged(caption: str, false: str) -> None:
 
 @pytest.mark.parametrize(
     "caption",
-    [
-        "a red circle",
-        "",
-        "covers a leftover undertow",
-        "стоп, подставка",
-        "cleft copyright",
-        "RİGHT",
-    ],
+    ["a red circle", "", "covers a leftover undertow", "стоп, подставка", "copyright", "RİGHT"],
 )
 def test_a_caption_without_them_has_no_opposite(caption: str) -> None:
     """Parts of words are no words of place; a letter with two cases of its own is no fault."""

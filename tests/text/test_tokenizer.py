@@ -224,6 +224,17 @@ def test_bpe_encodes_every_text(caption: str) -> None:
         assert UNK not in one.encode(caption)
 
 
+@pytest.mark.parametrize("caption", [*CAPTIONS, *STRANGE, "две зелёные звезды", "あか, naïve_x"])
+def test_text_without_chinese_is_split_as_before(caption: str) -> None:
+    """Runs that were trained earlier must read their captions in the same tokens."""
+    text = re.sub("[\u4e00-\u9fff]", "", caption).lower()
+    assert split_words(text) == re.findall(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]|_", text)
+    bpe = re.findall(
+        r"\s*[^\W_]{1,64}|\s*[^\w\s]{1,64}|\s*_{1,64}|\s+", " " + " ".join(text.split())
+    )
+    assert BPETokenizer._split(text) == bpe
+
+
 def test_bpe_has_no_token_of_several_chinese_characters() -> None:
     """Else a frequent caption would be one token, and a new one would share none with it."""
     captions = ["红色的圆在蓝色的方块左边", "红色的圆", "2个蓝色的方块 ok"] * 50
