@@ -111,10 +111,12 @@ def test_a_finished_run_is_not_touched_again(
     run = Path(shutil.copytree(first("clipdraw"), tmp_path / "run"))
     steps.clear()
     sheets.clear()
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    written = (run / "model.safetensors").stat().st_mtime_ns
     runs.train("clipdraw", out=run, resume=True)
     assert steps == [] and sheets == []
-    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert (run / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_a_lost_drawing_is_put_together_again(
