@@ -40,8 +40,8 @@ begin("20_comparing", minutes=2)
 # ## The idea in one figure
 #
 # The same captions, a real picture first, then the oldest system of each family. Below each picture
-# is what a small network, the judge, detects in it. (Systems that draw with CLIP's gradient are left
-# out: hundreds of pictures would take them minutes. Their scores are in
+# is what a small network, the judge, detects in it. (Systems that draw with CLIP's gradient are
+# left out: hundreds of pictures would take them minutes. Their scores are in
 # [results/pretrained](../results/pretrained).)
 
 # %%
