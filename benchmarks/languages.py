@@ -22,20 +22,15 @@ import argparse
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from composition import captions_of, cell, composition, markdown_table, prompts_of
 
-from lineage.data import load_dataset
-from lineage.data.contract import to_bytes
 from lineage.data.shapes_languages import ALL
-from lineage.evaluation import sections
 from lineage.evaluation.cost import machine
-from lineage.evaluation.judge import Judge
 from lineage.evaluation.prompts import SPLITS, TASKS
-from lineage.evaluation.real import PromptSet, prompt_set
 from lineage.files import write_bytes
 from lineage.runs import load
 from lineage.training.cost import read_cost
@@ -55,26 +50,15 @@ def command(key: str, language: str, minutes: float, folder: Path) -> list[str]:
     ]
 
 
-def prompts_in(language: str, size: int, every: int) -> PromptSet:
-    """The prompts of level easy in a language, or one in `every` of them."""
-    data = load_dataset(f"shapes:easy:{language}", "validation", size)
-    prompts = prompt_set(data, None, Judge.load(), seed=0)
-    assert prompts is not None
-    return replace(prompts, prompts=prompts.prompts[::every])
-
-
 def scores(folder: Path, every: int) -> dict[str, Any]:
     """Scores of a run in each language, with the mean number of tokens of a prompt."""
     system, result = load(folder, "cpu"), {}
     for language in ALL:
-        prompts = prompts_in(language, system.size, every)
-        captions = [prompt.prompt for prompt in prompts.prompts]
-        pictures = to_bytes(system.generate(captions, seed=0))
-        verdicts = prompts.verdicts(prompts.judge.detect(pictures))
-        lengths = [len(system.text.tokens(caption)) for caption in captions]
+        prompts = prompts_of(f"shapes:easy:{language}", system.size, every)
+        lengths = [len(system.text.tokens(caption)) for caption in captions_of(prompts.prompts)]
         result[language] = {
             "tokens_per_prompt": round(sum(lengths) / len(lengths), 2),
-            **sections.composition(prompts.prompts, verdicts),
+            **composition(system, prompts),
         }
     return result
 
@@ -102,39 +86,31 @@ def train_and_score(key: str, language: str, minutes: float, folder: Path, every
 
 def table(runs: list[dict[str, Any]], split: str, bounds: dict[str, Any]) -> list[str]:
     """Mean of the six tasks of each run in each language."""
-    lines = [
-        "| system | trained on | steps | " + " | ".join(f"in {NAMES[name]}" for name in ALL) + " |",
-        "|---|---|---|" + "---|" * len(ALL),
-    ]
+    rows = []
     for run in runs:
         steps = list(run["cost"].values())[-1]["steps"]
         values = [cell(run["scores"][name][split]["overall"]) for name in ALL]
         start = [f"`{run['system']}`", NAMES[run["trained_on"]], f"{steps:,}"]
-        lines.append("| " + " | ".join([*start, *values]) + " |")
+        rows.append([*start, *values])
     for name, row in bounds.items():
         value = cell(row[split]["overall"])
-        lines.append("| " + " | ".join([f"*{name}*", "", "", *[value] * len(ALL)]) + " |")
-    return lines
-
-
-def cell(score: dict[str, Any]) -> str:
-    low, high = score["interval"]
-    return f"{score['value']:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([f"*{name}*", "", "", *[value] * len(ALL)])
+    head = ["system", "trained on", "steps", *(f"in {NAMES[name]}" for name in ALL)]
+    return markdown_table(head, rows)
 
 
 def tasks_table(runs: list[dict[str, Any]]) -> list[str]:
     """The tasks, of each run in each language that it was trained on."""
     head = ["system", "trained on", "scored in", *(task.replace("_", " ") for task in TASKS)]
     head += ["tokens of a prompt"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for run in runs:
         for language in ALL if run["trained_on"] == "all" else (run["trained_on"],):
             row = run["scores"][language]
             values = [f"{row['test']['tasks'][task]['value']:.2f}" for task in TASKS]
             start = [f"`{run['system']}`", NAMES[run["trained_on"]], NAMES[language]]
-            cells = [*start, *values, f"{row['tokens_per_prompt']:.1f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            rows.append([*start, *values, f"{row['tokens_per_prompt']:.1f}"])
+    return markdown_table(head, rows)
 
 
 def page(document: dict[str, Any]) -> str:
@@ -176,8 +152,8 @@ def main() -> None:
             run = folder(key, language)
             train_and_score(key, language, options.cpu_minutes, run, options.every)
     files = [folder(key, name) / "scores.json" for key in SYSTEMS for name in TRAINED_ON]
-    real, shuffled = prompts_in(
-        "en", 32, options.every
+    real, shuffled = prompts_of(
+        "shapes:easy:en", 32, options.every
     ).rows()  # of pictures, so the same in every language
     document = {
         "cpu_minutes": options.cpu_minutes,

@@ -4,8 +4,8 @@ The problem: optimise the pixels of a picture until CLIP finds it like a caption
 noise that only CLIP can read. What is new: optimise a *drawing*. Some hundred strokes can hardly
 express such noise, so that what raises the cosine must be larger shapes. Nothing is trained, and
 the result is a vector file (SVG) that a pen could draw. A drawing is only as good as its CLIP: one
-of the size `tiny`, trained for minutes, is content with the right colours in about the right place,
-and gives such a blot the cosine of a real picture.
+of the size `tiny`, trained for minutes, gives blots of the right colours nearly the cosine of a
+real picture; other judges find the colours too, and the shapes seldom.
 
     section 3    strokes of random place, length and colour           `initial_strokes`
                  picture = render(strokes)                            `rasteriser.render`

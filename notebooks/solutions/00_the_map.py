@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from IPython.display import Markdown
 
 import lineage
-from lineage.catalog import CATALOG, FAMILIES, Row, working
+from lineage.catalog import CATALOG, FAMILIES, Row, drawing, working
 from lineage.course import begin, check, show, slider, source
 from lineage.pretrained import pretrained, run_folder
 from lineage.system import LabelledImage, System
@@ -156,9 +156,9 @@ plt.show()
 # Small trained systems come with the package, all trained on the same captioned pictures.
 
 # %%
-systems = {key: lineage.load(f"pretrained:{key}") for key in pretrained()}
+systems = {key: lineage.load(f"pretrained:{key}") for key in pretrained() if key in drawing()}
 print(f"{'system':13}{'year':6}{'file':>7}{'training':>13}   stages")
-for key in systems:
+for key in pretrained():
     folder = run_folder(f"pretrained:{key}")
     size = (folder / "model.safetensors").stat().st_size / 1e6
     minutes = sum(stage["cpu_seconds"] for stage in read_cost(folder).values()) / 60
@@ -166,7 +166,9 @@ for key in systems:
     print(f"{key:13}{CATALOG[key].year:<6}{size:>4.1f} MB{minutes:>9.1f} min   {stages}")
 
 # %% [markdown]
-# One caption, drawn by every working system. Each row has other noise.
+# `clip` draws nothing: it compares pictures with words, and others draw with it. Two of them,
+# VQGAN+CLIP and CLIPDraw, train nothing of their own: each picture is optimised, which takes
+# seconds. One caption, drawn by every system that draws. Each row has other noise.
 
 # %%
 wanted = "a red circle above a blue square"

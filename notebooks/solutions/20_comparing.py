@@ -40,11 +40,14 @@ begin("20_comparing", minutes=2)
 # ## The idea in one figure
 #
 # The same captions, a real picture first, then the oldest system of each family. Below each picture
-# is what a small network, the judge, detects in it.
+# is what a small network, the judge, detects in it. (Systems that draw with CLIP's gradient are left
+# out: hundreds of pictures would take them minutes. Their scores are in
+# [results/pretrained](../results/pretrained).)
 
 # %%
 judge = Judge.load()
-systems = {key: lineage.load(f"pretrained:{key}") for key in pretrained()}
+keys = [key for key in pretrained() if CATALOG[key].family != "clip"]
+systems = {key: lineage.load(f"pretrained:{key}") for key in keys}
 oldest = {CATALOG[key].family: key for key in reversed(list(systems))}
 wanted = ["a red circle", "a circle left of a triangle", "a yellow circle"]
 prompts = {prompt.prompt: prompt for prompt in make_prompts("easy")}

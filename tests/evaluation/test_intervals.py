@@ -213,3 +213,61 @@ def test_the_last_bits_do_not_show() -> None:
     for name in ("kid_score", "fid_score"):
         call = getattr(intervals, name)
         assert call(x, y) == call(x, again)
+
+
+def study(seed: int, runs: int, deviation: float) -> list[list[np.ndarray]]:
+    """Verdicts [run][task][prompt] of a study whose true score is 0.5; runs and prompts differ."""
+    rng = np.random.default_rng(seed)
+    of_run = rng.normal(0, deviation, (runs, 1))
+    tasks = []
+    for _ in range(4):
+        share = np.clip(0.5 + of_run + rng.normal(0, 0.2, 40), 0, 1)
+        tasks.append((rng.random((runs, 40)) < share).astype(float))
+    return [[task[run] for task in tasks] for run in range(runs)]
+
+
+def test_an_interval_over_seeds_covers_the_truth() -> None:
+    """One over pictures alone leaves out that the next run has another score."""
+    covered: dict[str, list[bool]] = {"seeds": [], "pictures": []}
+    for seed in range(150):
+        runs = study(seed, 4, 0.08)
+        together = [np.concatenate(task) for task in zip(*runs, strict=True)]
+        for name, score in (
+            ("seeds", intervals.seeds_score(runs, seed)),
+            ("pictures", intervals.task_mean_score(together, seed)),
+        ):
+            low, high = score["interval"]
+            covered[name].append(low <= 0.5 <= high)
+    assert 0.86 <= np.mean(covered["seeds"]) <= 0.99
+    assert np.mean(covered["pictures"]) < 0.65
+
+
+def test_a_score_over_seeds_by_hand() -> None:
+    """Tasks have equal weight, whatever their number of prompts, and so have runs."""
+    score = intervals.seeds_score([[[1, 1, 1, 0], [0, 1]], [[1, 1, 0, 0], [0, 0]]])
+    assert score["value"] == 0.4375 and score["n"] == 6 and score["runs"] == 2
+
+
+def test_equal_runs_say_no_more_than_one() -> None:
+    """All runs drew the same prompts: the prompts of a resampled set are those of all its runs."""
+    run = study(0, 1, 0.0)
+    one, three = intervals.seeds_score(run), intervals.seeds_score(run * 3)
+    assert one["interval"] == three["interval"] and one["value"] == three["value"]
+    low, high = intervals.task_mean_score(run[0])["interval"]
+    assert one["interval"] == pytest.approx([low, high], abs=0.015)
+
+
+def test_runs_that_differ_widen_the_interval() -> None:
+    """Of two constant runs, half of the resampled sets hold one alone; its distance from the mean
+    is stretched by sqrt(2).
+    """
+    low, high = intervals.seeds_score([[[0.4] * 9], [[0.6] * 9]])["interval"]
+    assert (low, high) == pytest.approx((0.5 - 0.1 * math.sqrt(2), 0.5 + 0.1 * math.sqrt(2)), 1e-3)
+
+
+def test_limits_of_a_score_over_seeds() -> None:
+    """Stretched means stay possible; equal verdicts have Wilson's interval, differences none."""
+    assert intervals.seeds_score([[[0.0] * 9], [[1.0] * 9]])["interval"] == [0.0, 1.0]
+    assert intervals.seeds_score([[[-1.0] * 9], [[1.0] * 9]], lowest=-1)["interval"] == [-1.0, 1.0]
+    assert intervals.seeds_score([[[0.0] * 9]] * 3)["interval"] == [0.0, pytest.approx(0.299, 1e-2)]
+    assert intervals.seeds_score([[[0.0] * 9]] * 3, lowest=-1)["interval"] == [0.0, 0.0]

@@ -17,7 +17,7 @@ from lineage.cli import main
 from lineage.errors import UserError
 from lineage.evaluation import features, scorer, table
 from lineage.evaluation.prompts import TASKS
-from lineage.evaluation.run import _warnings
+from lineage.evaluation.protocol import warnings_of
 from lineage.evaluation.table import tables
 from lineage.training.store import read_json
 
@@ -219,7 +219,7 @@ def test_a_scorer_that_fails_on_real_pictures_has_a_warning(
     """Its scores must not look like any other."""
     pictures = SimpleNamespace(data=SimpleNamespace(split="validation", name="x"), scorer=object())
     real = {"quality": {}, "text_fit": {"r_precision": {"value": ceiling}}}
-    warnings = _warnings(pictures, {"real": real, "runs": []})  # type: ignore[arg-type]
+    warnings = warnings_of(pictures, {"real": real, "runs": []})  # type: ignore[arg-type]
     assert any("20% of unseen real pictures" in text for text in warnings) == has_warning
 
 

@@ -508,7 +508,7 @@ def only(part: str) -> Callable[[State], State]:
         (hugging_face, only("vision"), "text.tower.pos_emb"),
         (hugging_face, lacking("visual_projection.weight"), "image_tower.proj"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_is_no_clip_is_refused_in_a_sentence(
     rename: Callable[[State], State],
