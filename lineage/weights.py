@@ -6,9 +6,10 @@ Nothing in a file is executed: a pickle is read with `weights_only=True`.
 from __future__ import annotations
 
 import codecs
+import io
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -107,6 +108,23 @@ def _check_archive(path: Path, size: int) -> None:
         )
 
 
+def _without_program(path: Path) -> BinaryIO:
+    """An archive; of one that holds a TorchScript program too, as OpenAI's CLIPs do, the tensors
+    and the tree of modules alone, as `torch.save` writes them.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = [(name, name.partition("/")[2]) for name in archive.namelist()]
+        if all(inner != "constants.pkl" for _, inner in names):
+            return open(path, "rb")
+        tensors = io.BytesIO()
+        with zipfile.ZipFile(tensors, "w") as copy:
+            for name, inner in names:
+                if inner.startswith("data/") or inner in ("data.pkl", "version", "byteorder"):
+                    copy.writestr(name, archive.read(name))
+        tensors.seek(0)
+        return tensors
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name. Raises as `read`, and for a file that holds something else."""
     state = read(path)
@@ -135,12 +153,15 @@ def read(path: Path, placeholder: type | None = None) -> Any:
     try:
         if kind == "safetensors":
             return safetensors.torch.load_file(path)
-        foreign = []
-        if placeholder is not None and kind == "zip":  # older files held no classes
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins: list[Any] = [(placeholder, name) for name in foreign]
-        with open(path, "rb") as file, torch.serialization.safe_globals(stand_ins):
-            return torch.load(file, map_location="cpu", weights_only=True)  # by its content
+        if placeholder is None or kind != "zip":  # older files held no classes
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)  # by its content
+        with _without_program(path) as file:
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            stand_ins: list[Any] = [(placeholder, name) for name in foreign]
+            file.seek(0)
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen kinds, for files that are foreign or cut short
         line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(f"{path} is no checkpoint of tensors alone ({line[:120]}).") from error

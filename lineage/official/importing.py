@@ -78,15 +78,19 @@ class Shell:
         return group if isinstance(group, dict) else {}
 
     def tensors(self, before: str = "", around: tuple[Shell, ...] = ()) -> dict[str, Tensor]:
-        """Parameters and buffers by name, if it was a module."""
+        """Parameters and buffers by name, if it was a module, or one of a TorchScript program."""
         own = self._group("_parameters") | self._group("_buffers")
+        modules = self._group("_modules")
+        if "_parameters" not in vars(self):  # TorchScript keeps all as plain attributes
+            own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+            modules = vars(self)
         not_saved = vars(self).get("_non_persistent_buffers_set") or ()
         tensors: dict[str, Tensor] = {
             f"{before}{name}": value
             for name, value in own.items()
             if value is not None and name not in not_saved
         }
-        for name, inner in self._group("_modules").items():
+        for name, inner in modules.items():
             if isinstance(inner, Shell) and inner is not self and inner not in around:
                 tensors |= inner.tensors(f"{before}{name}.", (*around, self))
         return tensors

@@ -419,6 +419,42 @@ def test_half_precision_and_the_prefix_of_a_wrapper(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], tensor.half().float()), name
 
 
+class Published(torch.nn.Module):
+    """Tensors by their names, as a tree of modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def tree_of(state: State) -> Published:
+    root = Published()
+    for name, tensor in state.items():
+        *places, leaf = name.split(".")
+        module: torch.nn.Module = root
+        for place in places:
+            if not hasattr(module, place):
+                module.add_module(place, Published())
+            module = getattr(module, place)
+        if tensor.is_floating_point():
+            module.register_parameter(leaf, torch.nn.Parameter(tensor))
+        else:
+            module.register_buffer(leaf, tensor)
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("image", ["vit", "resnet"])
+def test_the_form_in_which_openai_published_its_models(image: str, tmp_path: Path) -> None:
+    """A TorchScript program: its tensors are read, and the program is not."""
+    source = make(image)
+    tree = tree_of({k: v.clone() for k, v in openai(source.state_dict()).items()})
+    torch.jit.save(torch.jit.trace(tree, torch.ones(1)), tmp_path / "clip.pt")
+    import_weights("clip", [tmp_path / "clip.pt", merges_file(tmp_path)], tmp_path / "run")
+    model = lineage.load(tmp_path / "run", device="cpu")
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def test_without_merges_the_user_is_told(tmp_path: Path) -> None:
     path = save(openai(make().state_dict()), tmp_path / "clip.pt")
     note = import_weights("clip", path, tmp_path / "run")
