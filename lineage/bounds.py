@@ -22,9 +22,10 @@ def _number(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """`1,2,3` or `(1, 2, 3)` on the command line."""
+    """`1,2,3`, `(1, 2, 3)` or `["a", "b"]` on the command line."""
     if isinstance(value, str):
-        return [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
+        parts = value.strip("()[] ").split(",")
+        return [part.strip("\"' ") for part in parts if part.strip()]
     return value
 
 
@@ -59,6 +60,8 @@ Fraction = Annotated[Float, Field(ge=0, lt=1)]
 """From 0 to below 1, such as a dropout rate or the decay of an average."""
 Share = Annotated[Float, Field(gt=0, lt=1)]
 """Between 0 and 1, such as a stage's share of the budget."""
+Listed = BeforeValidator(_listed)
+"""Reads text such as 1,2,3 as a list."""
 Ints = Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)]
 Multipliers = Annotated[
     tuple[Annotated[Int, Field(ge=1, le=64)], ...],

@@ -151,7 +151,18 @@ def test_a_budget_of_the_user_is_shared(key: str, share: float, tokenizer: WordT
 WORDS = (
     *("adam", "muon", "adamw", "none", "linear", "l1", "l2", "noise", "v", "cosine", "karras"),
     *("min_snr", "fixed_large", "euler", "clip", "joint", "exact", "tanh", "bpe", "gru"),
-    *("sequence", "relu", "fp32", "off", "shapes:hard", "cpu", "tiny", *ENCODERS),
+    *(
+        "sequence",
+        "relu",
+        "gelu",
+        "penultimate",
+        "fp32",
+        "off",
+        "shapes:hard",
+        "cpu",
+        "tiny",
+        *ENCODERS,
+    ),
 )
 
 

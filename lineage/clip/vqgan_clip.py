@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from lineage.bounds import (
     Float,
     Floats,
     IntsFromZero,
+    Listed,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -105,7 +106,7 @@ class VQGANCLIPConfig:
     method: Literal["latest", "original"] = "latest"
     cutouts: Dim = 32
     cut_pow: PositiveFloat = 1.0
-    augmentations: tuple[Augmentation, ...] = get_args(Augmentation)
+    augmentations: Annotated[tuple[Augmentation, ...], Listed] = get_args(Augmentation)
     init: Literal["codes", "gradient"] = "codes"
     init_weight: NonNegativeFloat = 0.0
     noise_seeds: IntsFromZero = ()

@@ -141,7 +141,7 @@ def evaluate(
             check_output(out / name)
     config = EvalConfig(**settings)
     with use_threads(config.threads):
-        if all(not CATALOG[read_config(folder).key].draws for folder in folders):
+        if folders and all(not CATALOG[read_config(folder).key].draws for folder in folders):
             scored: list[ScoredRun] = []
             document = score_matching(folders, config)
         else:

@@ -148,7 +148,7 @@ def scorer_for(
     dataset: CaptionedDataset,
     data_fingerprint: str,
     *,
-    steps: int = STEPS,
+    steps: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> CLIPScorer:
@@ -159,7 +159,7 @@ def scorer_for(
         dataset_spec: Spec of the data set.
         dataset: Its training split.
         data_fingerprint: Hash of its content.
-        steps, seed: Number of steps of training, and its seed.
+        steps, seed: Number of steps of training, `STEPS` if None, and its seed.
 
     Raises:
         UserError: all captions are the same, so there is nothing to tell apart.
@@ -167,6 +167,7 @@ def scorer_for(
     if dataset.name == "shapes:easy":
         return clip_scorer("pretrained:clip", device)
     check_captions(dataset)
+    steps = STEPS if steps is None else steps
     count = BATCH_SIZE if dataset.endless else min(BATCH_SIZE, len(dataset))
     settings = {**SETTINGS, "train.batch_size": count}
     inputs = [data_fingerprint, dataset.name, steps, seed, settings]

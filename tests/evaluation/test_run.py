@@ -163,7 +163,7 @@ def test_other_data_has_a_scorer_and_no_judge(run: Path, monkeypatch: pytest.Mon
         document["runs"][0]["text_fit"]["r_precision"]["n"]
         == document["protocol"]["quality"]["real"]
     )
-    assert "scorer" in document["protocol"]["quality"]["features"]
+    assert "CLIP of" in document["protocol"]["quality"]["features"]
     assert "reason" in document["runs"][0]["quality"]
     assert "memorisation says nothing" in " ".join(document["warnings"])
     assert tables(document)
