@@ -324,7 +324,8 @@ def changed(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
     if isinstance(value, bool):
         choices = [not value]
     elif isinstance(value, dict):
-        choices = [{"codec": 0.5}]
+        run = {"text": "bag", "encoder": {}, "tokenizer": {}, "hash": "0"}
+        choices = [{"codec": 0.5}, {"RUN": run}]
     elif isinstance(value, list):
         choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"]]
     elif isinstance(value, str):
@@ -334,7 +335,7 @@ def changed(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
             "device": ["cpu"],
         }
         words = ("adam", "muon", "linear", "loss", "normal", "bpe", "gru", "exact", "fp32", "off")
-        choices = texts.get(leaf, [*words, "sequence"])
+        choices = texts.get(leaf, [*words, "sequence", "relu", "gelu", "penultimate"])
     else:
         choices = [1] if value is None else [value * 2, value + 1, value - 1, value / 2 + 0.01]
     for choice in choices:

@@ -151,18 +151,8 @@ def test_a_budget_of_the_user_is_shared(key: str, share: float, tokenizer: WordT
 WORDS = (
     *("adam", "muon", "adamw", "none", "linear", "l1", "l2", "noise", "v", "cosine", "karras"),
     *("min_snr", "fixed_large", "euler", "clip", "joint", "exact", "tanh", "bpe", "gru"),
-    *(
-        "sequence",
-        "relu",
-        "gelu",
-        "penultimate",
-        "fp32",
-        "off",
-        "shapes:hard",
-        "cpu",
-        "tiny",
-        *ENCODERS,
-    ),
+    *("sequence", "relu", "gelu", "penultimate", "fp32", "off", "shapes:hard", "cpu", "tiny"),
+    *ENCODERS,
 )
 
 
@@ -177,7 +167,8 @@ def another(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
     if isinstance(value, bool):
         choices = [not value]
     elif isinstance(value, dict):
-        choices = [{"autoencoder": 0.5}]
+        run = {"text": "bag", "encoder": {}, "tokenizer": {}, "hash": "0"}
+        choices = [{"autoencoder": 0.5}, {"RUN": run}]
     elif isinstance(value, list):
         choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"], [0], []]
     elif isinstance(value, str):
