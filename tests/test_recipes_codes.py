@@ -324,7 +324,7 @@ def changed(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
     if isinstance(value, bool):
         choices = [not value]
     elif isinstance(value, dict):
-        run = {"text": "bag", "encoder": {}, "tokenizer": {}, "hash": "0"}
+        run = {"text": "bag", "encoder": {"runs": {}}, "tokenizer": {}, "hash": "0"}
         choices = [{"codec": 0.5}, {"RUN": run}]
     elif isinstance(value, list):
         choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"]]
