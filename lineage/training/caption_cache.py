@@ -4,10 +4,11 @@ The result of a step must not depend on what was encoded before it: a run that i
 a folder of features, ends with the same bits as one that encodes every caption. Kernels round
 differently for other batches, so a caption's features must not depend on its neighbours:
 
-    shape       Captions are encoded in chunks, each of captions with the same number of words (all
-                captions, for a padded encoder), so that no padding is added. The number of captions
-                of a chunk is a function of their number of words (`chunk_size`); a chunk that is
-                not full repeats its last caption.
+    shape       On a CPU, captions are encoded one at a time: some kernels round a row differently
+                at another place in the batch. On a GPU they are encoded in chunks, each of captions
+                with the same number of words (all captions, for a padded encoder), so that no
+                padding is added. The number of captions of a chunk is a function of their number of
+                words (`chunk_size`); a chunk that is not full repeats its last caption.
     threads     One on a CPU, however many the step uses: some kernels split sums among threads.
     precision   float32, without autocast, as in sampling.
 
@@ -32,9 +33,8 @@ CACHE_BYTES = 10**9
 """Number of bytes of features in memory, about; captions that find no room are encoded, or read
 from the folder, each time."""
 
-CHUNK_WORDS = {"cpu": 64}
-"""Number of words that are encoded at once, by the kind of device: enough for a core's arithmetic,
-and few for a single new caption."""
+CHUNK_WORDS = {"cpu": 1}
+"""Number of words that are encoded at once, by the kind of device; one caption at least."""
 GPU_CHUNK_WORDS = 1024
 
 

@@ -170,7 +170,9 @@ class Assembly(Stage):
         *,
         train: TrainConfig,
     ) -> None:
-        super().__init__(name, build, arguments, optim=OptimConfig(), train=train, share=0.0)
+        super().__init__(
+            name, build, arguments, optim=OptimConfig(), optim_setting="", train=train, share=0.0
+        )
 
     def budgeted(self) -> TrainConfig:
         """No budget."""

@@ -193,7 +193,7 @@ WORDS = "red " * 40
         ("ddpm", "a zorp circle \udcff", ["unknown words: zorp, �"]),
         ("vqvae", "red " * 8 + "zorp", ["not read, beyond 8 words: zorp"]),
         ("gan_int_cls", "x" * 100 + " zorp", ["not read, beyond 100 characters: zorp"]),
-        ("gan_int_cls", "红色的圆", ["unknown words: 红色的圆"]),
+        ("gan_int_cls", "红色的圆", ["unknown words: 红, 色, 的, 圆"]),
         ("ddpm", f"red{ESCAPE}", ["unknown words: \\x1b, [, 31m"]),
         ("ddpm", "a red circle", []),
         ("gan_int_cls", "a zorp", []),

@@ -61,8 +61,12 @@ class Calls:
         text.encode = encode  # type: ignore[method-assign]
 
     def encoded(self) -> list[str]:
-        """Captions of all chunks, without the repeats of each. ("No caption" is encoded first.)"""
-        chunks = self.captions[1:] if self.captions[:1] == [[""]] else self.captions
+        """Captions of all chunks, without the repeats of each, and without the empty one that some
+        encoders encode first for "no caption".
+        """
+        chunks = self.captions
+        if chunks[:1] == [[""]] and any("" in chunk for chunk in chunks[1:]):
+            chunks = chunks[1:]
         return [caption for chunk in chunks for caption in dict.fromkeys(chunk)]
 
 
