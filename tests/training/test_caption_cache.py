@@ -48,7 +48,7 @@ class Few(CaptionedDataset):
 
 
 class Calls:
-    """Records the captions that an encoder encodes."""
+    """Records the captions that an encoder encodes, but for "no caption", which comes first."""
 
     def __init__(self, text: TextEncoder) -> None:
         self.captions: list[list[str]] = []
@@ -58,16 +58,20 @@ class Calls:
             self.captions.append(list(captions))
             return original(captions)
 
+        original_null = text.null
+
+        def null(count: int) -> TextFeatures:
+            before = len(self.captions)
+            features = original_null(count)
+            del self.captions[before:]
+            return features
+
         text.encode = encode  # type: ignore[method-assign]
+        text.null = null  # type: ignore[method-assign]
 
     def encoded(self) -> list[str]:
-        """Captions of all chunks, without the repeats of each, and without the empty one that some
-        encoders encode first for "no caption".
-        """
-        chunks = self.captions
-        if chunks[:1] == [[""]] and any("" in chunk for chunk in chunks[1:]):
-            chunks = chunks[1:]
-        return [caption for chunk in chunks for caption in dict.fromkeys(chunk)]
+        """Captions of all chunks, without the repeats of each."""
+        return [caption for chunk in self.captions for caption in dict.fromkeys(chunk)]
 
 
 def encoder(tokenizer: WordTokenizer, name: str = "lstm", **config: Any) -> TextEncoder:
