@@ -354,9 +354,10 @@ print(f"{with_place} captions have a word of place; of {with_opposite} the oppos
 source(CLIP._with_opposites, "words =", "return torch.cat")
 
 # %% [markdown]
-# Look at the table above again: even so, the words of place are half a guess after 250 steps. And
-# who has which colour? The recipe adds no negatives for that. Exchange the colours of two objects
-# in the caption:
+# Look at the table above again: even so, the words of place are half a guess after 250 steps. The
+# same towers without these negatives, trained for half of the pretrained run's time, stay at
+# chance: both captions get the same cosine, to two digits. And who has which colour? The recipe
+# adds no negatives for that. Exchange the colours of two objects in the caption:
 
 # %%
 pairs_of = {
