@@ -166,18 +166,20 @@ for key in pretrained():
     print(f"{key:13}{CATALOG[key].year:<6}{size:>4.1f} MB{minutes:>9.1f} min   {stages}")
 
 # %% [markdown]
-# `clip` draws nothing: it compares pictures with words, and others draw with it. Two of them,
-# VQGAN+CLIP and CLIPDraw, train nothing of their own: each picture is optimised, which takes
-# seconds. One caption, drawn by every system that draws. Each row has other noise.
+# `clip` draws nothing: it compares pictures with words. VQGAN+CLIP and CLIPDraw draw with its
+# gradient. No network of theirs was trained to draw captions: each picture is optimised, which
+# takes seconds. One caption, drawn twice by every system that draws, each time from other noise.
 
 # %%
 wanted = "a red circle above a blue square"
 columns = []
 for key, system in systems.items():
     label = f"{CATALOG[key].year} {CATALOG[key].title}"
-    column = [LabelledImage("", image) for image in system.generate([wanted] * 3, seed=1)]
+    column = [LabelledImage("", image) for image in system.generate([wanted] * 2, seed=1)]
     columns.append([*column[:-1], LabelledImage(label, column[-1].image)])
-show([list(row) for row in zip(*columns, strict=True)])
+half = len(columns) // 2
+rows = [list(row) for part in (columns[:half], columns[half:]) for row in zip(*part, strict=True)]
+show(rows)
 
 # %% [markdown]
 # Compare columns. Is each object there? Has it its own colour? Is it where the caption says?

@@ -354,9 +354,10 @@ print(f"{with_place} captions have a word of place; of {with_opposite} the oppos
 source(CLIP._with_opposites, "words =", "return torch.cat")
 
 # %% [markdown]
-# Look at the table above again: even so, the words of place are half a guess after 250 steps. And
-# who has which colour? The recipe adds no negatives for that. Exchange the colours of two objects
-# in the caption:
+# Look at the table above again: even so, the words of place are half a guess after 250 steps. The
+# same towers without these negatives, trained for half of the pretrained run's time, stay at
+# chance: both captions get the same cosine, to two digits. And who has which colour? The recipe
+# adds no negatives for that. Exchange the colours of two objects in the caption:
 
 # %%
 pairs_of = {
@@ -420,10 +421,11 @@ def judged(*names):
 judged("pixels")
 
 # %% [markdown]
-# Caption, cosine, and what the judge detects. CLIP is more content than with any real picture, and
+# Caption, cosine, and what the judge detects. CLIP is more content than with real pictures, and
 # there is nothing to see: the judge, a detector that took no part, says so. Such pictures are
-# **adversarial**: the network is right where it was trained, and may say anything elsewhere. Even
-# next to a real picture: change each pixel by at most 6 percent, so that it fits another caption.
+# **adversarial**: a network is right where it was trained, and may say anything elsewhere. Even
+# next to a real picture: change each number by at most 6 percent of its range, so that the picture
+# fits another caption.
 
 # %%
 rows, lies = [0, 2, 4, 11], ["a red cross", "a blue cross", "a green circle", "two circles"]
@@ -524,10 +526,10 @@ judged("vqgan_clip", "clipdraw", "ddpm")
 
 # %% [markdown]
 # From above: VQGAN+CLIP, CLIPDraw, DDPM. A score that was optimised is no measure any more. The
-# pixels win by CLIP's cosine, and the other CLIP sees nothing in them. Decoder and pen convince
-# both CLIPs by colours and numbers, and seldom the judge, who asks for outlines. The trained model
-# draws what was asked, at no higher cosine. So whoever reports a CLIP score should not have
-# optimised it, and should ask someone else, too.
+# pixels win by CLIP's cosine, and the other CLIP finds nothing in them. Decoder and pen convince
+# both CLIPs by their colours, and seldom the judge, who asks for outlines and numbers. The trained
+# model draws most of what was asked, at no higher cosine. So whoever reports a CLIP score should
+# not have optimised it, and should ask someone else, too.
 #
 # ## Where it fails, and what came next
 #
