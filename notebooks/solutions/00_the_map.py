@@ -177,8 +177,8 @@ for key, system in systems.items():
     label = f"{CATALOG[key].year} {CATALOG[key].title}"
     column = [LabelledImage("", image) for image in system.generate([wanted] * 2, seed=1)]
     columns.append([*column[:-1], LabelledImage(label, column[-1].image)])
-half = len(columns) // 2
-rows = [list(row) for part in (columns[:half], columns[half:]) for row in zip(*part, strict=True)]
+parts = [columns[first : first + 4] for first in range(0, len(columns), 4)]
+rows = [list(row) for part in parts for row in zip(*part, strict=True)]
 show(rows)
 
 # %% [markdown]
