@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,10 @@ class LSTMEncoder(TokenEncoder):
             batch_first=True,
             enforce_sorted=False,
         )
-        states, last = self.rnn(packed)
+        # not every CPU has an LSTM in half precision
+        precision = torch.autocast("cpu", enabled=False) if not ids.is_cuda else nullcontext()
+        with precision:
+            states, last = self.rnn(packed)
         last = last[0] if isinstance(last, tuple) else last  # (2 num_layers, B, D / 2)
         words, _ = nn.utils.rnn.pad_packed_sequence(
             states, batch_first=True, total_length=ids.shape[1]
