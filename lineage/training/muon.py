@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineage.training.machine import bfloat16_is_fast
+
 
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, computed faster."""
@@ -58,12 +60,13 @@ class Muon(torch.optim.Muon):
 def newton_schulz(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """Matrices (K, R, S) with all their singular values close to 1, in bfloat16.
+    """Matrices (K, R, S) with all their singular values close to 1, in bfloat16 where the device
+    has the instructions for it, otherwise in float32, which is then several times as fast.
 
     `steps` times X = a X + b (X X^T) X + c (X X^T)^2 X, from X of norm 1.
     """
     a, b, c = coefficients
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if bfloat16_is_fast(matrices.device) else matrices.float()
     if x.shape[1] > x.shape[2]:  # the smaller of X X^T and X^T X
         return newton_schulz(matrices.mT, coefficients, steps, eps).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
