@@ -17,7 +17,7 @@ import lineage
 from lineage.course import begin, check, film, show, slider, source, watch
 from lineage.data.contract import to_bytes
 from lineage.evaluation.best import best_of
-from lineage.evaluation.scorer import scorer_for
+from lineage.evaluation.scorer import clip_scorer
 from lineage.nn.noise import NoiseStreams
 from lineage.vqvae.ar_prior import Prior, SamplingConfig
 from lineage.vqvae.dalle import gumbel_softmax, map_pixels
@@ -275,10 +275,10 @@ show([first[0], *kept], ["the picture", *below], columns=4)
 
 # %% [markdown]
 # **The best of many.** Section 2.6 draws 512 pictures, and CLIP ranks them by how well they fit the
-# caption. The package's scorer is a small CLIP for these pictures.
+# caption. The package has a CLIP of these pictures; the next notebook explains it.
 
 # %%
-scorer = scorer_for("shapes", data, "")
+scorer = clip_scorer("pretrained:clip")
 many = system.generate([caption] * 16, temperature=1.0, guidance=1.0)
 cosines = (scorer.image(to_bytes(many)) @ scorer.text([caption]).T)[:, 0]
 order = cosines.argsort(descending=True)
