@@ -28,7 +28,7 @@ from lineage.bounds import Threads
 from lineage.config import RunConfig, to_dict, typed
 from lineage.cores import usable_cpus
 from lineage.data import load_dataset
-from lineage.data.contract import CaptionedDataset, Example, to_bytes
+from lineage.data.contract import CaptionedDataset, Example, fingerprint_of, to_bytes
 from lineage.errors import Interrupted, UserError, say_once
 from lineage.files import check_output, claimed, expanded
 from lineage.nn.noise import stream_seed
@@ -47,11 +47,11 @@ from lineage.plan import (
     source_of,
     use_own_weights,
 )
-from lineage.pretrained import PREFIX, run_folder
+from lineage.pretrained import PREFIX, run_folder, run_name
 from lineage.recipes import find_recipe
 from lineage.recipes import preset as recipe_preset
 from lineage.resume import check_changes, differences, last_threads, recorded_changes
-from lineage.search import matches_sheet
+from lineage.search import Comparer, matches_sheet
 from lineage.sheets import save_picture, sheet
 from lineage.system import System, Trainable
 from lineage.text.tokenizer import make_tokenizer
@@ -390,11 +390,6 @@ def seed_weights(seed: int) -> None:
     torch.manual_seed(stream_seed("weights", seed))
 
 
-def fingerprint_of(dataset: CaptionedDataset) -> str:
-    """Identity of a run's data: the hash of user files, or the name of an endless world."""
-    return dataset.fingerprint() if hasattr(dataset, "fingerprint") else dataset.name
-
-
 # --- pictures -------------------------------------------------------------------------------------
 
 
@@ -423,6 +418,17 @@ def load_system(run: str | Path, device: str = "auto") -> System:
             f"{run} is a run of {key}, which draws no pictures: it compares pictures with captions."
         )
     return system
+
+
+def load_comparer(run: str | Path, device: str = "auto") -> Comparer:
+    """As `load`, for a run of CLIP. Raises `UserError` for others too."""
+    model = load(run, device)
+    if not isinstance(model, Comparer):
+        raise UserError(
+            f"{run_name(run_folder(run))} is no run of clip: name one, which `lineage train clip` "
+            "makes, or pretrained:clip."
+        )
+    return model
 
 
 def load(run: str | Path, device: str = "auto") -> Any:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from lineage.characters import plain
 from lineage.data import load_dataset
-from lineage.data.contract import CaptionedDataset, Example, Skipped, to_unit
+from lineage.data.contract import CaptionedDataset, Example, Skipped, fingerprint_of, to_unit
 from lineage.data.decoding import decode, why_broken
 from lineage.data.pictures import is_picture, list_files
 from lineage.errors import UserError, say_once
 from lineage.sheets import sheet
+from lineage.text.contract import TextEncoder
 from lineage.threads import use_free_threads
 from lineage.training.store import cache_folder, cached, fingerprint, load_tensors, save_tensors
 
@@ -43,16 +44,19 @@ NUM_PICTURES = 256
 """Number of pictures among which a sheet of training shows the best."""
 
 
+@runtime_checkable
 class Comparer(Protocol):
     """What `search` needs of a CLIP.
 
     Attributes:
         size: S, side of the pictures that it takes.
         embed_dim: P.
+        text: Encoder of the captions.
     """
 
     size: int
     embed_dim: int
+    text: TextEncoder
 
     def parameters(self) -> Iterator[Tensor]:
         """All weights."""
@@ -111,7 +115,7 @@ def _of_folder(root: Path, size: int) -> Pictures:
         raise UserError(f"There is no picture in {root}: name a folder that holds some.")
     if skipped:
         _say_left_out(f"{skipped[0].path} ({skipped[0].reason})", len(skipped))
-    facts = [[file, *_stamp(root / file)] for file in files]
+    stamps = [[file, *_stamp(root / file)] for file in files]
 
     def image(number: int) -> Tensor:
         path = root / files[number]
@@ -121,7 +125,7 @@ def _of_folder(root: Path, size: int) -> Pictures:
             raise UserError(f"{path}: {why_broken(error, path)}") from error
 
     names = [plain(str(PurePosixPath(file).with_suffix(""))) for file in files]
-    return Pictures(names, image, fingerprint(json.dumps([str(root.resolve()), facts]).encode()))
+    return Pictures(names, image, fingerprint(json.dumps([str(root.resolve()), stamps]).encode()))
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -138,8 +142,7 @@ def _say_left_out(first: str, count: int) -> None:
 
 
 def _of_dataset(dataset: CaptionedDataset) -> Pictures:
-    content = dataset.fingerprint() if hasattr(dataset, "fingerprint") else dataset.name
-    key = f"{content} {dataset.split} {len(dataset)}"
+    key = f"{fingerprint_of(dataset)} {dataset.split} {len(dataset)}"
     names = [f"{dataset.split}-{i}" for i in range(len(dataset))]
     return Pictures(names, lambda number: dataset[number].image, key)
 
@@ -214,9 +217,9 @@ def search(
         image: (N, P) unit vectors of the pictures; zeros for those that are left out.
         names: N names.
     """
-    found = image.any(1)  # (N,)
-    cosines = (text_vectors(model, queries) @ image.T).masked_fill(~found, -torch.inf)  # (K, N)
-    best = cosines.topk(min(count, int(found.sum())), dim=1)
+    is_open = image.any(1)  # (N,)
+    cosines = (text_vectors(model, queries) @ image.T).masked_fill(~is_open, -torch.inf)  # (K, N)
+    best = cosines.topk(min(count, int(is_open.sum())), dim=1)
     return [
         [Hit(number, names[number], cosine) for number, cosine in zip(row, values, strict=True)]
         for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -48,12 +48,7 @@ def search(
     if out is not None:
         check_picture(out)
     with use_threads(threads):
-        model = runs.load(run, device)
-        if not hasattr(model, "encode_image") or not hasattr(model, "encode_text"):
-            raise UserError(
-                f"{run} is no run of clip: name one, which `lineage train clip` makes, or "
-                "pretrained:clip."
-            )
+        model = runs.load_comparer(run, device)
         for note in unread_text(model.text, words):
             say(plain(note))
         path = Path(data).expanduser()

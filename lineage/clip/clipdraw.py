@@ -43,17 +43,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from lineage.bounds import Dim, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from lineage.clip.clip import CLIP
+from lineage.clip.guided import CLIPGuided
 from lineage.clip.rasteriser import Strokes, render, to_svg
 from lineage.config import configuration
-from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
-from lineage.system import LabelledImage, System, Turn
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.system import LabelledImage
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -272,7 +271,7 @@ class Step:
     loss: Tensor
 
 
-class CLIPDraw(System):
+class CLIPDraw(CLIPGuided):
     """A frozen CLIP, whose gradient draws.
 
     Args:
@@ -282,22 +281,9 @@ class CLIPDraw(System):
     """
 
     def __init__(self, config: CLIPDrawConfig, clip: CLIP, size: int) -> None:
-        super().__init__()
-        self.config, self.size = config, size
-        self.clip = clip.requires_grad_(False)
+        super().__init__(clip, size)
+        self.config = config
         self.sample_batch_size = min(64, max(1, BATCH_CELLS // (config.num_paths * size**2)))
-
-    @property
-    def text(self) -> TextEncoder:  # type: ignore[override]
-        """Text tower of CLIP."""
-        return self.clip.text
-
-    def groups(self) -> dict[str, list[nn.Module]]:
-        return {}
-
-    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
-        """There is nothing to train, so that no turn is yielded."""
-        yield from ()
 
     # --- drawing --------------------------------------------------------------------------------
 
@@ -346,9 +332,9 @@ class CLIPDraw(System):
         """
         num_steps, num_views = steps or self.config.num_steps, num_views or self.config.num_views
         text = self.encode_captions(captions)  # (B, F)
-        away = None
+        negative_text = None
         if negative:
-            away = self.encode_captions([negative]).expand_as(text)[:, None]  # (B, 1, F)
+            negative_text = self.encode_captions([negative]).expand_as(text)[:, None]  # (B, 1, F)
         optimiser = StrokeOptimiser(strokes, num_steps, self.config)
         for number in range(num_steps):
             matrices = view_matrices(noise.rand(num_views, VIEW_DRAWS), self.config)
@@ -356,7 +342,7 @@ class CLIPDraw(System):
                 image = render(strokes, self.size, self.size)
                 views = take_views(image, matrices)
                 loss = clipdraw_loss(
-                    self.encode_views(views), text, away, self.config.negative_weight
+                    self.encode_views(views), text, negative_text, self.config.negative_weight
                 )
                 gradients = torch.autograd.grad(loss.sum(), optimiser.parameters)
             optimiser.step(number, gradients)
@@ -389,12 +375,12 @@ class CLIPDraw(System):
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
         """A film of the drawing, and a view of each of its pictures with the mean cosine."""
         noise, steps = NoiseStreams.for_pictures(seed, 1, self.device), self.config.num_steps
-        shown = {round(k * (steps - 1) / (NUM_FRAMES - 1)) for k in range(NUM_FRAMES)}
+        frame_steps = {round(k * (steps - 1) / (NUM_FRAMES - 1)) for k in range(NUM_FRAMES)}
         rows: list[list[LabelledImage]] = [[], []]
         with self.inference():
             strokes = self.initial_strokes(noise)
             for number, step in enumerate(self.optimise(strokes, [caption], noise)):
-                if number in shown:
+                if number in frame_steps:
                     cosine = -float(step.loss[0]) / step.views.shape[1]
                     rows[0].append(LabelledImage(f"step {number}", 2 * step.image[0] - 1))
                     rows[1].append(LabelledImage(f"cosine {cosine:.2f}", 2 * step.views[0, 0] - 1))

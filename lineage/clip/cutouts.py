@@ -222,8 +222,8 @@ def augment(cutouts: Tensor, noise: NoiseStreams, augmentations: Sequence[Augmen
         cutouts = torch.einsum("bnij,bnjhw->bnihw", linear, cutouts) + constant[..., None, None]
     if "erasing" in augmentations:  # one rectangle for all cutouts of a picture
         u = noise.rand(6).cpu().double()
-        kept = ~erased(u[:, 1:], side) | (u[:, 0] >= PROBABILITY)[:, None, None]  # (B, S, S)
-        cutouts = cutouts * kept[:, None, None].to(cutouts)
+        is_whole = ~erased(u[:, 1:], side) | (u[:, 0] >= PROBABILITY)[:, None, None]  # (B, S, S)
+        cutouts = cutouts * is_whole[:, None, None].to(cutouts)
     return cutouts
 
 

@@ -302,8 +302,8 @@ def hits(points: Tensor, radius: Tensor, height: int, width: int, samples: int =
         d = path_distance(points, centre)
         reach = (d - radius).abs() <= (side / 2) * 2**0.5 / samples * 1.001
         if side == 1:
-            found = corner[d < radius]
-            is_hit[found[:, 1], found[:, 0]] = True
+            hits = corner[d < radius]
+            is_hit[hits[:, 1], hits[:, 0]] = True
             break
         for left, top in corner[~reach & (d < radius)].tolist():
             is_hit[top : top + side, left : left + side] = True

@@ -53,6 +53,7 @@ from lineage.clip.cutouts import (
     latest_cutouts,
     original_cutouts,
 )
+from lineage.clip.guided import CLIPGuided
 from lineage.clip.prompts import (
     PromptFeatures,
     noise_prompt,
@@ -64,8 +65,7 @@ from lineage.data.contract import Batch
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
 from lineage.nn.vqgan_losses import psnr
-from lineage.system import LabelledImage, System, Turn
-from lineage.text.contract import TextEncoder, TextFeatures
+from lineage.system import LabelledImage, System
 
 Optimiser = Literal["adam", "adamw", "adamax", "adagrad", "rmsprop"]
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -198,7 +198,7 @@ class Step:
     z: Tensor
 
 
-class VQGANCLIP(System):
+class VQGANCLIP(CLIPGuided):
     """A frozen CLIP and a frozen codec.
 
     Args:
@@ -209,29 +209,16 @@ class VQGANCLIP(System):
     """
 
     def __init__(self, config: VQGANCLIPConfig, clip: CLIP, codec: LatentCodec, size: int) -> None:
-        super().__init__()
+        super().__init__(clip, size)
         if size % codec.factor:
             raise UserError(
                 f"size={size} must be a multiple of {codec.factor}, the side in pixels of one code."
             )
         assert isinstance(codec, nn.Module)
-        self.config, self.size = config, size
-        self.clip, self.codec = clip.requires_grad_(False), codec.requires_grad_(False)
+        self.config, self.codec = config, codec.requires_grad_(False)
         self.grid_size = size // codec.factor
         max_pictures = MAX_CUTOUT_VALUES // (3 * clip.size**2 * config.cutouts)
         self.sample_batch_size = max(1, min(System.sample_batch_size, max_pictures))
-
-    @property
-    def text(self) -> TextEncoder:  # type: ignore[override]
-        """Text tower of CLIP."""
-        return self.clip.text
-
-    def groups(self) -> dict[str, list[nn.Module]]:
-        return {}
-
-    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
-        """There is nothing to train, so that no turn is yielded."""
-        yield from ()
 
     # --- sampling -------------------------------------------------------------------------------
 
@@ -310,9 +297,11 @@ class VQGANCLIP(System):
         reference_weight: float = 1.0,
     ) -> PromptFeatures:
         """Features of all prompts: those of each caption, of `negative`, of noise, of pictures."""
-        away = [p._replace(weight=-p.weight) for p in split_prompts(negative)] if negative else []
+        negatives = (
+            [p._replace(weight=-p.weight) for p in split_prompts(negative)] if negative else []
+        )
         texts = [(row, p) for row, caption in enumerate(captions) for p in split_prompts(caption)]
-        texts += [(row, p) for row in range(len(captions)) for p in away]
+        texts += [(row, p) for row in range(len(captions)) for p in negatives]
         features = [self.clip.encode_text([prompt.text for _, prompt in texts])]
         rows = [row for row, _ in texts]
         weights, stops = [p.weight for _, p in texts], [p.stop for _, p in texts]
@@ -385,13 +374,13 @@ class VQGANCLIP(System):
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
         """A film of the optimisation, and cutouts of its last step."""
         noise, steps = NoiseStreams.for_pictures(seed, 1, self.device), self.config.num_steps
-        shown = set(np.linspace(0, steps - 1, NUM_FRAMES - 1).round().astype(int).tolist())
+        frame_steps = set(np.linspace(0, steps - 1, NUM_FRAMES - 1).round().astype(int).tolist())
         film = []
         with self.inference():
             z, cut = self.initial_latents(noise), self.cutter(noise)
             for i, step in enumerate(self.optimise(z, self.encode_prompts([caption]), cut)):
                 z = step.z
-                if i in shown:
+                if i in frame_steps:
                     loss = float(step.prompt_losses.sum())
                     film.append(LabelledImage(f"step {i}, loss {loss:.3f}", 2 * step.image[0] - 1))
             film.append(LabelledImage(f"step {steps}", 2 * self.synthesise(z)[0] - 1))

@@ -39,7 +39,7 @@ from lineage.comparison.training import train_all
 from lineage.config import RunConfig, TrainConfig, to_dict, typed
 from lineage.cores import usable_cpus
 from lineage.data import load_dataset
-from lineage.data.contract import Example, to_bytes
+from lineage.data.contract import Example, fingerprint_of, to_bytes
 from lineage.errors import UserError, say
 from lineage.evaluation.cost import machine
 from lineage.evaluation.real import unseen_split
@@ -54,7 +54,7 @@ from lineage.files import check_output, claimed, expanded
 from lineage.options import configure
 from lineage.plan import build, plan, read_config, read_saved, read_tokenizer
 from lineage.resume import differences, last_threads, result_settings
-from lineage.runs import check_runs, fingerprint_of, load_system
+from lineage.runs import check_runs, load_system
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
 from lineage.text.encoders import check_encoder

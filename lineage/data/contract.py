@@ -185,3 +185,8 @@ class CaptionedDataset(ABC):
         """`count` examples that show the breadth of the data, for sheets and reports."""
         step = max(1, len(self) // count)
         return [self[i] for i in range(0, len(self), step)][:count]
+
+
+def fingerprint_of(dataset: CaptionedDataset) -> str:
+    """Identity of a run's data: the hash of user files, or the name of an endless world."""
+    return dataset.fingerprint() if hasattr(dataset, "fingerprint") else dataset.name

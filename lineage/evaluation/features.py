@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 import lineage
-from lineage.data.contract import CaptionedDataset, to_unit
+from lineage.data.contract import CaptionedDataset, fingerprint_of, to_unit
 from lineage.errors import UserError
 from lineage.evaluation.judge import Judge, resized
 from lineage.evaluation.scorer import Scorer, clip_scorer, hub_scorer, in_chunks, scorer_for
 from lineage.files import expanded
 from lineage.nn.inception import fid_features, load_inception
 from lineage.pretrained import run_folder
-from lineage.runs import fingerprint_of, load_system
+from lineage.runs import load_system
 from lineage.system import EmbedsImages, System
 from lineage.text.contract import caption_list
 from lineage.threads import tuned

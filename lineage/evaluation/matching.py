@@ -146,15 +146,15 @@ def best_possible(examples: Sequence[Example], pools: Tensor) -> Tensor:
 
     A plain caption is true of a scene with exactly its objects, if it names no relation or theirs.
     """
-    facts = [_fact(example) for example in examples]
+    scenes = [_scene(example) for example in examples]
     chances = []
-    for (objects, relation), pool in zip(facts, pools.tolist(), strict=True):
-        count = sum(facts[i][0] == objects and facts[i][1] in (None, relation) for i in pool)
+    for (objects, relation), pool in zip(scenes, pools.tolist(), strict=True):
+        count = sum(scenes[i][0] == objects and scenes[i][1] in (None, relation) for i in pool)
         chances.append(1 / (1 + count))
     return torch.tensor(chances, dtype=torch.float64)
 
 
-def _fact(example: Example) -> tuple[tuple[str, ...], str | None]:
+def _scene(example: Example) -> tuple[tuple[str, ...], str | None]:
     """Objects of a scene and the relation of the first in alphabetical order to the other."""
     objects = [f"{one['colour']} {one['shape']}" for one in example.meta["objects"]]
     relation = example.meta["relation"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lineage.data import load_dataset
-from lineage.data.contract import CaptionedDataset, to_bytes
+from lineage.data.contract import CaptionedDataset, fingerprint_of, to_bytes
 from lineage.data.shapes import LEVELS, Shapes
 from lineage.data.shapes_languages import ENGLISH
 from lineage.errors import UserError
@@ -28,7 +28,6 @@ from lineage.evaluation.judge import Detections, Judge, verdict
 from lineage.evaluation.prompts import Prompt, make_prompts, read_prompts, to_lines
 from lineage.evaluation.scenes import draw_scenes, scene_spec
 from lineage.evaluation.scorer import Scorer
-from lineage.runs import fingerprint_of
 from lineage.training.store import fingerprint
 
 TRAINING_PICTURES = 5000  # most pictures among which the nearest is searched

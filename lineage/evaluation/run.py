@@ -141,7 +141,11 @@ def evaluate(
             check_output(out / name)
     config = EvalConfig(**settings)
     with use_threads(config.threads):
-        if folders and all(not CATALOG[read_config(folder).key].draws for folder in folders):
+        draws = [CATALOG[read_config(folder).key].draws for folder in folders]
+        if any(draws) and not all(draws):
+            other = run_name(folders[draws.index(False)])
+            raise UserError(f"{other} draws no pictures, as the other runs do: evaluate it apart.")
+        if folders and not any(draws):
             scored: list[ScoredRun] = []
             document = score_matching(folders, config)
         else:

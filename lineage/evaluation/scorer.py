@@ -25,7 +25,7 @@ from torch import Tensor
 from lineage.data.contract import CaptionedDataset, to_unit
 from lineage.errors import CheckFailed, UserError
 from lineage.pretrained import run_folder, run_name
-from lineage.runs import load, read_config, train
+from lineage.runs import load_comparer, read_config, train
 from lineage.search import Comparer
 from lineage.text.contract import caption_list
 from lineage.threads import tuned
@@ -114,11 +114,7 @@ def clip_scorer(run: str | Path, device: torch.device | str = "cpu") -> CLIPScor
         UserError: there is no such run, or it is of another system.
     """
     folder = run_folder(run, "clip:RUN")
-    model = load(folder, str(device))
-    if not hasattr(model, "encode_image"):
-        raise UserError(
-            f"{run_name(folder)} is no run of clip: name one, which `lineage train clip` makes."
-        )
+    model = load_comparer(folder, str(device))
     config = read_config(folder)
     weights = fingerprint((folder / "model.safetensors").read_bytes())
     protocol = {

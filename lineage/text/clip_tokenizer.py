@@ -28,19 +28,21 @@ _REMARK = "#version"  # in the first line of a file of merges
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 
-def byte_characters() -> list[str]:
-    """The characters that stand for the bytes, in the order of the vocabulary: those that can be
-    seen stand for themselves, the others for characters from 256 on.
-    """
-    seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in seen]
-    return [chr(byte) for byte in seen] + [chr(256 + i) for i in range(len(others))]
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+"""Bytes that stand for visible characters."""
 
 
 def byte_order() -> list[int]:
-    """The byte that each of `byte_characters` stands for."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return seen + [byte for byte in range(256) if byte not in seen]
+    """The bytes in the order of the vocabulary: the visible ones come first."""
+    return _VISIBLE + [byte for byte in range(256) if byte not in _VISIBLE]
+
+
+def byte_characters() -> list[str]:
+    """The characters that stand for the bytes of `byte_order`: a visible one for itself, characters
+    from 256 on for the others.
+    """
+    num_others = 256 - len(_VISIBLE)
+    return [chr(byte) for byte in _VISIBLE] + [chr(256 + i) for i in range(num_others)]
 
 
 def _apart(character: str) -> str:

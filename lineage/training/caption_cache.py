@@ -72,9 +72,11 @@ class CaptionCache:
                 others[caption] = row
         if not others:
             return self._table.take(captions)
-        found = [caption for caption in captions if caption in self._table]
-        rows = TextFeatures.cat([*([self._table.take(found)] if found else []), *others.values()])
-        number = {caption: row for row, caption in enumerate([*found, *others])}
+        in_table = [caption for caption in captions if caption in self._table]
+        rows = TextFeatures.cat(
+            [*([self._table.take(in_table)] if in_table else []), *others.values()]
+        )
+        number = {caption: row for row, caption in enumerate([*in_table, *others])}
         return rows[torch.tensor([number[caption] for caption in captions]).to(rows.ids.device)]
 
     def save(self) -> None:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.catalog import CATALOG
 from lineage.cli import drawing
 from lineage.clip.clipdraw import (
     CROP_TRIES,
@@ -330,7 +329,6 @@ def test_only_a_system_of_strokes_writes_svg(system: CLIPDraw, tmp_path: Any) ->
         drawing.draws_vectors(Pixels(), tmp_path / "x.svg")  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not CATALOG["clipdraw"].works, reason="the catalogue calls it planned")
 def test_sample_writes_svg_files(sample: Any) -> None:
     """One file for one drawing; a sheet of vectors there is not."""
     answer = sample("clipdraw", "a red circle", "--set", "steps=2", "--out", "one.svg")
