@@ -115,7 +115,7 @@ for step in range(5):
 # is $(1-w)a + wb$, in place; `cosine` and `misplaced_beta` are variants, off here.)
 
 # %%
-source(VQVAE.losses, "z_e =", "nll =")
+source(VQVAE.losses, "quantised =", "nll =")
 
 # %%
 source(VectorQuantiser.nearest, "flat, codebook", "return")

@@ -421,7 +421,7 @@ def test_eight_grids_are_learnt_by_heart(optim: str) -> None:
     """Each is written from its caption alone, at temperature 0."""
     prior, data = make_prior(cond_drop_prob=0.1), EightPictures()
     trainer = trainer_for(prior, data, name=optim)
-    for step in range(120):
+    for step in range(200):
         values = trainer.advance(trainer.loader.at(step))
     assert values["metric/image_accuracy"] > 0.85  # dropped captions leave the grid open
     batch = data.batch(range(8), [0] * 8, 0)
