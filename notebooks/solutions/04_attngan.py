@@ -18,8 +18,8 @@ from lineage.attngan.attngan import AttnGAN
 from lineage.attngan.damsm import cosine, matching_losses, region_attention, word_similarity
 from lineage.course import begin, check, film, show, slider, source, watch
 from lineage.data.shapes import COLOURS
-from lineage.evaluation.scorer import clip_scorer
 from lineage.evaluation.metrics import r_precision
+from lineage.evaluation.scorer import clip_scorer
 from lineage.evaluation.sections import wrong_captions
 from lineage.text.contract import TextFeatures
 
