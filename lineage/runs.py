@@ -25,6 +25,7 @@ import torch
 
 import lineage
 from lineage.bounds import Threads
+from lineage.cache import cache_folder
 from lineage.config import RunConfig, to_dict, typed
 from lineage.cores import usable_cpus
 from lineage.data import load_dataset
@@ -61,11 +62,7 @@ from lineage.training.memory import check_memory
 from lineage.training.run_stages import RunStages
 from lineage.training.stage import Stage, load_weights
 from lineage.training.stopping import Stopped
-from lineage.training.store import (
-    cache_folder,
-    remove_partials,
-    write_json,
-)
+from lineage.training.store import remove_partials, write_json
 
 # --- training -------------------------------------------------------------------------------------
 

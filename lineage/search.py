@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from lineage.cache import cache_folder, cached
 from lineage.characters import plain
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, Skipped, fingerprint_of, to_unit
@@ -34,7 +35,7 @@ from lineage.errors import UserError, say_once
 from lineage.sheets import sheet
 from lineage.text.contract import TextEncoder
 from lineage.threads import use_free_threads
-from lineage.training.store import cache_folder, cached, fingerprint, load_tensors, save_tensors
+from lineage.training.store import fingerprint, load_tensors, save_tensors
 
 CHUNK = 64
 """Number of pictures that are embedded at once."""

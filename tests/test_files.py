@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lineage.cache import cache_folder
 from lineage.errors import UserError
 from lineage.files import expanded
-from lineage.training.store import cache_folder
 
 
 def test_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

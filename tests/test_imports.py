@@ -23,6 +23,7 @@ MAY = {
     "errors": {"characters"},
     "characters": set(),
     "files": BASE,
+    "cache": FILES_TOO,
     "units": set(),
     "pretrained": FILES_TOO | {"catalog"},
     "bounds": set(),
@@ -43,10 +44,10 @@ MAY = {
     "threads": BASE | {"cores"},
     "weights": FILES_TOO,
     "nn": BASE | {"bounds", "config", "weights"},
-    "data": FILES_TOO | {"bounds", "config", "threads"},
+    "data": FILES_TOO | {"cache", "bounds", "config", "threads"},
     "text": FILES_TOO | {"nn", "bounds", "config", "weights"},
     "training": FILES_TOO
-    | {"bounds", "config", "system", "data.contract", "nn", "text.contract", "threads"},
+    | {"cache", "bounds", "config", "system", "data.contract", "nn", "text.contract", "threads"},
     **dict.fromkeys(FAMILIES, CONTRACTS),
 }
 """For each part, the modules or packages of ours that it may import beside its own. Parts that are

@@ -1,8 +1,9 @@
-"""`lineage data`: show, check and export data sets."""
+"""`lineage data`: show, check and export data sets, and look after the cache of pictures."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from cyclopts import App, Group
 
@@ -11,7 +12,12 @@ from lineage.cli.arguments import Count, Flag, PathName, Seed, SheetCount, print
 from lineage.errors import UserError
 
 GROUP = Group("Data", sort_key=1)
-data = App("data", help="Show, check and export data sets.", group=GROUP, group_commands=GROUP)
+data = App(
+    "data",
+    help="Show, check and export data sets; the cache of pictures.",
+    group=GROUP,
+    group_commands=GROUP,
+)
 
 
 @data.command(name="show")
@@ -29,7 +35,7 @@ def data_show(
     """Draw a contact sheet with captions.
 
     Args:
-        spec: Data set: shapes, shapes:hard, shapes:easy:zh, PATH, folder:PATH or imagefolder:PATH.
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
         out: Picture to write.
         count: Number of pictures.
         columns: Number of pictures in a row.
@@ -52,7 +58,7 @@ def data_check(spec: str, /, *, size: Count = 32, json: Flag = False) -> None:
     """Count pictures and captions, and name every rejected file with its reason.
 
     Args:
-        spec: Data set: shapes, shapes:hard, shapes:easy:zh, PATH, folder:PATH or imagefolder:PATH.
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
         size: Side of the pictures in pixels.
         json: If true, print one JSON document.
     """
@@ -83,21 +89,47 @@ def data_export(
     size: Count = 32,
     split: str = "train",
     seed: Seed = 0,
+    form: Literal["imagefolder", "wds"] = "imagefolder",
 ) -> None:
-    """Write a data set as an imagefolder.
+    """Write a data set as an imagefolder, or as the shards of a WebDataset.
 
     Args:
-        spec: Data set: shapes, shapes:hard, shapes:easy:zh, PATH, folder:PATH or imagefolder:PATH.
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
         out: Folder to write.
         count: Largest number of pictures; all if left out.
         size: Side of the pictures in pixels.
         split: train, validation, test, ...
         seed: Seed of an endless data set.
+        form: imagefolder or wds.
     """
     from lineage.data import load_dataset
     from lineage.data.tools import export
     from lineage.files import check_output
 
     check_output(out, folder=True)
-    written = export(load_dataset(spec, split, size, seed), out, count)
-    print(plain(f"{out}: {written:,} pictures in imagefolder form"))
+    written = export(load_dataset(spec, split, size, seed), out, count, form)
+    print(plain(f"{out}: {written:,} pictures in {form} form"))
+
+
+@data.command(name="cache")
+def data_cache(*, clear: Flag = False) -> None:
+    """List the decoded pictures on the disk; each data set is decoded once for each size.
+
+    Args:
+        clear: If true, delete them. They are decoded again when they are needed.
+    """
+    from lineage.data.pixels import limit, remove, stores
+
+    all_stores = stores()
+    if not all_stores:
+        print("The cache of pictures holds nothing.")
+        return
+    for folder, size, _ in all_stores:
+        print(plain(f"{folder}: {size / 1e6:,.1f} MB"))
+    total, number = sum(size for _, size, _ in all_stores), len(all_stores)
+    sets = f"{number:,} data set{'' if number == 1 else 's'} of one size each"
+    print(f"{sets}, {total / 1e6:,.1f} MB; at most {limit() / 1e6:,.0f} MB (LINEAGE_PIXELS_GB).")
+    if clear:
+        for folder, _, _ in all_stores:
+            remove(folder)
+        print("Deleted.")

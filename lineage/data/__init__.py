@@ -5,7 +5,10 @@
     load_dataset("shapes:easy:zh")               Chinese captions; see `shapes_languages`
     load_dataset("folder:my/pictures")           pictures, each with a .txt of captions beside it
     load_dataset("imagefolder:my/set")           the Hugging Face layout, metadata.jsonl or .csv
+    load_dataset("cub:birds")                    CUB-200-2011; also `flowers`, `coco`, `flickr8k`
+    load_dataset("wds:shards/{00..09}.tar")      WebDataset
     load_dataset("my/pictures")                  a bare path; its layout is recognised
+    load_dataset("my/pictures?crop=pad")         options of the layouts; see `layouts`
 
 A spec is `kind`, `kind:rest` or a path. A kind has at least two letters, so the drive letter in
 `C:\\pictures` is not a kind. To read a folder that has the name of a kind, write `./shapes`.
@@ -13,10 +16,10 @@ A spec is `kind`, `kind:rest` or a path. A kind has at least two letters, so the
 Splits are `train`, `validation` (in files also `val`, `valid`, `dev`) and `test`. Data sets on a
 disk also have `all`, `shapes` has `heldout`.
 
-Modules: `contract` (what a data set is), `shapes*` (the procedural world), `pictures` (what all
-data sets on a disk share), `decoding` (one file -> pixels), `tables` (rows of metadata), one
-file for each layout, `cached` (adds what a network computes from each picture), `tools` (contact
-sheet, check, export).
+Modules: `contract` (what a data set is), `shapes*` (the procedural world), `layouts` (what lies on
+a disk) with one file for each, `pictures` (what they share), `decoding` (one file -> pixels),
+`tables` (rows of metadata), `reed` (captions of CUB and the flowers), `splits`, `cached` (adds what
+a network computes from each picture), `tools` (contact sheet, check, export).
 """
 
 from __future__ import annotations
@@ -46,23 +49,19 @@ def _shapes(rest: str, split: str, size: int, seed: int) -> CaptionedDataset:
     return Shapes(level, split, size, seed, languages)
 
 
-def _folder(path: str, split: str, size: int, seed: int) -> CaptionedDataset:
-    from lineage.data.folder import load
+def _layout(kind: str) -> Loader:
+    def load(rest: str, split: str, size: int, seed: int) -> CaptionedDataset:
+        from lineage.data import layouts
 
-    return load(path, split, size)
+        return layouts.load(kind, rest, split, size)
 
-
-def _imagefolder(path: str, split: str, size: int, seed: int) -> CaptionedDataset:
-    from lineage.data.imagefolder import load
-
-    return load(path, split, size)
+    return load
 
 
-KINDS: dict[str, Loader] = {
-    "shapes": _shapes,
-    "folder": _folder,
-    "imagefolder": _imagefolder,
-}
+LAYOUTS = ("cub", "flowers", "coco", "flickr8k", "wds", "imagefolder", "folder")
+"""Layouts on a disk, in the order in which a folder is compared with them; see `layouts`."""
+
+KINDS: dict[str, Loader] = {"shapes": _shapes, **{kind: _layout(kind) for kind in LAYOUTS}}
 """Loader of each kind of data set. Loaders import late, so that `import lineage.data` is quick."""
 
 ENDLESS = frozenset({"shapes"})
@@ -105,31 +104,12 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return kind, rest
     if kind in KINDS and colon:
         raise UserError(f"{spec!r} lacks a folder; write {kind}:PATH.")
-    path = expanded(spec) if spec else Path(spec)
+    from lineage.data.layouts import recognise, split_options
+
+    path = expanded(split_options(spec)[0]) if spec else Path(spec)
     if spec and os.path.exists(path):  # false, too, for a name that no file can have
         return recognise(path), spec
     if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", kind):
         raise UserError(f"There is no kind of data set {kind!r}: {nearest(kind, KINDS)}")
     hint = nearest(spec, KINDS) if re.fullmatch(r"\w*", spec) else "check the spelling."
     raise UserError(f"There is no data set or folder {spec!r}: {hint}")
-
-
-def recognise(path: Path) -> str:
-    """Kind of the data set in a folder.
-
-    Raises:
-        UserError: The path is not a folder.
-    """
-    if not path.is_dir():
-        raise UserError(f"{str(path)!r} is a file; name the folder that contains it.")
-    from lineage.data.folder import count_pairs
-    from lineage.data.imagefolder import count_listed
-    from lineage.data.pictures import list_files
-    from lineage.data.tables import is_misnamed, is_table
-
-    files = list_files(path, [])
-    pairs = count_pairs(files)
-    if pairs:  # a table beside texts has to list as many pictures as the texts do
-        return "imagefolder" if count_listed(path, files) >= pairs else "folder"
-    # The reader of tables explains a misnamed one better.
-    return "imagefolder" if any(is_table(f) or is_misnamed(f) for f in files) else "folder"

@@ -54,7 +54,7 @@ class CachedDataset(CaptionedDataset):
     """A data set whose batches have `extra[name]`, computed from their pictures.
 
     Everything else is the wrapped data set's own. Pictures of an endless data set do not come
-    again, so their values are not cached.
+    again, and those of random crops come in other parts, so their values are not cached.
 
     Args:
         dataset: Data set to wrap.
@@ -72,9 +72,10 @@ class CachedDataset(CaptionedDataset):
         cache_size: int,
     ) -> None:
         self.dataset, self.extra_name, self.encode = dataset, name, encode
-        self.cache = FeatureCache(0 if dataset.endless else cache_size)
+        self.again = not (dataset.endless or dataset.varies)  # whether a picture comes again
+        self.cache = FeatureCache(cache_size if self.again else 0)
         self.name, self.split, self.size = dataset.name, dataset.split, dataset.size
-        self.skipped, self.endless = dataset.skipped, dataset.endless
+        self.skipped, self.endless, self.varies = dataset.skipped, dataset.endless, dataset.varies
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # a copy looks for attributes before it has any
@@ -97,7 +98,7 @@ class CachedDataset(CaptionedDataset):
         values = {i: value for i in batch.id if (value := self.cache.get(i)) is not None}
         rows = {i: row for row, i in enumerate(batch.id) if i not in values}
         if rows:
-            with use_threads(None if self.endless else 1):  # a cached value has no step of its own
+            with use_threads(1 if self.again else None):  # a cached value has no step of its own
                 encoded = encode_in_chunks(batch.image[list(rows.values())], self.encode)
             self.cache.put(list(rows), encoded)
             values.update(zip(rows, encoded, strict=True))

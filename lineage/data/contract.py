@@ -137,6 +137,7 @@ class CaptionedDataset(ABC):
         size: Side of the square pictures in pixels.
         skipped: Files that were left out, each with its reason.
         endless: If true, every index from 0 up is a new example, and `len` is a nominal epoch.
+        varies: If true, the visits of a picture in `batch` show different parts of it.
     """
 
     name: str
@@ -144,6 +145,7 @@ class CaptionedDataset(ABC):
     size: int
     skipped: list[Skipped]
     endless: bool = False
+    varies: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...

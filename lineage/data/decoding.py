@@ -4,7 +4,7 @@ The steps of `decode`, in order:
     check that it is a regular file of bounded size, with a bounded number of pixels;
     convert any colour mode to RGB, transparency on white, the first frame of several;
     turn the picture upright as its EXIF orientation says;
-    crop to the largest centred square, so that nothing is stretched;
+    crop to the largest centred square, or to the square asked for, so that nothing is stretched;
     resize to (size, size) with Lanczos. A picture that has this size keeps its exact pixels.
 
 Metadata that Pillow cannot read (EXIF, colour profiles, text) does not make a picture unreadable:
@@ -21,11 +21,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -37,6 +38,9 @@ from lineage.characters import plain
 from lineage.files import NotRegularError, TooLargeError, check_regular
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's remarks on odd metadata
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of a picture, in pixels of its file."""
 
 MAX_BYTES = 200_000_000
 """Largest size of a picture file."""
@@ -62,22 +66,34 @@ _TURNS = {
 """Turn that undoes each EXIF orientation."""
 
 
-def decode(file: Path, size: int) -> NDArray[np.uint8]:
+def decode(
+    file: Path | bytes, size: int, box: Box | None = None, whole: bool = False
+) -> NDArray[np.uint8]:
     """The picture in a file, (3, S, S).
+
+    Args:
+        file: Path of the file, or its bytes.
+        size: Side of the result in pixels.
+        box: Square to take, in pixels of the file before it is turned upright; where it leaves the
+            picture, it is moved inside or made smaller. None for the largest centred one.
+        whole: If true, nothing is cropped: the picture lies on a white square.
 
     Raises:
         Exception: The file is no picture that can be read; `why_broken` gives the reason.
     """
-    check_regular(file, MAX_BYTES)
+    if isinstance(file, Path):
+        check_regular(file, MAX_BYTES)
+    elif len(file) > MAX_BYTES:
+        raise TooLargeError(errno.EFBIG, f"it has {len(file) / 1e6:,.0f} MB; make it smaller")
     try:
-        return _pixels(file, size)
+        return _pixels(file if isinstance(file, Path) else io.BytesIO(file), size, box, whole)
     except (Image.DecompressionBombError, MemoryError, TooLargeError):
         raise
     except Exception:  # Pillow's decoders raise errors of many kinds
-        bare = _without_metadata(file.read_bytes())
+        bare = _without_metadata(file.read_bytes() if isinstance(file, Path) else file)
         if bare is not None:
             with contextlib.suppress(Exception):  # the first error tells more
-                return _pixels(io.BytesIO(bare), size)
+                return _pixels(io.BytesIO(bare), size, box, whole)
         raise
 
 
@@ -90,8 +106,13 @@ def shown_size(file: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def why_broken(error: Exception, file: Path) -> str:
-    """Reason why a picture could not be decoded, in words for the user."""
+def why_broken(error: Exception, file: Path | None) -> str:
+    """Reason why a picture could not be decoded, in words for the user.
+
+    Args:
+        error: Error of `decode`.
+        file: The picture's file; None if it is a part of a file.
+    """
     if isinstance(error, PermissionError):
         return "the picture cannot be opened: permission denied"
     if isinstance(error, (NotRegularError, TooLargeError)):
@@ -109,17 +130,21 @@ def why_broken(error: Exception, file: Path) -> str:
     return f"the picture is broken ({plain(error)}); copy it again"
 
 
-def _is_empty(file: Path) -> bool:
+def _is_empty(file: Path | None) -> bool:
+    if file is None:
+        return False
     try:
         return check_regular(file) == 0
     except OSError:
         return False
 
 
-def _area(file: Path) -> str:
+def _area(file: Path | None) -> str:
     """Width and height of a PNG, GIF or BMP; of another format, that they exceed the limit."""
-    with file.open("rb") as opened:
-        head = opened.read(26)
+    head = b""
+    if file is not None:
+        with file.open("rb") as opened:
+            head = opened.read(26)
     layouts = {b"\x89PNG": (">II", 16), b"GIF8": ("<HH", 6), b"BM": ("<ii", 18)}
     for magic, (layout, start) in layouts.items():
         if head.startswith(magic):
@@ -129,7 +154,7 @@ def _area(file: Path) -> str:
     return f"it has more than {limit / 1e6:,.0f} million pixels"
 
 
-def _pixels(source: Path | IO[bytes], size: int) -> NDArray[np.uint8]:
+def _pixels(source: Path | IO[bytes], size: int, box: Box | None, whole: bool) -> NDArray[np.uint8]:
     with Image.open(source) as image:
         if image.format == "EPS":  # a program; Pillow would run Ghostscript on it
             raise Image.UnidentifiedImageError("a PostScript file")
@@ -137,13 +162,22 @@ def _pixels(source: Path | IO[bytes], size: int) -> NDArray[np.uint8]:
             reason = f"it has {image.width:,} x {image.height:,} pixels; make it smaller"
             raise TooLargeError(errno.EFBIG, reason)
         # A large JPEG is decoded at a fraction of its size, but at least twice the size needed.
-        image.draft("RGB", (2 * size, 2 * size))
+        width, share = image.width, 1.0 if box is None else _share(image.size, box)
+        image.draft("RGB", (math.ceil(2 * size / share), math.ceil(2 * size / share)))
         large = image.width * image.height > LARGE
         with _LARGE_AT_ONCE if large else contextlib.nullcontext():
             image.load()
-            rgb = _reduced_square(image, size) if large else _in_bands(image, (0, 0, *image.size))
+            part = (0, 0, *image.size)
+            if box is not None:
+                part = _square(image.size, [side * image.width / width for side in box])
+            elif large and not whole:
+                part = _square(image.size, part)
+            rgb = _in_bands(image, part, _factor(part, size) if large else 1)
         upright = _upright(image, rgb)
-    square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+    if whole:
+        square = ImageOps.pad(upright, (size, size), Image.Resampling.LANCZOS, color="white")
+    else:
+        square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(square, np.uint8).transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
 
 
@@ -162,23 +196,44 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _reduced_square(image: Image.Image, size: int) -> Image.Image:
-    """The centred square in RGB, reduced by a whole factor to at least four times `size`."""
-    factor = max(1, min(image.size) // (4 * size))
-    side = min(image.size) // factor * factor
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return _in_bands(image, (left, top, left + side, top + side), factor)
+def _share(size: tuple[int, int], box: Box) -> float:
+    """Side of the square of a box as a share of the picture's shorter side."""
+    left, _, right, _ = _square(size, box)
+    return (right - left) / min(size)
+
+
+def _square(size: tuple[int, int], box: Sequence[float]) -> tuple[int, int, int, int]:
+    """The square about the middle of a box that lies inside a picture of this width and height."""
+    left, top, right, bottom = box
+    side = max(1, min(*size, round(max(right - left, bottom - top))))
+    x, y = round((left + right - side) / 2), round((top + bottom - side) / 2)
+    x, y = max(0, min(x, size[0] - side)), max(0, min(y, size[1] - side))
+    return x, y, x + side, y + side
+
+
+def _factor(part: tuple[int, int, int, int], size: int) -> int:
+    """Whole number by which a part can be reduced, to at least four times `size`."""
+    left, top, right, bottom = part
+    return max(1, min(right - left, bottom - top) // (4 * size))
 
 
 def _in_bands(image: Image.Image, box: tuple[int, int, int, int], factor: int = 1) -> Image.Image:
-    """The pixels in `box` in RGB, reduced by a whole factor that divides its sides."""
+    """The pixels in `box` in RGB, reduced by a whole factor; what is left over is cut off."""
     left, top, right, bottom = box
+    left, right = _divisible(left, right, factor)
+    top, bottom = _divisible(top, bottom, factor)
     canvas = Image.new("RGB", ((right - left) // factor, (bottom - top) // factor))
     rows = max(1, BAND // ((right - left) * factor)) * factor
     for first in range(top, bottom, rows):
         band = image.crop((left, first, right, min(first + rows, bottom)))
         canvas.paste(_rgb(band).reduce(factor), (0, (first - top) // factor))
     return canvas
+
+
+def _divisible(first: int, last: int, factor: int) -> tuple[int, int]:
+    """The middle of a range whose length the factor divides."""
+    over = (last - first) % factor
+    return first + over // 2, last - (over - over // 2)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

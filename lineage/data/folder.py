@@ -18,44 +18,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from lineage.characters import decoded, same_name
+from lineage.characters import same_name
 from lineage.data.contract import Skipped
 from lineage.data.pictures import (
-    PictureDataset,
+    STREAM_FROM,
     Record,
-    clean_captions,
     is_picture,
-    list_files,
-    open_root,
+    read_captions,
     unique_ids,
 )
 from lineage.data.tables import is_misnamed, is_table
-from lineage.files import read_regular
 
-MAX_BYTES = 1_000_000
-"""Largest size of a text file with captions."""
-
+OPTIONS: dict[str, tuple[str, ...]] = {}
 LAYOUT_HINT = (
     "put a text file of the same name beside each picture (cat.png and cat.txt, one caption a "
     "line), or a metadata.jsonl into the folder."
 )
 
 
-def load(path: str, split: str = "train", size: int = 32) -> PictureDataset:
-    """Read a folder of pictures and texts.
-
-    Raises:
-        UserError: The folder or the split does not exist, or nothing in it can be loaded.
-    """
-    root = open_root(path)
-    skipped: list[Skipped] = []
-    records = read(root, skipped)
-    return PictureDataset(f"folder:{path}", root, records, split, size, skipped, LAYOUT_HINT)
+def resembles(root: Path, files: list[str]) -> bool:
+    """True: what is of no other layout is read as pictures and texts, and explained."""
+    return True
 
 
-def read(root: Path, skipped: list[Skipped]) -> list[Record]:
+def read(
+    root: Path, files: list[str], skipped: list[Skipped], options: Mapping[str, str]
+) -> list[Record]:
     """Records of a folder, sorted by id; files that are left out are added to `skipped`."""
-    files = list_files(root, skipped)
     pictures = _by_key([f for f in files if is_picture(f)], "picture", skipped)
     texts = _by_key([f for f in files if _is_text(f)], "text", skipped)
     pairs = _pairs(pictures, texts)
@@ -66,16 +55,23 @@ def read(root: Path, skipped: list[Skipped]) -> list[Record]:
             reason = "a table is not read where texts hold the captions"
             hint = "; write imagefolder:PATH to read it instead" if is_table(file) else ""
             skipped.append(Skipped(file, reason + hint))
-    paths, captions = [], []
+    matched: list[tuple[str, tuple[str, ...], str]] = []
     for key, picture in sorted(pictures.items()):
         if key not in pairs:
             name = PurePosixPath(key).name
             skipped.append(Skipped(picture, f"a picture without captions: {name}.txt is missing"))
-        elif own := _captions(root, texts[pairs[key]], skipped):
-            paths.append(picture)
-            captions.append(own)
-    ids = unique_ids([_key(path) for path in paths])
-    return [Record(*fields) for fields in zip(ids, paths, captions, strict=True)]
+            continue
+        text = texts[pairs[key]]
+        own = () if len(pairs) > STREAM_FROM else read_captions(root, text)
+        if isinstance(own, Skipped):
+            skipped.append(own)
+        else:
+            matched.append((picture, own, "" if own else text))
+    ids = unique_ids([_key(path) for path, _, _ in matched])
+    return [
+        Record(name, path, own, text=text)
+        for name, (path, own, text) in zip(ids, matched, strict=True)
+    ]
 
 
 def count_pairs(files: Iterable[str]) -> int:
@@ -117,20 +113,3 @@ def _by_key(paths: list[str], what: str, skipped: list[Skipped]) -> dict[str, st
         else:
             by_key[key] = path
     return by_key
-
-
-def _captions(root: Path, path: str, skipped: list[Skipped]) -> tuple[str, ...]:
-    """Captions in a text file; if it has none, the reason is added to `skipped`."""
-    try:
-        text = decoded(read_regular(root / path, MAX_BYTES))
-    except UnicodeDecodeError as error:
-        reason = f"the captions are not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-        skipped.append(Skipped(path, reason))
-        return ()
-    except OSError as error:
-        skipped.append(Skipped(path, f"the captions cannot be read: {error.strerror}"))
-        return ()
-    captions = clean_captions(text.split("\n"))
-    if not captions:
-        skipped.append(Skipped(path, "the file has no caption; write one on each line"))
-    return captions

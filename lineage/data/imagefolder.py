@@ -33,24 +33,21 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lineage.characters import plain, same_name
 from lineage.data.contract import Skipped
+from lineage.data.folder import count_pairs
 from lineage.data.pictures import (
-    SPLIT_NAMES,
-    PictureDataset,
     Record,
     clean_captions,
     is_picture,
-    list_files,
-    open_root,
-    split_name,
     unique_ids,
 )
+from lineage.data.splits import SPLIT_NAMES, split_name
 from lineage.data.tables import Row, is_misnamed, is_table, read_table, why_misnamed
 from lineage.errors import UserError
 
@@ -59,6 +56,7 @@ NUMBERED = re.compile(r"(?:caption|text)_([0-9]{1,9})")
 ALTERNATIVES = "alt_texts"  # read last, because evaluation uses the first caption
 ALL_COLUMNS = (*CAPTION_COLUMNS, "caption_0 ...", "text_0 ...", ALTERNATIVES)
 
+OPTIONS: dict[str, tuple[str, ...]] = {}
 LAYOUT_HINT = (
     "the folder needs a metadata.jsonl with a line for each picture, such as "
     '{"file_name": "images/a.png", "text": "a red kite"}.'
@@ -75,34 +73,33 @@ class Entry:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def load(path: str, split: str = "train", size: int = 32) -> PictureDataset:
-    """Read a folder with metadata.
+def resembles(root: Path, files: list[str]) -> bool:
+    """Whether there is a table, and it lists as many pictures as have texts beside them.
 
-    Raises:
-        UserError: The folder, the split, the metadata or a caption column does not exist, or
-            nothing can be loaded.
+    A table of a wrong name counts too, where no picture has a text: the reader of tables explains
+    it better.
     """
-    root = open_root(path)
-    skipped: list[Skipped] = []
-    records = read(root, skipped)
-    return PictureDataset(f"imagefolder:{path}", root, records, split, size, skipped, LAYOUT_HINT)
+    if pairs := count_pairs(files):
+        return count_listed(root, files) >= pairs
+    return any(is_table(file) or is_misnamed(file) for file in files)
 
 
 def count_listed(root: Path, files: Sequence[str]) -> int:
     """Number of pictures that the tables among the files list with a caption."""
     names = PictureNames(root, files)
     rows = (row for table in files if is_table(table) for row in read_table(root, table, []))
-    paths = (names.find(row) for row in rows if _captions(row.values))
+    paths = (names.find(row) for row in rows if captions_in(row.values))
     return len({path for path in paths if isinstance(path, str)})
 
 
-def read(root: Path, skipped: list[Skipped]) -> list[Record]:
+def read(
+    root: Path, files: list[str], skipped: list[Skipped], options: Mapping[str, str]
+) -> list[Record]:
     """Records of a folder in the order of their rows; what is left out is added to `skipped`.
 
     Raises:
         UserError: There is no metadata file, or none of them has a caption column.
     """
-    files = list_files(root, skipped)
     tables = [f for f in files if is_table(f)]
     misnamed = [f for f in files if is_misnamed(f)]
     if not tables:
@@ -137,7 +134,7 @@ def _is_caption(column: str) -> bool:
     return column in CAPTION_COLUMNS or column == ALTERNATIVES or bool(NUMBERED.fullmatch(column))
 
 
-def _captions(values: dict[str, Any]) -> tuple[str, ...]:
+def captions_in(values: dict[str, Any]) -> tuple[str, ...]:
     """Every caption of a row, in the order of columns of the module's header."""
     numbered = sorted(
         (column for column in values if NUMBERED.fullmatch(column)),
@@ -214,7 +211,7 @@ def _entries(names: PictureNames, rows: Iterable[Row], skipped: list[Skipped]) -
         if isinstance(path, Skipped):
             skipped.append(path)
             continue
-        captions = _captions(row.values)
+        captions = captions_in(row.values)
         if not captions:
             skipped.append(Skipped(path, f"the row has no caption ({row.where})"))
             continue
@@ -237,9 +234,8 @@ def _entries(names: PictureNames, rows: Iterable[Row], skipped: list[Skipped]) -
 
 def _split(row: Row, path: str) -> str:
     """The row's `split`; else the first folder with the name of a split; else `train`."""
-    own = row.values.get("split")
-    if isinstance(own, str) and own.strip():
-        return split_name(own)
+    if own := split_in(row.values):
+        return own
     folders = (*PurePosixPath(row.folder).parts, *PurePosixPath(path).parent.parts)
     return next(
         (split_name(folder) for folder in folders if folder.lower() in SPLIT_NAMES), "train"
@@ -263,10 +259,22 @@ def _records(entries: list[Entry]) -> list[Record]:
             captions=clean_captions(entry.captions),
             label=label if labelled else None,
             split=entry.split,
-            meta=_meta(entry.values, drop_label=labelled),
+            meta=meta_in(entry.values, drop_label=labelled),
         )
         for example_id, entry, label in zip(unique_ids(paths), entries, labels, strict=True)
     ]
+
+
+def split_in(values: dict[str, Any]) -> str | None:
+    """The split of a row; None if it has none."""
+    own = values.get("split")
+    return split_name(own) if isinstance(own, str) and own.strip() else None
+
+
+def label_in(values: dict[str, Any]) -> int | None:
+    """The label of a row; None if it is no whole number of 64 bits."""
+    label = values.get("label")
+    return None if _is_too_large(label) else _whole_number(label)
 
 
 def _whole_number(value: object) -> int | None:
@@ -282,7 +290,7 @@ def _is_too_large(label: object) -> bool:
     return number is not None and not -(2**63) <= number < 2**63
 
 
-def _meta(values: dict[str, Any], drop_label: bool) -> dict[str, Any]:
+def meta_in(values: dict[str, Any], drop_label: bool) -> dict[str, Any]:
     """All other columns; an object in `meta` is merged into them."""
     used = {"file_name", "split"} | ({"label"} if drop_label else set())
     rest = {k: v for k, v in values.items() if k not in used and not _is_caption(k)}

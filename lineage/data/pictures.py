@@ -1,7 +1,8 @@
 """Pictures from files: what all data sets on a disk share.
 
 A reader (`folder`, `imagefolder`, ...) lists `Record`s. `PictureDataset` decodes the pictures of
-one split once and stores them as bytes in memory, so that a batch is one indexed copy.
+one split once, for this run and later ones, and stores them as bytes, so that a batch is one
+indexed copy (`pixels`). Of more than `STREAM_FROM` pictures, each is decoded when it is due.
 
 Paths are as the operating system has them, where Python holds a byte that is not UTF-8 as a lone
 surrogate. Ids and everything that is shown have such bytes escaped (`characters.plain`).
@@ -12,12 +13,13 @@ Axes: N pictures, B of a batch, 3 channels, S = `size`.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,46 +29,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lineage.characters import plain, valid
+from lineage.characters import decoded, plain, valid
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
-from lineage.data.decoding import decode, why_broken
+from lineage.data.decoding import Box, decode, why_broken
+from lineage.data.pixels import key_of, open_store
+from lineage.data.splits import split_name
 from lineage.errors import UserError
-from lineage.files import expanded
+from lineage.files import expanded, read_regular, read_span
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"})
 """Suffixes of pictures in lower case."""
 
 SIZES = range(8, 1025)
-MAX_IN_MEMORY = 2 * 1024**3
-"""Number of bytes of pixels above which they are stored in a temporary file."""
+STREAM_FROM = 50_000
+"""Number of pictures above which none is decoded before it is due."""
+MAX_TEXT = 1_000_000
+"""Largest size of a text file with captions."""
 PROGRESS_FROM = 2_000
 """Number of pictures above which loading shows a progress bar."""
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "heldout": "heldout",
-}
-"""Names of splits in files, and the name of each in this package."""
+MARGIN = 76 / 64
+"""Side of a stored picture as a multiple of the data set's size, where crops are random (StackGAN:
+76 pixels for pictures of 64)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One picture as a reader lists it; its file is not opened yet.
 
     Attributes:
         id: Name that is unique within the data set.
         path: Path of the picture relative to the data set's folder, with forward slashes.
-        captions: One caption or more, stripped and all different.
+        captions: One caption or more, stripped and all different; none where they are in `text`.
         label: Class index, or None.
         split: Name of the split that it belongs to.
         meta: Further information about it.
+        box: The square that `crop="box"` takes; it may leave the picture.
+        span: Offset and length of the picture in its file, which holds others too.
+        text: Path of a file with the captions, one a line, that is read when they are due.
     """
 
     id: str
@@ -75,11 +75,9 @@ class Record:
     label: int | None = None
     split: str = "train"
     meta: dict[str, Any] = field(default_factory=dict)
-
-
-def split_name(name: str) -> str:
-    """This package's name of a split: `val` -> `validation`; an unknown name is only stripped."""
-    return SPLIT_NAMES.get(name.strip().lower(), name.strip())
+    box: Box | None = None
+    span: tuple[int, int] | None = None
+    text: str = ""
 
 
 def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
@@ -149,7 +147,7 @@ def is_picture(path: str) -> bool:
 
 
 class PictureDataset(CaptionedDataset):
-    """The pictures of one split, decoded once.
+    """The pictures of one split.
 
     Args:
         name: Spec that loads the data set again.
@@ -159,11 +157,14 @@ class PictureDataset(CaptionedDataset):
         size: Side of the square pictures in pixels.
         skipped: Files that the reader left out; pictures that cannot be decoded are added.
         layout_hint: Layout that the folder should have; part of the error for an empty data set.
+        crop: How a picture becomes a square: `centre`, `pad`, `box`, or `random`, which takes
+            another part of the centred square at each visit, and its middle elsewhere.
 
     Attributes:
-        records: Records whose pictures are decoded, in order.
-        images: (N, 3, S, S) uint8; row i is the picture of `records[i]`.
+        records: Records of the split, in order; unless `streamed`, those with a good picture.
         labels: (N,) int64, or None if a record lacks a label.
+        streamed: If true, a picture is decoded when it is due. In place of a record without a
+            picture or a caption that can be read comes the next one that has both.
 
     `Example.meta` is the record's, with `source` (path of the picture in the folder) and `split`.
 
@@ -180,122 +181,242 @@ class PictureDataset(CaptionedDataset):
         size: int = 32,
         skipped: Iterable[Skipped] = (),
         layout_hint: str = "",
+        crop: str = "centre",
     ) -> None:
         if size not in SIZES:
             raise UserError(f"size={size} must be between {SIZES[0]} and {SIZES[-1]} pixels.")
-        self.name, self.root, self.size = name, root, size
+        self.name, self.root, self.size, self.crop = name, root, size, crop
+        self.varies = crop == "random"
         self.split = split_name(split)
         self.skipped = list(skipped)
         if not records:
             raise EmptyDatasetError(name, self.skipped, layout_hint)
-        self.records, pixels = self._decode(self._of_split(records))
+        rows = self._of_split(records)
+        side = math.ceil(size * MARGIN) if self.varies else size
+        files = ((record.path, (record.span, record.box)) for record in records)
+        self._key = key_of(files, root, side=side, pad=crop == "pad")
+        self._store = open_store(self._key, len(records), side)
+        self.records = [records[row] for row in rows]
+        self._rows = np.array(rows)
+        self.streamed = len(rows) > STREAM_FROM
+        self._broken: set[int] = set()
+        if not self.streamed:
+            self.decode_all()
         if not self.records:
             raise EmptyDatasetError(name, self.skipped, layout_hint)
-        self.images: Tensor = torch.from_numpy(pixels)
-        labels = [record.label for record in self.records]
-        labelled = all(label is not None for label in labels)
-        self.labels = torch.tensor(labels, dtype=torch.int64) if labelled else None
 
-    def _of_split(self, records: Sequence[Record]) -> list[Record]:
-        chosen = [r for r in records if self.split in ("all", r.split)]
-        if not chosen:
+    def _of_split(self, records: Sequence[Record]) -> list[int]:
+        rows = [row for row, r in enumerate(records) if self.split in ("all", r.split)]
+        if not rows:
             counts = Counter(r.split for r in records)
             has = ", ".join(f"{plain(split)} ({count:,})" for split, count in counts.items())
             raise UserError(f"{self.name} has no split {self.split!r}: it has {has}, and 'all'.")
-        return chosen
+        return rows
 
-    def _decode(self, records: list[Record]) -> tuple[list[Record], NDArray[np.uint8]]:
-        """Records whose picture can be decoded, and their pixels (N, 3, S, S)."""
-        pixels = self._allocate(len(records))
+    @cached_property
+    def labels(self) -> Tensor | None:
+        labels = [record.label for record in self.records]
+        return None if None in labels else torch.tensor(labels, dtype=torch.int64)
 
-        def fill(row: int) -> Skipped | None:
-            path = records[row].path
-            try:
-                pixels[row] = decode(self.root / path, self.size)
-            except Exception as error:  # Pillow's decoders raise errors of many kinds
-                return Skipped(path, why_broken(error, self.root / path))
+    @property
+    def images(self) -> Tensor:
+        """(N, 3, S, S) uint8; row i is the picture of `records[i]`. Random crops have a margin."""
+        return self._pixels(range(len(self)))
+
+    # --- decoding ---------------------------------------------------------------------------------
+
+    def decode_all(self) -> None:
+        """Decode every picture, and leave out the records without a good one."""
+        missing = set(self._store.missing())
+        due = [i for i, row in enumerate(self._rows) if int(row) in missing]
+        faults: list[object] = [None] * len(self)
+        for i, fault in zip(due, self._decode(due, len(due) > PROGRESS_FROM), strict=True):
+            faults[i] = fault
+        if self.streamed:
+            faults = [fault or self.captions_of(i) for i, fault in enumerate(faults)]
+        bad = {i: fault for i, fault in enumerate(faults) if isinstance(fault, Skipped)}
+        self.skipped += bad.values()
+        good = [i for i in range(len(self)) if i not in bad]
+        self.records, self._rows = [self.records[i] for i in good], self._rows[good]
+        self.streamed = self.streamed and self._store.rows < self._store.count
+        self.__dict__.pop("labels", None)
+
+    def _decode(self, indices: Sequence[int], progress: bool = False) -> list[Skipped | None]:
+        """Decode pictures and store them; the reason for each that is broken."""
+
+        def fill(index: int) -> Skipped | None:
+            pixels = self._decoded(index)
+            if isinstance(pixels, Skipped):
+                return pixels
+            self._store.put(int(self._rows[index]), pixels)
             return None
 
+        if len(indices) == 1:
+            return [fill(indices[0])]
         pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
         try:
-            errors = list(
-                tqdm(
-                    pool.map(fill, range(len(records))),
-                    f"reading {plain(self.name)}",
-                    total=len(records),
-                    disable=len(records) <= PROGRESS_FROM or None,  # None: only on a terminal
-                    unit=" pictures",
-                    leave=False,
-                )
+            bar = tqdm(
+                pool.map(fill, indices),
+                f"reading {plain(self.name)}",
+                total=len(indices),
+                disable=not progress or None,  # None: only on a terminal
+                unit=" pictures",
+                leave=False,
             )
+            return list(bar)
         finally:
             pool.shutdown(cancel_futures=True)
-        self.skipped += [error for error in errors if error is not None]
-        decoded = [row for row, error in enumerate(errors) if error is None]
-        for new, old in enumerate(decoded):  # in place: the array may be larger than memory
-            if new != old:
-                pixels[new] = pixels[old]
-        return [records[row] for row in decoded], pixels[: len(decoded)]
 
-    def _allocate(self, count: int) -> NDArray[np.uint8]:
-        """An array (N, 3, S, S) for the pixels: in memory or, if very large, in a file."""
-        shape = (count, 3, self.size, self.size)
-        num_bytes = count * 3 * self.size * self.size
-        if num_bytes <= MAX_IN_MEMORY:
-            return np.empty(shape, np.uint8)
+    def _decoded(self, index: int) -> NDArray[np.uint8] | Skipped:
+        """Pixels of one picture from its file, or why there are none."""
+        record = self.records[index]
+        path = self.root / record.path
         try:
-            file = tempfile.TemporaryFile(prefix="lineage-pixels-")  # noqa: SIM115 - stays open
-            if hasattr(os, "posix_fallocate"):  # a full disk raises here, not while writing
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-            else:
-                file.truncate(num_bytes)
-            return np.memmap(file, np.uint8, "r+", shape=shape)
-        except OSError as error:
-            raise UserError(
-                f"The pixels of {self.name} need {num_bytes / 1e9:.1f} GB in "
-                f"{tempfile.gettempdir()}: {error.strerror}; free some space, set TMPDIR to "
-                "another disk, or choose a smaller size."
-            ) from error
+            source = path if record.span is None else read_span(path, *record.span)
+            return decode(source, self._store.side, record.box, whole=self.crop == "pad")
+        except Exception as error:  # Pillow's decoders raise errors of many kinds
+            shown = record.path if record.span is None else f"{record.path}: {record.id}"
+            return Skipped(shown, why_broken(error, path if record.span is None else None))
+
+    def _pixels(self, indices: Sequence[int]) -> Tensor:
+        """Stored pictures (B, 3, S, S), with their margin."""
+        if not self.streamed:
+            return torch.from_numpy(self._store.take(self._rows[list(indices)]))
+        pictures = []
+        for index in indices:
+            pixels = self._store.get(int(self._rows[index]))
+            again = self._decoded(index) if pixels is None else pixels
+            assert not isinstance(again, Skipped)  # `_good` has decoded it
+            pictures.append(again)
+        return torch.from_numpy(np.stack(pictures))
+
+    def _good(self, indices: Sequence[int]) -> list[int]:
+        """The indices; of a streamed data set, each one without a good picture and a caption
+        replaced by the next that has both.
+
+        Raises:
+            UserError: No record has both.
+        """
+        if not self.streamed:
+            return list(indices)
+        due = [i for i in dict.fromkeys(indices) if self._store.get(int(self._rows[i])) is None]
+        due = [i for i in due if i not in self._broken]
+        for index, fault in zip(due, self._decode(due), strict=True):
+            self._leave_out(index, fault)
+        return [self._next_good(index) for index in indices]
+
+    def _next_good(self, first: int) -> int:
+        for step in range(len(self)):
+            index = (first + step) % len(self)
+            if step and index not in self._broken:
+                is_stored = self._store.get(int(self._rows[index])) is not None
+                self._leave_out(index, None if is_stored else self._decode([index])[0])
+            if index not in self._broken:
+                self._leave_out(index, self.captions_of(index))
+            if index not in self._broken:
+                return index
+        raise EmptyDatasetError(self.name, self.skipped, "")
+
+    def _leave_out(self, index: int, fault: object) -> None:
+        if isinstance(fault, Skipped):
+            self._broken.add(index)
+            self.skipped.append(fault)
+
+    def captions_of(self, index: int) -> tuple[str, ...] | Skipped:
+        """Captions of a record, or why they cannot be read."""
+        record = self.records[index]
+        return record.captions or read_captions(self.root, record.text)
+
+    def _captions(self, index: int) -> tuple[str, ...]:
+        captions = self.captions_of(index)
+        assert not isinstance(captions, Skipped)
+        return captions
+
+    # --- the contract -----------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
+        (index,) = self._good([range(len(self))[index]])
         record = self.records[index]
         return Example(
             id=record.id,
-            image=self.images[index].clone(),
-            captions=record.captions,
+            image=self._middle(self._pixels([index])[0]).clone(),
+            captions=self._captions(index),
             label=record.label,
             meta={"source": plain(record.path)} | record.meta | {"split": record.split},
         )
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
-        rows = torch.as_tensor(indices, dtype=torch.int64)
-        records = [self.records[i] for i in indices]
+        indices = self._good(indices)
+        ids = [self.records[i].id for i in indices]
+        images = self._pixels(indices)
+        if self.varies:
+            visits = zip(images, epochs, ids, strict=True)
+            images = torch.stack(
+                [self._visit(image, f"{seed}/{epoch}/{name}") for image, epoch, name in visits]
+            )
         return Batch(
-            to_unit(self.images[rows]),
+            to_unit(images),
             [
-                r.captions[caption_number(seed, epoch, r.id, len(r.captions))]
-                for r, epoch in zip(records, epochs, strict=True)
+                captions[caption_number(seed, epoch, name, len(captions))]
+                for captions, epoch, name in zip(
+                    map(self._captions, indices), epochs, ids, strict=True
+                )
             ],
-            None if self.labels is None else self.labels[rows],
-            [r.id for r in records],
+            None if self.labels is None else self.labels[indices],
+            ids,
         )
 
+    def _middle(self, image: Tensor) -> Tensor:
+        """The centred part (3, S, S) of a picture with its margin."""
+        edge = (image.shape[-1] - self.size) // 2
+        return image[:, edge : edge + self.size, edge : edge + self.size]
+
+    def _visit(self, image: Tensor, visit: str) -> Tensor:
+        """The part (3, S, S) of a picture that a visit shows: a function of `visit` alone."""
+        digest = hashlib.blake2b(visit.encode(), digest_size=8).digest()
+        number, places = int.from_bytes(digest, "little"), image.shape[-1] - self.size + 1
+        top, left = number % places, number // places % places
+        return image[:, top : top + self.size, left : left + self.size]
+
     def all_captions(self, limit: int = 20_000) -> Iterator[str]:
-        for record in self.records[:limit]:
-            yield from record.captions
+        for index in range(min(limit, len(self))):
+            captions = self.captions_of(index)
+            if not isinstance(captions, Skipped):
+                yield from captions
 
     def fingerprint(self) -> str:
-        """Hash of ids, captions and pixels; equal hashes mean equal training data."""
+        """Hash of ids, captions and pixels; equal hashes mean equal training data.
+
+        Of a streamed data set, of ids and of the names, sizes and dates of its files.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        for record, image in zip(self.records, self.images, strict=True):
+        if self.streamed:
+            digest.update(f"{self._key} {self.split} {len(self)}".encode())
+            for record in self.records:
+                digest.update("\0".join((record.id, record.text, *record.captions)).encode())
+            return digest.hexdigest()
+        for record, row in zip(self.records, self._rows, strict=True):
             for text in (record.id, *record.captions):
                 raw = text.encode("utf-8", "surrogateescape")
                 digest.update(len(raw).to_bytes(4, "little") + raw)
-            digest.update(b"\0\0\0\0" + image.numpy().tobytes())
+            digest.update(b"\0\0\0\0" + self._store.take(row).tobytes())
         return digest.hexdigest()
+
+
+def read_captions(root: Path, path: str) -> tuple[str, ...] | Skipped:
+    """Captions in a text file, one on each line, or why there are none."""
+    try:
+        text = decoded(read_regular(root / path, MAX_TEXT))
+    except UnicodeDecodeError as error:
+        reason = f"the captions are not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
+        return Skipped(path, reason)
+    except OSError as error:
+        return Skipped(path, f"the captions cannot be read: {error.strerror}")
+    captions = clean_captions(text.split("\n"))
+    return captions or Skipped(path, "the file has no caption; write one on each line")
 
 
 class EmptyDatasetError(UserError):

@@ -74,8 +74,14 @@ def why_misnamed(path: str) -> str:
     return "must be named metadata.jsonl and have one JSON object on each line."
 
 
-def read_table(root: Path, table: str, skipped: list[Skipped]) -> Iterator[Row]:
-    """Rows of the table at `root / table`; what cannot be read is added to `skipped`."""
+def read_table(
+    root: Path, table: str, skipped: list[Skipped], is_csv: bool | None = None
+) -> Iterator[Row]:
+    """Rows of the table at `root / table`; what cannot be read is added to `skipped`.
+
+    Args:
+        is_csv: Whether it is CSV, not JSON; None to read it from the name.
+    """
     try:
         raw = read_regular(root / table, MAX_BYTES)
     except OSError as error:
@@ -86,7 +92,8 @@ def read_table(root: Path, table: str, skipped: list[Skipped]) -> Iterator[Row]:
     except UnicodeDecodeError:  # only the lines with wrong bytes are left out
         text = raw.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
     folder = str(PurePosixPath(table).parent)
-    parse = _csv_rows if table.endswith(".csv") else _json_rows
+    is_csv = table.endswith(".csv") if is_csv is None else is_csv
+    parse = _csv_rows if is_csv else _json_rows
     for line, values in parse(text):
         if isinstance(values, str):
             skipped.append(Skipped(table, f"line {line} {values}"))
@@ -106,10 +113,28 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield number, "is not valid JSON: it is not UTF-8; save the file as UTF-8"
             continue
         try:
-            values = _json(line)
-            yield number, _checked(values) if isinstance(values, dict) else "is not a JSON object"
+            yield number, json_object(line)
+        except NotAnObjectError:
+            yield number, "is not a JSON object"
         except ValueError as error:
             yield number, f"is not valid JSON: {error}"
+
+
+class NotAnObjectError(ValueError):
+    """A value of JSON that is no object."""
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object of a text in JSON, with valid text and bounded depth.
+
+    Raises:
+        NotAnObjectError: The text is another value.
+        ValueError: The text is not JSON, or is nested too deep, or holds no finite number.
+    """
+    values = _json(text)
+    if not isinstance(values, dict):
+        raise NotAnObjectError("it is not an object")
+    return _checked(values)
 
 
 def _json(text: str) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
+import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,10 +20,13 @@ from PIL import Image
 from lineage.characters import same_name
 from lineage.data import ENDLESS, load_dataset, parse_spec
 from lineage.data.contract import CaptionedDataset, Example, Skipped
-from lineage.data.pictures import EmptyDatasetError
+from lineage.data.pictures import EmptyDatasetError, PictureDataset
 from lineage.errors import UserError
 from lineage.files import expanded
 from lineage.sheets import picture, sheet
+
+SHARD = 1000
+"""Number of examples in a shard that `export` writes."""
 
 
 def contact_sheet(dataset: CaptionedDataset, count: int = 16, columns: int = 4) -> Image.Image:
@@ -61,6 +67,8 @@ def check(
     split = "train" if parse_spec(spec)[0] in ENDLESS else "all"
     try:
         dataset = load_dataset(spec, split, size)
+        if isinstance(dataset, PictureDataset) and dataset.streamed:
+            dataset.decode_all()
     except EmptyDatasetError as error:
         if not error.skipped:
             raise
@@ -77,17 +85,24 @@ def _counts(
     return {"loaded": loaded, "captions": captions, "cut": cut, "skipped": files}
 
 
-def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = None) -> int:
-    """Write a data set in the Hugging Face layout: `images/*.png` and `metadata.jsonl`.
+def export(
+    dataset: CaptionedDataset,
+    folder: str | Path,
+    count: int | None = None,
+    form: str = "imagefolder",
+) -> int:
+    """Write a data set in the Hugging Face layout, `images/*.png` and `metadata.jsonl`, or as
+    WebDataset, `SPLIT-00000.tar` and so on.
 
-    `imagefolder:` loads it again with the same pixels, captions, labels and splits. The files are
-    written to a hidden folder that is renamed to `folder` at the end, so that `folder` never holds
-    a part of a data set.
+    `imagefolder:` and `wds:` load it again with the same pixels, captions, labels and splits. The
+    files are written to a hidden folder that is renamed to `folder` at the end, so that `folder`
+    never holds a part of a data set.
 
     Args:
         dataset: Data set to write.
         folder: Folder that does not exist, or is empty.
         count: Largest number of examples; None for all, or the nominal length of an endless one.
+        form: `imagefolder` or `wds`.
 
     Returns:
         Number of examples written.
@@ -108,7 +123,7 @@ def export(dataset: CaptionedDataset, folder: str | Path, count: int | None = No
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
-        _write(dataset, partial, number)
+        (_write_shards if form == "wds" else _write)(dataset, partial, number)
         partial.chmod(0o777 & ~_umask())  # mkdtemp allows only the owner
         if target.exists():
             target.rmdir()  # it is empty, and not every system can rename onto a folder
@@ -143,6 +158,39 @@ def _write(dataset: CaptionedDataset, folder: Path, number: int) -> None:
             metadata.write(
                 json.dumps(_row(example, file_name, dataset.split), ensure_ascii=False) + "\n"
             )
+
+
+def _write_shards(dataset: CaptionedDataset, folder: Path, number: int) -> None:
+    """Write the first `number` examples as shards of each split into an empty folder."""
+    archives: dict[str, tarfile.TarFile] = {}
+    counts: Counter[str] = Counter()
+    taken: set[str] = set()
+    try:
+        for index in range(number):
+            example = dataset[index]
+            row = _row(example, "", dataset.split)
+            split = re.sub(r"[^A-Za-z]", "", str(row["split"])) or "train"
+            if counts[split] % SHARD == 0:
+                if split in archives:
+                    archives[split].close()
+                name = f"{split}-{counts[split] // SHARD:05d}.tar"
+                archives[split] = tarfile.open(folder / name, "w")  # noqa: SIM115 - closed below
+            counts[split] += 1
+            png = io.BytesIO()
+            picture(example.image).save(png, "PNG")
+            values = {key: value for key, value in row.items() if key != "file_name"}
+            members = {
+                "png": png.getvalue(),
+                "json": json.dumps(values, ensure_ascii=False).encode(),
+            }
+            key = _file_name(example.id, taken).replace(".", "_")
+            for ending, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(content)
+                archives[split].addfile(info, io.BytesIO(content))
+    finally:
+        for archive in archives.values():
+            archive.close()
 
 
 def _row(example: Example, file_name: str, split: str) -> dict[str, Any]:

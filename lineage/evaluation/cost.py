@@ -24,6 +24,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lineage
+from lineage.cache import cache_folder, write_cache
 from lineage.characters import protect
 from lineage.errors import CheckFailed
 from lineage.pretrained import is_packaged
@@ -31,7 +32,7 @@ from lineage.system import System
 from lineage.text.contract import caption_list
 from lineage.threads import available, requested, use_free_threads, use_threads
 from lineage.training.machine import peak_memory
-from lineage.training.store import cache_folder, read_json_object, write_cache, write_json
+from lineage.training.store import read_json_object, write_json
 
 PACKAGE = Path(lineage.__file__).parent
 

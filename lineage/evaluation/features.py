@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import lineage
+from lineage.cache import cache_folder, cached
 from lineage.data.contract import CaptionedDataset, fingerprint_of, to_unit
 from lineage.errors import UserError
 from lineage.evaluation.judge import Judge, resized
@@ -30,15 +31,7 @@ from lineage.runs import load_system
 from lineage.system import EmbedsImages, System
 from lineage.text.contract import caption_list
 from lineage.threads import tuned
-from lineage.training.store import (
-    cache_folder,
-    cached,
-    fingerprint,
-    load_tensors,
-    read_json,
-    save_tensors,
-    write_json,
-)
+from lineage.training.store import fingerprint, load_tensors, read_json, save_tensors, write_json
 
 INCEPTION_BATCH = 50  # pictures
 

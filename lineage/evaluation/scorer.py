@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineage.cache import cache_folder
 from lineage.data.contract import CaptionedDataset, to_unit
 from lineage.errors import CheckFailed, UserError
 from lineage.pretrained import run_folder, run_name
@@ -30,7 +31,7 @@ from lineage.search import Comparer
 from lineage.text.contract import caption_list
 from lineage.threads import tuned
 from lineage.training.cost import read_cost
-from lineage.training.store import cache_folder, fingerprint
+from lineage.training.store import fingerprint
 
 CHUNK = 64  # rows of one pass, always as many
 STEPS, BATCH_SIZE = 800, 96  # of a scorer that is trained for a data set

@@ -28,9 +28,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lineage.cache import without_advice
 from lineage.errors import UserError, say_once
 from lineage.text.contract import TextFeatures
-from lineage.training.store import save_tensors, without_advice
+from lineage.training.store import save_tensors
 
 SHARD_BYTES = 2**25
 """Number of bytes of new features that are written together."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lineage.cache import cache_folder, without_advice, write_cache
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError, say_once
 from lineage.system import System, Trainable
@@ -22,14 +23,11 @@ from lineage.training.stage import (
     state_path,
 )
 from lineage.training.store import (
-    cache_folder,
     fingerprint,
     load_state,
     load_tensors,
     save_state,
     save_tensors,
-    without_advice,
-    write_cache,
     write_json,
 )
 

@@ -1,10 +1,10 @@
-"""Reading and writing the files of a run folder and of the cache.
+"""Reading and writing the files of a run folder.
 
 A file is whole or absent (`files.write_bytes`), so that a killed run or a full disk leaves the last
 good one in place; only `metrics.jsonl` is appended to. Tensors are saved as safetensors, training
 state as a torch file that is read with `weights_only=True`: no pickle is ever executed. Both carry
 a hash of their bytes, so that a damaged file is never read as other weights; files without one,
-such as those of older versions, are read as they are. What is in the cache can be computed again.
+such as those of older versions, are read as they are.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -26,10 +24,8 @@ import torch
 from torch import Tensor
 
 from lineage.characters import plain
-from lineage.errors import UserError, say_once
-from lineage.files import expanded, read_regular, write_bytes
-
-T = TypeVar("T")
+from lineage.errors import UserError
+from lineage.files import read_regular, write_bytes
 
 MAX_JSON = 256 * 1024**2
 """Number of bytes above which a file is no configuration, tokeniser or score."""
@@ -219,50 +215,6 @@ def is_dense(value: Any) -> bool:
             stride > 0 for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1
         )
     )
-
-
-# --- cache ----------------------------------------------------------------------------------------
-
-
-def cache_folder(kind: str) -> Path:
-    """The folder of cached results of a kind, in `$LINEAGE_CACHE` or `~/.cache/lineage`."""
-    return expanded(os.environ.get("LINEAGE_CACHE") or "~/.cache/lineage") / kind
-
-
-def cached(
-    path: Path,
-    read: Callable[[Path], T],
-    compute: Callable[[], T],
-    write: Callable[[Path, T], None],
-) -> T:
-    """The value in a file of the cache; computed and written if the file is missing or damaged.
-
-    A cache that cannot be written costs time, not results.
-    """
-    if os.path.isfile(path):
-        try:
-            return read(path)
-        except UserError as error:
-            say_once(f"{without_advice(error)}: it is computed again.")
-    value = compute()
-    write_cache(lambda: write(path, value))
-    return value
-
-
-def write_cache(write: Callable[[], None]) -> None:
-    """Call `write`; if what it caches cannot be written, say so once and go on."""
-    try:
-        write()
-    except UserError as error:
-        say_once(
-            f"{without_advice(error)}: going on without this cache; LINEAGE_CACHE sets another "
-            "folder for it."
-        )
-
-
-def without_advice(error: UserError) -> str:
-    """The first clause of an error's sentence."""
-    return str(error).split("; ")[0].rstrip(".")
 
 
 def remove_partials(folder: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lineage.data import folder, load_dataset, parse_spec, pictures
+from lineage.data import load_dataset, parse_spec, pictures
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.data.pictures import PictureDataset
 from lineage.errors import UserError
@@ -184,7 +184,7 @@ def test_only_regular_files_of_bounded_size_are_read(
     (tmp_path / "device.txt").symlink_to("/dev/zero")
     (tmp_path / "gone.txt").symlink_to("nowhere")
     with (tmp_path / "large.txt").open("ab") as file:
-        file.truncate(folder.MAX_BYTES + 1)
+        file.truncate(pictures.MAX_TEXT + 1)
     os.mkfifo(tmp_path / "tube.png")
     save_captions(tmp_path / "tube.txt", "x")
     data = load_dataset(str(tmp_path))
@@ -313,32 +313,6 @@ def test_an_example_does_not_share_memory_with_the_data(tmp_path: Path) -> None:
     assert data[0].image.any()
 
 
-def test_pixels_beyond_the_limit_are_stored_in_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(4):
-        save_pair(tmp_path, f"p{number}", "x", colour=(number * 50, 1, 2))
-    (tmp_path / "p1.png").write_bytes(b"broken")
-    expected = load_dataset(str(tmp_path))
-    monkeypatch.setattr(pictures, "MAX_IN_MEMORY", 1000)
-    types: list[type] = []
-    allocate = PictureDataset._allocate
-
-    def spy(self: PictureDataset, count: int) -> object:
-        pixels = allocate(self, count)
-        types.append(type(pixels))
-        return pixels
-
-    monkeypatch.setattr(PictureDataset, "_allocate", spy)
-    actual = load_dataset(str(tmp_path))
-    assert types == [np.memmap]
-    assert isinstance(actual, PictureDataset) and isinstance(expected, PictureDataset)
-    assert (
-        torch.equal(actual.images, expected.images)
-        and actual.fingerprint() == expected.fingerprint()
-    )
-
-
 def test_the_fingerprint_depends_on_ids_captions_and_pixels(tmp_path: Path) -> None:
     def fingerprint(root: str, key: str = "a", caption: str = "x", red: int = 9) -> str:
         save_pair(tmp_path / root, key, caption, colour=(red, 0, 0))
@@ -396,7 +370,7 @@ def test_specs_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("shape", "did you mean 'shapes'"),
         ("foldr:x", "did you mean 'folder'"),
-        ("zebra:x", "there is: folder, imagefolder, shapes"),
+        ("zebra:x", "there is: coco, cub, flickr8k, flowers, folder, imagefolder, shapes, wds"),
         ("shapes:esay", "did you mean 'easy'"),
         ("folder:", "folder:PATH"),
         ("folder", "There is no data set or folder 'folder'"),

@@ -17,20 +17,14 @@ from conftest import SIZE, Answer
 from torch import Tensor
 
 from lineage import runs
+from lineage.cache import cache_folder
 from lineage.data import load_dataset
 from lineage.data.tools import export
 from lineage.errors import Interrupted, UserError
 from lineage.evaluation import cost
 from lineage.training.log import read_log
 from lineage.training.loop import Trainer
-from lineage.training.store import (
-    cache_folder,
-    load_state,
-    load_tensors,
-    save_state,
-    save_tensors,
-    write_json,
-)
+from lineage.training.store import load_state, load_tensors, save_state, save_tensors, write_json
 
 Call = Callable[..., Answer]
 Resume = Callable[[], Answer]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from toys import ZeroEncoder
 
+from lineage.cache import cache_folder
 from lineage.catalog import working
 from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
@@ -25,7 +26,7 @@ from lineage.training.log import read_log
 from lineage.training.loop import Stopped, Trainer
 from lineage.training.run_stages import RunStages
 from lineage.training.stage import Stage, finished_weights, replace_stage
-from lineage.training.store import cache_folder, load_tensors, read_json, save_state
+from lineage.training.store import load_tensors, read_json, save_state
 
 
 class Mean(System):

@@ -1,0 +1,124 @@
+"""`flowers:PATH`: Oxford-102 flowers (Nilsback & Zisserman 2008), with ten captions a picture.
+
+    jpg/image_06734.jpg                       numbers from 1
+    imagelabels.mat                           `labels`: the class of each picture, from 1
+    setid.mat                                 `trnid`, `valid`, `tstid`: numbers of the pictures
+    text_c10/class_00001/image_06734.txt      see `reed`
+
+Splits: where the lists of classes lie beside the captions, those of the papers, by class: 7,034
+pictures of 82 classes for training and 1,155 of 20 for the test. Else `setid.mat`: 1,020 for
+training, 1,020 for validation and 6,149 for the test, of every class. `?splits=class` and
+`?splits=list` choose.
+
+The label is the class, from 0. An example's id is the picture's name. The two tables are MATLAB's,
+which SciPy reads (`pip install 'lineage-t2i[metrics]'`).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from lineage.characters import plain
+from lineage.data.contract import Skipped
+from lineage.data.pictures import Record, is_picture
+from lineage.data.reed import SOURCE, caption_files, class_splits, read_captions
+from lineage.data.splits import class_split
+from lineage.errors import UserError
+from lineage.files import read_regular
+
+LAYOUT_HINT = "the folder needs jpg, imagelabels.mat, setid.mat, and text_c10 with the captions."
+OPTIONS = {"splits": ("list", "class")}
+SETS = {"trnid": "train", "valid": "validation", "tstid": "test"}
+HOME = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"
+MAX_BYTES = 10_000_000
+_NAME = re.compile(r"image_([0-9]{1,9})")
+
+
+def resembles(root: Path, files: list[str]) -> bool:
+    """Whether one of the two tables of Oxford-102 is among the files."""
+    return any(PurePosixPath(file).name in ("imagelabels.mat", "setid.mat") for file in files)
+
+
+def read(
+    root: Path, files: list[str], skipped: list[Skipped], options: Mapping[str, str]
+) -> list[Record]:
+    """Records in the order of the pictures' numbers; what is left out is added to `skipped`.
+
+    Raises:
+        UserError: A file without which nothing can be read is missing or broken, or SciPy is.
+    """
+    texts = {PurePosixPath(key).name: file for key, file in caption_files(files).items()}
+    folders = {PurePosixPath(file).stem: PurePosixPath(file).parts[-2] for file in texts.values()}
+    if not texts:
+        raise UserError(f"These look like flowers, but text_c10 is missing: put {SOURCE} beside.")
+    labels = read_mat(root, files, "imagelabels.mat", ("labels",))["labels"]
+    classes = class_splits(root, files, skipped)
+    by_class = options.get("splits") == "class" or ("splits" not in options and bool(classes))
+    if by_class:
+        classes = classes or class_split(folders.values())
+    numbers = {} if by_class or options.get("splits") == "seeded" else _sets(root, files)
+
+    records = []
+    pictures = [file for file in files if is_picture(file) and _number(file) is not None]
+    for path in sorted(pictures, key=lambda file: (_number(file), file)):
+        number, name = _number(path) or 0, PurePosixPath(path).stem
+        if name not in texts:
+            skipped.append(Skipped(path, "a picture without captions: it has no file in text_c10"))
+        elif not 1 <= number <= len(labels):
+            skipped.append(Skipped(path, "imagelabels.mat has no class for this picture"))
+        elif not by_class and numbers and number not in numbers:
+            skipped.append(Skipped(path, "setid.mat has this picture in no set"))
+        elif isinstance(captions := read_captions(root, texts.pop(name)), Skipped):
+            skipped.append(captions)
+        else:
+            folder = folders[name]
+            split = classes.get(folder, "train") if by_class else numbers.get(number, "train")
+            meta = {"class": plain(folder)}
+            label = labels[number - 1] - 1
+            records.append(Record(plain(name), path, captions, label, split, meta))
+    skipped += [Skipped(file, "captions without a picture") for file in texts.values()]
+    return records
+
+
+def _number(path: str) -> int | None:
+    """Number in a picture's name; None for another name."""
+    name = _NAME.fullmatch(PurePosixPath(path).stem)
+    return int(name[1]) if name else None
+
+
+def _sets(root: Path, files: list[str]) -> dict[int, str]:
+    """Split of each picture by its number."""
+    arrays = read_mat(root, files, "setid.mat", tuple(SETS))
+    return {number: split for name, split in SETS.items() for number in arrays[name]}
+
+
+def read_mat(
+    root: Path, files: list[str], name: str, variables: tuple[str, ...]
+) -> dict[str, list[int]]:
+    """Whole numbers of each variable in a MATLAB file.
+
+    Raises:
+        UserError: The file is missing or broken, lacks a variable, or SciPy is not installed.
+    """
+    path = next((file for file in files if PurePosixPath(file).name == name), None)
+    if path is None:
+        raise UserError(f"These look like flowers, but {name} is missing: get it from {HOME}.")
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(
+            f"{name} is a table of MATLAB, which needs SciPy: pip install 'lineage-t2i[metrics]'."
+        ) from None
+    try:
+        raw = loadmat(io.BytesIO(read_regular(root / path, MAX_BYTES)), variable_names=variables)
+        return {key: [int(number) for number in raw[key].ravel()] for key in variables}
+    except OSError as error:
+        raise UserError(f"{plain(path)} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # of many kinds: SciPy does not check what it reads
+        needs = " and ".join(variables)
+        raise UserError(
+            f"{plain(path)} is no table of MATLAB with {needs}; get it from {HOME}."
+        ) from error
