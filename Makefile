@@ -8,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # One process for each core, and one thread in each: twice as many would only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 FAST := tests/test_*.py tests/nn tests/data tests/text
 
 .PHONY: demo check test lint install pretrained notebooks build-notebooks

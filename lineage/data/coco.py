@@ -23,7 +23,7 @@ from typing import Any
 
 from lineage.characters import decoded, plain
 from lineage.data.contract import Skipped
-from lineage.data.pictures import Record, clean_captions, is_picture
+from lineage.data.pictures import Record, clean_captions, is_picture, with_unique_ids
 from lineage.data.splits import split_name
 from lineage.errors import UserError
 from lineage.files import read_regular
@@ -90,12 +90,12 @@ def read(
                 skipped.append(Skipped(path, f"a second entry names this picture ({file})"))
             else:
                 taken.add(path)
-                example_id = plain(PurePosixPath(name).stem)
-                records.append(Record(example_id, path, own, None, split_name(part)))
+                stem = PurePosixPath(name).stem
+                records.append(Record(stem, path, own, None, split_name(part)))
         if captions:
-            reason = f"captions of {len(captions):,} pictures that images does not list"
-            skipped.append(Skipped(file, reason))
-    return records
+            reason = "captions of pictures that images does not list"
+            skipped.append(Skipped(file, f"{reason}: {len(captions):,}"))
+    return with_unique_ids(records)
 
 
 def _path(annotations: str, part: str, name: str, files: set[str]) -> str | None:

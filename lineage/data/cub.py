@@ -22,16 +22,21 @@ The label is the class, from 0. An example's id is `class folder/name`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from lineage.characters import plain
 from lineage.data.contract import Skipped
-from lineage.data.pictures import Box, Record
+from lineage.data.decoding import Box
+from lineage.data.pictures import Record, is_picture, with_unique_ids
 from lineage.data.reed import SOURCE, caption_files, class_splits, read_captions
 from lineage.data.splits import class_split
 from lineage.errors import UserError
 from lineage.files import read_regular
+
+T = TypeVar("T")
 
 LAYOUT_HINT = "the folder needs CUB_200_2011 with images.txt, and text_c10 with the captions."
 OPTIONS = {"splits": ("list", "class"), "crop": ("box",)}
@@ -43,9 +48,8 @@ MARGIN = 1.5
 
 def resembles(root: Path, files: list[str]) -> bool:
     """Whether the files are those of CUB: its list of pictures beside one of its tables."""
-    lists = [file for file in files if PurePosixPath(file).name == "images.txt"]
-    beside = {str(PurePosixPath(file).with_name(table)) for file in lists for table in TABLES}
-    return not beside.isdisjoint(files)
+    there = set(files)
+    return any(_beside(f) & there for f in files if PurePosixPath(f).name == "images.txt")
 
 
 def read(
@@ -56,58 +60,67 @@ def read(
     Raises:
         UserError: A table without which nothing can be read is missing.
     """
-    there, texts = set(files), caption_files(files)
+    there = set(files)
     lists = [file for file in files if PurePosixPath(file).name == "images.txt"]
     if not lists:
         raise UserError(
             f"{plain(root)} is not CUB-200-2011: images.txt, from CUB_200_2011.tgz, is missing."
         )
+    base = PurePosixPath(next((f for f in lists if _beside(f) & there), lists[0])).parent
+    texts = caption_files(files, skipped)
     if not texts:
         raise UserError(f"This looks like CUB, but text_c10 is missing: put {SOURCE} beside it.")
-    base = PurePosixPath(lists[0]).parent
     table = Tables(root, base, there, skipped)
+    names = table.read("images.txt", _name)
     classes = class_splits(root, files, skipped)
-    by_class = options.get("splits") == "class" or ("splits" not in options and bool(classes))
-    flags = {} if by_class else dict(table.rows("train_test_split.txt", 1))
-    if not by_class and "splits" not in options and not flags:
-        raise UserError("This looks like CUB, but train_test_split.txt, from its archive, is gone.")
-    labels = dict(table.rows("image_class_labels.txt", 1))
-    boxes = dict(table.rows("bounding_boxes.txt", 4)) if options.get("crop", "box") == "box" else {}
-    if "crop" in options and options["crop"] == "box" and not boxes:
-        raise UserError("crop=box needs bounding_boxes.txt beside images.txt; take crop=centre.")
-    names = [(number, fields[0]) for number, fields in table.rows("images.txt", 1)]
-    if by_class:
-        classes = classes or class_split(PurePosixPath(name).parts[0] for _, name in names)
-
-    records, used = [], set()
-    for number, name in names:
-        path, key = str(base / "images" / name), str(PurePosixPath(name).with_suffix(""))
-        if path not in there:
-            skipped.append(Skipped(path, f"the picture is missing ({lists[0]})"))
-            continue
-        used.add(path)
-        if key not in texts:
-            skipped.append(Skipped(path, "a picture without captions: it has no file in text_c10"))
-            continue
-        captions = read_captions(root, texts.pop(key))
-        if isinstance(captions, Skipped):
-            skipped.append(captions)
-            continue
-        folder = PurePosixPath(name).parts[0]
-        split = "train" if flags.get(number, ("1",))[0] == "1" else "test"
-        records.append(
-            Record(
-                id=plain(key),
-                path=path,
-                captions=captions,
-                label=_label(labels.get(number), folder),
-                split=classes.get(folder, "train") if by_class else split,
-                meta={"class": plain(folder)},
-                box=_box(boxes.get(number)),
+    wish = options.get("splits", "class" if classes else "list")
+    flags: dict[int, str] = {}
+    if wish == "class":
+        classes = classes or class_split(name.partition("/")[0] for name in names.values())
+    elif wish == "list":
+        flags = table.read("train_test_split.txt", _flag)
+        if not flags:
+            raise UserError(
+                "This looks like CUB, but train_test_split.txt, of its archive, is missing; "
+                "?splits=class or ?splits=seeded does without."
             )
-        )
+    labels = table.read("image_class_labels.txt", _label)
+    boxes = table.read("bounding_boxes.txt", _box) if options.get("crop", "box") == "box" else {}
+    if options.get("crop") == "box" and not boxes:
+        raise UserError("crop=box needs bounding_boxes.txt beside images.txt; take crop=centre.")
+
+    records, listed = [], set()
+    for number, name in names.items():
+        path, key = str(base / "images" / name), str(PurePosixPath(name).with_suffix(""))
+        folder = name.partition("/")[0]
+        if path in listed:
+            skipped.append(Skipped(path, "a second line of images.txt names this picture"))
+        elif path not in there:
+            skipped.append(Skipped(path, "the picture is missing (images.txt)"))
+        elif key not in texts:
+            skipped.append(Skipped(path, "a picture without captions: it has no file in text_c10"))
+        elif wish == "list" and number not in flags:
+            skipped.append(Skipped(path, "train_test_split.txt has this picture in no set"))
+        elif isinstance(captions := read_captions(root, texts.pop(key)), Skipped):
+            skipped.append(captions)
+        else:
+            split = classes.get(folder, "train") if wish == "class" else flags.get(number, "train")
+            label = labels.get(number, _label([folder.partition(".")[0]]))
+            meta = {"class": plain(folder)}
+            box = boxes.get(number)
+            records.append(Record(key, path, captions, label, split, meta, box))
+        listed.add(path)
+    inside = f"{base}/images/".removeprefix("./")
+    for file in files:
+        if file.startswith(inside) and is_picture(file) and file not in listed:
+            skipped.append(Skipped(file, "no line of images.txt names this picture"))
     skipped += [Skipped(file, "captions without a picture") for file in texts.values()]
-    return records
+    return with_unique_ids(records)
+
+
+def _beside(file: str) -> set[str]:
+    """Paths of the tables that lie beside a list of pictures."""
+    return {str(PurePosixPath(file).with_name(table)) for table in TABLES}
 
 
 class Tables:
@@ -118,42 +131,56 @@ class Tables:
     ) -> None:
         self.root, self.base, self.files, self.skipped = root, base, files, skipped
 
-    def rows(self, name: str, count: int) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """Number and `count` further fields of each line; a line without them is reported."""
+    def read(self, name: str, value: Callable[[list[str]], T | None]) -> dict[int, T]:
+        """Values of a table by the pictures' numbers; a line without one is reported.
+
+        Args:
+            name: Name of the table. If it is missing, there are no values.
+            value: Function from the fields after the number to a value, None for other fields.
+        """
         file = str(self.base / name)
+        values: dict[int, T] = {}
         if file not in self.files:
-            return
+            return {}
         try:
             text = read_regular(self.root / file, MAX_BYTES).decode("utf-8-sig", "surrogateescape")
         except OSError as error:
             self.skipped.append(Skipped(file, f"the table cannot be read: {error.strerror}"))
-            return
-        for line, row in enumerate(text.splitlines(), start=1):
-            parts = row.strip().split(maxsplit=1) if count == 1 else row.split()
-            if not parts:
-                continue
-            number, *fields = parts
-            if number.isdecimal() and len(number) < 19 and len(fields) == count:
-                yield int(number), tuple(fields)
-            else:
-                self.skipped.append(Skipped(file, f"line {line} is not a number and {count} more"))
+            return {}
+        for line, row in enumerate(text.split("\n"), start=1):
+            number, *fields = row.split() or [""]
+            content = value(fields) if re.fullmatch("[0-9]{1,9}", number) else None
+            if content is not None:
+                values.setdefault(int(number), content)
+            elif row.strip():
+                self.skipped.append(Skipped(file, f"line {line} is no line of this table"))
+        return values
 
 
-def _label(fields: tuple[str, ...] | None, folder: str) -> int | None:
-    """Class from 0: of the table, or of the folder's number (`001.Black_footed_Albatross`)."""
-    number = fields[0] if fields else folder.partition(".")[0]
-    return int(number) - 1 if number.isdecimal() and len(number) < 19 else None
+def _name(fields: list[str]) -> str | None:
+    """Path of a picture: a folder and a name."""
+    parts = PurePosixPath(" ".join(fields)).parts
+    return "/".join(parts) if len(parts) > 1 and parts[-1] != ".." else None
 
 
-def _box(fields: tuple[str, ...] | None) -> Box | None:
+def _flag(fields: list[str]) -> str | None:
+    return {"0": "test", "1": "train"}.get(" ".join(fields))
+
+
+def _label(fields: list[str]) -> int | None:
+    """Class from 0 of a number from 1."""
+    return int(fields[0]) - 1 if re.fullmatch("0{0,9}[1-9][0-9]{0,8}", " ".join(fields)) else None
+
+
+def _box(fields: list[str]) -> Box | None:
     """Square around a bird (left, top, right, bottom); it may leave the picture."""
-    if fields is None:
+    if not all(re.fullmatch(r"[0-9]{1,6}(\.[0-9]{0,9})?", field) for field in fields):
         return None
     try:
         x, y, width, height = map(float, fields)
-    except ValueError:
+    except ValueError:  # another number of fields
         return None
     half = MARGIN * max(width, height) / 2
-    if not 0 < half < 1e6:
+    if not half:
         return None
     return x + width / 2 - half, y + height / 2 - half, x + width / 2 + half, y + height / 2 + half

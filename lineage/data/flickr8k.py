@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from lineage.characters import decoded, plain
 from lineage.data.contract import Skipped
-from lineage.data.pictures import Record, clean_captions, is_picture
+from lineage.data.pictures import Record, clean_captions, is_picture, with_unique_ids
 from lineage.data.splits import seeded_split
 from lineage.data.tables import read_table
 from lineage.errors import UserError
@@ -86,18 +86,17 @@ def read(
     for name, texts in captions.items():
         path = pictures.get(name)
         if path is None:
-            reason = f"the picture is missing, {len(texts)} captions name it ({table})"
-            skipped.append(Skipped(name, reason))
+            skipped.append(Skipped(name, f"the picture is missing (captions in {table})"))
         elif not (own := clean_captions(texts)):
             skipped.append(Skipped(path, f"the picture has no caption ({table})"))
         elif splits and name not in splits:
             skipped.append(Skipped(path, "the picture is in none of the lists of splits"))
         else:
-            stem = plain(PurePosixPath(name).stem)
+            stem = PurePosixPath(name).stem
             records.append(Record(stem, path, own, None, splits.get(name) or seeded_split(stem)))
     others = [file for name, file in pictures.items() if name not in captions]
     skipped += [Skipped(file, f"no line of {table} names this picture") for file in others]
-    return records
+    return with_unique_ids(records)
 
 
 def _splits(root: Path, files: list[str], skipped: list[Skipped]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from lineage.characters import plain
 from lineage.data.contract import Skipped
-from lineage.data.pictures import Record, is_picture
+from lineage.data.pictures import Record, is_picture, with_unique_ids
 from lineage.data.reed import SOURCE, caption_files, class_splits, read_captions
 from lineage.data.splits import class_split
 from lineage.errors import UserError
@@ -50,37 +50,42 @@ def read(
     Raises:
         UserError: A file without which nothing can be read is missing or broken, or SciPy is.
     """
-    texts = {PurePosixPath(key).name: file for key, file in caption_files(files).items()}
-    folders = {PurePosixPath(file).stem: PurePosixPath(file).parts[-2] for file in texts.values()}
+    texts: dict[str, str] = {}
+    for key, file in caption_files(files, skipped).items():
+        if texts.setdefault(key.rpartition("/")[2], file) != file:
+            skipped.append(Skipped(file, "captions of the same picture in another class are used"))
     if not texts:
         raise UserError(f"These look like flowers, but text_c10 is missing: put {SOURCE} beside.")
+    folders = {name: PurePosixPath(file).parts[-2] for name, file in texts.items()}
     labels = read_mat(root, files, "imagelabels.mat", ("labels",))["labels"]
     classes = class_splits(root, files, skipped)
-    by_class = options.get("splits") == "class" or ("splits" not in options and bool(classes))
-    if by_class:
+    wish = options.get("splits", "class" if classes else "list")
+    sets = _sets(root, files, skipped) if wish == "list" else {}
+    if wish == "class":
         classes = classes or class_split(folders.values())
-    numbers = {} if by_class or options.get("splits") == "seeded" else _sets(root, files)
 
     records = []
-    pictures = [file for file in files if is_picture(file) and _number(file) is not None]
-    for path in sorted(pictures, key=lambda file: (_number(file), file)):
-        number, name = _number(path) or 0, PurePosixPath(path).stem
-        if name not in texts:
+    numbers = {file: _number(file) for file in files if is_picture(file)}
+    for path, number in sorted(numbers.items(), key=lambda item: (item[1] or 0, item[0])):
+        name = PurePosixPath(path).stem
+        if number is None:
+            skipped.append(Skipped(path, "the picture has no name such as image_00001.jpg"))
+        elif name not in texts:
             skipped.append(Skipped(path, "a picture without captions: it has no file in text_c10"))
-        elif not 1 <= number <= len(labels):
+        elif not 1 <= number <= len(labels) or not 1 <= labels[number - 1] < 2**31:
             skipped.append(Skipped(path, "imagelabels.mat has no class for this picture"))
-        elif not by_class and numbers and number not in numbers:
+        elif wish == "list" and number not in sets:
             skipped.append(Skipped(path, "setid.mat has this picture in no set"))
         elif isinstance(captions := read_captions(root, texts.pop(name)), Skipped):
             skipped.append(captions)
         else:
             folder = folders[name]
-            split = classes.get(folder, "train") if by_class else numbers.get(number, "train")
+            split = classes.get(folder, "train") if wish == "class" else sets.get(number, "train")
             meta = {"class": plain(folder)}
             label = labels[number - 1] - 1
-            records.append(Record(plain(name), path, captions, label, split, meta))
+            records.append(Record(name, path, captions, label, split, meta))
     skipped += [Skipped(file, "captions without a picture") for file in texts.values()]
-    return records
+    return with_unique_ids(records)
 
 
 def _number(path: str) -> int | None:
@@ -89,10 +94,16 @@ def _number(path: str) -> int | None:
     return int(name[1]) if name else None
 
 
-def _sets(root: Path, files: list[str]) -> dict[int, str]:
+def _sets(root: Path, files: list[str], skipped: list[Skipped]) -> dict[int, str]:
     """Split of each picture by its number."""
-    arrays = read_mat(root, files, "setid.mat", tuple(SETS))
-    return {number: split for name, split in SETS.items() for number in arrays[name]}
+    splits: dict[int, str] = {}
+    for name, numbers in read_mat(root, files, "setid.mat", tuple(SETS)).items():
+        for number in numbers:
+            split = splits.setdefault(number, SETS[name])
+            if split != SETS[name]:
+                reason = f"picture {number} is in {split} too, and stays there"
+                skipped.append(Skipped("setid.mat", reason))
+    return splits
 
 
 def read_mat(
@@ -114,7 +125,7 @@ def read_mat(
         ) from None
     try:
         raw = loadmat(io.BytesIO(read_regular(root / path, MAX_BYTES)), variable_names=variables)
-        return {key: [int(number) for number in raw[key].ravel()] for key in variables}
+        return {key: [_whole(number) for number in raw[key].ravel()] for key in variables}
     except OSError as error:
         raise UserError(f"{plain(path)} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # of many kinds: SciPy does not check what it reads
@@ -122,3 +133,11 @@ def read_mat(
         raise UserError(
             f"{plain(path)} is no table of MATLAB with {needs}; get it from {HOME}."
         ) from error
+
+
+def _whole(number: object) -> int:
+    """A whole number of a table; raises `ValueError` for another value."""
+    value = float(str(number))
+    if not value.is_integer():
+        raise ValueError(f"{number} is no whole number")
+    return int(value)

@@ -133,7 +133,7 @@ def divided(records: list[Record], splits: str | None) -> list[Record]:
     if splits is None:
         return records
     if any(record.label is None for record in records):
-        raise UserError("splits=class needs a class for each picture: a column `label`.")
+        raise UserError("splits=class needs a class for each picture, and some have none.")
     classes = class_split(str(record.label) for record in records)
     return [replace(record, split=classes[str(record.label)]) for record in records]
 

@@ -18,7 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -98,6 +98,15 @@ def unique_ids(paths: Sequence[str]) -> list[str]:
             own = f"{name}-{copy}"
         ids[own] = None
     return list(ids)
+
+
+def with_unique_ids(records: list[Record]) -> list[Record]:
+    """The records with ids of `unique_ids`."""
+    ids = unique_ids([record.id for record in records])
+    return [
+        record if record.id == name else replace(record, id=name)
+        for record, name in zip(records, ids, strict=True)
+    ]
 
 
 def list_files(root: Path, skipped: list[Skipped]) -> list[str]:

@@ -25,13 +25,17 @@ MAX_BYTES = 1_000_000
 _LISTS = {"trainvalclasses.txt": "train", "testclasses.txt": "test"}
 
 
-def caption_files(files: Iterable[str]) -> dict[str, str]:
-    """Path of each text file by `class folder/name of the picture`."""
+def caption_files(files: Iterable[str], skipped: list[Skipped]) -> dict[str, str]:
+    """Path of each text file by `class folder/name of the picture`; others of the same name are
+    added to `skipped`.
+    """
     texts: dict[str, str] = {}
     for file in files:
         parts = PurePosixPath(file).parts
         if len(parts) >= 3 and parts[-3] in FOLDERS and file.endswith(".txt"):
-            texts.setdefault(f"{parts[-2]}/{PurePosixPath(file).stem}", file)
+            key = f"{parts[-2]}/{PurePosixPath(file).stem}"
+            if texts.setdefault(key, file) != file:
+                skipped.append(Skipped(file, f"the captions of {texts[key]} are used"))
     return texts
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ from lineage.data.pictures import (
     is_picture,
     list_files,
     open_root,
-    unique_ids,
+    with_unique_ids,
 )
 from lineage.data.splits import SPLIT_NAMES, split_name
 from lineage.data.tables import json_object
@@ -151,8 +150,7 @@ def read(
                 if record is not None:
                     records.append(record)
             bar.update(sizes[shard])
-    ids = unique_ids([record.id for record in records])
-    return [replace(record, id=name) for record, name in zip(records, ids, strict=True)]
+    return with_unique_ids(records)
 
 
 def _size(path: Path) -> int:

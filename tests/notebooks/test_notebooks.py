@@ -144,10 +144,28 @@ def test_a_blank_copy_earns_nothing_and_the_solutions_all(name: str) -> None:
     assert solved.notes == []
 
 
+SMALL_BATCHES = """
+import lineage.stepping
+whole = lineage.stepping.training_steps
+def small(*arguments, settings=None, **options):
+    return whole(*arguments, settings={**(settings or {}), "train.batch_size": 4}, **options)
+lineage.stepping.training_steps = small
+"""
+"""What a kernel runs first: training with all its steps, of few pictures each."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_as_it_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a fresh kernel, without errors or warnings, and with outputs of the same kinds."""
+def test_a_notebook_runs_as_it_stands(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a fresh kernel, without errors or warnings, and with outputs of the same kinds. Its live
+    training has small batches here; `notebooks/build.py` runs it whole.
+    """
+    startup = tmp_path / "profile_default" / "startup" / "small.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text(SMALL_BATCHES)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("LINEAGE_STILL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = saved(name)
