@@ -69,7 +69,10 @@ def plain(text: object) -> str:
 
     Bytes of a file name that are not UTF-8 become `\\xe9`. Letters of every script stay.
     """
-    return "".join(_printable(char) for char in str(text))
+    text = str(text)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_printable(char) for char in text)
 
 
 def _printable(char: str) -> str:

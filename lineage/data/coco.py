@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from posixpath import basename
 from typing import Any
 
 from lineage.characters import decoded, plain
@@ -39,7 +40,7 @@ _ANNOTATIONS = re.compile(r"captions_(train|val)(20[0-9]{2})\.json")
 
 def resembles(root: Path, files: list[str]) -> bool:
     """Whether annotations of COCO's captions are among the files."""
-    return any(_ANNOTATIONS.fullmatch(PurePosixPath(file).name) for file in files)
+    return any(_ANNOTATIONS.fullmatch(basename(file)) for file in files)
 
 
 def read(
@@ -50,12 +51,12 @@ def read(
     Raises:
         UserError: There are no annotations, or those of more than one year.
     """
-    names = {file: _ANNOTATIONS.fullmatch(PurePosixPath(file).name) for file in files}
+    names = {file: _ANNOTATIONS.fullmatch(basename(file)) for file in files}
     sets = {file: (name[1], name[2]) for file, name in names.items() if name}
     if year := options.get("year"):
         sets = {file: name for file, name in sets.items() if name[1] == year}
     if not sets:
-        other = next((f for f in files if PurePosixPath(f).name.startswith("instances_")), None)
+        other = next((f for f in files if basename(f).startswith("instances_")), None)
         hint = f"{plain(other)} holds objects, no captions; " if other else ""
         raise UserError(
             f"{plain(root)} is not COCO{f' of {year}' if year else ''}: {hint}{LAYOUT_HINT}"
@@ -69,7 +70,7 @@ def read(
     by_name: dict[str, str] = {}
     for file in files:
         if is_picture(file):
-            by_name.setdefault(PurePosixPath(file).name, file)
+            by_name.setdefault(basename(file), file)
     records: list[Record] = []
     there, taken = set(files), set[str]()
     for file, (part, year) in sets.items():

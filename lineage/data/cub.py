@@ -25,6 +25,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from posixpath import basename
 from typing import TypeVar
 
 from lineage.characters import plain
@@ -49,7 +50,7 @@ MARGIN = 1.5
 def resembles(root: Path, files: list[str]) -> bool:
     """Whether the files are those of CUB: its list of pictures beside one of its tables."""
     there = set(files)
-    return any(_beside(f) & there for f in files if PurePosixPath(f).name == "images.txt")
+    return any(_beside(f) & there for f in files if basename(f) == "images.txt")
 
 
 def read(
@@ -61,7 +62,7 @@ def read(
         UserError: A table without which nothing can be read is missing.
     """
     there = set(files)
-    lists = [file for file in files if PurePosixPath(file).name == "images.txt"]
+    lists = [file for file in files if basename(file) == "images.txt"]
     if not lists:
         raise UserError(
             f"{plain(root)} is not CUB-200-2011: images.txt, from CUB_200_2011.tgz, is missing."

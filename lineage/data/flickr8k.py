@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from posixpath import basename
 
 from lineage.characters import decoded, plain
 from lineage.data.contract import Skipped
@@ -42,7 +43,7 @@ MAX_BYTES = 100_000_000
 
 def resembles(root: Path, files: list[str]) -> bool:
     """Whether the original table, or one of its lists, is among the files; or Kaggle's form."""
-    names = {PurePosixPath(file).name for file in files}
+    names = {basename(file) for file in files}
     if names & {TOKENS, *LISTS}:
         return True
     return any(_is_kaggle(file, files) for file in files)
@@ -63,9 +64,9 @@ def read(
     Raises:
         UserError: There is no table of captions, or the lists are asked for and are missing.
     """
-    table = next((f for f in files if PurePosixPath(f).name == TOKENS), None)
+    table = next((f for f in files if basename(f) == TOKENS), None)
     original = table is not None
-    table = table or next((f for f in files if PurePosixPath(f).name == TABLE), None)
+    table = table or next((f for f in files if basename(f) == TABLE), None)
     if table is None:
         raise UserError(
             f"This looks like Flickr8k, but its captions are missing: {TOKENS}, of "
@@ -81,7 +82,7 @@ def read(
     pictures: dict[str, str] = {}
     for file in files:
         if is_picture(file):
-            pictures.setdefault(PurePosixPath(file).name, file)
+            pictures.setdefault(basename(file), file)
     records = []
     for name, texts in captions.items():
         path = pictures.get(name)
@@ -103,7 +104,7 @@ def _splits(root: Path, files: list[str], skipped: list[Skipped]) -> dict[str, s
     """Split of each picture that a list names."""
     splits: dict[str, str] = {}
     for file in files:
-        if split := LISTS.get(PurePosixPath(file).name):
+        if split := LISTS.get(basename(file)):
             for _, name in _lines(root, file, skipped):
                 if splits.setdefault(name, split) != split:
                     reason = f"it is in {splits[name]} too, and stays there ({file})"

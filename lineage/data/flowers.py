@@ -20,6 +20,7 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from posixpath import basename
 
 from lineage.characters import plain
 from lineage.data.contract import Skipped
@@ -39,7 +40,7 @@ _NAME = re.compile(r"image_([0-9]{1,9})")
 
 def resembles(root: Path, files: list[str]) -> bool:
     """Whether one of the two tables of Oxford-102 is among the files."""
-    return any(PurePosixPath(file).name in ("imagelabels.mat", "setid.mat") for file in files)
+    return any(basename(file) in ("imagelabels.mat", "setid.mat") for file in files)
 
 
 def read(
@@ -114,7 +115,7 @@ def read_mat(
     Raises:
         UserError: The file is missing or broken, lacks a variable, or SciPy is not installed.
     """
-    path = next((file for file in files if PurePosixPath(file).name == name), None)
+    path = next((file for file in files if basename(file) == name), None)
     if path is None:
         raise UserError(f"These look like flowers, but {name} is missing: get it from {HOME}.")
     try:

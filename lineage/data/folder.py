@@ -16,7 +16,8 @@ beside `rex.jpg`), a table of metadata, and a folder that cannot be opened.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import basename, splitext
 
 from lineage.characters import same_name
 from lineage.data.contract import Skipped
@@ -58,7 +59,7 @@ def read(
     matched: list[tuple[str, tuple[str, ...], str]] = []
     for key, picture in sorted(pictures.items()):
         if key not in pairs:
-            name = PurePosixPath(key).name
+            name = basename(key)
             skipped.append(Skipped(picture, f"a picture without captions: {name}.txt is missing"))
             continue
         text = texts[pairs[key]]
@@ -86,7 +87,7 @@ def _is_text(path: str) -> bool:
 
 def _key(path: str) -> str:
     """Path without its suffix."""
-    return str(PurePosixPath(path).with_suffix(""))
+    return splitext(path)[0]
 
 
 def _pairs(pictures: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, str]:
@@ -108,7 +109,7 @@ def _by_key(paths: list[str], what: str, skipped: list[Skipped]) -> dict[str, st
     for path in paths:
         key = _key(path)
         if key in by_key:
-            name = PurePosixPath(by_key[key]).name
+            name = basename(by_key[key])
             skipped.append(Skipped(path, f"a second {what} of the same name; {name} is used"))
         else:
             by_key[key] = path

@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from posixpath import splitext
 from typing import Any
 
 from lineage.characters import plain, same_name
@@ -244,7 +245,7 @@ def _split(row: Row, path: str) -> str:
 
 def _records(entries: list[Entry]) -> list[Record]:
     """Records of the entries, with ids, labels and meta."""
-    stems = [str(PurePosixPath(entry.path).with_suffix("")) for entry in entries]
+    stems = [splitext(entry.path)[0] for entry in entries]
     counts = Counter(stems)
     paths = [
         stem if counts[stem] == 1 else entry.path

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import splitext
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def _hidden(name: str) -> bool:
 
 def is_picture(path: str) -> bool:
     """Whether a path has the suffix of a picture; the file is not opened."""
-    return PurePosixPath(path).suffix.lower() in SUFFIXES
+    return splitext(path)[1].lower() in SUFFIXES
 
 
 class PictureDataset(CaptionedDataset):

@@ -11,7 +11,8 @@ also hold the captions as Lua tables (`.t7`, `.h5`) and lists as pickles; neithe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import basename
 
 from lineage.characters import plain
 from lineage.data.contract import Skipped
@@ -31,9 +32,9 @@ def caption_files(files: Iterable[str], skipped: list[Skipped]) -> dict[str, str
     """
     texts: dict[str, str] = {}
     for file in files:
-        parts = PurePosixPath(file).parts
+        parts = file.split("/")
         if len(parts) >= 3 and parts[-3] in FOLDERS and file.endswith(".txt"):
-            key = f"{parts[-2]}/{PurePosixPath(file).stem}"
+            key = f"{parts[-2]}/{parts[-1].removesuffix('.txt')}"
             if texts.setdefault(key, file) != file:
                 skipped.append(Skipped(file, f"the captions of {texts[key]} are used"))
     return texts
@@ -57,7 +58,7 @@ def class_splits(root: Path, files: Sequence[str], skipped: list[Skipped]) -> di
     """
     splits: dict[str, str] = {}
     for file in files:
-        split = _LISTS.get(PurePosixPath(file).name)
+        split = _LISTS.get(basename(file))
         if split is None:
             continue
         try:

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from posixpath import basename
 from typing import Any, NoReturn
 
 from lineage.characters import decoded, valid
@@ -56,12 +57,14 @@ class Row:
 
 def is_table(path: str) -> bool:
     """Whether a path has the name of a table of metadata."""
-    return PurePosixPath(path).name in NAMES
+    return path.endswith(NAMES) and basename(path) in NAMES
 
 
 def is_misnamed(path: str) -> bool:
     """Whether a file was probably meant to be a table, but has a name that is not read."""
-    return not is_table(path) and bool(_SIMILAR.fullmatch(PurePosixPath(path).name))
+    if "metadata" not in path.lower() or is_table(path):
+        return False
+    return bool(_SIMILAR.fullmatch(basename(path)))
 
 
 def why_misnamed(path: str) -> str:

@@ -144,14 +144,16 @@ def test_a_blank_copy_earns_nothing_and_the_solutions_all(name: str) -> None:
     assert solved.notes == []
 
 
-SMALL_BATCHES = """
+SHORT_TRAINING = """
 import lineage.stepping
 whole = lineage.stepping.training_steps
-def small(*arguments, settings=None, **options):
-    return whole(*arguments, settings={**(settings or {}), "train.batch_size": 4}, **options)
-lineage.stepping.training_steps = small
+def short(*arguments, steps=None, settings=None, **options):
+    steps = None if steps is None else max(steps // 10, min(steps, 30))
+    settings = {**(settings or {}), "train.batch_size": 8}
+    return whole(*arguments, steps=steps, settings=settings, **options)
+lineage.stepping.training_steps = short
 """
-"""What a kernel runs first: training with all its steps, of few pictures each."""
+"""What a kernel runs first: live training of a tenth of the steps, with few pictures each."""
 
 
 @pytest.mark.slow
@@ -160,11 +162,11 @@ def test_a_notebook_runs_as_it_stands(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """In a fresh kernel, without errors or warnings, and with outputs of the same kinds. Its live
-    training has small batches here; `notebooks/build.py` runs it whole.
+    training is short here; `notebooks/build.py` runs it whole.
     """
-    startup = tmp_path / "profile_default" / "startup" / "small.py"
+    startup = tmp_path / "profile_default" / "startup" / "short.py"
     startup.parent.mkdir(parents=True)
-    startup.write_text(SMALL_BATCHES)
+    startup.write_text(SHORT_TRAINING)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("LINEAGE_STILL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
