@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from miniatures import (
+    BIRDS,
+    FLOWERS,
+    MAKERS,
+    NAMES,
+    TOKENS,
+    make_coco,
+    make_cub,
+    make_flickr8k,
+    make_flowers,
+    make_kaggle,
+    mat,
+    move,
+    refusal,
+    replace,
+    reports,
+    save_coco,
+    save_picture,
+    save_text,
+    splits,
+)
 from PIL import Image, ImageDraw
 
 from lineage.data import load_dataset, parse_spec
@@ -19,143 +35,8 @@ from lineage.data.cached import CachedDataset
 from lineage.data.contract import CaptionedDataset
 from lineage.data.pictures import PictureDataset
 from lineage.data.tools import check
-from lineage.errors import UserError
 
 MINIATURES = Path(__file__).resolve().parents[3] / "shared" / "data" / "layouts"
-
-CUB, TEXTS, TRAIN = "CUB_200_2011", "text_c10", "annotations/captions_train2017.json"
-LABELS, SETS, BOXES = f"{CUB}/image_class_labels.txt", "setid.mat", f"{CUB}/bounding_boxes.txt"
-SPLIT, TOKENS = f"{CUB}/train_test_split.txt", "Flickr8k.token.txt"
-
-
-def save_picture(path: Path, number: int = 0, size: tuple[int, int] = (40, 32)) -> None:
-    """A picture of one colour, red = 10 * number; a PNG, whatever its suffix, so it is exact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (10 * number, 0, 0)).save(path, "PNG")
-
-
-def save_text(path: Path, *lines: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new), encoding="utf-8")
-
-
-def reports(dataset: CaptionedDataset) -> list[str]:
-    """What was left out, as `path: reason`."""
-    return [f"{s.path}: {s.reason}" for s in dataset.skipped]
-
-
-def splits(spec: str | Path) -> dict[str, str]:
-    """Split of each example by its id."""
-    return {e.id: e.meta["split"] for e in load_dataset(str(spec), "all", 8)}
-
-
-def refusal(spec: str, split: str = "all") -> str:
-    """The sentence with which a data set is refused."""
-    with pytest.raises(UserError) as caught:
-        load_dataset(spec, split, 8)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def mat(**arrays: Any) -> bytes:
-    """A file of MATLAB with these arrays."""
-    file = io.BytesIO()
-    pytest.importorskip("scipy.io").savemat(file, arrays)
-    return file.getvalue()
-
-
-# --- miniatures -----------------------------------------------------------------------------------
-
-BIRDS = ["7.Tern/T_2", "7.Tern/T_1", "2.Wren/W_1", "2.Wren/W_2", "9.Auk/A_1", "4.Jay/J_1"]
-"""Pictures in the order of images.txt, which is not that of their names."""
-CLASSES = {"7.Tern": 1, "2.Wren": 2, "9.Auk": 3, "4.Jay": 4}
-
-
-def make_cub(root: Path) -> Path:
-    """Birds 1 to 6, of which 2, 4 and 6 are of training; each has two captions."""
-    base, rows = root / "CUB_200_2011", list(enumerate(BIRDS, start=1))
-    for n, name in rows:
-        save_picture(base / f"images/{name}.jpg", n)
-        save_text(root / f"text_c10/{name}.txt", f"bird {n} .", f"  one  bird {n}", "")
-    save_text(base / "images.txt", *(f"{n} {name}.jpg" for n, name in rows))
-    labels = (f"{n} {CLASSES[name.split('/')[0]]}" for n, name in rows)
-    save_text(base / "image_class_labels.txt", *labels)
-    save_text(base / "train_test_split.txt", *(f"{n} {(n + 1) % 2}" for n, _ in rows))
-    save_text(base / "bounding_boxes.txt", *(f"{n} 4.0 2.0 20.0 9.0" for n, _ in rows))
-    return root
-
-
-FLOWERS = [77, 5, 77, 1, 102, 1]
-"""Class of each flower."""
-
-
-def make_flowers(root: Path) -> Path:
-    for n, label in enumerate(FLOWERS, start=1):
-        save_picture(root / f"jpg/image_{n:05}.jpg", n)
-        save_text(root / f"text_c10/class_{label:05}/image_{n:05}.txt", f"flower {n}", "a flower")
-    (root / "imagelabels.mat").write_bytes(mat(labels=[FLOWERS]))
-    (root / "setid.mat").write_bytes(mat(trnid=[[4]], valid=[[2, 3]], tstid=[[1, 5, 6]]))
-    return root
-
-
-def save_coco(root: Path, part: str, captions: dict[int, list[tuple[int, str]]]) -> None:
-    """A set of COCO: pictures with (number, text) of their captions, in reverse order."""
-    year = 2000 + int(part[-2:])
-    prefix = f"COCO_{part}_" if year == 2014 else ""
-    images = [{"id": n, "file_name": f"{prefix}{n:012}.jpg"} for n in captions]
-    notes = [
-        {"id": number, "image_id": n, "caption": text}
-        for n, texts in captions.items()
-        for number, text in texts
-    ]
-    file = root / f"annotations/captions_{part}.json"
-    save_text(file, json.dumps({"images": images, "annotations": notes[::-1]}))
-    for image in images:
-        save_picture(root / part / image["file_name"], image["id"])
-
-
-def make_coco(root: Path) -> Path:
-    first = {7: [(3, "a cat "), (1, "One\ncat."), (10, "a cat")], 5: [(2, "a dog")]}
-    save_coco(root, "train2017", first)
-    save_coco(root, "val2017", {6: [(1, "a cow")]})
-    return root
-
-
-NAMES = ["3_b.jpg", "1_a.jpg", "5_c.jpg", "6_d.jpg"]
-
-
-def make_flickr8k(root: Path) -> Path:
-    """Four pictures, the last of which is in no list; the table names a fifth that is not there."""
-    for n, name in enumerate(NAMES):
-        save_picture(root / "Flicker8k_Dataset" / name, n)
-    lines = [f"{name}#{k}\tdog {k} , {name[2]} ." for name in [*NAMES, "7_x.jpg.1"] for k in (0, 1)]
-    save_text(root / "Flickr8k.token.txt", *lines)
-    for part, name in zip(("train", "dev", "test"), NAMES[:3], strict=True):
-        save_text(root / f"Flickr_8k.{part}Images.txt", name)
-    return root
-
-
-def make_kaggle(root: Path) -> Path:
-    for n, name in enumerate(NAMES[:2]):
-        save_picture(root / "Images" / name, n)
-    rows = [f'{name},"{name[2]}, a ""dog"""' for name in NAMES[:2]]
-    save_text(root / "captions.txt", "image,caption", *rows, "1_a.jpg,plain")
-    return root
-
-
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "cub": make_cub,
-    "flowers": make_flowers,
-    "coco": make_coco,
-    "flickr8k": make_flickr8k,
-    "kaggle": make_kaggle,
-}
 
 
 def contents(data: CaptionedDataset) -> list[tuple[str, int | None, str, int]]:
@@ -221,13 +102,6 @@ def test_a_lost_character_of_reeds_captions_becomes_a_blank(tmp_path: Path) -> N
     data = load_dataset(str(tmp_path), "all")
     captions = [("a bird s wing",), ("a bird is", "blue")]
     assert [e.captions for e in data][:2] == captions and data.skipped == []
-
-
-def move(root: Path, *pairs: tuple[str, str]) -> None:
-    """Rename files or folders of a data set."""
-    for old, new in pairs:
-        (root / new).parent.mkdir(parents=True, exist_ok=True)
-        (root / old).rename(root / new)
 
 
 @pytest.mark.parametrize(
@@ -555,214 +429,3 @@ def test_another_crop_leaves_the_box_of_a_bird_alone(tmp_path: Path) -> None:
     root = bird(tmp_path, (0, 0, 45, 20))
     image = load_dataset(f"{root}?crop=centre", "all", 120)[0].image
     assert red_part(image) == ((0, 4), (0, 19))
-
-
-# --- faults ---------------------------------------------------------------------------------------
-
-Change = Callable[[bytes], bytes]
-
-
-def put(text: bytes) -> Change:
-    return lambda raw: text
-
-
-def put_mat(**arrays: Any) -> Change:
-    return lambda raw: mat(**arrays)
-
-
-def add(line: str) -> Change:
-    return lambda raw: raw + line.encode() + b"\n"
-
-
-def swap(old: str, new: str) -> Change:
-    def change(raw: bytes) -> bytes:
-        assert old.encode() in raw
-        return raw.replace(old.encode(), new.encode())
-
-    return change
-
-
-def cut(raw: bytes) -> bytes:
-    return raw[:-5]
-
-
-JUNK = put(b"\xff\x00\xfe junk\n" * 9)
-
-
-@pytest.mark.parametrize(
-    ("maker", "file"),
-    [
-        ("cub", f"{CUB}/images.txt"),
-        ("cub", SPLIT),
-        ("cub", TEXTS),
-        ("flowers", "imagelabels.mat"),
-        ("flowers", SETS),
-        ("flowers", TEXTS),
-        ("coco", "annotations"),
-        ("flickr8k", TOKENS),
-        ("kaggle", "captions.txt"),
-    ],
-)
-def test_the_sentence_about_a_missing_file_names_it(tmp_path: Path, maker: str, file: str) -> None:
-    move(MAKERS[maker](tmp_path), (file, ".gone"))
-    kind = "flickr8k" if maker == "kaggle" else maker
-    assert Path(file).name in refusal(f"{kind}:{tmp_path}")
-
-
-def test_files_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
-    move(make_cub(tmp_path / "cub"), (BOXES, ".gone"))
-    assert len(load_dataset(str(tmp_path / "cub"), "all", 8)) == 6
-    assert "bounding_boxes.txt" in refusal(f"{tmp_path / 'cub'}?crop=box")
-    make_kaggle(tmp_path / "kaggle")
-    assert "Flickr_8k.trainImages.txt" in refusal(f"{tmp_path / 'kaggle'}?splits=list")
-    assert splits(tmp_path / "kaggle") == {"3_b": "validation", "1_a": "train"}
-    save_text(tmp_path / "coco/annotations/instances_val2017.json", "{}")
-    assert "holds objects, no captions" in refusal(f"coco:{tmp_path / 'coco'}")
-
-
-def test_the_split_of_cubs_table_needs_the_table(tmp_path: Path) -> None:
-    move(make_cub(tmp_path), (SPLIT, ".gone"))
-    assert "train_test_split.txt" in refusal(f"{tmp_path}?splits=list")
-
-
-def test_without_their_table_classes_are_those_of_the_folders_numbers(tmp_path: Path) -> None:
-    move(make_cub(tmp_path), (LABELS, ".gone"))
-    assert [e.label for e in load_dataset(str(tmp_path), "all")] == [6, 6, 1, 1, 8, 3]
-
-
-Row = tuple[str, str, Change | None, int, str]
-"""Miniature, file, its change (None: it is removed), pictures that are left, part of `path: reason`
-or, if none is left, of the sentence."""
-
-CUB_FAULTS: list[Row] = [
-    ("cub", f"{CUB}/images.txt", put(b""), 0, "images.txt"),
-    ("cub", f"{CUB}/images.txt", JUNK, 0, "images.txt: line 1"),
-    ("cub", f"{CUB}/images.txt", cut, 5, "images/4.Jay/J_1: the picture is missing"),
-    ("cub", f"{CUB}/images.txt", add("7"), 6, "images.txt: line 7"),
-    ("cub", f"{CUB}/images.txt", add("7 ../../../out.jpg"), 6, "out.jpg: the picture is missing"),
-    ("cub", f"{CUB}/images.txt", add("7 ."), 6, "images"),
-    ("cub", f"{CUB}/images.txt", add("7 7.Tern/T_2.jpg"), 6, "a second"),
-    ("cub", f"{CUB}/images/2.Wren/W_2.jpg", None, 5, "W_2.jpg: the picture is missing"),
-    ("cub", f"{TEXTS}/2.Wren/W_2.txt", None, 5, "W_2.jpg: a picture without captions"),
-    ("cub", f"{TEXTS}/2.Wren/W_2.txt", put(b" \n"), 5, "W_2.txt: the file has no caption"),
-    ("cub", f"{TEXTS}/7.Tern/T_9.txt", add("a"), 6, "T_9.txt: captions without a picture"),
-    ("cub", LABELS, JUNK, 6, "image_class_labels.txt: line 1"),
-    ("cub", LABELS, swap("1 1\n", "1 1 9\n"), 6, "image_class_labels.txt"),
-    ("cub", LABELS, swap("1 1\n", "1 0\n"), 6, "image_class_labels.txt"),
-    ("cub", SPLIT, JUNK, 0, "train_test_split.txt"),
-    ("cub", SPLIT, swap("1 0\n", "1 x\n"), 5, "train_test_split.txt"),
-    ("cub", SPLIT, swap("1 0\n", ""), 5, "train_test_split.txt"),
-    ("cub", BOXES, swap("1 4.0 ", "1 "), 6, "bounding_boxes.txt: line 1"),
-    ("cub", BOXES, swap("1 4.0 ", "1 x "), 6, "bounding_boxes.txt"),
-    ("cub", BOXES, swap("1 4.0 ", "1 nan "), 6, "bounding_boxes.txt"),
-]
-FLOWERS_FAULTS: list[Row] = [
-    ("flowers", "imagelabels.mat", put(b""), 0, "imagelabels.mat is no table"),
-    ("flowers", "imagelabels.mat", cut, 0, "imagelabels.mat cannot be read"),
-    ("flowers", "imagelabels.mat", put_mat(other=[[1]]), 0, "imagelabels.mat is no table"),
-    ("flowers", "imagelabels.mat", put_mat(labels=[FLOWERS[:5]]), 5, "6.jpg: imagelabels"),
-    ("flowers", "imagelabels.mat", put_mat(labels=[[0, *FLOWERS[1:]]]), 5, "imagelabels.mat"),
-    ("flowers", "imagelabels.mat", put_mat(labels=[[1e300, *FLOWERS[1:]]]), 5, "imagelabels.mat"),
-    ("flowers", SETS, JUNK, 0, "setid.mat"),
-    ("flowers", SETS, put_mat(trnid=[[4]], valid=[[2]]), 0, "setid.mat is no table"),
-    ("flowers", SETS, put_mat(trnid=[[4]], valid=[[2]], tstid=[[1]]), 3, "6.jpg: setid.mat"),
-    ("flowers", SETS, put_mat(trnid=[[]], valid=[[]], tstid=[[]]), 0, "setid.mat"),
-    ("flowers", SETS, put_mat(trnid=[[1, 4]], valid=[[2, 3]], tstid=[[1, 5, 6]]), 6, "setid.mat"),
-    ("flowers", "jpg/image_00001.jpg", None, 5, "image_00001.txt: captions without a picture"),
-    ("flowers", f"{TEXTS}/class_00077/image_00001.txt", None, 5, "1.jpg: a picture without"),
-    ("flowers", f"{TEXTS}/class_00099/image_00001.txt", add("a"), 6, "image_00001.txt"),
-]
-COCO_FAULTS: list[Row] = [
-    ("coco", TRAIN, JUNK, 1, f"{TRAIN}: the captions are not valid JSON"),
-    ("coco", TRAIN, put(b"[" * 100_000), 1, "not valid JSON"),
-    ("coco", TRAIN, put(b"[1]"), 1, "not an object"),
-    ("coco", TRAIN, put(b'{"images": 1}'), 1, "no list 'images'"),
-    ("coco", TRAIN, swap('"id": 7, ', ""), 2, "no id or no file_name"),
-    ("coco", TRAIN, swap("000000000007.jpg", "../../out.jpg"), 2, "out.jpg: the picture is"),
-    ("coco", TRAIN, swap("0000000007.jpg", "0000000005.jpg"), 2, "5.jpg: a second entry"),
-    ("coco", TRAIN, swap('"image_id": 5', '"image_id": 9'), 2, "5.jpg: the picture has no caption"),
-    ("coco", TRAIN, swap('"image_id": 5', '"image_id": 9'), 2, "that images does not list: 1"),
-    ("coco", "train2017/000000000005.jpg", None, 2, "5.jpg: the picture is missing"),
-]
-FLICKR_FAULTS: list[Row] = [
-    ("flickr8k", TOKENS, put(b""), 0, TOKENS),
-    ("flickr8k", TOKENS, JUNK, 0, f"{TOKENS}: it is not UTF-8"),
-    ("flickr8k", TOKENS, swap("1_a.jpg#1\t", "1_a.j"), 3, f"{TOKENS}: line 4"),
-    ("flickr8k", TOKENS, add("3_b.jpg#x\tdog"), 3, f"{TOKENS}: line 11"),
-    ("flickr8k", TOKENS, add("../out.jpg#0\tx"), 3, "out.jpg: the picture is missing"),
-    ("flickr8k", "Flickr_8k.testImages.txt", add("3_b.jpg"), 3, "3_b.jpg: it is in test too"),
-    ("flickr8k", "Flickr_8k.trainImages.txt", JUNK, 2, "trainImages.txt: it is not UTF-8"),
-    ("flickr8k", "Flickr_8k.trainImages.txt", None, 2, "3_b.jpg: the picture is in none"),
-    ("flickr8k", "Flicker8k_Dataset/3_b.jpg", None, 2, "3_b.jpg: the picture is missing"),
-    ("kaggle", "captions.txt", put(b""), 0, "captions.txt"),
-    ("kaggle", "captions.txt", swap("image,", "img,"), 0, "captions.txt:2: the row has no image"),
-    ("kaggle", "captions.txt", add("3_b.jpg,a,b"), 2, "captions.txt: line 5 has 3 cells"),
-]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [*CUB_FAULTS, *FLOWERS_FAULTS, *COCO_FAULTS, *FLICKR_FAULTS],
-    ids=lambda row: f"{Path(row[1]).name}: {row[4]}",
-)
-def test_what_is_wrong_is_reported_and_the_rest_is_read(tmp_path: Path, row: Row) -> None:
-    maker, file, change, count, words = row
-    root = MAKERS[maker](tmp_path / "up" / "set")
-    for folder in (tmp_path, tmp_path / "up"):
-        save_picture(folder / "out.jpg")
-    path = root / file
-    if change is None:
-        path.unlink()
-    else:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(change(path.read_bytes() if path.exists() else b""))
-    if count == 0:
-        assert words in refusal(str(root))
-        return
-    data = load_dataset(str(root), "all", 8)
-    assert len(data) == count
-    assert len(data.batch(range(count), [0] * count, 0)) == count
-    assert all(e.label is None or 0 <= e.label < 102 for e in data)
-    assert any(words in report for report in reports(data))
-
-
-METADATA = [
-    *[("cub", f"{CUB}/{name}.txt") for name in ("images", "bounding_boxes", "train_test_split")],
-    *[("cub", file) for file in (LABELS, f"{TEXTS}/testclasses.txt", f"{TEXTS}/7.Tern/T_1.txt")],
-    *[("flowers", file) for file in ("imagelabels.mat", SETS)],
-    ("coco", TRAIN),
-    *[("flickr8k", file) for file in (TOKENS, "Flickr_8k.testImages.txt")],
-    ("kaggle", "captions.txt"),
-]
-SPECIAL = [b"\n7 .\n", b"../", b"#", b"\t", b'"', b"-1", b"nan", b"9" * 40]
-NEW = st.binary(max_size=8) | st.sampled_from(SPECIAL) | st.text(max_size=5).map(str.encode)
-SPLICES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30), NEW), min_size=1, max_size=4)
-"""Places (0 is the start of the file, 1 its end), numbers of bytes removed, bytes put there."""
-
-
-@pytest.mark.parametrize(("maker", "file"), METADATA)
-def test_metadata_of_any_bytes_are_read_or_refused(tmp_path: Path, maker: str, file: str) -> None:
-    """A part of the file is replaced in a few places; nothing but `UserError` is raised."""
-
-    root = MAKERS[maker](tmp_path)
-    if maker == "cub" and "classes" in file:
-        save_text(root / TEXTS / "trainvalclasses.txt", "7.Tern", "4.Jay")
-        save_text(root / TEXTS / "testclasses.txt", "2.Wren", "9.Auk")
-    valid = (root / file).read_bytes()
-
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None,
-              suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
-    @given(SPLICES)
-    def splice(splices: Sequence[tuple[float, int, bytes]]) -> None:
-        raw = valid
-        for place, length, new in splices:
-            start = int(place * len(raw))
-            raw = raw[:start] + new + raw[start + length :]
-        (root / file).write_bytes(raw)
-        try:
-            data = load_dataset(str(root), "all", 8)
-        except UserError:
-            return
-        data.batch(range(len(data)), [0] * len(data), 0)
-
-    splice()
