@@ -7,6 +7,7 @@
     load_dataset("imagefolder:my/set")           the Hugging Face layout, metadata.jsonl or .csv
     load_dataset("cub:birds")                    CUB-200-2011; also `flowers`, `coco`, `flickr8k`
     load_dataset("wds:shards/{00..09}.tar")      WebDataset
+    load_dataset("emoji")                        the emoji of the system's font, or `emoji:FONT`
     load_dataset("my/pictures")                  a bare path; its layout is recognised
     load_dataset("my/pictures?crop=pad")         options of the layouts; see `layouts`
 
@@ -58,11 +59,24 @@ def _layout(kind: str) -> Loader:
     return load
 
 
+def _emoji(rest: str, split: str, size: int, seed: int) -> CaptionedDataset:
+    from lineage.data.emoji import load
+
+    return load(rest, split, size)
+
+
 LAYOUTS = ("cub", "flowers", "coco", "flickr8k", "wds", "imagefolder", "folder")
 """Layouts on a disk, in the order in which a folder is compared with them; see `layouts`."""
 
-KINDS: dict[str, Loader] = {"shapes": _shapes, **{kind: _layout(kind) for kind in LAYOUTS}}
+KINDS: dict[str, Loader] = {
+    "shapes": _shapes,
+    "emoji": _emoji,
+    **{kind: _layout(kind) for kind in LAYOUTS},
+}
 """Loader of each kind of data set. Loaders import late, so that `import lineage.data` is quick."""
+
+NO_PATH = frozenset({"shapes", "emoji"})
+"""Kinds that need no path."""
 
 ENDLESS = frozenset({"shapes"})
 """Kinds that need no path and have no split `all`."""
@@ -97,10 +111,10 @@ def parse_spec(spec: str) -> tuple[str, str]:
         UserError: The kind is unknown or lacks its path, or the path does not exist.
     """
     kind, colon, rest = spec.partition(":")
-    if "?" in kind and kind.partition("?")[0] in ENDLESS:
+    if "?" in kind and kind.partition("?")[0] in NO_PATH:
         kind, _, options = spec.partition("?")
         return kind, f"?{options}"
-    if kind in KINDS and (rest or kind in ENDLESS):
+    if kind in KINDS and (rest or kind in NO_PATH):
         return kind, rest
     if kind in KINDS and colon:
         raise UserError(f"{spec!r} lacks a folder; write {kind}:PATH.")

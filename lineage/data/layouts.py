@@ -76,11 +76,13 @@ def load(kind: str, rest: str, split: str, size: int) -> PictureDataset:
     """
     module = layout(kind)
     path, options = split_options(rest)
-    _check(kind, options, module.OPTIONS)
+    own = module.OPTIONS
+    known = {name: (*own.get(name, ()), *COMMON.get(name, ())) for name in {**COMMON, **own}}
+    check_options(kind, options, known)
     skipped: list[Skipped] = []
     root, files = getattr(module, "locate", open_folder)(path, skipped)
     records = module.read(root, files, skipped, options)
-    if options.get("splits") not in module.OPTIONS.get("splits", ()):
+    if options.get("splits") not in own.get("splits", ()):
         records = divided(records, options.get("splits"))
     crop = options.get("crop", "box" if any(r.box for r in records) else "centre")
     name = f"{kind}:{rest}"
@@ -109,11 +111,10 @@ def _exists(path: str) -> bool:
     return bool(path) and os.path.exists(expanded(path))
 
 
-def _check(kind: str, options: Mapping[str, str], own: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise `UserError` for an option or a value that a layout does not have."""
-    known = {
-        name: (*own.get(name, ()), *COMMON.get(name, ())) for name in dict.fromkeys([*COMMON, *own])
-    }
+def check_options(
+    kind: str, options: Mapping[str, str], known: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Raise `UserError` for an option or a value that a kind of data set does not have."""
     for name, value in options.items():
         if name not in known:
             raise UserError(f"{kind} has no option {name!r}: {nearest(name, known)}")
@@ -142,11 +143,13 @@ def recognise(path: Path) -> str:
     """Name of the layout of a folder.
 
     Raises:
-        UserError: The path is a file, and no shard.
+        UserError: The path is a file, and no shard or font.
     """
     if not path.is_dir():
-        if path.name.lower().endswith(".tar"):
+        if path.suffix.lower() == ".tar":
             return "wds"
+        if path.suffix.lower() in (".ttf", ".ttc", ".otf"):
+            return "emoji"
         raise UserError(f"{str(path)!r} is a file; name the folder that contains it.")
     files = list_files(path, [])
     return next(kind for kind in LAYOUTS if layout(kind).resembles(path, files))

@@ -1,0 +1,136 @@
+"""The emoji of a font: of one made here, and of the system's where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fontTools.colorLib.builder import buildCOLR, buildCPAL
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import features
+
+from lineage.data import emoji as emoji_module
+from lineage.data import load_dataset, parse_spec
+from lineage.data.contract import CaptionedDataset
+from lineage.errors import UserError
+
+GRIN, WAVE, TONE, FLAG = "\U0001f600", "\U0001f44b", "\U0001f3fd", "\U0001f1e9\U0001f1ea"
+COLOURS = [(1.0, 0.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 0.0, 1.0), (1.0, 1.0, 0.0, 1.0)]
+
+
+def square(size: int = 1000) -> Any:
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0)), pen.lineTo((0, size)), pen.lineTo((size, size)), pen.lineTo((size, 0))
+    pen.closePath()
+    return pen.glyph()
+
+
+def make_font(path: Path, colours: bool = True) -> Path:
+    """A font of squares: a red grin, a blue hand, and a green one of medium skin tone."""
+    names = [".notdef", "grin", "wave", "tone", "wave_tone", *[f"layer{i}" for i in range(4)]]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(GRIN): "grin", ord(WAVE): "wave", ord(TONE): "tone"})
+    builder.setupGlyf({name: square() for name in names})
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=1000, descent=0)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=1000, usWinAscent=1000)
+    builder.setupPost()
+    builder.addOpenTypeFeatures("feature ccmp { sub wave tone by wave_tone; } ccmp;")
+    if colours:
+        layers = {"grin": 0, "wave": 1, "wave_tone": 2, "tone": 3}
+        builder.font["COLR"] = buildCOLR({name: [(f"layer{i}", i)] for name, i in layers.items()})
+        builder.font["CPAL"] = buildCPAL([COLOURS])
+    builder.save(path)
+    return path
+
+
+@pytest.fixture
+def font(tmp_path: Path) -> Path:
+    return make_font(tmp_path / "squares.ttf")
+
+
+def load(spec: object, split: str = "all") -> CaptionedDataset:
+    return load_dataset(f"emoji:{spec}", split, 16)
+
+
+needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="Pillow has no Raqm here")
+
+
+@needs_raqm
+def test_each_emoji_of_a_font_is_a_captioned_picture(font: Path) -> None:
+    """Flags are not in this font, and neither are other skin tones."""
+    examples = {e.id: e for e in load(font)}
+    assert {key: e.captions[0] for key, e in examples.items()} == {
+        "1f600": "grinning face",
+        "1f44b": "waving hand sign",
+        "1f44b-1f3fd": "waving hand sign, medium skin tone",
+    }
+    groups = [emoji_module.GROUPS[examples[key].label or 0] for key in ("1f600", "1f44b")]
+    assert groups == ["Smileys & Emotion", "People & Body"]
+    assert examples["1f600"].meta["emoji"] == GRIN and examples["1f44b"].captions[1] == "wave"
+    colours = [tuple(e.image[:, 8, 8].tolist()) for e in examples.values()]
+    assert sorted(colours) == [(0, 0, 255), (0, 255, 0), (255, 0, 0)]
+
+
+def test_skin_tones_of_one_emoji_are_in_one_split(
+    font: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = {e.id: e.meta["split"] for e in load(font)}
+    assert splits["1f44b"] == splits["1f44b-1f3fd"]
+    monkeypatch.setattr(emoji_module, "seeded_split", lambda name: name)
+    assert {e.meta["split"] for e in load(font)} == {"1F600", "1F44B"}
+
+
+def test_a_split_by_class_has_other_groups_in_the_test(font: Path) -> None:
+    labels = [{e.label for e in load(f"{font}?splits=class", s)} for s in ("train", "test")]
+    assert labels[0] and labels[1] and not labels[0] & labels[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"), [("emoji", "emoji"), ("emoji:", "emoji"), ("emoji?splits=class", "emoji")]
+)
+def test_the_system_s_font_needs_no_path(spec: str, kind: str) -> None:
+    assert parse_spec(spec)[0] == kind
+
+
+def test_a_bare_path_of_a_font_is_recognised(font: Path) -> None:
+    assert parse_spec(str(font)) == ("emoji", str(font))
+
+
+def test_without_a_font_one_sentence_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emoji_module, "FONTS", ("/no/such/*.ttf",))
+    with pytest.raises(UserError, match=r"no font of colour emoji.*apt install.*emoji:PATH"):
+        load_dataset("emoji")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("missing.ttf", "cannot be read: No such file"),
+        ("folder", "a folder, not a file"),
+        ("text.ttf", "no font that can be read"),
+        ("grey.ttf", "no colours that can be drawn"),
+    ],
+)
+def test_what_is_no_colour_font_is_told(name: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.ttf").write_text("no font")
+    make_font(tmp_path / "grey.ttf", colours=False)
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path / name)
+
+
+def test_a_system_font_has_thousands_of_distinct_pictures() -> None:
+    try:
+        data = load_dataset("emoji", "all", 32)
+    except UserError:
+        pytest.skip("this system has no font of colour emoji")
+    pixels = {np.asarray(e.image).tobytes() for e in data}
+    assert len(pixels) >= 1000 and len({e.id for e in data}) == len(data)
+    by_id = {e.id: e.captions[0] for e in data}
+    assert by_id["1f436"] == "dog face"
