@@ -30,7 +30,7 @@ from lineage.characters import plain
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, Skipped, fingerprint_of, to_unit
 from lineage.data.decoding import decode, why_broken
-from lineage.data.pictures import is_picture, list_files
+from lineage.data.records import is_picture, list_files
 from lineage.errors import UserError, say_once
 from lineage.sheets import sheet
 from lineage.text.contract import TextEncoder

@@ -18,9 +18,10 @@ Splits are `train`, `validation` (in files also `val`, `valid`, `dev`) and `test
 disk also have `all`, `shapes` has `heldout`.
 
 Modules: `contract` (what a data set is), `shapes*` (the procedural world), `layouts` (what lies on
-a disk) with one file for each, `pictures` (what they share), `decoding` (one file -> pixels),
-`tables` (rows of metadata), `reed` (captions of CUB and the flowers), `splits`, `cached` (adds what
-a network computes from each picture), `tools` (contact sheet, check, export).
+a disk) with one file for each, `records` and `pictures` (what they share), `pixels` (decoded
+pictures on the disk), `decoding` (one file -> pixels), `tables` (rows of metadata), `reed`
+(captions of CUB and the flowers), `splits`, `emoji`, `cached` (adds what a network computes from
+each picture), `tools` (contact sheet, check, export).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from typing import Any
 
 from lineage.characters import decoded, plain
 from lineage.data.contract import Skipped
-from lineage.data.pictures import Record, clean_captions, is_picture, with_unique_ids
+from lineage.data.records import Record, clean_captions, is_picture, with_unique_ids
 from lineage.data.splits import split_name
 from lineage.errors import UserError
 from lineage.files import read_regular

@@ -31,7 +31,7 @@ from typing import TypeVar
 from lineage.characters import plain
 from lineage.data.contract import Skipped
 from lineage.data.decoding import Box
-from lineage.data.pictures import Record, is_picture, with_unique_ids
+from lineage.data.records import Record, is_picture, with_unique_ids
 from lineage.data.reed import SOURCE, caption_files, class_splits, read_captions
 from lineage.data.splits import class_split
 from lineage.errors import UserError

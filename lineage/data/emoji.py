@@ -30,7 +30,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lineage.characters import plain
 from lineage.data.contract import Skipped
-from lineage.data.pictures import PictureDataset, Record
+from lineage.data.pictures import PictureDataset
+from lineage.data.records import Record
 from lineage.data.splits import seeded_split
 from lineage.errors import UserError
 from lineage.files import check_regular, expanded

@@ -23,7 +23,7 @@ from posixpath import basename
 
 from lineage.characters import decoded, plain
 from lineage.data.contract import Skipped
-from lineage.data.pictures import Record, clean_captions, is_picture, with_unique_ids
+from lineage.data.records import Record, clean_captions, is_picture, with_unique_ids
 from lineage.data.splits import seeded_split
 from lineage.data.tables import read_table
 from lineage.errors import UserError

@@ -21,13 +21,8 @@ from posixpath import basename, splitext
 
 from lineage.characters import same_name
 from lineage.data.contract import Skipped
-from lineage.data.pictures import (
-    STREAM_FROM,
-    Record,
-    is_picture,
-    read_captions,
-    unique_ids,
-)
+from lineage.data.pictures import STREAM_FROM
+from lineage.data.records import Record, is_picture, read_captions, unique_ids
 from lineage.data.tables import is_misnamed, is_table
 
 OPTIONS: dict[str, tuple[str, ...]] = {}

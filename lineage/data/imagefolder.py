@@ -42,12 +42,7 @@ from typing import Any
 from lineage.characters import plain, same_name
 from lineage.data.contract import Skipped
 from lineage.data.folder import count_pairs
-from lineage.data.pictures import (
-    Record,
-    clean_captions,
-    is_picture,
-    unique_ids,
-)
+from lineage.data.records import Record, clean_captions, is_picture, unique_ids
 from lineage.data.splits import SPLIT_NAMES, split_name
 from lineage.data.tables import Row, is_misnamed, is_table, read_table, why_misnamed
 from lineage.errors import UserError

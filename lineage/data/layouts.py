@@ -31,7 +31,8 @@ from typing import Protocol, cast
 from lineage.characters import plain
 from lineage.data import LAYOUTS
 from lineage.data.contract import Skipped
-from lineage.data.pictures import PictureDataset, Record, list_files, open_root
+from lineage.data.pictures import PictureDataset
+from lineage.data.records import Record, list_files, open_root
 from lineage.data.splits import class_split, seeded_split
 from lineage.errors import UserError, nearest
 from lineage.files import expanded

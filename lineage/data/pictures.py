@@ -4,9 +4,6 @@ A reader (`folder`, `imagefolder`, ...) lists `Record`s. `PictureDataset` decode
 one split once, for this run and later ones, and stores them as bytes, so that a batch is one
 indexed copy (`pixels`). Of more than `STREAM_FROM` pictures, each is decoded when it is due.
 
-Paths are as the operating system has them, where Python holds a byte that is not UTF-8 as a lone
-surrogate. Ids and everything that is shown have such bytes escaped (`characters.plain`).
-
 Axes: N pictures, B of a batch, 3 channels, S = `size`.
 """
 
@@ -18,11 +15,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from posixpath import splitext
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,130 +24,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lineage.characters import decoded, plain, valid
+from lineage.characters import plain
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
-from lineage.data.decoding import Box, decode, why_broken
+from lineage.data.decoding import decode, why_broken
 from lineage.data.pixels import key_of, open_store
+from lineage.data.records import Record, read_captions
 from lineage.data.splits import split_name
 from lineage.errors import UserError
-from lineage.files import expanded, read_regular, read_span
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"})
-"""Suffixes of pictures in lower case."""
+from lineage.files import read_span
 
 SIZES = range(8, 1025)
 STREAM_FROM = 50_000
 """Number of pictures above which none is decoded before it is due."""
-MAX_TEXT = 1_000_000
-"""Largest size of a text file with captions."""
 PROGRESS_FROM = 2_000
 """Number of pictures above which loading shows a progress bar."""
 
 MARGIN = 76 / 64
 """Side of a stored picture as a multiple of the data set's size, where crops are random (StackGAN:
 76 pixels for pictures of 64)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One picture as a reader lists it; its file is not opened yet.
-
-    Attributes:
-        id: Name that is unique within the data set.
-        path: Path of the picture relative to the data set's folder, with forward slashes.
-        captions: One caption or more, stripped and all different; none where they are in `text`.
-        label: Class index, or None.
-        split: Name of the split that it belongs to.
-        meta: Further information about it.
-        box: The square that `crop="box"` takes; it may leave the picture.
-        span: Offset and length of the picture in its file, which holds others too.
-        text: Path of a file with the captions, one a line, that is read when they are due.
-    """
-
-    id: str
-    path: str
-    captions: tuple[str, ...]
-    label: int | None = None
-    split: str = "train"
-    meta: dict[str, Any] = field(default_factory=dict)
-    box: Box | None = None
-    span: tuple[int, int] | None = None
-    text: str = ""
-
-
-def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
-    """Stripped captions in order, without empty and repeated ones, always valid as UTF-8."""
-    stripped = (valid(text).strip() for text in texts)
-    return tuple(dict.fromkeys(text for text in stripped if text))
-
-
-def unique_ids(paths: Sequence[str]) -> list[str]:
-    """Ids from different paths: what cannot be shown is escaped, and no two are equal."""
-    shown = [plain(path) for path in paths]
-    first = set(shown)
-    ids: dict[str, None] = {}
-    for name in shown:
-        own, copy = name, 1
-        while own in ids or (copy > 1 and own in first):
-            copy += 1
-            own = f"{name}-{copy}"
-        ids[own] = None
-    return list(ids)
-
-
-def with_unique_ids(records: list[Record]) -> list[Record]:
-    """The records with ids of `unique_ids`."""
-    ids = unique_ids([record.id for record in records])
-    return [
-        record if record.id == name else replace(record, id=name)
-        for record, name in zip(records, ids, strict=True)
-    ]
-
-
-def list_files(root: Path, skipped: list[Skipped]) -> list[str]:
-    """Every file below `root`, as sorted relative paths with forward slashes.
-
-    Hidden files and those that macOS adds to archives (`._*`, `__MACOSX`) are ignored. Folders that
-    cannot be opened are added to `skipped`. Links are followed, but each real folder is read once.
-    """
-    paths: list[str] = []
-    visited: set[tuple[int, int]] = set()
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        path = os.path.join(root, folder)
-        try:
-            info = os.stat(path)
-            with os.scandir(path) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name, reverse=True)
-        except OSError as error:
-            reason = f"the folder cannot be opened: {error.strerror}"
-            skipped.append(Skipped(folder or ".", reason))
-            continue
-        if (info.st_dev, info.st_ino) in visited:
-            continue
-        visited.add((info.st_dev, info.st_ino))
-        for entry in inside:
-            if not _hidden(entry.name):
-                relative = f"{folder}/{entry.name}" if folder else entry.name
-                (folders if _is_folder(entry) else paths).append(relative)
-    return sorted(paths)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link or a file of a failing disk; the reader of files reports it
-        return False
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def is_picture(path: str) -> bool:
-    """Whether a path has the suffix of a picture; the file is not opened."""
-    return splitext(path)[1].lower() in SUFFIXES
 
 
 class PictureDataset(CaptionedDataset):
@@ -416,19 +304,6 @@ class PictureDataset(CaptionedDataset):
         return digest.hexdigest()
 
 
-def read_captions(root: Path, path: str) -> tuple[str, ...] | Skipped:
-    """Captions in a text file, one on each line, or why there are none."""
-    try:
-        text = decoded(read_regular(root / path, MAX_TEXT))
-    except UnicodeDecodeError as error:
-        reason = f"the captions are not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-        return Skipped(path, reason)
-    except OSError as error:
-        return Skipped(path, f"the captions cannot be read: {error.strerror}")
-    captions = clean_captions(text.split("\n"))
-    return captions or Skipped(path, "the file has no caption; write one on each line")
-
-
 class EmptyDatasetError(UserError):
     """A data set without a usable picture; `skipped` has the reason for each file."""
 
@@ -440,13 +315,3 @@ class EmptyDatasetError(UserError):
             reason = f"{skipped[0].path}: {skipped[0].reason}{others}"
         message = f"Nothing can be loaded from {plain(name)}: {reason}; {layout_hint}"
         super().__init__(message.rstrip("; "))
-
-
-def open_root(path: str) -> Path:
-    """Folder of the data set; raises `UserError` if it does not exist."""
-    root = expanded(path)
-    if not os.path.exists(root):  # also false for a name that no file can have
-        raise UserError(f"There is no folder {path!r}; check the spelling and the current folder.")
-    if not root.is_dir():
-        raise UserError(f"{path!r} is a file, not a folder with pictures.")
-    return root

@@ -16,7 +16,7 @@ from posixpath import basename
 
 from lineage.characters import plain
 from lineage.data.contract import Skipped
-from lineage.data.pictures import clean_captions
+from lineage.data.records import clean_captions
 from lineage.files import read_regular
 
 FOLDERS = ("text_c10", "text")

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from lineage.characters import decoded, plain
 from lineage.data.contract import Skipped
 from lineage.data.imagefolder import captions_in, label_in, meta_in, split_in
-from lineage.data.pictures import (
+from lineage.data.records import (
     MAX_TEXT,
     Record,
     clean_captions,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lineage.data import load_dataset, parse_spec, pictures
+from lineage.data import load_dataset, parse_spec
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.data.pictures import PictureDataset
 from lineage.errors import UserError
@@ -135,7 +135,7 @@ def test_names_of_any_bytes_are_escaped_and_unique(tmp_path: Path) -> None:
 
 def test_an_escaped_name_is_not_taken_from_another() -> None:
     paths = ["a\n", r"a\n", r"a\n-2", "b"]
-    assert pictures.unique_ids(paths) == [r"a\n", r"a\n-3", r"a\n-2", "b"]
+    assert records.unique_ids(paths) == [r"a\n", r"a\n-3", r"a\n-2", "b"]
 
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "crème") for form in ("NFC", "NFD"))
@@ -184,7 +184,7 @@ def test_only_regular_files_of_bounded_size_are_read(
     (tmp_path / "device.txt").symlink_to("/dev/zero")
     (tmp_path / "gone.txt").symlink_to("nowhere")
     with (tmp_path / "large.txt").open("ab") as file:
-        file.truncate(pictures.MAX_TEXT + 1)
+        file.truncate(records.MAX_TEXT + 1)
     os.mkfifo(tmp_path / "tube.png")
     save_captions(tmp_path / "tube.txt", "x")
     data = load_dataset(str(tmp_path))
@@ -226,7 +226,7 @@ def test_the_depth_of_folders_is_not_bounded_by_python(tmp_path: Path) -> None:
     limit, frames = sys.getrecursionlimit(), len(inspect.stack())
     sys.setrecursionlimit(frames + 100)
     try:
-        files = pictures.list_files(tmp_path, [])
+        files = records.list_files(tmp_path, [])
     finally:
         sys.setrecursionlimit(limit)
     assert files == ["d/" * 150 + "a.png", "d/" * 150 + "a.txt"]
@@ -370,7 +370,7 @@ def test_specs_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("shape", "did you mean 'shapes'"),
         ("foldr:x", "did you mean 'folder'"),
-        ("zebra:x", "there is: coco, cub, flickr8k, flowers, folder, imagefolder, shapes, wds"),
+        ("zebra:x", "there is: coco, cub, emoji, flickr8k, flowers, folder, "),
         ("shapes:esay", "did you mean 'easy'"),
         ("folder:", "folder:PATH"),
         ("folder", "There is no data set or folder 'folder'"),
