@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lineage.data import load_dataset, parse_spec
+from lineage.data import load_dataset, parse_spec, records
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
 from lineage.data.pictures import PictureDataset
 from lineage.errors import UserError
