@@ -31,9 +31,10 @@ def with_clip_runs(config: RunConfig, settings: Iterable[str] = ()) -> RunConfig
         UserError: there is no such run, it is of another system, or a setting has no effect.
     """
     if config.text.startswith(JOINED):
-        names = [name for name, _ in split_names(config.text, config.encoder.width)]
+        parts = split_names(config.text, config.encoder.width)
     else:
-        names = [config.text]
+        parts = [(config.text, config.encoder.width)]
+    names = [name for name, _ in parts]
     runs = [name.removeprefix(CLIP_RUN) for name in names if name.startswith(CLIP_RUN)]
     idle = [name for name in settings if name.startswith("encoder.") and name not in OF_ALL]
     if idle and len(runs) == len(names):
@@ -44,6 +45,12 @@ def with_clip_runs(config: RunConfig, settings: Iterable[str] = ()) -> RunConfig
     for run in runs:
         if run not in known:
             known[run] = _description(run)
+        own = known[run]["encoder"]["width"]
+        if f"{CLIP_RUN}{run}@" in config.text and (f"{CLIP_RUN}{run}", own) not in parts:
+            raise UserError(
+                f"text={config.text}: {CLIP_RUN}{run} has the width {own} of that run; leave out "
+                "its @."
+            )
     if known == config.encoder.runs:
         return config
     return replace(config, encoder=replace(config.encoder, runs=known))

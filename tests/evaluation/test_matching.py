@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset
+from lineage.errors import UserError
 from lineage.evaluation.judge import Judge
 from lineage.evaluation.matching import best_possible, matching, recalls, words_of_place
 from lineage.evaluation.real import prompt_set
@@ -125,3 +126,12 @@ def test_a_run_of_clip_is_evaluated_by_what_it_matches(smoke_run: Any, tmp_path:
     assert run["cost"]["training"]["clip"]["steps"] == 20
     assert document["protocol"]["matching"]["pictures"] == 60
     assert (tmp_path / "scores.json").is_file() and not list(tmp_path.glob("*.png"))
+
+
+def test_runs_that_draw_and_runs_that_match_are_not_in_one_table(
+    smoke_run: Any, tmp_path: Any
+) -> None:
+    clip = smoke_run("clip").folder
+    with pytest.raises(UserError, match=f"{clip.name} draws no pictures"):
+        evaluate([smoke_run("ddpm").folder, clip], out=tmp_path / "out", pictures=60)
+    assert not (tmp_path / "out").exists()

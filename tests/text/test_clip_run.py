@@ -306,6 +306,7 @@ def test_the_configuration_holds_what_is_needed(clip: Path, train_run: Any, tmp_
         ("clip:{clip}", {"encoder.width": 8}, "encoder.width has no effect"),
         ("clip:{clip}", {"encoder.tokenizer": "bpe"}, "encoder.tokenizer has no effect"),
         ("joined:clip:{clip}+clip:{clip}", {"encoder.num_layers": 2}, "num_layers has no effect"),
+        ("joined:clip:{clip}@999+bag", {}, "leave out its @"),
         ("clip:{clip}", {"encoder.layer": "first"}, "encoder.layer"),
         ("clyp", {}, "did you mean 'clip'"),
     ],
