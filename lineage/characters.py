@@ -90,7 +90,7 @@ def _control(code: int) -> str:
 
 def same_name(name: str) -> str:
     """Key of a file name: macOS writes `è` as two characters, other systems as one."""
-    return unicodedata.normalize("NFC", name)
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def escaped(text: str) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from posixpath import basename, splitext
+from posixpath import basename
 
 from lineage.characters import same_name
 from lineage.data.contract import Skipped
@@ -41,24 +41,25 @@ def read(
     root: Path, files: list[str], skipped: list[Skipped], options: Mapping[str, str]
 ) -> list[Record]:
     """Records of a folder, sorted by id; files that are left out are added to `skipped`."""
-    pictures = _by_key([f for f in files if is_picture(f)], "picture", skipped)
-    texts = _by_key([f for f in files if _is_text(f)], "text", skipped)
+    pictures = _by_key(filter(is_picture, files), "picture", skipped)
+    texts = _by_key(filter(_is_text, files), "text", skipped)
     pairs = _pairs(pictures, texts)
     for key in sorted(texts.keys() - set(pairs.values())):
         skipped.append(Skipped(texts[key], "a text without a picture of the same name"))
     for file in files:
-        if is_table(file) or is_misnamed(file):
+        if "metadata" in file.lower() and (is_table(file) or is_misnamed(file)):
             reason = "a table is not read where texts hold the captions"
             hint = "; write imagefolder:PATH to read it instead" if is_table(file) else ""
             skipped.append(Skipped(file, reason + hint))
     matched: list[tuple[str, tuple[str, ...], str]] = []
+    streamed = len(pairs) > STREAM_FROM
     for key, picture in sorted(pictures.items()):
         if key not in pairs:
             name = basename(key)
             skipped.append(Skipped(picture, f"a picture without captions: {name}.txt is missing"))
             continue
         text = texts[pairs[key]]
-        own = () if len(pairs) > STREAM_FROM else read_captions(root, text)
+        own = () if streamed else read_captions(root, text)
         if isinstance(own, Skipped):
             skipped.append(own)
         else:
@@ -77,12 +78,12 @@ def count_pairs(files: Iterable[str]) -> int:
 
 
 def _is_text(path: str) -> bool:
-    return path.lower().endswith(".txt")
+    return path[-4:].lower() == ".txt"
 
 
 def _key(path: str) -> str:
-    """Path without its suffix."""
-    return splitext(path)[0]
+    """Path without its suffix, which it has."""
+    return path.rpartition(".")[0]
 
 
 def _pairs(pictures: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, str]:
@@ -98,7 +99,7 @@ def _pairs(pictures: Mapping[str, str], texts: Mapping[str, str]) -> dict[str, s
     return pairs
 
 
-def _by_key(paths: list[str], what: str, skipped: list[Skipped]) -> dict[str, str]:
+def _by_key(paths: Iterable[str], what: str, skipped: list[Skipped]) -> dict[str, str]:
     """Paths by their path without suffix: the first of each; the others are reported."""
     by_key: dict[str, str] = {}
     for path in paths:

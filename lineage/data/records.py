@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from posixpath import splitext
 from typing import Any
 
 from lineage.characters import decoded, plain, valid
@@ -21,6 +20,7 @@ from lineage.files import expanded, read_regular
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"})
 """Suffixes of pictures in lower case."""
+_SUFFIXES = tuple(SUFFIXES)
 MAX_TEXT = 1_000_000
 """Largest size of a text file with captions."""
 
@@ -124,7 +124,7 @@ def _hidden(name: str) -> bool:
 
 def is_picture(path: str) -> bool:
     """Whether a path has the suffix of a picture; the file is not opened."""
-    return splitext(path)[1].lower() in SUFFIXES
+    return path[-6:].lower().endswith(_SUFFIXES)
 
 
 def read_captions(root: Path, path: str) -> tuple[str, ...] | Skipped:
