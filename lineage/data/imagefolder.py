@@ -1,4 +1,4 @@
-"""`imagefolder:PATH`: the Hugging Face layout, listed in `metadata.jsonl` or `metadata.csv`.
+"""`imagefolder:PATH`: the Hugging Face layout, listed in `metadata.jsonl`, `.csv` or `.parquet`.
 
     metadata.jsonl            {"file_name": "images/a.png", "text": "a red kite", "split": "train"}
     images/a.png
@@ -99,7 +99,7 @@ def read(
     tables = [f for f in files if is_table(f)]
     misnamed = [f for f in files if is_misnamed(f)]
     if not tables:
-        message = f"There is no metadata.jsonl or metadata.csv in {plain(root)}"
+        message = f"There is no metadata.jsonl, .csv or .parquet in {plain(root)}"
         hint = f"{plain(misnamed[0])} {why_misnamed(misnamed[0])}" if misnamed else LAYOUT_HINT
         raise UserError(f"{message}; {hint}")
     rows = [row for table in tables for row in read_table(root, table, skipped)]

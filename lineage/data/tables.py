@@ -1,4 +1,4 @@
-"""Tables of metadata, `metadata.jsonl` and `metadata.csv`: rows with the line that each begins on.
+"""Tables of metadata, `metadata.jsonl`, `.csv` and `.parquet`: rows with the line of each.
 
 A table is UTF-8, or UTF-16 with a byte order mark. A row that cannot be read is reported with its
 line, and the rows after it are read.
@@ -10,6 +10,9 @@ CSV: a head with the names of the columns, cells separated by commas, semicolons
 stand in double quotes and then hold separators and line ends; a double quote in it is written
 twice. A cell with a list is a list: in JSON (`["a dog", "a cat"]`), or as pandas and NumPy write it
 (`['a dog', 'a cat']`).
+
+Parquet needs pyarrow, which `lineage-t2i[hub]` installs. Values that JSON has no way to write, such
+as dates, are read as texts.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from typing import Any, NoReturn
 
 from lineage.characters import decoded, valid
 from lineage.data.contract import Skipped
-from lineage.files import read_regular
+from lineage.files import check_regular, read_regular
 
-NAMES = ("metadata.jsonl", "metadata.csv")
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_BYTES = 1_000_000_000
 """Largest size of a table."""
 MAX_DEPTH = 50
@@ -70,7 +73,9 @@ def is_misnamed(path: str) -> bool:
 def why_misnamed(path: str) -> str:
     """End of a sentence that starts with a path for which `is_misnamed` is true."""
     ending = PurePosixPath(path).suffix.lower()
-    if ending in (".parquet", ".xls", ".xlsx"):
+    if ending == ".parquet":
+        return "must be named metadata.parquet."
+    if ending in (".xls", ".xlsx"):
         return "cannot be read, write its table as metadata.csv."
     if ending.startswith((".csv", ".tsv")):
         return "must be named metadata.csv."
@@ -85,7 +90,16 @@ def read_table(
     Args:
         is_csv: Whether it is CSV, not JSON; None to read it from the name.
     """
+    folder = str(PurePosixPath(table).parent)
     try:
+        if table.endswith(".parquet"):
+            check_regular(root / table, MAX_BYTES)
+            for line, values in _parquet_rows(root / table):
+                if isinstance(values, str):
+                    skipped.append(Skipped(table, values))
+                else:
+                    yield Row(f"{table}:{line}", folder, values)
+            return
         raw = read_regular(root / table, MAX_BYTES)
     except OSError as error:
         skipped.append(Skipped(table, f"the metadata cannot be read: {error.strerror}"))
@@ -94,7 +108,6 @@ def read_table(
         text = decoded(raw)
     except UnicodeDecodeError:  # only the lines with wrong bytes are left out
         text = raw.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
-    folder = str(PurePosixPath(table).parent)
     is_csv = table.endswith(".csv") if is_csv is None else is_csv
     parse = _csv_rows if is_csv else _json_rows
     for line, values in parse(text):
@@ -277,3 +290,47 @@ def _python_list(text: str) -> list[str] | None:
             return None
         at = item.end()
     return texts if text[at:].strip() == "]" else None
+
+
+# --- Parquet --------------------------------------------------------------------------------------
+
+MAX_ROWS = 20_000_000
+"""Largest number of rows of a table in Parquet, which compresses them."""
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Number, from 1, and cells of each row, or what is wrong with the file."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        yield 0, "Parquet needs pyarrow: pip install 'lineage-t2i[hub]', or write metadata.csv"
+        return
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            if file.metadata.num_rows > MAX_ROWS:
+                yield 0, f"it has more than {MAX_ROWS:,} rows; write several tables"
+                return
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    try:
+                        yield number, _checked({k: _as_json(v) for k, v in values.items()})
+                    except ValueError as error:
+                        yield number, f"row {number} cannot be read: {error}"
+    except Exception as error:  # pyarrow raises errors of many kinds for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        yield number, f"the table is damaged after row {number} ({reason}); copy it again"
+
+
+def _as_json(value: Any) -> Any:
+    """A cell as JSON has it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return str(value)

@@ -402,7 +402,7 @@ def test_misnamed_metadata_is_explained(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_without_metadata_or_pictures_is_an_error(tmp_path: Path) -> None:
     save_picture(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"no metadata\.jsonl or metadata\.csv"):
+    with pytest.raises(UserError, match=r"no metadata\.jsonl, \.csv or \.parquet"):
         load_dataset(f"imagefolder:{tmp_path}")
     save_table(tmp_path / "metadata.jsonl", [{"file_name": "b.png", "text": "x"}], pictures=False)
     with pytest.raises(UserError, match=r"Nothing can be loaded.*b\.png.*missing.*1 more"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +194,8 @@ def test_a_table_that_cannot_be_read_is_named(
         ("metadata.json", False, True),
         ("metadata.json1", False, True),
         ("metadata (2).csv", False, True),
-        ("metadata.parquet", False, True),
+        ("metadata.parquet", True, False),
+        ("metadata1.parquet", False, True),
         ("metadata.png", False, False),
         ("metadata.txt", False, False),
         ("captions.jsonl", False, False),
@@ -199,3 +203,37 @@ def test_a_table_that_cannot_be_read_is_named(
 )
 def test_names_of_tables(path: str, table: bool, misnamed: bool) -> None:
     assert (is_table(path), is_misnamed(path)) == (table, misnamed)
+
+
+def test_parquet_is_read_where_pyarrow_is_installed(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    day = datetime.date(2020, 1, 2)
+    rows = [
+        {"file_name": "a.png", "text": ["x", "y"], "day": day, "score": math.nan, "n": 3},
+        {"file_name": "b.png", "text": None, "day": None, "score": 0.5, "n": None},
+    ]
+    file = tmp_path / "metadata.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    skipped: list[Skipped] = []
+    table = list(read_table(tmp_path, "metadata.parquet", skipped))
+    assert [row.where for row in table] == ["metadata.parquet:1", "metadata.parquet:2"]
+    assert table[0].values == {
+        **rows[0],
+        "day": "2020-01-02",
+        "score": None,
+    }
+    assert table[1].values == rows[1] and skipped == []
+    raw = file.read_bytes()
+    for damaged in (b"", raw[:-9], b"PAR1" + raw[60:], raw[:30] + b"zzzz" + raw[34:]):
+        file.write_bytes(damaged)
+        list(read_table(tmp_path, "metadata.parquet", skipped))
+    assert skipped and all("damaged" in s.reason for s in skipped)
+
+
+def test_without_pyarrow_parquet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    skipped: list[Skipped] = []
+    assert list(read_table(tmp_path, "metadata.parquet", skipped)) == []
+    assert "pip install 'lineage-t2i[hub]'" in skipped[0].reason
