@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,13 @@ def wrap(lettering: Lettering, width: int) -> list[str]:
 
 
 # --- picture files -------------------------------------------------------------------------------
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as a data URL of a PNG, for a page that is one file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def check_picture(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`lineage data`: show, check and export data sets, and look after the cache of pictures."""
+"""`lineage data`: show, check, count and export data sets; the cache of pictures."""
 
 from __future__ import annotations
 
@@ -77,6 +77,50 @@ def data_check(spec: str, /, *, size: Count = 32, json: Flag = False) -> None:
             print(plain(f"  left out {skipped['path']}: {skipped['reason']}"))
     if not report["loaded"]:
         raise UserError(f"{spec} holds no picture with a caption that can be read.")
+
+
+@data.command(name="stats")
+def data_stats(
+    spec: str,
+    /,
+    *,
+    out: PathName | None = None,
+    size: Count = 32,
+    split: str = "all",
+    seed: Seed = 0,
+    json: Flag = False,
+) -> None:
+    """Count captions, words, sizes, colours and labels; as a page with --out.
+
+    Args:
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
+        out: Page to write, in HTML.
+        size: Side of the pictures in pixels.
+        split: train, validation, test, ...; all of them if left out (train of shapes).
+        seed: Seed of an endless data set.
+        json: If true, print one JSON document.
+    """
+    from lineage.data import ENDLESS, load_dataset, parse_spec
+    from lineage.data.stats import lines, page, statistics
+    from lineage.data.tools import contact_sheet
+    from lineage.files import check_output, write_bytes
+    from lineage.sheets import data_url
+
+    if out is not None:
+        check_output(out)
+    if split == "all" and parse_spec(spec)[0] in ENDLESS:
+        split = "train"
+    dataset = load_dataset(spec, split, size, seed)
+    numbers = statistics(dataset)
+    if out is not None:
+        sheet = data_url(contact_sheet(dataset, 24, 8))
+        write_bytes(out, page(numbers, sheet).encode("utf-8", "backslashreplace"))
+    if json:
+        print_json(numbers)
+    else:
+        print("\n".join(lines(numbers)))
+        if out is not None:
+            print(plain(f"Open {out}"))
 
 
 @data.command(name="export")

@@ -6,7 +6,6 @@ The page is `report.html` in this folder, a Jinja2 template; this module makes i
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lineage.characters import valid
 from lineage.evaluation.run import Failure
 from lineage.evaluation.table import ScoreTable, score_tables
 from lineage.files import write_bytes
-from lineage.sheets import picture
+from lineage.sheets import data_url, picture
 from lineage.system import LabelledImage
 from lineage.units import as_seconds
 
@@ -132,9 +131,7 @@ def wall_time(summary: dict[str, Any]) -> float:
 
 def embed(image: Tensor) -> str:
     """(3, S, S) uint8 -> a data URL of a PNG."""
-    buffer = io.BytesIO()
-    picture(image).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(picture(image))
 
 
 # --- curves -----------------------------------------------------------------------------------
