@@ -97,7 +97,7 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
 
 
 def read_span(path: Path, offset: int, length: int) -> bytes:
-    """`length` bytes of a regular file from `offset` on. Raises as `check_regular`."""
+    """At most `length` bytes of a regular file from `offset` on. Raises as `check_regular`."""
     check_regular(path)
     with path.open("rb") as file:
         file.seek(offset)

@@ -174,6 +174,7 @@ def data_cache(*, clear: Flag = False) -> None:
     sets = f"{number:,} data set{'' if number == 1 else 's'} of one size each"
     print(f"{sets}, {total / 1e6:,.1f} MB; at most {limit() / 1e6:,.0f} MB (LINEAGE_PIXELS_GB).")
     if clear:
-        for folder, _, _ in all_stores:
-            remove(folder)
-        print("Deleted.")
+        left = [folder for folder, _, _ in all_stores if not remove(folder)]
+        for folder in left:
+            print(plain(f"{folder} cannot be deleted; is it in use?"))
+        print(f"{number - len(left):,} deleted.")

@@ -92,8 +92,8 @@ def load_dataset(
         spec: `shapes`, `shapes:LEVEL`, `shapes:LEVEL:LANGUAGE`, `KIND:PATH` or a path; see the head
             of this module.
         split: Name of the split: `train`, `validation`, `test`, or another that the data has.
-        size: Side of the square pictures in pixels. Files are cropped to their centred square and
-            resized.
+        size: Side of the square pictures in pixels. Files are cropped to a square (see `layouts`)
+            and resized.
         seed: Seed of the procedural world; data on a disk does not depend on it.
 
     Raises:

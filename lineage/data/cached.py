@@ -95,10 +95,13 @@ class CachedDataset(CaptionedDataset):
 
     def values(self, batch: Batch) -> Tensor:
         """Values (B, ...) of the batch's pictures on the CPU, from the cache or computed."""
+        if not self.again:
+            with use_threads(None):
+                return encode_in_chunks(batch.image, self.encode)
         values = {i: value for i in batch.id if (value := self.cache.get(i)) is not None}
         rows = {i: row for row, i in enumerate(batch.id) if i not in values}
         if rows:
-            with use_threads(1 if self.again else None):  # a cached value has no step of its own
+            with use_threads(1):  # a cached value has no step of its own
                 encoded = encode_in_chunks(batch.image[list(rows.values())], self.encode)
             self.cache.put(list(rows), encoded)
             values.update(zip(rows, encoded, strict=True))

@@ -81,7 +81,7 @@ def read(
             if not isinstance(name, str) or not isinstance(number, int):
                 skipped.append(Skipped(file, "an entry of images has no id or no file_name"))
                 continue
-            path = _path(file, f"{part}{year}", name, there) or by_name.get(name)
+            path = _path(file, f"{part}{year}", name, there) or by_name.get(basename(name))
             texts = captions.pop(number, [])
             if path is None:
                 skipped.append(Skipped(name, f"the picture is missing ({file})"))
@@ -103,7 +103,8 @@ def _path(annotations: str, part: str, name: str, files: set[str]) -> str | None
     """Path of a picture in the folder of its set, beside `annotations` or in `images`."""
     parent = PurePosixPath(annotations).parent
     base = parent.parent if parent.name == "annotations" else parent
-    options = (base / part / name, base / "images" / part / name, base / "images" / name)
+    folders = (base / part, base / "images" / part, base / "images", base)
+    options = [folder / name for folder in folders]
     return next((str(path) for path in options if str(path) in files), None)
 
 

@@ -88,7 +88,7 @@ def read(
     labels = table.read("image_class_labels.txt", _label)
     boxes = table.read("bounding_boxes.txt", _box) if options.get("crop", "box") == "box" else {}
     if options.get("crop") == "box" and not boxes:
-        raise UserError("crop=box needs bounding_boxes.txt beside images.txt; take crop=centre.")
+        raise UserError("crop=box needs bounding_boxes.txt beside images.txt; use crop=centre.")
 
     records, listed = [], set()
     for number, name in names.items():
@@ -101,11 +101,15 @@ def read(
         elif key not in texts:
             skipped.append(Skipped(path, "a picture without captions: it has no file in text_c10"))
         elif wish == "list" and number not in flags:
-            skipped.append(Skipped(path, "train_test_split.txt has this picture in no set"))
+            skipped.append(Skipped(path, "train_test_split.txt does not list this picture"))
+        elif wish == "class" and folder not in classes:
+            skipped.append(Skipped(path, "the class is in no list of classes"))
+        elif boxes and number not in boxes:
+            skipped.append(Skipped(path, "bounding_boxes.txt does not list this picture"))
         elif isinstance(captions := read_captions(root, texts.pop(key)), Skipped):
             skipped.append(captions)
         else:
-            split = classes.get(folder, "train") if wish == "class" else flags.get(number, "train")
+            split = classes[folder] if wish == "class" else flags.get(number, "train")
             label = labels.get(number, _label([folder.partition(".")[0]]))
             meta = {"class": plain(folder)}
             box = boxes.get(number)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 from lineage.characters import plain
 from lineage.data.contract import Skipped
@@ -81,6 +81,9 @@ class EmojiDataset(PictureDataset):
     def __init__(self, spec: str, font: Path, split: str, size: int, records: list[Record]) -> None:
         self.face = face_of(font)
         super().__init__(spec, font.parent, records, split, size, (), HOW, crop="pad")
+
+    def _part(self, record: Record) -> object:
+        return record.meta["emoji"], features.version("freetype2"), features.check("raqm")
 
     def _decoded(self, index: int) -> NDArray[np.uint8] | Skipped:
         return drawn(self.face, self.records[index].meta["emoji"], self.size)
@@ -207,6 +210,6 @@ def _emoji() -> Iterator[tuple[str, str, tuple[str, ...], int]]:
 
 def _names(name: str, short_names: Sequence[str]) -> tuple[str, ...]:
     """The Unicode name in small letters, and another that is in use."""
-    short = short_names[0].replace("flag-", "flag of ").replace("_", " ").replace("-", " ")
-    own = name.lower()
-    return (own, short) if len(short) > 3 and short != own else (own,)
+    own, short = name.lower(), short_names[0].replace("_", " ").replace("-", " ")
+    is_code = own.endswith(" flag") and len(short) < len("flag xx") + 1  # of a country
+    return (own,) if is_code or len(short) < 4 or short == own else (own, short)

@@ -51,9 +51,10 @@ def resembles(root: Path, files: list[str]) -> bool:
 
 def _is_kaggle(file: str, files: list[str]) -> bool:
     """Whether a file is `captions.txt` beside a folder `Images`."""
-    path = PurePosixPath(file)
-    images = str(path.with_name("Images")) + "/"
-    return path.name == TABLE and any(other.startswith(images) for other in files)
+    if basename(file) != TABLE:
+        return False
+    images = str(PurePosixPath(file).with_name("Images")) + "/"
+    return any(other.startswith(images) for other in files)
 
 
 def read(

@@ -54,9 +54,11 @@ def read(
     texts: dict[str, str] = {}
     for key, file in caption_files(files, skipped).items():
         if texts.setdefault(key.rpartition("/")[2], file) != file:
-            skipped.append(Skipped(file, "captions of the same picture in another class are used"))
+            skipped.append(Skipped(file, "the captions in another class folder are used"))
     if not texts:
-        raise UserError(f"These look like flowers, but text_c10 is missing: put {SOURCE} beside.")
+        raise UserError(
+            f"These look like flowers, but text_c10 is missing: put {SOURCE} beside them."
+        )
     folders = {name: PurePosixPath(file).parts[-2] for name, file in texts.items()}
     labels = read_mat(root, files, "imagelabels.mat", ("labels",))["labels"]
     classes = class_splits(root, files, skipped)
@@ -76,12 +78,14 @@ def read(
         elif not 1 <= number <= len(labels) or not 1 <= labels[number - 1] < 2**31:
             skipped.append(Skipped(path, "imagelabels.mat has no class for this picture"))
         elif wish == "list" and number not in sets:
-            skipped.append(Skipped(path, "setid.mat has this picture in no set"))
+            skipped.append(Skipped(path, "setid.mat does not list this picture"))
+        elif wish == "class" and folders[name] not in classes:
+            skipped.append(Skipped(path, "the class is in no list of classes"))
         elif isinstance(captions := read_captions(root, texts.pop(name)), Skipped):
             skipped.append(captions)
         else:
             folder = folders[name]
-            split = classes.get(folder, "train") if wish == "class" else sets.get(number, "train")
+            split = classes[folder] if wish == "class" else sets.get(number, "train")
             meta = {"class": plain(folder)}
             label = labels[number - 1] - 1
             records.append(Record(name, path, captions, label, split, meta))

@@ -40,7 +40,7 @@ from lineage.files import expanded
 COMMON = {"crop": ("centre", "pad", "random"), "splits": ("seeded", "class")}
 """Options of all layouts, with their values."""
 
-_OPTIONS = re.compile(r"(.*)\?(\w+=[^?/\\]*)", re.DOTALL)
+_OPTIONS = re.compile(r"(.*)\?([^?/\\]*)", re.DOTALL)
 
 
 class Layout(Protocol):
@@ -104,8 +104,13 @@ def split_options(rest: str) -> tuple[str, dict[str, str]]:
     parts = None if _exists(rest) else _OPTIONS.fullmatch(rest)
     if parts is None:
         return rest, {}
-    options = [option.partition("=") for option in parts[2].split("&")]
-    return parts[1], {name: value for name, _, value in options}
+    options: dict[str, str] = {}
+    for option in parts[2].split("&"):
+        name, _, value = option.partition("=")
+        if name in options:
+            raise UserError(f"{plain(rest)!r} has the option {name!r} twice.")
+        options[name] = value
+    return parts[1], options
 
 
 def _exists(path: str) -> bool:
@@ -147,7 +152,7 @@ def recognise(path: Path) -> str:
         UserError: The path is a file, and no shard or font.
     """
     if not path.is_dir():
-        if path.suffix.lower() == ".tar":
+        if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
             return "wds"
         if path.suffix.lower() in (".ttf", ".ttc", ".otf"):
             return "emoji"

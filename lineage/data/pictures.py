@@ -13,8 +13,9 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from lineage.characters import plain
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
 from lineage.data.decoding import decode, why_broken
-from lineage.data.pixels import key_of, open_store
+from lineage.data.pixels import key_of, open_store, state_of
 from lineage.data.records import Record, read_captions
 from lineage.data.splits import split_name
 from lineage.errors import UserError
@@ -36,6 +37,8 @@ from lineage.files import read_span
 SIZES = range(8, 1025)
 STREAM_FROM = 50_000
 """Number of pictures above which none is decoded before it is due."""
+CHUNK = 1_000
+"""Number of pictures that are handed to the threads at once."""
 PROGRESS_FROM = 2_000
 """Number of pictures above which loading shows a progress bar."""
 
@@ -91,17 +94,22 @@ class PictureDataset(CaptionedDataset):
             raise EmptyDatasetError(name, self.skipped, layout_hint)
         rows = self._of_split(records)
         side = math.ceil(size * MARGIN) if self.varies else size
-        files = ((record.path, (record.span, record.box)) for record in records)
-        self._key = key_of(files, root, side=side, pad=crop == "pad")
-        self._store = open_store(self._key, len(records), side)
+        parts = ((record.path, self._part(record)) for record in records)
+        key = key_of(parts, root, side=side, pad=crop == "pad")
+        large = len(rows) > STREAM_FROM
+        self._store = open_store(key, len(records), side, required=not large)
         self.records = [records[row] for row in rows]
         self._rows = np.array(rows)
-        self.streamed = len(rows) > STREAM_FROM
+        self.streamed = large or self._store.rows < len(records)
         self._broken: set[int] = set()
         if not self.streamed:
             self.decode_all()
         if not self.records:
             raise EmptyDatasetError(name, self.skipped, layout_hint)
+
+    def _part(self, record: Record) -> object:
+        """What is taken of the record's file; other parts have other pixels."""
+        return record.span, record.box
 
     def _of_split(self, records: Sequence[Record]) -> list[int]:
         rows = [row for row, r in enumerate(records) if self.split in ("all", r.split)]
@@ -116,54 +124,58 @@ class PictureDataset(CaptionedDataset):
         labels = [record.label for record in self.records]
         return None if None in labels else torch.tensor(labels, dtype=torch.int64)
 
-    @property
-    def images(self) -> Tensor:
-        """(N, 3, S, S) uint8; row i is the picture of `records[i]`. Random crops have a margin."""
-        return self._pixels(range(len(self)))
-
     # --- decoding ---------------------------------------------------------------------------------
 
     def decode_all(self) -> None:
-        """Decode every picture, and leave out the records without a good one."""
-        missing = set(self._store.missing())
-        due = [i for i, row in enumerate(self._rows) if int(row) in missing]
-        faults: list[object] = [None] * len(self)
-        for i, fault in zip(due, self._decode(due, len(due) > PROGRESS_FROM), strict=True):
-            faults[i] = fault
-        if self.streamed:
-            faults = [fault or self.captions_of(i) for i, fault in enumerate(faults)]
-        bad = {i: fault for i, fault in enumerate(faults) if isinstance(fault, Skipped)}
-        self.skipped += bad.values()
-        good = [i for i in range(len(self)) if i not in bad]
+        """Decode every picture and read every caption, and leave out the records without them."""
+        due = self._store.missing(self._rows)
+        pixels = iter(self._decode(due, len(due) > PROGRESS_FROM))
+        rest = set(due)
+        good = []
+        for index, record in enumerate(self.records):
+            fault = next(pixels) if index in rest else None
+            captions = self.captions_of(index)
+            faults = [one for one in (fault, captions) if isinstance(one, Skipped)]
+            self.skipped += faults[:1]
+            if not faults and not isinstance(captions, Skipped):
+                good.append(index)
+                if record.text:
+                    self.records[index] = replace(record, captions=captions, text="")
         self.records, self._rows = [self.records[i] for i in good], self._rows[good]
-        self.streamed = self.streamed and self._store.rows < self._store.count
+        self._broken.clear()
+        self.streamed = self._store.rows < self._store.count
         self.__dict__.pop("labels", None)
 
-    def _decode(self, indices: Sequence[int], progress: bool = False) -> list[Skipped | None]:
-        """Decode pictures and store them; the reason for each that is broken."""
-
-        def fill(index: int) -> Skipped | None:
-            pixels = self._decoded(index)
-            if isinstance(pixels, Skipped):
-                return pixels
-            self._store.put(int(self._rows[index]), pixels)
-            return None
-
+    def _decode(
+        self, indices: Sequence[int], progress: bool = False
+    ) -> Iterator[NDArray[np.uint8] | Skipped]:
+        """Pixels of pictures, which are stored too, or why there are none."""
         if len(indices) == 1:
-            return [fill(indices[0])]
+            yield self._stored(indices[0])
+            return
         pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
+        bar = tqdm(
+            total=len(indices),
+            desc=f"reading {plain(self.name)}",
+            disable=not progress or None,  # None: only on a terminal
+            unit=" pictures",
+            leave=False,
+        )
         try:
-            bar = tqdm(
-                pool.map(fill, indices),
-                f"reading {plain(self.name)}",
-                total=len(indices),
-                disable=not progress or None,  # None: only on a terminal
-                unit=" pictures",
-                leave=False,
-            )
-            return list(bar)
+            with bar:
+                for first in range(0, len(indices), CHUNK):
+                    for pixels in pool.map(self._stored, indices[first : first + CHUNK]):
+                        bar.update()
+                        yield pixels
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _stored(self, index: int) -> NDArray[np.uint8] | Skipped:
+        """Decode one picture and store it."""
+        pixels = self._decoded(index)
+        if not isinstance(pixels, Skipped):
+            self._store.put(int(self._rows[index]), pixels)
+        return pixels
 
     def _decoded(self, index: int) -> NDArray[np.uint8] | Skipped:
         """Pixels of one picture from its file, or why there are none."""
@@ -176,59 +188,50 @@ class PictureDataset(CaptionedDataset):
             shown = record.path if record.span is None else f"{record.path}: {record.id}"
             return Skipped(shown, why_broken(error, path if record.span is None else None))
 
-    def _pixels(self, indices: Sequence[int]) -> Tensor:
-        """Stored pictures (B, 3, S, S), with their margin."""
-        if not self.streamed:
-            return torch.from_numpy(self._store.take(self._rows[list(indices)]))
-        pictures = []
-        for index in indices:
-            pixels = self._store.get(int(self._rows[index]))
-            again = self._decoded(index) if pixels is None else pixels
-            assert not isinstance(again, Skipped)  # `_good` has decoded it
-            pictures.append(again)
-        return torch.from_numpy(np.stack(pictures))
-
-    def _good(self, indices: Sequence[int]) -> list[int]:
-        """The indices; of a streamed data set, each one without a good picture and a caption
-        replaced by the next that has both.
+    def _visited(self, indices: Sequence[int]) -> tuple[list[int], Tensor, list[tuple[str, ...]]]:
+        """The indices, with pictures (B, 3, S, S) and captions; of a streamed data set, each one
+        without them replaced by the next that has both.
 
         Raises:
             UserError: No record has both.
         """
+        indices = [range(len(self))[index] for index in indices]
         if not self.streamed:
-            return list(indices)
-        due = [i for i in dict.fromkeys(indices) if self._store.get(int(self._rows[i])) is None]
-        due = [i for i in due if i not in self._broken]
-        for index, fault in zip(due, self._decode(due), strict=True):
-            self._leave_out(index, fault)
-        return [self._next_good(index) for index in indices]
+            pixels = torch.from_numpy(self._store.take(self._rows[indices]))
+            return indices, pixels, [self.records[i].captions for i in indices]
+        known: dict[int, NDArray[np.uint8] | Skipped | None] = {
+            i: self._store.get(int(self._rows[i])) for i in dict.fromkeys(indices)
+        }
+        due = [i for i, stored in known.items() if stored is None and i not in self._broken]
+        known.update(zip(due, self._decode(due), strict=True))
+        rows = [self._next_sound(index, known) for index in indices]
+        pictures = torch.from_numpy(np.stack([pixels for _, pixels, _ in rows]))
+        return [index for index, _, _ in rows], pictures, [captions for _, _, captions in rows]
 
-    def _next_good(self, first: int) -> int:
+    def _next_sound(
+        self, first: int, known: Mapping[int, NDArray[np.uint8] | Skipped | None]
+    ) -> tuple[int, NDArray[np.uint8], tuple[str, ...]]:
+        """The first record from `first` on that has a picture and captions, with both."""
         for step in range(len(self)):
             index = (first + step) % len(self)
-            if step and index not in self._broken:
-                is_stored = self._store.get(int(self._rows[index])) is not None
-                self._leave_out(index, None if is_stored else self._decode([index])[0])
-            if index not in self._broken:
-                self._leave_out(index, self.captions_of(index))
-            if index not in self._broken:
-                return index
-        raise EmptyDatasetError(self.name, self.skipped, "")
-
-    def _leave_out(self, index: int, fault: object) -> None:
-        if isinstance(fault, Skipped):
+            if index in self._broken:
+                continue
+            pixels = known.get(index)
+            if pixels is None:
+                pixels = self._store.get(int(self._rows[index]))
+            if pixels is None:
+                pixels = self._stored(index)
+            captions = self.captions_of(index)
+            if not isinstance(pixels, Skipped) and not isinstance(captions, Skipped):
+                return index, pixels, captions
             self._broken.add(index)
-            self.skipped.append(fault)
+            self.skipped.append(pixels if isinstance(pixels, Skipped) else captions)  # type: ignore
+        raise EmptyDatasetError(self.name, self.skipped, "")
 
     def captions_of(self, index: int) -> tuple[str, ...] | Skipped:
         """Captions of a record, or why they cannot be read."""
         record = self.records[index]
         return record.captions or read_captions(self.root, record.text)
-
-    def _captions(self, index: int) -> tuple[str, ...]:
-        captions = self.captions_of(index)
-        assert not isinstance(captions, Skipped)
-        return captions
 
     # --- the contract -----------------------------------------------------------------------------
 
@@ -236,20 +239,26 @@ class PictureDataset(CaptionedDataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        (index,) = self._good([range(len(self))[index]])
+        (index,), images, (captions,) = self._visited([index])
         record = self.records[index]
         return Example(
             id=record.id,
-            image=self._middle(self._pixels([index])[0]).clone(),
-            captions=self._captions(index),
+            image=self._middle(images[0]).clone(),
+            captions=captions,
             label=record.label,
             meta={"source": plain(record.path)} | record.meta | {"split": record.split},
         )
 
+    def __iter__(self) -> Iterator[Example]:
+        """Every example once: one that is replaced in `batch` is left out here."""
+        for index in range(len(self)):
+            example = self[index]
+            if example.id == self.records[index].id:
+                yield example
+
     def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
-        indices = self._good(indices)
+        indices, images, captions = self._visited(indices)
         ids = [self.records[i].id for i in indices]
-        images = self._pixels(indices)
         if self.varies:
             visits = zip(images, epochs, ids, strict=True)
             images = torch.stack(
@@ -258,10 +267,8 @@ class PictureDataset(CaptionedDataset):
         return Batch(
             to_unit(images),
             [
-                captions[caption_number(seed, epoch, name, len(captions))]
-                for captions, epoch, name in zip(
-                    map(self._captions, indices), epochs, ids, strict=True
-                )
+                own[caption_number(seed, epoch, name, len(own))]
+                for own, epoch, name in zip(captions, epochs, ids, strict=True)
             ],
             None if self.labels is None else self.labels[indices],
             ids,
@@ -286,21 +293,24 @@ class PictureDataset(CaptionedDataset):
                 yield from captions
 
     def fingerprint(self) -> str:
-        """Hash of ids, captions and pixels; equal hashes mean equal training data.
+        """Hash of ids, captions, labels and pixels; equal hashes mean equal training data.
 
-        Of a streamed data set, of ids and of the names, sizes and dates of its files.
+        Of a streamed data set, in place of captions and pixels that are not read yet, names, sizes
+        and dates of their files.
         """
         digest = hashlib.blake2b(digest_size=16)
-        if self.streamed:
-            digest.update(f"{self._key} {self.split} {len(self)}".encode())
-            for record in self.records:
-                digest.update("\0".join((record.id, record.text, *record.captions)).encode())
-            return digest.hexdigest()
         for record, row in zip(self.records, self._rows, strict=True):
-            for text in (record.id, *record.captions):
+            texts = [record.id, *record.captions]
+            texts += [] if record.label is None else [f"label {record.label}"]
+            if self.streamed:
+                files = [os.path.join(self.root, p) for p in (record.path, record.text) if p]
+                texts += [repr(self._part(record)), *map(state_of, files)]
+            for text in texts:
                 raw = text.encode("utf-8", "surrogateescape")
                 digest.update(len(raw).to_bytes(4, "little") + raw)
-            digest.update(b"\0\0\0\0" + self._store.take(row).tobytes())
+            digest.update(b"\0\0\0\0")
+            if not self.streamed:
+                digest.update(self._store.take(row).tobytes())
         return digest.hexdigest()
 
 

@@ -4,8 +4,9 @@
     $LINEAGE_CACHE/pixels/KEY/sums      (M,) checksum of each row; 0 where it is not decoded yet
 
 KEY is a hash of all that the pixels depend on: names, sizes and dates of the files, the part of
-each that is taken, the size S, and Pillow's version. A file that changes gets a new date
-(`st_ctime`, which no program can set), and so new pixels.
+each that is taken, the size S, and Pillow's version. A file that changes gets a new date (on Linux
+and macOS `st_ctime`, which no program can set), and so new pixels; so does the whole data set, when
+a picture is added.
 
 All stores together have at most `LIMIT` bytes: a new one removes those that were not used for the
 longest time, and of one that is too large alone the first M pictures are stored. A process that is
@@ -21,6 +22,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -37,11 +39,15 @@ from lineage.errors import UserError, say_once
 from lineage.files import unwritable
 
 VERSION = 1
-"""Number of the way in which pictures are decoded; another one makes all stores anew."""
+"""Version of the decoding; a new number invalidates all stores."""
+FILES = ("pixels", "sums")
+BLOCK = 2**24
+"""Number of zeros that are written at once."""
 LIMIT = 10 * 1024**3
 """Number of bytes of all stores together; LINEAGE_PIXELS_GB sets another."""
 SMALL = 2 * 1024**3
-"""Number of bytes up to which all pictures of a data set are stored, if need be for one run."""
+"""Number of bytes up to which all pictures of a data set are stored, if necessary in a temporary
+file."""
 RELEASE_AFTER = 256 * 1024**2
 """Number of bytes after which pages that were read are given back to the system."""
 
@@ -62,12 +68,9 @@ class PixelStore:
     def __init__(self, folder: Path | None, count: int, side: int, rows: int) -> None:
         self.count, self.side, self.rows = count, side, rows
         self.folder = folder
-        self._pixels = _mapped(folder, "pixels", (rows, 3, side, side), np.uint8)
-        self._sums = _mapped(folder, "sums", (rows,), np.uint32)
+        self._pixels = _mapped(folder, FILES[0], (rows, 3, side, side), np.uint8)
+        self._sums = _mapped(folder, FILES[1], (rows,), np.uint32)
         self._touched = 0
-
-    def __len__(self) -> int:
-        return self.count
 
     def put(self, row: int, pixels: NDArray[np.uint8]) -> None:
         """Store the pixels (3, S, S) of a picture, if it has a row."""
@@ -84,9 +87,9 @@ class PixelStore:
         self._release(pixels.nbytes)
         return pixels if _sum(pixels) == self._sums[row] else None
 
-    def missing(self) -> list[int]:
-        """Every picture that `get` has no pixels of; all of them are read."""
-        return [row for row in range(self.count) if self.get(row) is None]
+    def missing(self, rows: NDArray[np.int64]) -> list[int]:
+        """Places in `rows` of the pictures that `get` has no pixels of; all of them are read."""
+        return [place for place, row in enumerate(rows) if self.get(int(row)) is None]
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Pixels (n, 3, S, S) of pictures that are stored and known to be sound."""
@@ -103,44 +106,77 @@ class PixelStore:
         if self._touched > RELEASE_AFTER and hasattr(mmap, "MADV_DONTNEED") and pages is not None:
             self._touched = 0
             pages.madvise(mmap.MADV_DONTNEED)
+            if self.folder is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(self.folder)  # it is in use
 
 
-def open_store(key: str, count: int, side: int) -> PixelStore:
+def open_store(key: str, count: int, side: int, required: bool = True) -> PixelStore:
     """The store of a data set in the cache; where there can be none, a file of this process.
 
     Args:
         key: Hash of what the pixels depend on, of `key_of`.
         count: Number of pictures.
         side: Side of the pictures in pixels.
+        required: If false, the store may have no rows: pictures are decoded when they are due.
 
     Raises:
         UserError: A temporary file cannot be written either.
     """
     row_bytes = 3 * side * side
-    rows = min(count, max(1, limit() // row_bytes))
+    rows = min(count, limit() // row_bytes)
+    folder = cache_folder("pixels") / key
+    if required and rows < count and count * row_bytes <= SMALL:
+        return _temporary(count, side, count)
     try:
-        if rows < count and count * row_bytes <= SMALL:
-            return PixelStore(None, count, side, count)
-        folder = cache_folder("pixels") / key
-        _make_room(folder, rows * row_bytes)
-        folder.mkdir(parents=True, exist_ok=True)
-        store = PixelStore(folder, count, side, rows)
+        if not required:  # half of what is free is left to others
+            rows = min(rows, _free_bytes(folder) // 2 // row_bytes)
+        for attempt in (1, 2):
+            _make_room(folder, rows * row_bytes)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                store = PixelStore(folder, count, side, rows)
+                break
+            except FileNotFoundError:  # another process has just removed the folder
+                if attempt == 2:
+                    raise
+            except (OSError, ValueError):
+                if not _is_damaged(folder):
+                    raise
+                remove(folder)
         os.utime(folder)
         return store
     except (OSError, UserError) as error:
         reason = unwritable(folder, error) if isinstance(error, OSError) else error
         say_once(
-            f"{without_advice(reason)}: pictures are decoded anew in each run; LINEAGE_CACHE sets "
+            f"{without_advice(reason)}: pictures are decoded again in each run; LINEAGE_CACHE sets "
             "another folder."
         )
+    return _temporary(count, side, rows if required else 0)
+
+
+def _temporary(count: int, side: int, rows: int) -> PixelStore:
+    """A store in files that are deleted when the program ends."""
     try:
         return PixelStore(None, count, side, rows)
     except OSError as error:
+        needed = max(0.1, rows * 3 * side * side / 1e9)
         raise UserError(
-            f"The pixels of {count:,} pictures need {rows * row_bytes / 1e9:.1f} GB in "
+            f"The pixels of {count:,} pictures need up to {needed:.1f} GB in "
             f"{tempfile.gettempdir()}: {error.strerror}; free some space, set TMPDIR to another "
             "disk, or choose a smaller size."
         ) from error
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free space where a folder is or will be."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Whether a folder of the cache holds something else in place of a store's files."""
+    return any((folder / name).exists() and not (folder / name).is_file() for name in FILES)
 
 
 def key_of(files: Iterable[tuple[str, Any]], root: Path, **inputs: Any) -> str:
@@ -156,19 +192,28 @@ def key_of(files: Iterable[tuple[str, Any]], root: Path, **inputs: Any) -> str:
     base, last, state = str(root), "", ""
     for path, part in files:
         if path != last:
-            last, state = path, _state(os.path.join(base, path))
-        text = f"{path}\0{state}\0{part}\n"
+            last, state = path, state_key(os.path.join(base, path))
+        text = f"{len(path)} {path}\0{state}\0{part!r}\n"
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
-def _state(path: str) -> str:
-    """Size and dates of a file, as a text that changes when the file does."""
+def state_of(path: str) -> str:
+    """Size and date of a file, as a text; `-` if there is none."""
+    return _state(path, dates=("st_mtime_ns",))
+
+
+def state_key(path: str) -> str:
+    """The same, with the date of the last change of any kind, which cannot be set back."""
+    return _state(path, dates=("st_mtime_ns", "st_ctime_ns"))
+
+
+def _state(path: str, dates: Sequence[str]) -> str:
     try:
         info = os.stat(path)
     except (OSError, ValueError):
         return "-"
-    return f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
+    return " ".join(str(getattr(info, name)) for name in ("st_size", *dates))
 
 
 def limit() -> int:
@@ -183,24 +228,36 @@ def limit() -> int:
     except ValueError:
         gigabytes = -1.0
     if not 0 <= gigabytes <= 1e6:
-        raise UserError(f"LINEAGE_PIXELS_GB={text[:40]} is no number of gigabytes, such as 10.")
+        raise UserError(f"LINEAGE_PIXELS_GB={text[:40]} is not a number of gigabytes, such as 10.")
     return int(gigabytes * 1024**3)
 
 
 def stores() -> list[tuple[Path, int, float]]:
-    """Folder, number of bytes on the disk and time of last use of each store, the oldest first."""
-    used = []
+    """Folder, number of bytes on the disk and time of last use of each store, the oldest first.
+
+    Whatever else lies there is no store.
+    """
+    rows = []
     with contextlib.suppress(OSError):
         for folder in cache_folder("pixels").iterdir():
             with contextlib.suppress(OSError):
-                sizes = [_allocated(file) for file in folder.iterdir()]
-                used.append((folder, sum(sizes), folder.stat().st_mtime))
-    return sorted(used, key=lambda store: store[2])
+                files = list(folder.iterdir()) if _is_store(folder) else []
+                if files and {file.name for file in files} <= set(FILES):
+                    size = sum(_allocated(file) for file in files)
+                    rows.append((folder, size, folder.stat().st_mtime))
+    return sorted(rows, key=lambda store: store[2])
 
 
-def remove(folder: Path) -> None:
-    """Delete a store; a process that reads it keeps its files until it ends."""
+def _is_store(folder: Path) -> bool:
+    """Whether a path has the name of a store, and is a folder of its own."""
+    is_key = re.fullmatch("[0-9a-f]{32}", folder.name)
+    return bool(is_key) and folder.is_dir() and not folder.is_symlink()
+
+
+def remove(folder: Path) -> bool:
+    """Delete a store, if the system allows it; false if it is still there."""
     shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def _allocated(file: Path) -> int:
@@ -215,8 +272,7 @@ def _make_room(folder: Path, num_bytes: int) -> None:
     for other, size, _ in others:
         if room >= 0:
             break
-        remove(other)
-        room += size
+        room += size if remove(other) else 0
 
 
 def _sum(pixels: NDArray[np.uint8]) -> int:
@@ -229,14 +285,21 @@ def _mapped(
 ) -> NDArray[Any]:
     """An array in a file of a folder, or in a temporary one; new parts of it are zero."""
     num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if not num_bytes:
+        return np.zeros(shape, dtype)
     file: Any
     if folder is None:
         file = tempfile.TemporaryFile(prefix="lineage-pixels-")  # noqa: SIM115 - stays open
     else:
-        file = open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
-    if os.fstat(file.fileno()).st_size < num_bytes:  # never made shorter: another may read it
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        file = open(os.open(folder / name, flags, 0o666), "r+b")  # noqa: SIM115
+    size = os.fstat(file.fileno()).st_size
+    if size < num_bytes:  # never made shorter: another process may read it
         if hasattr(os, "posix_fallocate"):  # a full disk raises here, not while writing
             os.posix_fallocate(file.fileno(), 0, num_bytes)
         else:
-            file.truncate(num_bytes)
+            file.seek(size)
+            for first in range(size, num_bytes, BLOCK):
+                file.write(bytes(min(BLOCK, num_bytes - first)))
+            file.flush()
     return np.memmap(file, dtype, "r+", shape=tuple(shape))

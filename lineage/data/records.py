@@ -105,7 +105,7 @@ def list_files(root: Path, skipped: list[Skipped]) -> list[str]:
             continue
         visited.add((info.st_dev, info.st_ino))
         for entry in inside:
-            if not _hidden(entry.name):
+            if not is_hidden(entry.name):
                 relative = f"{folder}/{entry.name}" if folder else entry.name
                 (folders if _is_folder(entry) else paths).append(relative)
     return sorted(paths)
@@ -118,7 +118,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder of this name is ignored, as those that macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 

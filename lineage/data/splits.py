@@ -38,7 +38,7 @@ def seeded_split(name: str) -> str:
 def class_split(classes: Iterable[str]) -> dict[str, str]:
     """Split of each class: a quarter of them, chosen by their names, is `test`."""
     ordered = sorted(set(classes), key=_fraction)
-    number = (len(ordered) + 3) // 4
+    number = min((len(ordered) + 3) // 4, len(ordered) - 1)  # one at least is left for training
     return {name: "test" if i < number else "train" for i, name in enumerate(ordered)}
 
 

@@ -67,8 +67,7 @@ def check(
     split = "train" if parse_spec(spec)[0] in ENDLESS else "all"
     try:
         dataset = load_dataset(spec, split, size)
-        if isinstance(dataset, PictureDataset) and dataset.streamed:
-            dataset.decode_all()
+        _read_all(dataset)
     except EmptyDatasetError as error:
         if not error.skipped:
             raise
@@ -76,6 +75,12 @@ def check(
     captions = list(dataset.all_captions(limit=len(dataset)))
     cut = {name: sum(map(is_longer, captions)) for name, is_longer in limits.items()}
     return _counts(len(dataset), len(captions), cut, dataset.skipped)
+
+
+def _read_all(dataset: CaptionedDataset) -> None:
+    """Leave out what a streamed data set would find to be broken when it is due."""
+    if isinstance(dataset, PictureDataset) and dataset.streamed:
+        dataset.decode_all()
 
 
 def _counts(
@@ -111,6 +116,7 @@ def export(
         UserError: The folder has contents, or cannot be written.
     """
     target = expanded(folder)
+    _read_all(dataset)
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     if number < 1:

@@ -14,8 +14,7 @@ run resumes at any position, as with files. A compressed archive (.tar.gz) has n
 Members of one sample have the same name up to the first dot, in the same shard; they need not be
 neighbours. Where names hold dots, so that a sample would have two pictures, the last dot counts. An
 example's id is `shard/name`. Its split is the JSON's `split`; else the first folder of the shard's
-path with the name of a split, or the beginning of the shard's name (`train-00000.tar`); else
-`train`.
+path with the name of a split, or a word of the shard's name (`cc3m-val-0000.tar`); else `train`.
 
 Left out and reported: samples without a picture or a caption, a second picture, members that are no
 files, captions over 1 MB, and what comes after a shard's damaged place.
@@ -23,21 +22,25 @@ files, captions over 1 MB, and what comes after a shard's damaged place.
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from lineage.characters import decoded, plain
 from lineage.data.contract import Skipped
+from lineage.data.decoding import MAX_BYTES
 from lineage.data.imagefolder import captions_in, label_in, meta_in, split_in
 from lineage.data.records import (
     MAX_TEXT,
     Record,
     clean_captions,
+    is_hidden,
     is_picture,
     list_files,
     open_root,
@@ -83,42 +86,44 @@ def locate(path: str, skipped: list[Skipped]) -> tuple[Path, list[str]]:
     Raises:
         UserError: There is nothing at the path.
     """
-    names = list(braces(path))
+    names = [path] if os.path.exists(expanded(path)) else braces(path)
     if len(names) == 1 and not is_shard(names[0]):
         root = open_root(path)
         return root, list_files(root, skipped)
-    paths = [expanded(name) for name in names]
-    missing = [name for name, file in zip(names, paths, strict=True) if not file.exists()]
+    paths = [Path(os.path.abspath(expanded(name))) for name in names]
+    missing = [name for name, file in zip(names, paths, strict=True) if not os.path.exists(file)]
     if len(missing) == len(names):
         raise UserError(f"There is no shard {plain(names[0])!r}; check the spelling.")
     skipped += [Skipped(name, "the shard is missing") for name in missing]
-    folders = {file.parent for file in paths}
-    root = paths[0].parent
-    while len(folders) > 1 and any(root not in (f, *f.parents) for f in folders):
-        root = root.parent
-    files = [file for file in paths if file.exists()]
+    root = Path(os.path.commonpath([file.parent for file in paths]))
+    files = [file for file in paths if os.path.exists(file)]
     return root, [file.relative_to(root).as_posix() for file in files]
 
 
-def braces(path: str) -> Iterator[str]:
+def braces(path: str) -> list[str]:
     """Every name that a brace list stands for: `{00..02}.tar` -> `00.tar`, `01.tar`, `02.tar`.
 
     Raises:
-        UserError: It stands for more than `MAX_SHARDS` names.
+        UserError: It stands for no name, or for more than `MAX_SHARDS`.
     """
-    names = [path]
-    while part := _RANGE.search(names[0]) or _LIST.search(names[0]):
+    names, rest = [], [path]
+    while rest:
+        name = rest.pop()
+        part = _RANGE.search(name) or _LIST.search(name)
+        if part is None:
+            names.append(name)
+            continue
         if part.re is _RANGE:
-            first, last = int(part[1]), int(part[2])
-            options = [f"{n:0{len(part[1])}d}" for n in range(first, min(last, first + 10**6) + 1)]
+            first, last, width = int(part[1]), int(part[2]), len(part[1])
+            options = [f"{n:0{width}d}" for n in range(first, min(last, first + MAX_SHARDS) + 1)]
         else:
             options = part[1].split(",")
-        names = [name.replace(part[0], option, 1) for name in names for option in options]
-        if len(names) > MAX_SHARDS:
-            raise UserError(f"{plain(path)!r} stands for more than {MAX_SHARDS:,} shards.")
-        if not names:
+        if not options:
             raise UserError(f"{plain(path)!r}: {part[0]} stands for no name.")
-    yield from names
+        if len(names) + len(rest) + len(options) > MAX_SHARDS:
+            raise UserError(f"{plain(path)!r} stands for more than {MAX_SHARDS:,} shards.")
+        rest += [name[: part.start()] + o + name[part.end() :] for o in reversed(options)]
+    return names
 
 
 def read(
@@ -199,18 +204,27 @@ def _members(root: Path, shard: str, skipped: list[Skipped]) -> Iterator[Member]
             skipped.append(Skipped(shard, reason))
             return
         with tarfile.open(path, "r:") as archive:
+            last = -1
             for info in archive:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile remembers them all
-                base = info.name.rpartition("/")[2]
-                if info.isdir() or base[:1] in ("", ".") or "__MACOSX" in info.name:
+                if info.size < 0 or archive.offset <= last:
+                    raise tarfile.ReadError("a member has a negative size")
+                last = archive.offset
+                name = normpath(info.name)
+                base = name.rpartition("/")[2]
+                if info.isdir() or info.name.endswith("/") or any(map(is_hidden, name.split("/"))):
                     continue
-                where = f"{shard}: {info.name}"
+                where = f"{shard}: {name}"
                 if not info.isreg() or info.issparse():
                     skipped.append(Skipped(where, "the member is a link or a device, not a file"))
                     continue
                 if info.offset_data + info.size > size:
                     skipped.append(Skipped(where, "the shard ends within it; copy it again"))
                     return
+                if is_picture(base) and info.size > MAX_BYTES:
+                    reason = f"it has {info.size / 1e6:,.0f} MB; make it smaller"
+                    skipped.append(Skipped(where, reason))
+                    continue
                 content = None
                 if _parts(base, first=False)[1] in (*TEXTS, "json", "cls"):
                     if info.size > MAX_TEXT:
@@ -219,10 +233,10 @@ def _members(root: Path, shard: str, skipped: list[Skipped]) -> Iterator[Member]
                         continue
                     file = archive.extractfile(info)
                     content = file.read() if file else b""
-                yield Member(info.name, info.offset_data, info.size, content)
+                yield Member(name, info.offset_data, info.size, content)
             if archive.offset + tarfile.BLOCKSIZE > size:  # no empty block, which ends an archive
                 skipped.append(Skipped(shard, "the shard is cut short; copy it again"))
-    except (tarfile.TarError, EOFError, ValueError, UnicodeError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
         reason = f"the shard is damaged ({plain(error)}); what comes after is left out"
         skipped.append(Skipped(shard, reason))
     except OSError as error:
@@ -250,7 +264,7 @@ def _record(
         try:
             text = decoded(member.content)
             if kind == "json":
-                values = json_object(text)
+                values = {**json_object(text), **values}
             else:
                 captions += text.split("\n")
         except ValueError as error:
@@ -262,7 +276,10 @@ def _record(
     if not own:
         skipped.append(Skipped(where, "a picture without captions"))
         return None
-    label = _label(members["cls"].content) if "cls" in members else label_in(values)
+    own_label = (members["cls"].content or b"").decode("latin-1") if "cls" in members else None
+    label = label_in(values if own_label is None else {"label": own_label})
+    if label is None and "cls" in members:
+        skipped.append(Skipped(f"{shard}: {name}.cls", "the label is no whole number of 64 bits"))
     path = PurePosixPath(shard)
     stem = str(path.with_suffix(""))
     picture = pictures[0]
@@ -273,17 +290,12 @@ def _record(
         captions=own,
         label=label,
         split=split_in(values) or _split(path),
-        meta=meta_in(values, drop_label=True),
+        meta=meta_in(values, drop_label=label is not None),
         span=span,
     )
 
 
-def _label(content: bytes | None) -> int | None:
-    text = (content or b"").strip()
-    return int(text) if re.fullmatch(rb"[0-9]{1,18}", text) else None
-
-
 def _split(shard: PurePosixPath) -> str:
-    """Split of a shard: a folder of its path, or the beginning of its name."""
-    names = [*shard.parts[:-1], *re.findall(r"^[A-Za-z]+(?=[-_.0-9])", shard.name)]
+    """Split of a shard: of a folder of its path, or a word of its name (`cc3m-val-0000.tar`)."""
+    names = [*shard.parts[:-1], *re.split(r"[^A-Za-z]+", shard.stem)]
     return next((split_name(name) for name in names if name.lower() in SPLIT_NAMES), "train")

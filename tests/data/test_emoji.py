@@ -134,3 +134,20 @@ def test_a_system_font_has_thousands_of_distinct_pictures() -> None:
     assert len(pixels) >= 1000 and len({e.id for e in data}) == len(data)
     by_id = {e.id: e.captions[0] for e in data}
     assert by_id["1f436"] == "dog face"
+
+
+def test_a_country_s_code_is_no_caption() -> None:
+    captions = {emoji: names for _, emoji, names, _ in emoji_module._emoji()}
+    assert captions["\U0001f1e9\U0001f1ea"] == ("germany flag",)
+    assert captions["\U0001f600"][0] == "grinning face"
+
+
+@needs_raqm
+def test_other_emoji_of_the_same_font_have_their_own_pixels(
+    font: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(font)
+    original = list(emoji_module._emoji())
+    monkeypatch.setattr(emoji_module, "_emoji", lambda: reversed(original))
+    colours = {e.id: tuple(e.image[:, 8, 8].tolist()) for e in load(font)}
+    assert colours["1f600"] == (255, 0, 0) and colours["1f44b"] == (0, 0, 255)

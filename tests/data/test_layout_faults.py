@@ -20,11 +20,13 @@ from miniatures import (
     TEXTS,
     TOKENS,
     TRAIN,
+    make_coco,
     make_cub,
     make_kaggle,
     mat,
     move,
     refusal,
+    replace,
     reports,
     save_picture,
     save_text,
@@ -129,9 +131,9 @@ CUB_FAULTS: list[Row] = [
     ("cub", SPLIT, JUNK, 0, "train_test_split.txt"),
     ("cub", SPLIT, swap("1 0\n", "1 x\n"), 5, "train_test_split.txt"),
     ("cub", SPLIT, swap("1 0\n", ""), 5, "train_test_split.txt"),
-    ("cub", BOXES, swap("1 4.0 ", "1 "), 6, "bounding_boxes.txt: line 1"),
-    ("cub", BOXES, swap("1 4.0 ", "1 x "), 6, "bounding_boxes.txt"),
-    ("cub", BOXES, swap("1 4.0 ", "1 nan "), 6, "bounding_boxes.txt"),
+    ("cub", BOXES, swap("1 4.0 ", "1 "), 5, "bounding_boxes.txt: line 1"),
+    ("cub", BOXES, swap("1 4.0 ", "1 x "), 5, "bounding_boxes.txt"),
+    ("cub", BOXES, swap("1 4.0 ", "1 nan "), 5, "bounding_boxes.txt"),
 ]
 FLOWERS_FAULTS: list[Row] = [
     ("flowers", "imagelabels.mat", put(b""), 0, "imagelabels.mat is no table"),
@@ -243,3 +245,21 @@ def test_metadata_of_any_bytes_are_read_or_refused(tmp_path: Path, maker: str, f
         data.batch(range(len(data)), [0] * len(data), 0)
 
     splice()
+
+
+@pytest.mark.parametrize("maker", ["cub", "flowers"])
+def test_a_class_in_no_list_is_in_no_split(tmp_path: Path, maker: str) -> None:
+    """A list of test classes that was cut must not move them into training."""
+    root = MAKERS[maker](tmp_path)
+    first, second = sorted(path.name for path in (root / TEXTS).iterdir())[:2]
+    save_text(root / TEXTS / "trainvalclasses.txt", first)
+    save_text(root / TEXTS / "testclasses.txt", second)
+    data = load_dataset(str(root), "all", 8)
+    assert {e.meta["class"] for e in data} == {first, second}
+    assert any("in no list of classes" in s.reason for s in data.skipped)
+
+
+def test_coco_s_file_names_may_have_folders(tmp_path: Path) -> None:
+    root = make_coco(tmp_path)
+    replace(root / TRAIN, "000000000007.jpg", "train2017/000000000007.jpg")
+    assert len(load_dataset(str(root), "train", 8)) == 2

@@ -34,6 +34,7 @@ from lineage.data import load_dataset, parse_spec
 from lineage.data.cached import CachedDataset
 from lineage.data.contract import CaptionedDataset
 from lineage.data.pictures import PictureDataset
+from lineage.data.splits import class_split
 from lineage.data.tools import check
 
 MINIATURES = Path(__file__).resolve().parents[3] / "shared" / "data" / "layouts"
@@ -285,6 +286,8 @@ def test_a_cache_around_random_crops_holds_nothing(tmp_path: Path) -> None:
     for batch in batches:
         assert torch.allclose(batch.extra["mean"], batch.image.mean((2, 3)))
     assert data.varies and len(data.cache) == 0
+    twice = data.batch([0, 0], [1, 2], 0)
+    assert torch.equal(twice.extra["mean"], twice.image.mean((2, 3)))
 
 
 def test_a_seeded_split_stays_when_a_picture_is_added(tmp_path: Path) -> None:
@@ -429,3 +432,22 @@ def test_another_crop_leaves_the_box_of_a_bird_alone(tmp_path: Path) -> None:
     root = bird(tmp_path, (0, 0, 45, 20))
     image = load_dataset(f"{root}?crop=centre", "all", 120)[0].image
     assert red_part(image) == ((0, 4), (0, 19))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("crop=pad&crop=centre", "the option 'crop' twice"),
+        ("crop", "no crop="),
+        ("=pad", "no option ''"),
+    ],
+)
+def test_options_that_cannot_be_read(tmp_path: Path, options: str, sentence: str) -> None:
+    save_pair(tmp_path, "a")
+    assert sentence in refusal(f"{tmp_path}?{options}")
+
+
+def test_a_split_by_class_leaves_a_class_for_training() -> None:
+    assert class_split(["a"]) == {"a": "train"}
+    assert sorted(class_split("ab").values()) == ["test", "train"]
+    assert sorted(class_split("abcdefgh").values()).count("test") == 2

@@ -14,9 +14,11 @@ from PIL import Image
 
 from lineage.cli import main
 from lineage.data import load_dataset, pictures, pixels
+from lineage.data.contract import to_unit
 from lineage.data.decoding import decode
 from lineage.data.pictures import PictureDataset
 from lineage.data.pixels import PixelStore, open_store
+from lineage.data.tools import export
 from lineage.errors import UserError
 from lineage.training.loader import Loader
 
@@ -63,6 +65,11 @@ def load(root: Path, size: int = 8, split: str = "train") -> PictureDataset:
     return data
 
 
+def pixels_of(data: PictureDataset) -> torch.Tensor:
+    """(N, 3, S, S), all of them."""
+    return torch.stack([example.image for example in data])
+
+
 def only(cache: Path) -> Path:
     (store,) = cache.iterdir()
     return store
@@ -76,14 +83,14 @@ def test_a_second_start_decodes_nothing(folder: Path, decoded: list[str]) -> Non
     assert sorted(decoded) == [f"{i}.png" for i in range(6)]
     decoded.clear()
     second = load(folder, split="all")
-    assert decoded == [] and torch.equal(second.images, first.images)
+    assert decoded == [] and torch.equal(pixels_of(second), pixels_of(first))
     assert second.fingerprint() == first.fingerprint()
 
 
 @pytest.mark.parametrize("change", ["bytes", "size", "crop"])
 def test_other_pixels_are_decoded_anew(change: str, folder: Path, decoded: list[str]) -> None:
     """Also for a file of the same length, whose date of change was set back."""
-    before = load(folder).images
+    before = pixels_of(load(folder))
     decoded.clear()
     if change == "bytes":
         file = folder / "2.png"
@@ -92,24 +99,24 @@ def test_other_pixels_are_decoded_anew(change: str, folder: Path, decoded: list[
         Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file)
         file.write_bytes(file.read_bytes()[: len(raw)].ljust(len(raw), b"\0"))
         os.utime(file, ns=(dates.st_atime_ns, dates.st_mtime_ns))
-        after = load(folder).images
+        after = pixels_of(load(folder))
         assert not torch.equal(after[2], before[2]) and torch.equal(after[3:], before[3:])
     elif change == "size":
-        assert load(folder, size=16).images.shape == (6, 3, 16, 16)
+        assert pixels_of(load(folder, size=16)).shape == (6, 3, 16, 16)
     else:
         load_dataset(f"folder:{folder}?crop=pad", size=8)
     assert "2.png" in decoded
 
 
 def test_damaged_rows_are_decoded_again(folder: Path, cache: Path, decoded: list[str]) -> None:
-    before = load(folder).images
+    before = pixels_of(load(folder))
     decoded.clear()
     with (only(cache) / "pixels").open("r+b") as file:
         file.seek(3 * 192 + 17)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    assert torch.equal(load(folder).images, before)
+    assert torch.equal(pixels_of(load(folder)), before)
     assert decoded == ["3.png"]
 
 
@@ -141,10 +148,10 @@ def test_without_a_cache_pictures_are_read_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    expected = load(folder).images
+    expected = pixels_of(load(folder))
     (tmp_path / "file").touch()
     monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / "file"))
-    assert torch.equal(load(folder).images, expected)
+    assert torch.equal(pixels_of(load(folder)), expected)
     assert "LINEAGE_CACHE sets another folder" in capsys.readouterr().err
 
 
@@ -156,7 +163,7 @@ def test_a_full_disk_is_told_before_anything_is_decoded(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"need 0\.0 GB in .*No space left.*TMPDIR"):
+    with pytest.raises(UserError, match=r"need up to 0\.1 GB in .*No space left.*TMPDIR"):
         load(folder)
     assert decoded == []
 
@@ -167,11 +174,16 @@ def test_stores_are_bounded_and_the_oldest_goes(
     row = np.full((3, 64, 64), 7, np.uint8)
     monkeypatch.setattr(pixels, "LIMIT", 3 * (10 * row.nbytes + 4096))
     for age, key in enumerate("abc"):
-        open_store(key, 10, 64).put(0, row)
-        os.utime(cache / key, (age, age))
-    open_store("a", 10, 64)  # used again
-    open_store("d", 10, 64)
-    assert sorted(path.name for path in cache.iterdir()) == ["a", "c", "d"]
+        open_store(32 * key, 10, 64).put(0, row)
+        os.utime(cache / (32 * key), (age, age))
+    (cache / "mine").mkdir()
+    (cache / "mine" / "thesis.txt").write_text("x")
+    open_store(32 * "a", 10, 64)  # used again
+    open_store(32 * "d", 10, 64)
+    names = {path.name[0] for path in cache.iterdir()}
+    assert names == {"a", "c", "d", "m"}
+    assert main(["data", "cache", "--clear"]) == 0
+    assert [path.name for path in cache.rglob("*")] == ["mine", "thesis.txt"]
 
 
 def test_of_a_data_set_over_the_limit_the_first_pictures_are_stored(
@@ -179,11 +191,14 @@ def test_of_a_data_set_over_the_limit_the_first_pictures_are_stored(
 ) -> None:
     monkeypatch.setattr(pixels, "SMALL", 0)
     monkeypatch.setattr(pixels, "LIMIT", 4 * 192)
-    store = open_store("k", 6, 8)
+    store = open_store(32 * "a", 6, 8)
     row = np.ones((3, 8, 8), np.uint8)
     for number in range(6):
         store.put(number, row)
-    assert store.missing() == [4, 5] and (store.folder / "pixels").stat().st_size == 4 * 192
+    assert (
+        store.missing(np.arange(6)) == [4, 5]
+        and (store.folder / "pixels").stat().st_size == 4 * 192
+    )
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "nan"])
@@ -214,6 +229,30 @@ def test_the_command_lists_and_clears_the_cache(
     assert list(cache.iterdir()) == []
     assert main(["data", "cache"]) == 0
     assert "nothing" in capsys.readouterr().out
+
+
+def test_a_data_set_over_the_limit_is_streamed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+) -> None:
+    expected = pixels_of(load(folder))
+    monkeypatch.setattr(pixels, "SMALL", 0)
+    monkeypatch.setattr(pixels, "LIMIT", 4 * 192)
+    (folder / "0.txt").touch()
+    save(folder, 6)
+    decoded.clear()
+    data = load(folder)
+    assert data.streamed and decoded == []
+    assert torch.equal(data.batch(range(6), [0] * 6, 0).image, to_unit(expected))
+    data.batch([5, 5], [0, 0], 0)  # has no row
+    assert decoded.count("5.png") == 2 and decoded.count("3.png") == 1
+
+
+def test_what_is_damaged_beyond_reading_is_made_again(folder: Path, cache: Path) -> None:
+    expected = pixels_of(load(folder))
+    store = only(cache)
+    (store / "sums").unlink()
+    (store / "sums").mkdir()
+    assert torch.equal(pixels_of(load(folder)), expected) and (store / "sums").is_file()
 
 
 # --- streamed ---------------------------------------------------------------------------------
@@ -261,6 +300,28 @@ def test_in_place_of_a_bad_picture_or_text_comes_the_next(
     assert again[5].id == "0" and again[2].id == "3" and again[1].id == "3"
 
 
+def test_a_streamed_data_set_is_passed_once(
+    folder: Path, streamed: Callable[[], PictureDataset], tmp_path: Path
+) -> None:
+    (folder / "1.png").write_bytes(b"broken")
+    assert [e.id for e in streamed()] == ["0", "2", "3", "4", "5"]
+    assert streamed()[-1].id == "5" and streamed().batch([-5], [0], 0).id == ["2"]
+    assert export(streamed(), tmp_path / "out") == 5
+
+
+def test_a_small_split_of_a_large_folder_has_its_captions(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lineage.data.folder.STREAM_FROM", 3)
+    (folder / "2.txt").write_text("\n")
+    data = load(folder)
+    assert not data.streamed and [s.path for s in data.skipped] == ["2.txt"]
+    assert data[1].captions == ("picture 1", "number 1") and len(data) == 5
+    before = data.fingerprint()
+    (folder / "1.txt").write_text("other")
+    assert load(folder).fingerprint() != before
+
+
 def test_a_streamed_data_set_without_a_good_picture_ends(
     folder: Path, streamed: Callable[[], PictureDataset]
 ) -> None:
@@ -300,5 +361,20 @@ def test_the_fingerprint_of_a_streamed_data_set_follows_its_files(
 ) -> None:
     first = streamed().fingerprint()
     assert streamed().fingerprint() == first
+    (folder / "3.png").chmod(0o600)
+    assert streamed().fingerprint() == first
     (folder / "3.png").write_bytes((folder / "2.png").read_bytes())
-    assert streamed().fingerprint() != first
+    second = streamed().fingerprint()
+    assert second != first
+    (folder / "4.txt").write_text("other words")
+    assert streamed().fingerprint() != second
+
+
+def test_names_that_are_not_utf8_have_a_fingerprint(
+    folder: Path, streamed: Callable[[], PictureDataset]
+) -> None:
+    for ending in (".png", ".txt"):
+        name = os.fsencode(folder / "1") + b"\xe9" + ending.encode()
+        with open(name, "wb") as file:
+            file.write((folder / f"1{ending}").read_bytes())
+    assert len(streamed().fingerprint()) == 32

@@ -18,6 +18,7 @@ from lineage.cli import main
 from lineage.data import load_dataset, tools, wds
 from lineage.data.contract import CaptionedDataset
 from lineage.data.tools import export
+from lineage.data.wds import braces
 from lineage.errors import UserError
 
 Files = list[tuple[str, bytes]]
@@ -103,6 +104,7 @@ def test_the_same_name_in_two_shards_is_two_samples(tmp_path: Path) -> None:
         ("x/dev_000.tar", {}, "validation"),
         ("x/test-0.tar", {}, "test"),
         ("x/testament.tar", {}, "train"),
+        ("x/cc3m-validation-0000.tar", {}, "validation"),
         ("x/val/0.tar", {"split": "fold 1"}, "fold 1"),
     ],
 )
@@ -127,6 +129,29 @@ def test_a_brace_list_names_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("x/{a,{b,c}}.tar", ["x/a.tar", "x/b.tar", "x/c.tar"]),
+        ("{x{0..1},y}", ["x0", "y", "x1", "y"]),
+        ("{08..10}{a,}", ["08a", "08", "09a", "09", "10a", "10"]),
+    ],
+)
+def test_braces(text: str, names: list[str]) -> None:
+    assert sorted(set(braces(text))) == sorted(set(names))
+
+
+def test_shards_of_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named from the root and from here; and one whose own name has braces."""
+    monkeypatch.chdir(tmp_path)
+    shard(tmp_path / "a/0.tar", sample("x", 1))
+    shard(tmp_path / "b/c/1.tar", sample("y", 2))
+    shard(tmp_path / "a{1,2}.tar", sample("z", 3))
+    both = load(f"{{{tmp_path}/a/0,b/c/1}}.tar")
+    assert [e.id for e in both] == ["a/0/x", "b/c/1/y"]
+    assert [e.id for e in load("a{1,2}.tar")] == ["a{1,2}/z"]
+
+
+@pytest.mark.parametrize(
     ("path", "sentence"),
     [
         ("no.tar", "no shard"),
@@ -134,6 +159,8 @@ def test_a_brace_list_names_shards(tmp_path: Path) -> None:
         ("{5..0}.tar", "no name"),
         ("{0..999999}{0..9}.tar", "more than 100,000 shards"),
         ("no", "There is no folder"),
+        ("a" * 300 + ".tar", "no shard"),
+        ("{0..99999}{0..999999}.tar", "more than 100,000 shards"),
     ],
 )
 def test_shards_that_are_not_there(path: str, sentence: str, tmp_path: Path) -> None:
@@ -218,6 +245,47 @@ def test_a_shard_that_is_cut_loses_only_its_end(tmp_path: Path) -> None:
             continue
         assert any(s.path.startswith("cut.tar") for s in data.skipped), length
         assert [e.captions[0] for e in data] == [f"picture {i}" for i in range(len(data))]
+
+
+def test_labels_are_whole_numbers_or_named(tmp_path: Path) -> None:
+    files = [*sample("a"), ("a.cls", b"dog"), *sample("b"), ("b.cls", b"-1")]
+    files += [*sample("c"), ("c.json", b'{"label": "cat", "n": 1}'), ("c.more.json", b'{"m": 2}')]
+    data = load(shard(tmp_path / "s.tar", files))
+    assert [e.label for e in data] == [None, -1, None]
+    assert [s.path for s in data.skipped] == ["s.tar: a.cls"]
+    assert data[2].meta["label"] == "cat" and (data[2].meta["n"], data[2].meta["m"]) == (1, 2)
+
+
+def test_names_from_the_current_folder_and_hidden_folders(tmp_path: Path) -> None:
+    """As `tar cf x.tar .` writes them."""
+    files = [*((f"./{name}", raw) for name, raw in sample("a")), *sample(".git/b")]
+    files += sample("my__MACOSX_x")
+    data = load(shard(tmp_path / "s.tar", files))
+    assert [e.id for e in data] == ["s/a", "s/my__MACOSX_x"] and data.skipped == []
+
+
+def test_a_member_of_negative_size_ends_the_listing(tmp_path: Path) -> None:
+    path = shard(tmp_path / "s.tar", [*sample("a"), *sample("b")])
+    raw = bytearray(path.read_bytes())
+    start = raw.index(b"b.png")
+    header = tarfile.TarInfo("b.png").tobuf()
+    raw[start : start + 512] = header
+    raw[start + 124 : start + 136] = b"\xff" * 10 + b"\xfe\x00"  # base 256: -512
+    raw[start + 148 : start + 156] = b" " * 8
+    checksum = sum(raw[start : start + 512])
+    raw[start + 148 : start + 156] = b"%06o\0 " % checksum
+    path.write_bytes(raw)
+    data = load(path)
+    assert [e.id for e in data] == ["s/a"] and "damaged" in data.skipped[0].reason
+
+
+def test_a_picture_that_is_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wds, "MAX_BYTES", 1000)
+    files = [("a.png", bytes(1001)), ("a.txt", b"x"), *sample("b")]
+    data = load(shard(tmp_path / "s.tar", files))
+    assert [e.id for e in data] == ["s/b"] and "make it smaller" in data.skipped[0].reason
 
 
 def test_a_compressed_shard_is_named(tmp_path: Path) -> None:
