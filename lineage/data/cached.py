@@ -72,10 +72,9 @@ class CachedDataset(CaptionedDataset):
         cache_size: int,
     ) -> None:
         self.dataset, self.extra_name, self.encode = dataset, name, encode
-        self.again = not (dataset.endless or dataset.varies)  # whether a picture comes again
-        self.cache = FeatureCache(cache_size if self.again else 0)
         self.name, self.split, self.size = dataset.name, dataset.split, dataset.size
         self.skipped, self.endless, self.varies = dataset.skipped, dataset.endless, dataset.varies
+        self.cache = FeatureCache(cache_size if self.comes_again else 0)
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # a copy looks for attributes before it has any
@@ -93,9 +92,14 @@ class CachedDataset(CaptionedDataset):
         extra = {**batch.extra, self.extra_name: self.values(batch)}
         return dataclasses.replace(batch, extra=extra)
 
+    @property
+    def comes_again(self) -> bool:
+        """Whether another visit of an id has the same picture."""
+        return not (self.endless or self.varies)
+
     def values(self, batch: Batch) -> Tensor:
         """Values (B, ...) of the batch's pictures on the CPU, from the cache or computed."""
-        if not self.again:
+        if not self.comes_again:
             with use_threads(None):
                 return encode_in_chunks(batch.image, self.encode)
         values = {i: value for i in batch.id if (value := self.cache.get(i)) is not None}

@@ -251,6 +251,8 @@ def test_a_state_names_no_file_outside(
     state = load_state(stopped / "state.pt")
     save_state(stopped / "state.pt", {**state, "keys": {"codec": key.format(outside=outside)}})
     shutil.rmtree(tmp_path / "cache")
+    config = json.loads((stopped / "config.json").read_text())
+    load_dataset(config["data"], "train", config["size"])  # its pixels are in the cache again
     answer = resume()
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "cache"}
     assert_refused_or_same(answer, stopped, whole)
