@@ -86,7 +86,7 @@ class EmojiDataset(PictureDataset):
         return record.meta["emoji"], features.version("freetype2"), features.check("raqm")
 
     def _decoded(self, index: int) -> NDArray[np.uint8] | Skipped:
-        return drawn(self.face, self.records[index].meta["emoji"], self.size)
+        return render(self.face, self.records[index].meta["emoji"], self.size)
 
 
 def load(rest: str, split: str, size: int) -> EmojiDataset:
@@ -155,7 +155,7 @@ def _has_colours(face: ImageFont.FreeTypeFont) -> bool:
     return bool((picture.max(-1) - picture.min(-1)).max() > 32)
 
 
-def drawn(face: ImageFont.FreeTypeFont, emoji: str, size: int) -> NDArray[np.uint8]:
+def render(face: ImageFont.FreeTypeFont, emoji: str, size: int) -> NDArray[np.uint8]:
     """One emoji on white, (3, S, S)."""
     image = Image.fromarray(_whole(face, emoji))
     square = image.resize((size, size), Image.Resampling.LANCZOS)

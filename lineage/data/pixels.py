@@ -131,21 +131,13 @@ def open_store(key: str, count: int, side: int, required: bool = True) -> PixelS
     try:
         if not required:  # half of what is free is left to others
             rows = min(rows, _free_bytes(folder) // 2 // row_bytes)
-        for attempt in (1, 2):
-            _make_room(folder, rows * row_bytes)
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                store = PixelStore(folder, count, side, rows)
-                break
-            except FileNotFoundError:  # another process has just removed the folder
-                if attempt == 2:
-                    raise
-            except (OSError, ValueError):
-                if not _is_damaged(folder):
-                    raise
-                remove(folder)
-        os.utime(folder)
-        return store
+        _make_room(folder, rows * row_bytes)
+        try:
+            return _cached_store(folder, count, side, rows)
+        except OSError:  # once more, if another process has just removed it, or it is damaged
+            if folder.exists() and not (_is_damaged(folder) and remove(folder)):
+                raise
+            return _cached_store(folder, count, side, rows)
     except (OSError, UserError) as error:
         reason = unwritable(folder, error) if isinstance(error, OSError) else error
         say_once(
@@ -153,6 +145,14 @@ def open_store(key: str, count: int, side: int, required: bool = True) -> PixelS
             "another folder."
         )
     return _temporary(count, side, rows if required else 0)
+
+
+def _cached_store(folder: Path, count: int, side: int, rows: int) -> PixelStore:
+    """The store in a folder, which is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = PixelStore(folder, count, side, rows)
+    os.utime(folder)
+    return store
 
 
 def _temporary(count: int, side: int, rows: int) -> PixelStore:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
@@ -169,14 +170,10 @@ def _samples(root: Path, shard: str, skipped: list[Skipped]) -> dict[str, dict[s
     """Members of each sample of a shard by their endings, in order."""
     samples: dict[str, dict[str, Member]] = {}
     members = list(_members(root, shard, skipped))
-    by_first_dot: dict[str, int] = {}
-    for member in members:
-        if is_picture(member.name):
-            key = _parts(member.name, first=True)[0]
-            by_first_dot[key] = by_first_dot.get(key, 0) + 1
+    pictures = Counter(_parts(m.name, first=True)[0] for m in members if is_picture(m.name))
     for member in members:
         key, ending = _parts(member.name, first=True)
-        if by_first_dot.get(key, 0) > 1:
+        if pictures[key] > 1:
             key, ending = _parts(member.name, first=False)
         sample = samples.setdefault(key, {})
         if ending in sample:

@@ -255,6 +255,20 @@ def test_what_is_damaged_beyond_reading_is_made_again(folder: Path, cache: Path)
     assert torch.equal(pixels_of(load(folder)), expected) and (store / "sums").is_file()
 
 
+def test_a_damaged_store_that_stays_is_told_and_left(
+    folder: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = pixels_of(load(folder))
+    (only(cache) / "sums").unlink()
+    (only(cache) / "sums").mkdir()
+    monkeypatch.setattr(pixels, "remove", lambda folder: False)
+    assert torch.equal(pixels_of(load(folder)), expected)
+    assert "decoded again in each run" in capsys.readouterr().err
+
+
 # --- streamed ---------------------------------------------------------------------------------
 
 
