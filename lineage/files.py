@@ -2,6 +2,7 @@
 
 expanded       a path with the user's home folder in place of ~
 read_regular   bytes of a regular file of bounded size
+stand_in       what Git or a server put in place of a file
 write_bytes    a file, all of it or nothing
 check_output   that a file can be written, before the work whose result it is to hold
 Lock           one process at a time in a folder
@@ -50,7 +51,7 @@ def expanded(path: str | Path, name: str = "The path") -> Path:
 
 
 class NotRegularError(OSError):
-    """A folder, a pipe or a device in place of a file; `strerror` says which."""
+    """A folder, a pipe, a device or a pointer in place of a file; `strerror` says which."""
 
 
 class TooLargeError(OSError):
@@ -91,9 +92,46 @@ def check_regular(path: Path, limit: int | None = None) -> int:
 
 
 def read_regular(path: Path, limit: int | None = None) -> bytes:
-    """Bytes of a regular file of at most `limit` bytes. Raises as `check_regular`."""
+    """Bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        NotRegularError: it is another kind of file, or a stand-in for a file.
+        TooLargeError, OSError: as in `check_regular`.
+    """
     check_regular(path, limit)
-    return path.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(content) > limit:  # files of /proc have no size
+        reason = f"it is larger than the {limit / 1e6:,.0f} MB allowed"
+        raise TooLargeError(errno.EFBIG, reason, str(path))
+    check_stand_in(content, path)
+    return content
+
+
+_STAND_INS = {
+    b"version https://git-lfs": "a Git LFS pointer, which stands for the file: run `git lfs pull` "
+    "where it comes from, or download the file itself",
+    b"/annex/objects/": "a git-annex pointer, which stands for the file: run `git annex get` where "
+    "it comes from",
+    **dict.fromkeys(
+        (b"<!doctype html", b"<html", b"<?xml"),
+        "a web page: download the file itself (on a hub the link with `resolve`, not the one with "
+        "`blob`)",
+    ),
+}
+"""First bytes, in lower case, of what stands in place of a file; what it is, and what to do."""
+
+
+def stand_in(head: bytes) -> str | None:
+    """What a file with these first bytes is, if Git or a server put it in place of another."""
+    start = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return next((what for first, what in _STAND_INS.items() if start.startswith(first)), None)
+
+
+def check_stand_in(head: bytes, path: Path | None = None) -> None:
+    """Raise `NotRegularError` for the first bytes of a stand-in for the file at `path`."""
+    if what := stand_in(head):
+        raise NotRegularError(errno.EINVAL, f"it is {what}", path and str(path))
 
 
 def read_span(path: Path, offset: int, length: int) -> bytes:

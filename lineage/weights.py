@@ -17,14 +17,12 @@ from torch import Tensor
 
 from lineage.characters import plain
 from lineage.errors import UserError
-from lineage.files import NotRegularError, check_regular, expanded
+from lineage.files import NotRegularError, check_regular, expanded, stand_in
 
 HEAD = 512
 """Number of bytes by which a file is recognised."""
 
 _FOREIGN: dict[bytes, str] = {
-    b"version https://git-lfs": "a Git LFS pointer, which stands for the weights: run `git lfs "
-    "pull` where it comes from, or download the file itself",
     b"\x89PNG": "a picture: name the file of weights",
     b"\xff\xd8\xff": "a picture: name the file of weights",
     b"\x89HDF": "an HDF5 file, as Keras writes: convert it to safetensors",
@@ -38,11 +36,6 @@ _FOREIGN: dict[bytes, str] = {
     b"%PDF": "a PDF: name the file of weights",
 }
 """First bytes of files that hold no weights, what they are, and what to do."""
-
-_WEB_PAGE = (
-    "a web page: download the file itself (on a hub the link with `resolve`, not the one with "
-    "`blob`)"
-)
 
 
 def kind_of(path: Path) -> str:
@@ -64,11 +57,10 @@ def kind_of(path: Path) -> str:
         raise UserError(f"{name} is {what}: name the file of weights.") from None
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror or error}.") from error
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not size:
         raise UserError(f"{name} is empty: copy or download it again.")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{name} is {_WEB_PAGE}.")
+    if instead := stand_in(head):
+        raise UserError(f"{name} is {instead}.")
     for first_bytes, what in _FOREIGN.items():
         if head.startswith(first_bytes):
             raise UserError(f"{name} is {what}.")

@@ -1,4 +1,4 @@
-"""Files at the edges: paths."""
+"""Files at the edges: paths, and files whose size is not known before they are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from lineage.cache import cache_folder
 from lineage.errors import UserError
-from lineage.files import expanded
+from lineage.files import TooLargeError, expanded, read_regular
 
 
 def test_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +54,12 @@ def test_the_cache_is_where_its_variable_says(
         monkeypatch.setenv("LINEAGE_CACHE", value)
     expected = {"~/kept": tmp_path / "kept", "kept": Path("kept")}
     assert cache_folder("x") == expected.get(value or "", tmp_path / ".cache" / "lineage") / "x"
+
+
+def test_a_file_is_not_read_beyond_its_limit() -> None:
+    """Files of /proc have the size 0, whatever they hold."""
+    file = Path("/proc/self/maps")
+    if not file.exists() or file.stat().st_size:
+        pytest.skip("this system has no files without a size")
+    with pytest.raises(TooLargeError):
+        read_regular(file, 10)

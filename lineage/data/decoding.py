@@ -22,6 +22,7 @@ import contextlib
 import errno
 import io
 import math
+import re
 import struct
 import threading
 import warnings
@@ -35,7 +36,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from lineage.characters import plain
-from lineage.files import NotRegularError, TooLargeError, check_regular
+from lineage.files import NotRegularError, TooLargeError, check_regular, check_stand_in
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's remarks on odd metadata
 
@@ -89,11 +90,13 @@ def decode(
         return _pixels(file if isinstance(file, Path) else io.BytesIO(file), size, box, whole)
     except (Image.DecompressionBombError, MemoryError, TooLargeError):
         raise
-    except Exception:  # Pillow's decoders raise errors of many kinds
-        bare = _without_metadata(file.read_bytes() if isinstance(file, Path) else file)
-        if bare is not None:
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
+        raw = file.read_bytes() if isinstance(file, Path) else file
+        for bare in _without_metadata(raw):
             with contextlib.suppress(Exception):  # the first error tells more
                 return _pixels(io.BytesIO(bare), size, box, whole)
+        if isinstance(error, Image.UnidentifiedImageError):
+            _check_foreign(raw)
         raise
 
 
@@ -130,6 +133,24 @@ def why_broken(error: Exception, file: Path | None) -> str:
     return f"the picture is broken ({plain(error)}); copy it again"
 
 
+_FOREIGN = {
+    rb"....ftyp(heic|heix|hevc|mif1|msf1)": "an HEIC picture: convert it to PNG",
+    rb"....ftyp": "a video: save a picture of it as PNG",
+    rb"(\xef\xbb\xbf)?\s*(<\?xml.{,400}?)?<svg\b": "a drawing in SVG: convert it to PNG",
+    rb"%PDF": "a PDF: convert it to PNG",
+    rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf": "an archive: unpack it",
+}
+"""Patterns of the first bytes of files that users name like pictures; what they are."""
+
+
+def _check_foreign(raw: bytes) -> None:
+    """Raise `NotRegularError` for a file that is known to be no picture that is read."""
+    for pattern, what in _FOREIGN.items():
+        if re.match(pattern, raw, re.DOTALL):
+            raise NotRegularError(errno.EINVAL, f"it is {what}")
+    check_stand_in(raw)
+
+
 def _is_empty(file: Path | None) -> bool:
     if file is None:
         return False
@@ -145,7 +166,7 @@ def _area(file: Path | None) -> str:
     if file is not None:
         with file.open("rb") as opened:
             head = opened.read(26)
-    layouts = {b"\x89PNG": (">II", 16), b"GIF8": ("<HH", 6), b"BM": ("<ii", 18)}
+    layouts = {b"\x89PNG": (">II", 16), b"GIF8": ("<HH", 6), b"BM": ("<Ii", 18)}
     for magic, (layout, start) in layouts.items():
         if head.startswith(magic):
             width, height = (abs(side) for side in struct.unpack_from(layout, head, start))
@@ -256,26 +277,32 @@ def _rgb(image: Image.Image) -> Image.Image:
 # --- files without their metadata -----------------------------------------------------------------
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
-def _without_metadata(raw: bytes) -> bytes | None:
-    """A PNG or JPEG file with only the parts that its pixels need; None for another format."""
+def _without_metadata(raw: bytes) -> Iterator[bytes]:
+    """A PNG, JPEG or WebP file with only the parts that its pixels need.
+
+    Of a PNG, then, without the transparency too, which may be junk.
+    """
     if raw.startswith(_PNG):
-        return _PNG + b"".join(_png_chunks(raw))
-    if raw.startswith(b"\xff\xd8"):
-        return b"\xff\xd8" + b"".join(_jpeg_segments(raw))
-    return None
+        yield _PNG + b"".join(_png_chunks(raw, (*_PNG_PIXELS, b"tRNS")))
+        yield _PNG + b"".join(_png_chunks(raw, _PNG_PIXELS))
+    elif raw.startswith(b"\xff\xd8"):
+        yield b"\xff\xd8" + b"".join(_jpeg_segments(raw))
+    elif raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
+        body = b"WEBP" + b"".join(_webp_chunks(raw))
+        yield b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
-def _png_chunks(raw: bytes) -> Iterator[bytes]:
-    """Chunks of the pixels, and the orientation where its checksum is right."""
+def _png_chunks(raw: bytes, names: Sequence[bytes]) -> Iterator[bytes]:
+    """Chunks of these names, and the orientation where its checksum is right."""
     start = len(_PNG)
     while start + 12 <= len(raw):
         length = int.from_bytes(raw[start : start + 4], "big")
         name, end = raw[start + 4 : start + 8], start + 12 + length
         chunk = raw[start:end]
-        if name in _PNG_PIXELS or (name == b"eXIf" and _is_sound(chunk)):
+        if name in names or (name == b"eXIf" and _is_sound(chunk)):
             yield chunk
         start = end
 
@@ -292,8 +319,22 @@ def _jpeg_segments(raw: bytes) -> Iterator[bytes]:
         end = start + 2 + int.from_bytes(raw[start + 2 : start + 4], "big")
         if marker == b"\xda" or end > len(raw):  # the pixels, which end the list of segments
             break
-        is_metadata = b"\xe0" <= marker <= b"\xef" and marker != b"\xee"
-        if not is_metadata and marker != b"\xfe":
+        is_adobe = marker == b"\xee" and end - start >= 16  # a shorter one is junk
+        is_metadata = b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"
+        if is_adobe or not is_metadata:
             yield raw[start:end]
         start = max(end, start + 4)
     yield raw[start:]
+
+
+def _webp_chunks(raw: bytes) -> Iterator[bytes]:
+    """Whole chunks without the colour profile, EXIF and XMP, and without the flags for them."""
+    start = 12
+    while start + 8 <= len(raw):
+        name, length = raw[start : start + 4], int.from_bytes(raw[start + 4 : start + 8], "little")
+        end = start + 8 + length + length % 2
+        if name == b"VP8X":
+            yield raw[start : start + 8] + bytes((raw[start + 8] & ~0x2C,)) + raw[start + 9 : end]
+        elif name not in (b"ICCP", b"EXIF", b"XMP ") and end <= len(raw):
+            yield raw[start:end]
+        start = end

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from lineage.characters import decoded, valid
 from lineage.data.contract import Skipped
-from lineage.files import check_regular, read_regular
+from lineage.files import check_regular, check_stand_in, read_regular, read_span
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_BYTES = 1_000_000_000
@@ -94,6 +94,7 @@ def read_table(
     try:
         if table.endswith(".parquet"):
             check_regular(root / table, MAX_BYTES)
+            check_stand_in(read_span(root / table, 0, 512))
             for line, values in _parquet_rows(root / table):
                 if isinstance(values, str):
                     skipped.append(Skipped(table, values))

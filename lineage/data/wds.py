@@ -50,7 +50,7 @@ from lineage.data.records import (
 from lineage.data.splits import SPLIT_NAMES, split_name
 from lineage.data.tables import json_object
 from lineage.errors import UserError
-from lineage.files import check_regular, expanded
+from lineage.files import check_regular, check_stand_in, expanded, read_span
 
 OPTIONS: dict[str, tuple[str, ...]] = {}
 LAYOUT_HINT = "the shards need pictures with texts of the same name (0001.jpg and 0001.txt)."
@@ -200,6 +200,7 @@ def _members(root: Path, shard: str, skipped: list[Skipped]) -> Iterator[Member]
             reason = "a compressed shard is not read; unpack it with gunzip"
             skipped.append(Skipped(shard, reason))
             return
+        check_stand_in(read_span(path, 0, 512))
         with tarfile.open(path, "r:") as archive:
             last = -1
             for info in archive:
@@ -259,11 +260,14 @@ def _record(
         if member.content is None or kind == "cls":
             continue
         try:
+            check_stand_in(member.content)
             text = decoded(member.content)
             if kind == "json":
                 values = {**json_object(text), **values}
             else:
                 captions += text.split("\n")
+        except OSError as error:
+            skipped.append(Skipped(f"{shard}: {member.name}", str(error.strerror)))
         except ValueError as error:
             reason = (
                 f"it is no {'object of JSON' if kind == 'json' else 'UTF-8'} ({plain(error)[:80]})"

@@ -62,6 +62,8 @@ JUNK = {
     "text packed in an unknown way": chunk(b"zTXt", b"k\0\7xxx"),
     "text with a wrong checksum": chunk(b"tEXt", b"k\0text")[:-1] + b"?",
     "half a gamma": chunk(b"gAMA", b"\0"),
+    "half a transparent colour": chunk(b"tRNS", b"\0"),
+    "a transparent colour with a wrong checksum": chunk(b"tRNS", bytes(6))[:-1] + b"?",
     "half an animation": chunk(b"acTL", b"\0"),
     "a frame outside": chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 99, 99, 0, 0, 1, 1, 0, 0)),
 }
@@ -77,8 +79,10 @@ def test_metadata_of_junk_does_not_make_a_picture_unreadable(tmp_path: Path, nam
         assert decode(file, 8)[:, 4, 4].tolist() == [200, 30, 30]
 
 
-@pytest.mark.parametrize("marker", [0xE0, 0xE1, 0xE2, 0xED, 0xFE])
-@pytest.mark.parametrize("junk", [b"JFIF\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"ICC_PROFILE\0\1"])
+@pytest.mark.parametrize("marker", [0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE])
+@pytest.mark.parametrize(
+    "junk", [b"JFIF\0", b"Adobe\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"ICC_PROFILE\0\1"]
+)
 def test_segments_of_junk_do_not_make_a_jpeg_unreadable(
     tmp_path: Path, marker: int, junk: bytes
 ) -> None:
@@ -86,6 +90,16 @@ def test_segments_of_junk_do_not_make_a_jpeg_unreadable(
     (tmp_path / "a.jpg").write_bytes(jpeg()[:2] + segment + jpeg()[2:])
     (tmp_path / "b.jpg").write_bytes(jpeg())
     assert (decode(tmp_path / "a.jpg", 8) == decode(tmp_path / "b.jpg", 8)).all()
+
+
+@pytest.mark.parametrize("name", [b"EXIF", b"XMP ", b"ICCP"])
+def test_chunks_of_junk_do_not_make_a_webp_unreadable(tmp_path: Path, name: bytes) -> None:
+    file = tmp_path / "a.webp"
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(file, icc_profile=bytes(64), exif=bytes(64))
+    expected, raw = decode(file, 8), file.read_bytes()
+    size = len(raw) + 12 - 8  # the chunk says that it is longer than the file
+    file.write_bytes(b"RIFF" + struct.pack("<I", size) + raw[8:] + name + b"\0\0\1\0junk")
+    assert (decode(file, 8) == expected).all()
 
 
 def test_the_orientation_is_kept_when_other_metadata_is_junk(tmp_path: Path) -> None:
@@ -161,6 +175,14 @@ def test_a_bomb_is_named_with_its_size(
     file.write_bytes(raw)
     words = reason(file)
     assert "too large: it has 60,000 x 50,000 pixels" in words and "bomb" in words
+
+
+def test_a_bmp_of_negative_width_is_a_wide_one(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.bmp")
+    raw = bytearray((tmp_path / "a.bmp").read_bytes())
+    struct.pack_into("<i", raw, 18, -8)
+    (tmp_path / "a.bmp").write_bytes(raw)
+    assert "it has 4,294,967,288 x 8 pixels" in reason(tmp_path / "a.bmp")
 
 
 def test_a_bomb_of_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
