@@ -209,6 +209,17 @@ def text_vectors(model: Comparer, captions: Sequence[str]) -> Tensor:
     return F.normalize(model.encode_text(list(captions)).float(), dim=-1).cpu()
 
 
+def similarity(
+    model: Comparer, images: Tensor, captions: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """Cosines of pictures (B, 3, S, S) uint8 with each of their captions."""
+    counts = torch.tensor([len(own) for own in captions])
+    image = image_vectors(model, images).repeat_interleave(counts, 0)
+    text = text_vectors(model, [caption for own in captions for caption in own])
+    cosines = (image * text).sum(1)  # one row a caption
+    return [own.tolist() for own in cosines.split(counts.tolist())]
+
+
 def search(
     model: Comparer, image: Tensor, names: Sequence[str], queries: Sequence[str], count: int
 ) -> list[list[Hit]]:

@@ -56,6 +56,7 @@ not listed (recipes, evaluation, comparison, official, runs, cli) sit on top."""
 
 EXTRA = {
     "data.tools": {"sheets"},  # it draws contact sheets
+    "data.cleaned": {"sheets"},  # its page shows pictures
     "clip.clip": {"text.opposites"},  # of words of place
 }
 LONG = {"catalog"}  # a table, not a program

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App, Group
 
 from lineage.characters import plain
-from lineage.cli.arguments import Count, Flag, PathName, Seed, SheetCount, print_json
+from lineage.cli.arguments import Count, Flag, PathName, RunName, Seed, SheetCount, print_json
+from lineage.cli.imports import large_imports
 from lineage.errors import UserError
+
+if TYPE_CHECKING:
+    from lineage.data.cleaning import Similarity
 
 GROUP = Group("Data", sort_key=1)
 data = App(
@@ -100,7 +105,7 @@ def data_stats(
         seed: Seed of an endless data set.
         json: If true, print one JSON document.
     """
-    from lineage.data import ENDLESS, load_dataset, parse_spec
+    from lineage.data import load_dataset
     from lineage.data.stats import lines, page, statistics
     from lineage.data.tools import contact_sheet
     from lineage.files import check_output, write_bytes
@@ -108,9 +113,7 @@ def data_stats(
 
     if out is not None:
         check_output(out)
-    if split == "all" and parse_spec(spec)[0] in ENDLESS:
-        split = "train"
-    dataset = load_dataset(spec, split, size, seed)
+    dataset = load_dataset(spec, _whole(spec, split), size, seed)
     numbers = statistics(dataset)
     if out is not None:
         sheet = data_url(contact_sheet(dataset, 24, 8))
@@ -121,6 +124,121 @@ def data_stats(
         print("\n".join(lines(numbers)))
         if out is not None:
             print(plain(f"Open {out}"))
+
+
+@data.command(name="filter")
+def data_filter(
+    spec: str,
+    /,
+    *,
+    out: PathName | None = None,
+    min_side: Count | None = None,
+    max_aspect: float | None = None,
+    min_words: Count | None = None,
+    max_words: Count | None = None,
+    min_letters: Count | None = None,
+    max_letters: Count | None = None,
+    script: list[str] | None = None,
+    max_pictures: Count | None = None,
+    duplicates: Literal["none", "exact", "near"] = "exact",
+    leaks: Flag = False,
+    near: float | None = None,
+    clip: RunName | None = None,
+    min_similarity: float | None = None,
+    worst: float | None = None,
+    count: Count | None = None,
+    size: Count = 32,
+    split: str = "all",
+    seed: Seed = 0,
+    json: Flag = False,
+) -> None:
+    """Remove bad pictures and captions, and write the rest with a page about both.
+
+    Without --out nothing is written: the numbers show what the rules would do. A picture goes when
+    its last caption does. Of copies, the one in test or validation stays, then the largest.
+
+    Args:
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
+        out: Folder to write: an imagefolder, removed.jsonl, cleaning.json and cleaning.html.
+        min_side: Smallest shorter side of a picture in its file, in pixels.
+        max_aspect: Largest ratio of a picture's longer side to its shorter one.
+        min_words: Smallest number of words of a caption.
+        max_words: Largest number of words of a caption.
+        min_letters: Smallest number of characters of a caption.
+        max_letters: Largest number of characters of a caption.
+        script: Script of at least half of a caption's letters, such as latin, cyrillic or cjk; may
+            be given several times.
+        max_pictures: Largest number of pictures that may have the same caption.
+        duplicates: exact: remove pictures with the same pixels; near: those that differ by little.
+        leaks: If true, remove what is nearly the same as a picture of another split.
+        near: Largest mean difference of pictures that are nearly the same, in levels of 0 to 255;
+            4 if left out.
+        clip: Run folder of clip, or pretrained:clip, that compares captions with pictures.
+        min_similarity: Smallest cosine of a caption and its picture by --clip.
+        worst: Share of the captions to remove for the lowest cosines by --clip.
+        count: Largest number of pictures; all if left out.
+        size: Side of the pictures in pixels at which they are compared.
+        split: train, validation, test, ...; all of them if left out (train of shapes).
+        seed: Seed of an endless data set.
+        json: If true, print one JSON document.
+    """
+    from lineage.data import load_dataset
+    from lineage.data.cleaned import lines, write
+    from lineage.data.cleaning import Rules, clean
+    from lineage.files import check_output
+
+    rules = Rules(
+        min_side=min_side,
+        max_aspect=max_aspect,
+        min_words=min_words,
+        max_words=max_words,
+        min_letters=min_letters,
+        max_letters=max_letters,
+        scripts=tuple(name.lower() for name in script or ()),
+        max_pictures=max_pictures,
+        duplicates=duplicates,
+        leaks=leaks,
+        near=near,
+        min_similarity=min_similarity,
+        worst=worst,
+    )
+    if (clip is not None) != rules.need_similarity:
+        raise UserError(
+            "--clip, and --min-similarity or --worst, go together: a run of CLIP, such as "
+            "pretrained:clip, and what is removed for a low cosine."
+        )
+    if out is not None:
+        check_output(out, folder=True)
+    dataset = load_dataset(spec, _whole(spec, split), size, seed)
+    similarity = None if clip is None else _similarity_of(clip, size)
+    cleaned = clean(dataset, rules, similarity, count)
+    if out is not None:
+        write(cleaned, out)
+    if json:
+        print_json(cleaned.summary())
+        return
+    print("\n".join(lines(cleaned)))
+    if out is not None:
+        print(plain(f"Open {out / 'cleaning.html'}"))
+
+
+def _whole(spec: str, split: str) -> str:
+    """The split `all` as a data set has it: an endless one has only `train` to train on."""
+    from lineage.data import ENDLESS, parse_spec
+
+    return "train" if split == "all" and parse_spec(spec)[0] in ENDLESS else split
+
+
+def _similarity_of(run: Path, size: int) -> Similarity:
+    """Cosines by a run of CLIP."""
+    with large_imports():
+        from lineage import runs
+        from lineage.search import similarity
+
+    model = runs.load_comparer(run, "auto")
+    if model.size != size:
+        raise UserError(f"{run} takes pictures of {model.size} pixels: add --size {model.size}.")
+    return functools.partial(similarity, model)
 
 
 @data.command(name="export")

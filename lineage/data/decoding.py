@@ -100,10 +100,11 @@ def decode(
         raise
 
 
-def shown_size(file: Path) -> tuple[int, int]:
+def shown_size(file: Path | bytes) -> tuple[int, int]:
     """Width and height of the picture in a file, turned upright. Raises as `decode`."""
-    check_regular(file, MAX_BYTES)
-    with Image.open(file) as image:
+    if isinstance(file, Path):
+        check_regular(file, MAX_BYTES)
+    with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
         width, height = image.size
         turned = _orientation(image) >= 5
     return (height, width) if turned else (width, height)

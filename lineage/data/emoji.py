@@ -76,6 +76,7 @@ HOW = (
 class EmojiDataset(PictureDataset):
     """The emoji of a font: a `PictureDataset` that draws instead of decoding."""
 
+    has_files = False
     face: ImageFont.FreeTypeFont
 
     def __init__(self, spec: str, font: Path, split: str, size: int, records: list[Record]) -> None:

@@ -16,7 +16,8 @@ captions of several rows of one picture are joined.
 
 The split of a picture is its row's `split`; else the first folder of its path that has the name of
 a split (`train`, `validation` or `val`, `valid`, `dev`, `test`); else `train`. The column `label`
-becomes the label if it has a whole number in every row. All other columns go into `Example.meta`;
+becomes the label if it has a whole number in every row. The column `box` (left, top, right, bottom
+in pixels) is the square that the crop `box` takes. All other columns go into `Example.meta`;
 an object in the column `meta`, as exported data sets have it, is merged into it.
 
 An example's id is its path without the suffix, or with it where two paths differ in nothing else;
@@ -41,6 +42,7 @@ from typing import Any
 
 from lineage.characters import plain, same_name
 from lineage.data.contract import Skipped
+from lineage.data.decoding import Box
 from lineage.data.folder import count_pairs
 from lineage.data.records import Record, clean_captions, is_picture, unique_ids
 from lineage.data.splits import SPLIT_NAMES, split_name
@@ -256,9 +258,21 @@ def _records(entries: list[Entry]) -> list[Record]:
             label=label if labelled else None,
             split=entry.split,
             meta=meta_in(entry.values, drop_label=labelled),
+            box=_box(entry.values.get("box")),
         )
         for example_id, entry, label in zip(unique_ids(paths), entries, labels, strict=True)
     ]
+
+
+def _box(value: object) -> Box | None:
+    """The four numbers of a box; None for anything else."""
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    numbers = [side for side in value if isinstance(side, (int, float)) and abs(side) < 1e6]
+    if len(numbers) != 4 or numbers[0] >= numbers[2] or numbers[1] >= numbers[3]:
+        return None
+    left, top, right, bottom = map(float, numbers)
+    return left, top, right, bottom
 
 
 def split_in(values: dict[str, Any]) -> str | None:

@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from lineage.characters import plain
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
-from lineage.data.decoding import decode, why_broken
+from lineage.data.decoding import MAX_BYTES, decode, shown_size, why_broken
 from lineage.data.pixels import key_of, open_store, state_of
 from lineage.data.records import Record, read_captions
 from lineage.data.splits import split_name
 from lineage.errors import UserError
-from lineage.files import read_span
+from lineage.files import read_regular, read_span
 
 SIZES = range(8, 1025)
 STREAM_FROM = 50_000
@@ -64,6 +64,7 @@ class PictureDataset(CaptionedDataset):
     Attributes:
         records: Records of the split, in order; unless `streamed`, those with a good picture.
         labels: (N,) int64, or None if a record lacks a label.
+        has_files: If true, each picture is a file, or a part of one, that can be copied.
         streamed: If true, a picture is decoded when it is due. In place of a record without a
             picture or a caption that can be read comes the next one that has both.
 
@@ -72,6 +73,8 @@ class PictureDataset(CaptionedDataset):
     Raises:
         UserError: The split or the size does not exist, or nothing can be loaded.
     """
+
+    has_files = True
 
     def __init__(
         self,
@@ -227,6 +230,20 @@ class PictureDataset(CaptionedDataset):
             self._broken.add(index)
             self.skipped.append(pixels if isinstance(pixels, Skipped) else captions)  # type: ignore
         raise EmptyDatasetError(self.name, self.skipped, "")
+
+    def source(self, index: int) -> bytes:
+        """Bytes of a record's picture file. Raises `OSError`."""
+        record = self.records[index]
+        path = self.root / record.path
+        return (
+            read_regular(path, MAX_BYTES) if record.span is None else read_span(path, *record.span)
+        )
+
+    def file_size(self, index: int) -> tuple[int, int]:
+        """Width and height of a record's upright picture in its file. Raises as `decode`."""
+        record = self.records[index]
+        path = self.root / record.path
+        return shown_size(path if record.span is None else read_span(path, *record.span))
 
     def captions_of(self, index: int) -> tuple[str, ...] | Skipped:
         """Captions of a record, or why they cannot be read."""

@@ -16,7 +16,6 @@ from jinja2 import Environment, PackageLoader
 
 from lineage.characters import plain
 from lineage.data.contract import CaptionedDataset
-from lineage.data.decoding import shown_size
 from lineage.data.pictures import PictureDataset
 
 MAX_PICTURES = 10_000
@@ -120,19 +119,10 @@ def nearest_colours(image: torch.Tensor) -> dict[str, int]:
 
 def _sizes(dataset: CaptionedDataset, count: int) -> tuple[list[int], list[int]]:
     """Widths and heights of the pictures in their files; none where there are no such files."""
-    if not isinstance(dataset, PictureDataset):
+    if not isinstance(dataset, PictureDataset) or not dataset.has_files:
         return [], []
-    widths, heights = [], []
-    step = max(1, count // MAX_SIZES)
-    for record in dataset.records[:count:step]:
-        if record.span is None:
-            try:
-                width, height = shown_size(dataset.root / record.path)
-            except Exception:  # Pillow raises errors of many kinds; the picture is drawn, not read
-                continue
-            widths.append(width)
-            heights.append(height)
-    return widths, heights
+    sizes = [dataset.file_size(i) for i in range(0, count, max(1, count // MAX_SIZES))]
+    return [width for width, _ in sizes], [height for _, height in sizes]
 
 
 def page(numbers: dict[str, Any], sheet: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ from lineage.characters import same_name
 from lineage.data import ENDLESS, load_dataset, parse_spec
 from lineage.data.contract import CaptionedDataset, Example, Skipped
 from lineage.data.pictures import EmptyDatasetError, PictureDataset
+from lineage.data.records import SUFFIXES
 from lineage.errors import UserError
 from lineage.files import expanded
 from lineage.sheets import picture, sheet
@@ -115,12 +117,24 @@ def export(
     Raises:
         UserError: The folder has contents, or cannot be written.
     """
-    target = expanded(folder)
     _read_all(dataset)
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     if number < 1:
         raise UserError(f"An export needs at least 1 example, not {count}.")
+    with new_folder(folder) as partial:
+        (_write_shards if form == "wds" else _write)(dataset, partial, number)
+    return number
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder that is renamed to `folder` at the end, and deleted where there is an error.
+
+    Raises:
+        UserError: `folder` has contents, or cannot be written.
+    """
+    target = expanded(folder)
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{str(folder)!r} is not empty; choose a new or an empty folder.")
@@ -129,7 +143,7 @@ def export(
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
-        (_write_shards if form == "wds" else _write)(dataset, partial, number)
+        yield partial
         partial.chmod(0o777 & ~_umask())  # mkdtemp allows only the owner
         if target.exists():
             target.rmdir()  # it is empty, and not every system can rename onto a folder
@@ -138,7 +152,6 @@ def export(
         raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return number
 
 
 def _unwritable(folder: str | Path, error: OSError) -> UserError:
@@ -159,11 +172,9 @@ def _write(dataset: CaptionedDataset, folder: Path, number: int) -> None:
     with (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as metadata:
         for index in range(number):
             example = dataset[index]
-            file_name = f"images/{_file_name(example.id, taken)}.png"
-            picture(example.image).save(folder / file_name)
-            metadata.write(
-                json.dumps(_row(example, file_name, dataset.split), ensure_ascii=False) + "\n"
-            )
+            path = f"images/{file_name(example.id, taken)}.png"
+            picture(example.image).save(folder / path)
+            metadata.write(json_line(metadata_row(example, path, dataset.split)))
 
 
 def _write_shards(dataset: CaptionedDataset, folder: Path, number: int) -> None:
@@ -174,7 +185,7 @@ def _write_shards(dataset: CaptionedDataset, folder: Path, number: int) -> None:
     try:
         for index in range(number):
             example = dataset[index]
-            row = _row(example, "", dataset.split)
+            row = metadata_row(example, "", dataset.split)
             split = re.sub(r"[^A-Za-z]", "", str(row["split"])) or "train"
             if counts[split] % SHARD == 0:
                 if split in archives:
@@ -189,7 +200,7 @@ def _write_shards(dataset: CaptionedDataset, folder: Path, number: int) -> None:
                 "png": png.getvalue(),
                 "json": json.dumps(values, ensure_ascii=False).encode(),
             }
-            key = _file_name(example.id, taken).replace(".", "_")
+            key = file_name(example.id, taken).replace(".", "_")
             for ending, content in members.items():
                 info = tarfile.TarInfo(f"{key}.{ending}")
                 info.size = len(content)
@@ -199,10 +210,10 @@ def _write_shards(dataset: CaptionedDataset, folder: Path, number: int) -> None:
             archive.close()
 
 
-def _row(example: Example, file_name: str, split: str) -> dict[str, Any]:
+def metadata_row(example: Example, path: str, split: str) -> dict[str, Any]:
     """One line of the metadata; the split in an example's `meta` goes before `split`."""
     meta = {key: value for key, value in example.meta.items() if _is_json(value)}
-    row: dict[str, Any] = {"file_name": file_name, "text": example.captions[0]}
+    row: dict[str, Any] = {"file_name": path, "text": example.captions[0]}
     if len(example.captions) > 1:
         row["alt_texts"] = list(example.captions[1:])
     if example.label is not None:
@@ -210,6 +221,21 @@ def _row(example: Example, file_name: str, split: str) -> dict[str, Any]:
     own = meta.pop("split", split)
     row["split"] = own if isinstance(own, str) and own.strip() else split
     return row | ({"meta": meta} if meta else {})
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A line of a .jsonl file."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def picture_ending(raw: bytes) -> str:
+    """Ending for a picture file with these bytes, whatever it was called; readers know it."""
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            name = f".{str(image.format).lower()}"
+    except Exception:  # metadata of junk, without which the picture can be decoded
+        name = ""
+    return name if name in SUFFIXES else ".png"
 
 
 def _is_json(value: object) -> bool:
@@ -227,7 +253,7 @@ def _plain(value: object) -> object:
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _file_name(example_id: str, taken: set[str]) -> str:
+def file_name(example_id: str, taken: set[str]) -> str:
     """An id as a file name for every operating system; it differs from all in `taken`, and is added
     to them.
     """

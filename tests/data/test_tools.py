@@ -16,7 +16,7 @@ from lineage.characters import same_name
 from lineage.cli import main
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example
-from lineage.data.tools import _file_name, check, contact_sheet, export
+from lineage.data.tools import check, contact_sheet, export, file_name
 from lineage.errors import UserError
 from lineage.text.tokenizer import default_limits
 
@@ -119,10 +119,10 @@ def test_what_the_command_prints_is_escaped(
     assert len(printed.splitlines()) == 4 and r"mute\x1b[2J\xe9\n.png" in printed
 
 
-def test_file_names_are_safe_and_unique() -> None:
+def testfile_names_are_safe_and_unique() -> None:
     taken: set[str] = set()
-    names = [_file_name(x, taken) for x in ("a/b", "a_b", "A\\B", "../../etc", ".", "é" * 99)]
-    names += [_file_name(x, taken) for x in ("\u1100\u1161", "\uac00")]  # one syllable, two ways
+    names = [file_name(x, taken) for x in ("a/b", "a_b", "A\\B", "../../etc", ".", "é" * 99)]
+    names += [file_name(x, taken) for x in ("\u1100\u1161", "\uac00")]  # one syllable, two ways
     assert len({same_name(n).lower() for n in names}) == len(names)
     assert names[:2] == ["a_b", "a_b-2"]
     assert all("/" not in n and not n.startswith(".") and len(n.encode()) < 200 for n in names)
