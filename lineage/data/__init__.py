@@ -7,6 +7,7 @@
     load_dataset("imagefolder:my/set")           the Hugging Face layout, metadata.jsonl or .csv
     load_dataset("cub:birds")                    CUB-200-2011; also `flowers`, `coco`, `flickr8k`
     load_dataset("wds:shards/{00..09}.tar")      WebDataset
+    load_dataset("hub:user/set")                 the Hugging Face hub, or a folder of its library
     load_dataset("emoji")                        the emoji of the system's font, or `emoji:FONT`
     load_dataset("my/pictures")                  a bare path; its layout is recognised
     load_dataset("my/pictures?crop=pad")         options of the layouts; see `layouts`
@@ -20,8 +21,8 @@ disk also have `all`, `shapes` has `heldout`.
 Modules: `contract` (what a data set is), `shapes*` (the procedural world), `layouts` (what lies on
 a disk) with one file for each, `records` and `pictures` (what they share), `pixels` (decoded
 pictures on the disk), `decoding` (one file -> pixels), `tables` (rows of metadata), `reed`
-(captions of CUB and the flowers), `splits`, `emoji`, `cached` (adds what a network computes from
-each picture), `tools` (contact sheet, check, export), `stats` (what is in it, as a page).
+(captions of CUB and the flowers), `splits`, `hub`, `emoji`, `cached` (adds what a network computes
+from each picture), `tools` (contact sheet, check, export), `stats` (what is in it, as a page).
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ def _layout(kind: str) -> Loader:
     return load
 
 
+def _hub(rest: str, split: str, size: int, seed: int) -> CaptionedDataset:
+    from lineage.data.hub import load
+
+    return load(rest, split, size)
+
+
 def _emoji(rest: str, split: str, size: int, seed: int) -> CaptionedDataset:
     from lineage.data.emoji import load
 
@@ -72,6 +79,7 @@ LAYOUTS = ("cub", "flowers", "coco", "flickr8k", "wds", "imagefolder", "folder")
 KINDS: dict[str, Loader] = {
     "shapes": _shapes,
     "emoji": _emoji,
+    "hub": _hub,
     **{kind: _layout(kind) for kind in LAYOUTS},
 }
 """Loader of each kind of data set. Loaders import late, so that `import lineage.data` is quick."""
