@@ -6,6 +6,7 @@
     plain        any text -> text that a terminal, a log or a page shows as it is
     escaped      any text -> ASCII
     same_name    the key by which two file names are one
+    Names        file names that are found by it
     protect      while it holds, the standard streams take every text and survive a lost reader
 
 Python holds the bytes of a name or an argument that is not UTF-8 as lone surrogates
@@ -21,7 +22,7 @@ import io
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -91,6 +92,21 @@ def _control(code: int) -> str:
 def same_name(name: str) -> str:
     """Key of a file name: macOS writes `è` as two characters, other systems as one."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+class Names:
+    """File names, found although their accents are written in another way."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._others = {same_name(name): name for name in self._names if not name.isascii()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def find(self, name: str) -> str:
+        """The one of the names that `name` means; `name` itself if there is none."""
+        return name if name in self._names else self._others.get(same_name(name), name)
 
 
 def escaped(text: str) -> str:

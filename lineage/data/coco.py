@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import basename
 from typing import Any
 
-from lineage.characters import decoded, plain
+from lineage.characters import Names, decoded, plain
 from lineage.data.contract import Skipped
 from lineage.data.records import Record, clean_captions, is_picture, with_unique_ids
 from lineage.data.splits import split_name
@@ -72,7 +72,7 @@ def read(
         if is_picture(file):
             by_name.setdefault(basename(file), file)
     records: list[Record] = []
-    there, taken = set(files), set[str]()
+    there, bases, taken = Names(files), Names(by_name), set[str]()
     for file, (part, year) in sets.items():
         document = _document(root, file, skipped)
         captions = _captions(document)
@@ -81,7 +81,9 @@ def read(
             if not isinstance(name, str) or not isinstance(number, int):
                 skipped.append(Skipped(file, "an entry of images has no id or no file_name"))
                 continue
-            path = _path(file, f"{part}{year}", name, there) or by_name.get(basename(name))
+            path = _path(file, f"{part}{year}", name, there) or by_name.get(
+                bases.find(basename(name))
+            )
             texts = captions.pop(number, [])
             if path is None:
                 skipped.append(Skipped(name, f"the picture is missing ({file})"))
@@ -99,13 +101,13 @@ def read(
     return with_unique_ids(records)
 
 
-def _path(annotations: str, part: str, name: str, files: set[str]) -> str | None:
+def _path(annotations: str, part: str, name: str, files: Names) -> str | None:
     """Path of a picture in the folder of its set, beside `annotations` or in `images`."""
     parent = PurePosixPath(annotations).parent
     base = parent.parent if parent.name == "annotations" else parent
     folders = (base / part, base / "images" / part, base / "images", base)
-    options = [folder / name for folder in folders]
-    return next((str(path) for path in options if str(path) in files), None)
+    options = [files.find(str(folder / name)) for folder in folders]
+    return next((path for path in options if path in files), None)
 
 
 def _document(root: Path, file: str, skipped: list[Skipped]) -> dict[str, Any]:

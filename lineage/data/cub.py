@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import basename
 from typing import TypeVar
 
-from lineage.characters import plain
+from lineage.characters import Names, plain
 from lineage.data.contract import Skipped
 from lineage.data.decoding import Box
 from lineage.data.records import Record, is_picture, with_unique_ids
@@ -91,8 +91,10 @@ def read(
         raise UserError("crop=box needs bounding_boxes.txt beside images.txt; use crop=centre.")
 
     records, listed = [], set()
+    pictures, keys = Names(files), Names(texts)
     for number, name in names.items():
-        path, key = str(base / "images" / name), str(PurePosixPath(name).with_suffix(""))
+        path = pictures.find(str(base / "images" / name))
+        key = keys.find(str(PurePosixPath(name).with_suffix("")))
         folder = name.partition("/")[0]
         if path in listed:
             skipped.append(Skipped(path, "a second line of images.txt names this picture"))

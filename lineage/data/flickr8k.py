@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from posixpath import basename
 
-from lineage.characters import decoded, plain
+from lineage.characters import decoded, plain, same_name
 from lineage.data.contract import Skipped
 from lineage.data.records import Record, clean_captions, is_picture, with_unique_ids
 from lineage.data.splits import seeded_split
@@ -79,11 +79,11 @@ def read(
     captions: dict[str, list[str]] = {}
     rows = _tokens(root, table, skipped) if original else _table(root, table, skipped)
     for name, caption in rows:
-        captions.setdefault(name, []).append(caption)
+        captions.setdefault(same_name(name), []).append(caption)
     pictures: dict[str, str] = {}
     for file in files:
         if is_picture(file):
-            pictures.setdefault(basename(file), file)
+            pictures.setdefault(same_name(basename(file)), file)
     records = []
     for name, texts in captions.items():
         path = pictures.get(name)
@@ -107,8 +107,8 @@ def _splits(root: Path, files: list[str], skipped: list[Skipped]) -> dict[str, s
     for file in files:
         if split := LISTS.get(basename(file)):
             for _, name in _lines(root, file, skipped):
-                if splits.setdefault(name, split) != split:
-                    reason = f"it is in {splits[name]} too, and stays there ({file})"
+                if splits.setdefault(same_name(name), split) != split:
+                    reason = f"it is in {splits[same_name(name)]} too, and stays there ({file})"
                     skipped.append(Skipped(name, reason))
     return splits
 
