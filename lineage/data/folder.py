@@ -1,6 +1,6 @@
 """`folder:PATH`: pictures, each with a text file of the same name beside it.
 
-    dogs/rex.jpg      a picture (.png .jpg .jpeg .bmp .webp .gif)
+    dogs/rex.jpg      a picture (.png .jpg .webp .gif and others)
     dogs/rex.txt      its captions in UTF-8, one on each line that is not blank
 
 Folders may be nested. An example's id is its path without the suffix, `dogs/rex`, so that equal
@@ -23,7 +23,7 @@ from lineage.characters import same_name
 from lineage.data.contract import Skipped
 from lineage.data.pictures import STREAM_FROM
 from lineage.data.records import Record, is_picture, read_captions, unique_ids
-from lineage.data.tables import is_misnamed, is_table
+from lineage.data.tables import has_table_ending, is_misnamed, is_table, why_misnamed
 
 OPTIONS: dict[str, tuple[str, ...]] = {}
 LAYOUT_HINT = (
@@ -44,10 +44,13 @@ def read(
     pictures = _by_key(filter(is_picture, files), "picture", skipped)
     texts = _by_key(filter(_is_text, files), "text", skipped)
     pairs = _pairs(pictures, texts)
+    if not pairs:
+        tables = [f for f in files if has_table_ending(f) and not is_table(f)]
+        skipped += [Skipped(f, f"the table is not read: it {why_misnamed(f)[:-1]}") for f in tables]
     for key in sorted(texts.keys() - set(pairs.values())):
         skipped.append(Skipped(texts[key], "a text without a picture of the same name"))
     for file in files:
-        if "metadata" in file.lower() and (is_table(file) or is_misnamed(file)):
+        if pairs and "metadata" in file.lower() and (is_table(file) or is_misnamed(file)):
             reason = "a table is not read where texts hold the captions"
             hint = "; write imagefolder:PATH to read it instead" if is_table(file) else ""
             skipped.append(Skipped(file, reason + hint))

@@ -11,7 +11,7 @@ or
 path inside the folder is taken too. Accents may be written in it as one character or as two.
 
 Captions are read from the columns `text`, `caption`, `captions`, `prompt`, `text_0`, `caption_0`
-and so on, and `alt_texts`, in this order; each holds a string, a number or a list of strings. The
+and so on, and `alt_texts`, in this order; each holds a string, a number or a list of them. The
 captions of several rows of one picture are joined.
 
 The split of a picture is its row's `split`; else the first folder of its path that has the name of
@@ -118,8 +118,19 @@ def read(
         for f in files
         if is_picture(f) and f not in names.found
     ]
-    skipped += [Skipped(f, f"the table is not read: it {why_misnamed(f)}") for f in misnamed]
+    skipped += [Skipped(f, f"the table is not read: it {why_misnamed(f)[:-1]}") for f in misnamed]
+    skipped += _without_label(entries)
     return _records(entries)
+
+
+def _without_label(entries: Sequence[Entry]) -> list[Skipped]:
+    """A report of the first picture without a whole number as label, where others have one."""
+    odd = [entry for entry in entries if _whole_number(entry.values.get("label")) is None]
+    if len(odd) in (0, len(entries)):
+        return []
+    others = f", as those of {len(odd) - 1:,} other pictures" if len(odd) > 1 else ""
+    reason = f"its label is no whole number{others}: no label of this data set is used"
+    return [Skipped(odd[0].path, reason)]
 
 
 def _listed(columns: Iterable[str]) -> str:
@@ -141,9 +152,10 @@ def captions_in(values: dict[str, Any]) -> tuple[str, ...]:
     texts: list[str] = []
     for column in (*CAPTION_COLUMNS, *numbered, ALTERNATIVES):
         value = values.get(column)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)  # as a CSV file has it
-        texts += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+        items = value if isinstance(value, list) else [value]
+        numbers = [str(v) for v in items if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        # Where there is no text, numbers are texts, as in a CSV file.
+        texts += [v for v in items if isinstance(v, str)] or numbers
     return clean_captions(texts)
 
 
@@ -166,7 +178,9 @@ class PictureNames:
     def find(self, row: Row) -> str | Skipped:
         """Path of the row's picture relative to the root, or why there is none."""
         name = row.values.get("file_name")
-        if not isinstance(name, str) or not name.strip():
+        if name is not None and not isinstance(name, str):
+            return Skipped(row.where, f"the row has no file_name: {str(name)[:40]} is no text")
+        if name is None or not name.strip():
             has = _listed(column for column in row.values if column != "file_name") or "nothing"
             return Skipped(row.where, f"the row has no file_name (it has {has})")
         path = name
@@ -213,7 +227,7 @@ def _entries(names: PictureNames, rows: Iterable[Row], skipped: list[Skipped]) -
         if not captions:
             skipped.append(Skipped(path, f"the row has no caption ({row.where})"))
             continue
-        if _is_too_large(row.values.get("label")):
+        if is_too_large(row.values.get("label")):
             reason = f"the label is no number of 64 bits; write another number ({row.where})"
             skipped.append(Skipped(path, reason))
             continue
@@ -284,17 +298,23 @@ def split_in(values: dict[str, Any]) -> str | None:
 def label_in(values: dict[str, Any]) -> int | None:
     """The label of a row; None if it is no whole number of 64 bits."""
     label = values.get("label")
-    return None if _is_too_large(label) else _whole_number(label)
+    return None if is_too_large(label) else _whole_number(label)
 
 
 def _whole_number(value: object) -> int | None:
-    """A number, or the text "3" of a CSV file, as an int; None for anything else."""
-    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value):
-        return int(value.strip()[:40])  # enough of it to see that it is too large
+    """A number, or the text "3" of a CSV file, as an int; None for anything else.
+
+    pandas writes 3.0 where another row has none.
+    """
+    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+(\.0*)?\s*", value):
+        # The first digits are enough to see that it is too large.
+        return int(value.partition(".")[0].strip()[:40])
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _is_too_large(label: object) -> bool:
+def is_too_large(label: object) -> bool:
     """Whether a label is a whole number that a tensor cannot hold."""
     number = _whole_number(label)
     return number is not None and not -(2**63) <= number < 2**63

@@ -18,7 +18,20 @@ from lineage.data.decoding import Box
 from lineage.errors import UserError
 from lineage.files import expanded, read_regular
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"})
+_READ = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".bmp",
+    ".webp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+)
+SUFFIXES = frozenset((*_READ, ".heic", ".heif"))  # no decoder reads the last two; they are named
 """Suffixes of pictures in lower case."""
 _SUFFIXES = tuple(SUFFIXES)
 MAX_TEXT = 1_000_000

@@ -6,10 +6,10 @@ line, and the rows after it are read.
 JSON: one object on each line. Numbers that JSON has no way to write (`NaN`, `Infinity`, `1e999`)
 are faults.
 
-CSV: a head with the names of the columns, cells separated by commas, semicolons or tabs. A cell may
-stand in double quotes and then hold separators and line ends; a double quote in it is written
-twice. A cell with a list is a list: in JSON (`["a dog", "a cat"]`), or as pandas and NumPy write it
-(`['a dog', 'a cat']`).
+CSV: a head with the names of the columns, cells separated by commas, semicolons, tabs or bars. A
+cell may stand in double quotes and then hold separators and line ends; a double quote in it is
+written twice. A cell with a list is a list: in JSON (`["a dog", "a cat"]`), or as pandas and NumPy
+write it (`['a dog', 'a cat']`).
 
 Parquet needs pyarrow, which `lineage-t2i[hub]` installs. Values that JSON has no way to write, such
 as dates, are read as texts.
@@ -38,7 +38,8 @@ MAX_DEPTH = 50
 """Largest number of lists and objects inside one another in a cell."""
 
 _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
-_SIMILAR = re.compile(r"metadata.*\.(json\w*|csv\w*|tsv|xlsx?|parquet)", re.IGNORECASE)
+_TABLE = r"\.(json\w*|ndjson|csv\w*|tsv|xlsx?|parquet)(\.(gz|bz2|xz|zst|zip|txt|bak))?"
+_SIMILAR = re.compile(rf".*metadata.*{_TABLE}|metadata", re.IGNORECASE)
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
@@ -70,16 +71,23 @@ def is_misnamed(path: str) -> bool:
     return bool(_SIMILAR.fullmatch(basename(path)))
 
 
+def has_table_ending(path: str) -> bool:
+    """Whether a file may be a table by the end of its name alone."""
+    return bool(re.search(_TABLE + "$", path, re.IGNORECASE))
+
+
 def why_misnamed(path: str) -> str:
-    """End of a sentence that starts with a path for which `is_misnamed` is true."""
-    ending = PurePosixPath(path).suffix.lower()
-    if ending == ".parquet":
-        return "must be named metadata.parquet."
-    if ending in (".xls", ".xlsx"):
+    """End of a sentence that starts with the path of a table that has another name."""
+    name = basename(path).lower()
+    packed = name.endswith((".gz", ".bz2", ".xz", ".zst", ".zip"))
+    must = "must be unpacked and named" if packed else "must be named"
+    if ".parquet" in name:
+        return f"{must} metadata.parquet."
+    if ".xls" in name:
         return "cannot be read, write its table as metadata.csv."
-    if ending.startswith((".csv", ".tsv")):
-        return "must be named metadata.csv."
-    return "must be named metadata.jsonl and have one JSON object on each line."
+    if ".csv" in name or ".tsv" in name:
+        return f"{must} metadata.csv."
+    return f"{must} metadata.jsonl and have one JSON object on each line."
 
 
 def read_table(
@@ -108,6 +116,9 @@ def read_table(
     try:
         text = decoded(raw)
     except UnicodeDecodeError:  # only the lines with wrong bytes are left out
+        if 4 * raw.count(0) > len(raw):
+            skipped.append(Skipped(table, "the metadata are not UTF-8; save the file as UTF-8"))
+            return
         text = raw.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
     is_csv = table.endswith(".csv") if is_csv is None else is_csv
     parse = _csv_rows if is_csv else _json_rows
@@ -124,7 +135,8 @@ def read_table(
 def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Line and cells of each row, or what is wrong with the line."""
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+        line = line.strip().lstrip("\ufeff")  # files with byte order marks may be joined
+        if not line:
             continue
         if _NOT_UTF8.search(line):
             yield number, "is not valid JSON: it is not UTF-8; save the file as UTF-8"
@@ -132,7 +144,10 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         try:
             yield number, json_object(line)
         except NotAnObjectError:
-            yield number, "is not a JSON object"
+            yield number, "is not a JSON object; write one object on each line"
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg} (column {error.colno})"
+            yield number, f"is not valid JSON: {reason}; write one object on each line"
         except ValueError as error:
             yield number, f"is not valid JSON: {error}"
 
@@ -209,16 +224,17 @@ def _bounded(value: Any, depth: int) -> Any:
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Line and cells of each row, or what is wrong with the line."""
-    first = text.lstrip().split("\n", 1)[0]
-    separator = next((s for s in ",;\t" if s in first), ",")
+    separator = _separator(text.lstrip().split("\n", 1)[0])
     head: list[str] | None = None
     for line, cells, fault in _csv_records(text, separator):
+        if head is None and cells[0] == "sep=":  # Excel's own line before the head
+            continue
         if fault:
             yield line, fault
             if head is None:
                 return
         elif head is None:
-            head = [cell.strip() for cell in cells]
+            head = [cell.strip().lstrip("\ufeff") for cell in cells]
             if twice := next((name for name in head if name and head.count(name) > 1), None):
                 yield (
                     line,
@@ -237,6 +253,12 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield line, _checked(dict(zip(head, map(_cell, cells), strict=False)))
             except ValueError as error:
                 yield line, f"is not a row: {error}"
+
+
+def _separator(head: str) -> str:
+    """The separator that is most frequent in the first line, outside of quotes."""
+    bare = re.sub(r'"[^"]*"', "", head)
+    return max(",;\t|", key=bare.count)
 
 
 def _csv_records(text: str, separator: str) -> Iterator[tuple[int, list[str], str]]:
@@ -266,31 +288,33 @@ def _csv_records(text: str, separator: str) -> Iterator[tuple[int, list[str], st
         start = at + 1
 
 
-_ITEM = re.compile(r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|nan)\s*,?""", re.DOTALL)
+_TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_ITEM = re.compile(rf"\s*(?:np\.str_\(({_TEXT})\)|u?({_TEXT})|None|nan)\s*,?", re.DOTALL)
 
 
 def _cell(text: str) -> Any:
     """A CSV cell; a list or an object in JSON, and a list of texts in Python, is parsed."""
-    if text[:1] not in ("[", "{"):
+    bare = text.strip()
+    if not bare.startswith(("[", "{", "(")):
         return text
     try:
-        return _json(text)
+        return _json(bare)
     except ValueError:
-        texts = _python_list(text)
+        texts = _python_list(bare)
         return text if texts is None else texts
 
 
 def _python_list(text: str) -> list[str] | None:
-    """The texts in `['a dog', 'a cat']`, or None if it is not such a list."""
+    """The texts in `['a dog', 'a cat']` or `('a dog', 'a cat')`; None if it is no such list."""
     texts, at = [], 1
     while item := _ITEM.match(text, at):
         try:
-            if item[1] not in ("None", "nan"):
-                texts.append(ast.literal_eval(item[1]))
+            if literal := item[1] or item[2]:
+                texts.append(ast.literal_eval(literal))
         except (SyntaxError, ValueError):
             return None
         at = item.end()
-    return texts if text[at:].strip() == "]" else None
+    return texts if text[0] + text[at:].strip() in ("[]", "()") else None
 
 
 # --- Parquet --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`wds:PATH`: WebDataset shards, tar archives of pictures with captions.
 
     00000.tar
-        000000000.jpg    a picture (.png .jpg .jpeg .bmp .webp .gif)
+        000000000.jpg    a picture (.png .jpg .webp .gif and others)
         000000000.txt    captions, one on each line that is not blank; also .cap, .caption, .text
         000000000.json   more of them, in the columns that `imagefolder` reads; the rest is `meta`
         000000000.cls    the label
@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from lineage.characters import decoded, plain
+from lineage.characters import decoded, plain, same_name
 from lineage.data.contract import Skipped
 from lineage.data.decoding import MAX_BYTES
-from lineage.data.imagefolder import captions_in, label_in, meta_in, split_in
+from lineage.data.imagefolder import captions_in, is_too_large, label_in, meta_in, split_in
 from lineage.data.records import (
     MAX_TEXT,
     Record,
@@ -181,6 +181,20 @@ def _samples(root: Path, shard: str, skipped: list[Skipped]) -> dict[str, dict[s
             skipped.append(Skipped(where, "a second member of the same name; the first is used"))
         else:
             sample[ending] = member
+    return _joined(samples)
+
+
+def _joined(samples: dict[str, dict[str, Member]]) -> dict[str, dict[str, Member]]:
+    """The samples; texts without a picture join the one whose name has other accents' form."""
+    foreign = {key: members for key, members in samples.items() if not key.isascii()}
+    alone = [
+        key for key, own in foreign.items() if not any(is_picture(m.name) for m in own.values())
+    ]
+    pictures = {same_name(key): key for key in foreign.keys() - set(alone)}
+    for key in alone:
+        target = samples.get(pictures.get(same_name(key), ""))
+        if target is not None and not target.keys() & samples[key].keys():
+            target.update(samples.pop(key))
     return samples
 
 
@@ -279,8 +293,9 @@ def _record(
         return None
     own_label = (members["cls"].content or b"").decode("latin-1") if "cls" in members else None
     label = label_in(values if own_label is None else {"label": own_label})
-    if label is None and "cls" in members:
-        skipped.append(Skipped(f"{shard}: {name}.cls", "the label is no whole number of 64 bits"))
+    if label is None and (own_label is not None or is_too_large(values.get("label"))):
+        file = f"{shard}: {name}.{'json' if own_label is None else 'cls'}"
+        skipped.append(Skipped(file, "the label is no whole number of 64 bits"))
     path = PurePosixPath(shard)
     stem = str(path.with_suffix(""))
     picture = pictures[0]

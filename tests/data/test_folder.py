@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from lineage.data import load_dataset, parse_spec, records
 from lineage.data.contract import Batch, CaptionedDataset, to_unit
@@ -136,6 +136,16 @@ def test_names_of_any_bytes_are_escaped_and_unique(tmp_path: Path) -> None:
 def test_an_escaped_name_is_not_taken_from_another() -> None:
     paths = ["a\n", r"a\n", r"a\n-2", "b"]
     assert records.unique_ids(paths) == [r"a\n", r"a\n-3", r"a\n-2", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "tif", "TIFF", "avif"])
+def test_less_common_names_of_pictures_are_read(tmp_path: Path, suffix: str) -> None:
+    form = {"jfif": "JPEG", "jpe": "JPEG", "avif": "AVIF"}.get(suffix, "TIFF")
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    Image.new("RGB", (8, 8)).save(tmp_path / f"a.{suffix}", form)
+    save_captions(tmp_path / "a.txt", "x")
+    assert len(load_dataset(str(tmp_path))) == 1
 
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "crème") for form in ("NFC", "NFD"))

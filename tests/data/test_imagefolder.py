@@ -61,6 +61,7 @@ def test_metadata_at_the_root_is_read(tmp_path: Path) -> None:
         ({"caption_10": "c", "caption_2": "b", "caption_0": "a"}, ("a", "b", "c")),
         ({"text_0": "a", "text_1": None}, ("a",)),
         ({"text": ["a", 3, None]}, ("a",)),
+        ({"text": [7, 8.5, True]}, ("7", "8.5")),
         ({"text": 7}, ("7",)),
         ({"text": 7.5, "prompt": True}, ("7.5",)),
         ({"text": "a", "caption_" + "9" * 5000: "b"}, ("a",)),
@@ -147,7 +148,15 @@ def test_other_columns_are_in_meta(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "expected"),
-    [([1, 0], [1, 0]), ([1, None], None), ([1, "dog"], None), ([True, 1], None), ([1.5, 1], None)],
+    [
+        ([1, 0], [1, 0]),
+        ([3.0, "2.0"], [3, 2]),
+        ([-0.0, " 1. "], [0, 1]),
+        ([1, None], None),
+        ([1, "dog"], None),
+        ([True, 1], None),
+        ([1.5, 1], None),
+    ],
 )
 def test_labels_are_for_all_pictures_or_none(
     tmp_path: Path, labels: list[Any], expected: Any
@@ -160,6 +169,8 @@ def test_labels_are_for_all_pictures_or_none(
     assert [e.label for e in data] == (expected or [None, None])
     if expected is None:
         assert data[0].meta["label"] == labels[0]
+        odd = next(n for n, v in enumerate(labels) if type(v) is not int)
+        assert "no label of this data set is used" in reasons(data)[f"{odd}.png"]
 
 
 def test_every_skipped_file_is_reported(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from lineage.data import tables
+from lineage.data import load_dataset, tables
 from lineage.data.contract import Skipped
 from lineage.data.tables import is_misnamed, is_table, read_table
+from lineage.errors import UserError
 
 
 def read(folder: Path, name: str, text: str | bytes) -> tuple[list[Any], list[str]]:
@@ -52,6 +54,12 @@ def texts(folder: Path, body: str) -> list[str]:
         ('"[\'it\'\'s\', ""it\'s""]"', ["it", "s", "it's"]),
         (r'''"['it\'s', 'caf\xe9']"''', ["it's", "café"]),
         ('"[""a dog"", ""a cat""]"', ["a dog", "a cat"]),
+        ("\" ['a dog', 'a cat'] \"", ["a dog", "a cat"]),
+        ("\"('a dog', 'a cat')\"", ["a dog", "a cat"]),
+        ("\"[np.str_('a dog'), np.str_('a cat')]\"", ["a dog", "a cat"]),
+        ("\"[u'a dog', None, nan]\"", ["a dog"]),
+        ("(a dog)", "(a dog)"),
+        ("('a dog']", "('a dog']"),
         ("['a dog']", ["a dog"]),
         ("[]", []),
         ("[sic] a dog", "[sic] a dog"),
@@ -64,6 +72,23 @@ def texts(folder: Path, body: str) -> list[str]:
 )
 def test_a_cell_of_csv_is_read(tmp_path: Path, cell: str, value: object) -> None:
     assert texts(tmp_path, f"a.png,{cell}\nb.png,last\n") == [value, "last"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        'file_name;"text"',
+        'file_name;text;"note, or none"',
+        "file_name|text",
+        "sep=;\nfile_name;text",
+        "\ufeff\ufefffile_name;text",
+    ],
+)
+def test_the_separator_is_the_head_s(tmp_path: Path, head: str) -> None:
+    mark = "|" if "|" in head else ";"
+    rows, faults = read(tmp_path, "metadata.csv", f"{head}\na.png{mark}a dog, brown\n")
+    assert faults == [] and len(rows) == 1
+    assert (rows[0]["file_name"], rows[0]["text"]) == ("a.png", "a dog, brown")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +153,32 @@ def test_only_the_lines_that_are_not_utf8_are_left_out(
     assert [row["text"] for row in rows] == ["first", "last"]
     assert [fault.split(" is ")[0] for fault in faults] == ["line 3", "line 4"]
     assert all("UTF-8" in fault for fault in faults)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_table_of_zero_bytes_is_named_once(tmp_path: Path, name: str, encoding: str) -> None:
+    text = 'file_name,text\na.png,é\nb.png,"{x}"\n'
+    rows, faults = read(tmp_path, name, text.encode(encoding))
+    assert rows == [] and faults == ["the metadata are not UTF-8; save the file as UTF-8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[{"text": "x"}]', "line 1 is not a JSON object; write one object on each line"),
+        ('{"text": "x"}{"text": "y"}', "Extra data (column 14); write one object on each line"),
+        ("{'text': 'x'}", "double quotes (column 2); write one object on each line"),
+    ],
+)
+def test_other_forms_of_json_are_named_with_the_mend(tmp_path: Path, text: str, words: str) -> None:
+    rows, faults = read(tmp_path, "metadata.jsonl", text)
+    assert rows == [] and len(faults) == 1 and words in faults[0]
+
+
+def test_joined_files_may_hold_byte_order_marks(tmp_path: Path) -> None:
+    text = '\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n'
+    assert read(tmp_path, "metadata.jsonl", text) == ([{"text": "a"}, {"text": "b"}], [])
 
 
 @pytest.mark.parametrize(
@@ -196,6 +247,11 @@ def test_a_table_that_cannot_be_read_is_named(
         ("metadata (2).csv", False, True),
         ("metadata.parquet", True, False),
         ("metadata1.parquet", False, True),
+        ("metadata.jsonl.gz", False, True),
+        ("metadata.csv.txt", False, True),
+        ("metadata.ndjson", False, True),
+        ("metadata", False, True),
+        ("train_metadata.csv", False, True),
         ("metadata.png", False, False),
         ("metadata.txt", False, False),
         ("captions.jsonl", False, False),
@@ -203,6 +259,26 @@ def test_a_table_that_cannot_be_read_is_named(
 )
 def test_names_of_tables(path: str, table: bool, misnamed: bool) -> None:
     assert (is_table(path), is_misnamed(path)) == (table, misnamed)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("metadata.csv.gz", "must be unpacked and named metadata.csv"),
+        ("metadata.json", "must be named metadata.jsonl and have one JSON object on each line"),
+        ("labels.tsv", "must be named metadata.csv"),
+        ("train-00000-of-00001.parquet", "must be named metadata.parquet"),
+        ("captions.xlsx", "cannot be read, write its table as metadata.csv"),
+        ("data.jsonl.zip", "must be unpacked and named metadata.jsonl"),
+    ],
+)
+def test_a_table_under_any_name_is_named_where_nothing_else_is(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=f"{name}.*{words}"):
+        load_dataset(str(tmp_path))
 
 
 def test_parquet_is_read_where_pyarrow_is_installed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,17 @@ def test_names_with_dots_are_told_apart_by_their_last(tmp_path: Path) -> None:
         ("00/v1.2", "picture 1"),
         ("00/v1.3", "picture 2"),
     ]
+
+
+def test_accents_of_members_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    one, two = (unicodedata.normalize(form, "crème") for form in ("NFC", "NFD"))
+    files = [(f"{two}.png", png(1)), (f"{one}.txt", b"x"), (f"{one}.json", b'{"n": 1}')]
+    data = load(shard(tmp_path / "s.tar", files))
+    assert [(e.id, e.captions, e.meta["n"]) for e in data] == [(f"s/{two}", ("x",), 1)]
+    assert data.skipped == []
+    both = [*sample(one, 1), *sample(two, 2), (f"{one}.json", b'{"n": 1}')]
+    data = load(shard(tmp_path / "t.tar", both))
+    assert [e.captions for e in data] == [("picture 1",), ("picture 2",)]
 
 
 def test_the_same_name_in_two_shards_is_two_samples(tmp_path: Path) -> None:
@@ -250,9 +262,11 @@ def test_a_shard_that_is_cut_loses_only_its_end(tmp_path: Path) -> None:
 def test_labels_are_whole_numbers_or_named(tmp_path: Path) -> None:
     files = [*sample("a"), ("a.cls", b"dog"), *sample("b"), ("b.cls", b"-1")]
     files += [*sample("c"), ("c.json", b'{"label": "cat", "n": 1}'), ("c.more.json", b'{"m": 2}')]
+    files += [*sample("d"), ("d.json", b'{"label": 99999999999999999999}')]
+    files += [*sample("e"), ("e.cls", b"3.0\n")]
     data = load(shard(tmp_path / "s.tar", files))
-    assert [e.label for e in data] == [None, -1, None]
-    assert [s.path for s in data.skipped] == ["s.tar: a.cls"]
+    assert [e.label for e in data] == [None, -1, None, None, 3]
+    assert [s.path for s in data.skipped] == ["s.tar: a.cls", "s.tar: d.json"]
     assert data[2].meta["label"] == "cat" and (data[2].meta["n"], data[2].meta["m"]) == (1, 2)
 
 
