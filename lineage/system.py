@@ -322,6 +322,17 @@ class Reconstructs(Protocol):
 
 
 @runtime_checkable
+class HasSides(Protocol):
+    """A system that is trained on its pictures at several sizes.
+
+    Attributes:
+        sides: Sides of the pictures, from the smallest to S.
+    """
+
+    sides: list[int]
+
+
+@runtime_checkable
 class EmbedsImages(Protocol):
     """A system that was trained with a model that matches pictures and captions."""
 

@@ -168,6 +168,7 @@ def test_every_part_has_rules() -> None:
         "resume",
         "runs",
         "stepping",
+        "received",
         "text_runs",
         "search",
         "course",

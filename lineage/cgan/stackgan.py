@@ -367,6 +367,7 @@ class StageTwo(StackGANStage):
     def __init__(self, config: StackGANConfig, stage1: StageOne, size: int) -> None:
         generator = StageTwoGenerator(config, stage1.text.sentence_dim, size)
         super().__init__(config, stage1.text, generator, size, unconditional=True)
+        self.sides = [config.stage1_size, size]
         self.stage1 = stage1.generator.requires_grad_(False)
 
     def train(self, mode: bool = True) -> StageTwo:

@@ -31,30 +31,43 @@ def data_show(
     /,
     *,
     out: PathName = Path("data.png"),
-    count: SheetCount = 24,
-    columns: SheetCount = 6,
-    size: Count = 32,
+    count: SheetCount | None = None,
+    columns: SheetCount | None = None,
+    size: Count | None = None,
     split: str = "train",
     seed: Seed = 0,
+    run: list[RunName] | None = None,
 ) -> None:
-    """Draw a contact sheet with captions.
+    """Draw a contact sheet with captions, or what systems receive of the pictures.
 
     Args:
         spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
         out: Picture to write.
-        count: Number of pictures.
-        columns: Number of pictures in a row.
-        size: Side of the pictures in pixels.
+        count: Number of pictures; 24 if left out, or 6 rows with --run.
+        columns: Number of pictures in a row; 6 if left out.
+        size: Side of the pictures in pixels; 32 if left out.
         split: train, validation, test, ...
         seed: Seed of an endless data set.
+        run: Run folder, or pretrained:KEY, of a system whose sizes, codes or latents are shown
+            beside each picture; may be given several times.
     """
     from lineage.data import load_dataset
     from lineage.data.tools import contact_sheet
     from lineage.sheets import check_picture, save_picture
 
     check_picture(out)
-    dataset = load_dataset(spec, split, size, seed)
-    save_picture(contact_sheet(dataset, count, columns), out)
+    if run:
+        for name, value in (("columns", columns), ("size", size)):
+            if value is not None:
+                raise UserError(f"--{name} has no effect with --run: leave it out.")
+        with large_imports():
+            from lineage.received import received_sheet
+        save_picture(received_sheet(spec, run, count or 6, split, seed), out)
+        print(plain(out))
+        return
+    dataset = load_dataset(spec, split, size or 32, seed)
+    count = count or 24
+    save_picture(contact_sheet(dataset, count, columns or 6), out)
     print(plain(f"{out}: {min(count, len(dataset))} of {len(dataset):,} pictures of {spec}"))
 
 
