@@ -291,12 +291,13 @@ def data_cache(*, clear: Flag = False) -> None:
     """List the decoded pictures on the disk; each data set is decoded once for each size.
 
     Args:
-        clear: If true, delete them. They are decoded again when they are needed.
+        clear: If true, delete them, and the indexes of shards. They are made again when needed.
     """
     from lineage.data.pixels import limit, remove, stores
+    from lineage.data.shard_index import indexes
 
-    all_stores = stores()
-    if not all_stores:
+    all_stores, all_indexes = stores(), indexes()
+    if not all_stores and not all_indexes:
         print("The cache of pictures holds nothing.")
         return
     for folder, size, _ in all_stores:
@@ -304,8 +305,12 @@ def data_cache(*, clear: Flag = False) -> None:
     total, number = sum(size for _, size, _ in all_stores), len(all_stores)
     sets = f"{number:,} data set{'' if number == 1 else 's'} of one size each"
     print(f"{sets}, {total / 1e6:,.1f} MB; at most {limit() / 1e6:,.0f} MB (LINEAGE_PIXELS_GB).")
+    if all_indexes:
+        total = sum(size for _, size, _ in all_indexes)
+        print(f"Indexes of shards: {len(all_indexes):,}, {total / 1e6:,.1f} MB.")
     if clear:
         left = [folder for folder, _, _ in all_stores if not remove(folder)]
+        left += [path for path, _, _ in all_indexes if not remove(path)]
         for folder in left:
             print(plain(f"{folder} cannot be deleted; is it in use?"))
-        print(f"{number - len(left):,} deleted.")
+        print(f"{number + len(all_indexes) - len(left):,} deleted.")

@@ -254,10 +254,13 @@ def _is_store(folder: Path) -> bool:
     return bool(is_key) and folder.is_dir() and not folder.is_symlink()
 
 
-def remove(folder: Path) -> bool:
-    """Delete a store, if the system allows it; false if it is still there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return not folder.exists()
+def remove(path: Path) -> bool:
+    """Delete a store, or a file, if the system allows it; false if it is still there."""
+    if path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    return not path.exists()
 
 
 def _allocated(file: Path) -> int:

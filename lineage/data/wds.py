@@ -7,9 +7,10 @@
         000000000.cls    the label
 
 PATH is a folder of shards, one shard, or a brace list: `wds:shards/{00000..00009}.tar`. A shard is
-read in place, never unpacked: its members are listed once, and a picture is read at its offset when
-it is due. So the order is shuffled over all shards, workers and ranks read different rows, and a
-run resumes at any position, as with files. A compressed archive (.tar.gz) has no such offsets.
+read in place, never unpacked: its members are listed once (`shard_index`), and a picture is read at
+its offset when it is due. So the order is shuffled over all shards, workers and ranks read
+different rows, and a run resumes at any position, as with files. A compressed archive (.tar.gz) has
+no such offsets.
 
 Members of one sample have the same name up to the first dot, in the same shard; they need not be
 neighbours. Where names hold dots, so that a sample would have two pictures, the last dot counts. An
@@ -27,6 +28,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Any, NamedTuple
@@ -47,6 +49,7 @@ from lineage.data.records import (
     open_root,
     with_unique_ids,
 )
+from lineage.data.shard_index import indexed
 from lineage.data.splits import SPLIT_NAMES, split_name
 from lineage.data.tables import json_object
 from lineage.errors import UserError
@@ -150,13 +153,19 @@ def read(
     )
     with bar:
         for shard in shards:
-            samples = _samples(root, shard, skipped)
-            for name, members in samples.items():
-                record = _record(shard, name, members, skipped)
-                if record is not None:
-                    records.append(record)
+            own, left_out = indexed(root, shard, partial(_listed, root, shard))
+            records += own
+            skipped += left_out
             bar.update(sizes[shard])
     return with_unique_ids(records)
+
+
+def _listed(root: Path, shard: str) -> tuple[list[Record], list[Skipped]]:
+    """Records of a shard, and what was left out of it."""
+    skipped: list[Skipped] = []
+    samples = _samples(root, shard, skipped)
+    records = [_record(shard, name, members, skipped) for name, members in samples.items()]
+    return [record for record in records if record is not None], skipped
 
 
 def _size(path: Path) -> int:
