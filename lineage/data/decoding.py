@@ -241,6 +241,8 @@ def _factor(part: tuple[int, int, int, int], size: int) -> int:
 
 def _in_bands(image: Image.Image, box: tuple[int, int, int, int], factor: int = 1) -> Image.Image:
     """The pixels in `box` in RGB, reduced by a whole factor; what is left over is cut off."""
+    if factor == 1 and image.mode == "RGB" and "transparency" not in image.info:
+        return image if box == (0, 0, *image.size) else image.crop(box)
     left, top, right, bottom = box
     left, right = _divisible(left, right, factor)
     top, bottom = _divisible(top, bottom, factor)
