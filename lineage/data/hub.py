@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from lineage.characters import plain
 from lineage.data.contract import Skipped
-from lineage.data.decoding import MAX_BYTES, decode, why_broken
+from lineage.data.decoding import MAX_BYTES, decode, shown_size, why_broken
 from lineage.data.hub_source import Source, open_source
 from lineage.data.imagefolder import ALL_COLUMNS, captions_in, label_in, meta_in, split_in
 from lineage.data.layouts import COMMON, check_options, divided, split_options
@@ -95,6 +95,10 @@ class HubDataset(PictureDataset):
             return read_regular(self.root / record.path, MAX_BYTES)
         split, number = record.place
         return self.tables[split].picture(number)
+
+    def file_size(self, index: int) -> tuple[int, int]:
+        """Width and height of a record's upright picture in its file. Raises as `decode`."""
+        return shown_size(self.source(index))
 
     def _decoded(self, index: int) -> NDArray[np.uint8] | Skipped:
         record = self.records[index]

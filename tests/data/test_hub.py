@@ -322,7 +322,7 @@ def test_a_large_set_is_streamed(
 
 def test_the_file_of_a_row_is_its_source(library: Any, tmp_path: Path) -> None:
     data = load(saved(tmp_path / "set", table(library, columns(2))))
-    assert data.source(1) == png(1)
+    assert data.source(1) == png(1) and data.file_size(1) == (40, 32)
 
 
 # --- errors -----------------------------------------------------------------------------------
