@@ -4,6 +4,7 @@ $LINEAGE_CACHE, or ~/.cache/lineage
     pixels/      decoded pictures (`lineage.data.pixels`)
     shards/      lists of what is in shards (`lineage.data.shard_index`)
     stages/      finished stages of runs
+    parts/       earlier stages out of the runs that come with the package
     scorers/     scorers that were trained for a data set
     evaluate/    features and scores
     search/      embeddings of searched pictures

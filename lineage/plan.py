@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from lineage.cache import cache_folder
 from lineage.config import RunConfig, flat, from_dict, to_dict, with_field
 from lineage.errors import UserError, nearest
 from lineage.pretrained import is_packaged, run_folder, run_name
@@ -28,7 +29,7 @@ from lineage.training.stage import (
     replace_stage,
     state_path,
 )
-from lineage.training.store import fingerprint, load_state, load_tensors, read_json
+from lineage.training.store import fingerprint, load_state, load_tensors, read_json, save_tensors
 
 NOT_SETTINGS = ("made_with", "data_fingerprint", "stages_from", "changes")
 """Entries of config.json that are no settings of a run."""
@@ -77,14 +78,12 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
         "stages_from": saved.get("stages_from", {}),
     }
     _stage_of(source, name)
-    last = _stages_of(source)[-1].name == name
+    stages = _stages_of(source)
+    last = stages[-1].name == name
     path = folder / "model.safetensors" if last else finished_weights(folder, name)
     cost = read_cost(folder).get(name, {"finished": False})
     if is_packaged(folder) and not last:
-        raise UserError(
-            f"{run_name(folder)} holds its last stage alone: train a run of your own, and take its "
-            f"stage {name}."
-        )
+        path = _part_of_last(folder, stages, name)
     interrupted = last and (folder / "state.pt").exists() and not cost.get("finished", True)
     if interrupted or not path.exists():
         raise UserError(
@@ -92,6 +91,33 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
             "that run first (--resume)."
         )
     return {**source, "weights": str(path.resolve())}
+
+
+def _part_of_last(folder: Path, stages: list[Stage], name: str) -> Path:
+    """File with the weights of an earlier stage, as a packaged run's last system holds them.
+
+    Raises:
+        UserError: it does not hold all of them, as a GAN without its first discriminator does.
+    """
+    with torch.device("meta"):
+        last = build(stages)
+    earlier = next(stage.system for stage in stages if stage.name == name)
+    assert earlier is not None
+    prefixes = [f"{place}." for place, module in last.named_modules() if module is earlier]
+    file = folder / "model.safetensors"
+    saved = load_tensors(file)
+    own = {n.removeprefix(p): t for p in prefixes for n, t in saved.items() if n.startswith(p)}
+    for stage in stages:
+        stage.clear()
+    if own.keys() != earlier.state_dict().keys():
+        raise UserError(
+            f"{run_name(folder)} holds only a part of its stage {name}: train a run of your own, "
+            "and take its stage."
+        )
+    path = cache_folder("parts") / f"{name}-{fingerprint(file.read_bytes())}.safetensors"
+    if not path.exists():
+        save_tensors(path, own)
+    return path
 
 
 def _stages_of(source: Mapping[str, Any]) -> list[Stage]:

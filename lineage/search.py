@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -125,7 +125,7 @@ def _of_folder(root: Path, size: int) -> Pictures:
         except Exception as error:  # of many kinds: a broken file may hold anything
             raise UserError(f"{path}: {why_broken(error, path)}") from error
 
-    names = [plain(str(PurePosixPath(file).with_suffix(""))) for file in files]
+    names = [plain(file) for file in files]
     return Pictures(names, image, fingerprint(json.dumps([str(root.resolve()), stamps]).encode()))
 
 

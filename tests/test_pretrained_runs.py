@@ -14,7 +14,7 @@ from lineage.cli import main
 from lineage.errors import UserError
 from lineage.evaluation import cost
 from lineage.pretrained import FOLDER, pretrained, run_folder, run_name
-from lineage.runs import read_config
+from lineage.runs import load_system, read_config
 from lineage.training.store import load_tensors
 
 RESULTS = Path(__file__).parents[1] / "results" / "pretrained"
@@ -102,13 +102,29 @@ def test_no_run_is_trained_in_the_package(capsys: pytest.CaptureFixture[str]) ->
     assert "folder of your own" in capsys.readouterr().err
 
 
-def test_a_stage_that_a_run_does_not_hold_cannot_be_taken(
+@pytest.mark.parametrize(
+    ("key", "stage", "source"),
+    [("vqvae", "codec", "vqvae"), ("dalle", "codec", "dalle"), ("dit", "autoencoder", "ldm")],
+)
+def test_an_earlier_stage_is_taken_out_of_the_last_ones_weights(
+    key: str, stage: str, source: str, tmp_path: Path
+) -> None:
+    taken = ["--from", f"{stage}=pretrained:{source}"]
+    assert main(["train", key, "--steps", "1", *taken, "--out", str(tmp_path / "run")]) == 0
+    run, packaged = load_system(tmp_path / "run", "cpu"), load_system(f"pretrained:{source}", "cpu")
+    prefix = {"codec": "codec.", "autoencoder": "space.autoencoder."}[stage]
+    weights = {n: t for n, t in packaged.state_dict().items() if n.startswith(prefix)}
+    assert weights
+    assert all(torch.equal(run.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_a_stage_that_a_run_holds_in_part_cannot_be_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    taken = ["--from", "codec=pretrained:vqvae"]
-    assert main(["train", "vqvae", "--steps", "1", *taken, "--out", str(tmp_path / "run")]) == 2
+    taken = ["--from", "stage1=pretrained:stackgan"]
+    assert main(["train", "stackgan", "--steps", "1", *taken, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert "pretrained:vqvae holds its last stage alone" in error
+    assert "pretrained:stackgan holds only a part of its stage stage1" in error
     assert not (tmp_path / "run").exists()
 
 
