@@ -22,7 +22,8 @@ Modules: `contract` (what a data set is), `shapes*` (the procedural world), `lay
 a disk) with one file for each, `records` and `pictures` (what they share), `pixels` (decoded
 pictures on the disk), `decoding` (one file -> pixels), `tables` (rows of metadata), `reed`
 (captions of CUB and the flowers), `splits`, `hub`, `emoji`, `cached` (adds what a network computes
-from each picture), `tools` (contact sheet, check, export), `stats` (what is in it, as a page).
+from each picture), `tools` (contact sheet, check, export), `stats` (what is in it, as a page),
+`cleaning`, `near` and `cleaned` (what is removed from it, and what is left).
 """
 
 from __future__ import annotations
