@@ -116,11 +116,17 @@ def _read_mask(path: Path, size: int) -> Tensor:
     grey = pixels(path, min(_size(path))).float().mean(0)  # of its own size
     white = (grey > 127.5).float()[None, None]
     mask = F.adaptive_avg_pool2d(white, (size, size)) > 0.5
-    if mask.all() or not mask.any():
+    if mask.any() == mask.all():
+        part, painted = ("black", "all") if mask.all() else ("white", "nothing")
+        if white.any() != white.all():
+            raise UserError(
+                f"{path} has too little {part} for a picture of {size} x {size} pixels, so "
+                f"{painted} would be painted over; make that part larger."
+            )
         raise UserError(
             f"{path} must be white (255) where the picture is painted over and black (0) "
             f"elsewhere: its values are {grey.min():.0f} to {grey.max():.0f}, so "
-            f"{'all' if mask.all() else 'nothing'} would be painted over."
+            f"{painted} would be painted over."
         )
     return mask
 

@@ -136,7 +136,7 @@ def why_broken(error: Exception, file: Path | None) -> str:
 
 _FOREIGN = {
     rb"....ftyp(heic|heix|hevc|mif1|msf1)": "an HEIC picture: convert it to PNG",
-    rb"....ftyp": "a video: save a picture of it as PNG",
+    rb"....ftyp(?!avi)": "a video: save a picture of it as PNG",
     rb"(\xef\xbb\xbf)?\s*(<\?xml.{,400}?)?<svg\b": "a drawing in SVG: convert it to PNG",
     rb"%PDF": "a PDF: convert it to PNG",
     rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf": "an archive: unpack it",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lineage.characters import plain
 from lineage.errors import UserError
-from lineage.files import read_regular, write_bytes
+from lineage.files import NotRegularError, read_regular, write_bytes
 
 MAX_JSON = 256 * 1024**2
 """Number of bytes above which a file is no configuration, tokeniser or score."""
@@ -51,6 +51,8 @@ def read_json(path: Path) -> Any:
         return json.loads(read_regular(path, MAX_JSON).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"There is no {path}: is {path.parent} a run folder?") from None
+    except NotRegularError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read ({_first(error)}); restore it or train again."
@@ -145,6 +147,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load(unseal_tensors(read_regular(path)))
     except FileNotFoundError:
         raise UserError(f"There is no {path}: has the run saved anything yet?") from None
+    except NotRegularError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, MemoryError) as error:
         raise UserError(
             f"{path} is not a readable safetensors file ({_first(error)}); train again."

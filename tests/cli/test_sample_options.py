@@ -112,6 +112,16 @@ def test_a_mask_that_paints_nothing_or_all_is_refused(
     assert not Path("sample.png").exists()
 
 
+@pytest.mark.parametrize(("spot", "words"), [(255, "little white"), (0, "little black")])
+def test_a_mask_that_is_too_fine_is_refused(spot: int, words: str, sample: Sample) -> None:
+    pixels(30, 60).resize((160, 160)).save("image.png")
+    mask = np.full((160, 160), 255 - spot, np.uint8)
+    mask[44:46, 44:46] = spot  # less than half of a pixel of the picture that is drawn
+    Image.fromarray(mask).save("mask.png")
+    flags = ["--image", "image.png", "--mask", "mask.png"]
+    assert_refused(sample("ddpm", "a red circle", *flags), "mask.png", words, "larger")
+
+
 @pytest.mark.parametrize(
     ("image", "mask", "fits"),
     [

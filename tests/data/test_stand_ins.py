@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from lineage.data.tools import check
+from lineage.errors import UserError
+from lineage.training.store import load_tensors, read_json
 
 STAND_INS = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\n", "git lfs pull"),
@@ -76,6 +78,7 @@ def test_a_stand_in_is_named_with_its_mend(tmp_path: Path, name: str, kind: str)
     ("raw", "words"),
     [
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "an HEIC picture: convert it to PNG"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif", "no picture of a known format"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "a video"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "a drawing in SVG: convert it to PNG"),
         (b'<?xml version="1.0"?>\n<!-- x -->\n<svg width="8"/>', "a drawing in SVG"),
@@ -91,3 +94,15 @@ def test_a_foreign_file_named_like_a_picture_is_recognised(
     report = check(write(tmp_path, {**GOOD, "a.jpg": raw, "a.txt": b"x"}), 8)
     (skipped,) = report["skipped"]
     assert report["loaded"] == 1 and skipped["path"] == "a.jpg" and words in skipped["reason"]
+
+
+@pytest.mark.parametrize("read", [load_tensors, read_json])
+def test_a_stand_in_for_a_file_of_a_run_is_named(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    """As in a run that was cloned without Git LFS; to train again would be the wrong advice."""
+    raw, words = STAND_INS["lfs"]
+    (tmp_path / "file").write_bytes(raw)
+    with pytest.raises(UserError, match=words) as caught:
+        read(tmp_path / "file")
+    assert "train again" not in str(caught.value)
