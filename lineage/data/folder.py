@@ -44,16 +44,15 @@ def read(
     pictures = _by_key(filter(is_picture, files), "picture", skipped)
     texts = _by_key(filter(_is_text, files), "text", skipped)
     pairs = _pairs(pictures, texts)
-    if not pairs:
-        tables = [f for f in files if has_table_ending(f) and not is_table(f)]
-        skipped += [Skipped(f, f"the table is not read: it {why_misnamed(f)[:-1]}") for f in tables]
-    for key in sorted(texts.keys() - set(pairs.values())):
-        skipped.append(Skipped(texts[key], "a text without a picture of the same name"))
     for file in files:
-        if pairs and "metadata" in file.lower() and (is_table(file) or is_misnamed(file)):
+        if is_table(file) or (pairs and is_misnamed(file)):
             reason = "a table is not read where texts hold the captions"
             hint = "; write imagefolder:PATH to read it instead" if is_table(file) else ""
             skipped.append(Skipped(file, reason + hint))
+        elif not pairs and has_table_ending(file) and _key(file) not in pictures:
+            skipped.append(Skipped(file, f"the table is not read: it {why_misnamed(file)[:-1]}"))
+    for key in sorted(texts.keys() - set(pairs.values())):
+        skipped.append(Skipped(texts[key], "a text without a picture of the same name"))
     matched: list[tuple[str, tuple[str, ...], str]] = []
     streamed = len(pairs) > STREAM_FROM
     for key, picture in sorted(pictures.items()):

@@ -219,11 +219,11 @@ def _members(root: Path, shard: str, skipped: list[Skipped]) -> Iterator[Member]
     path = root / shard
     try:
         size = check_regular(path)
+        check_stand_in(read_span(path, 0, 512))
         if not shard.lower().endswith(".tar"):
             reason = "a compressed shard is not read; unpack it with gunzip"
             skipped.append(Skipped(shard, reason))
             return
-        check_stand_in(read_span(path, 0, 512))
         with tarfile.open(path, "r:") as archive:
             last = -1
             for info in archive:

@@ -57,6 +57,7 @@ MAKERS: dict[str, Callable[[bytes], dict[str, bytes]]] = {
     "metadata.csv": lambda raw: {**TABLE, "metadata.csv": raw},
     "metadata.parquet": lambda raw: {**TABLE, "metadata.parquet": raw},
     "a.tar": lambda raw: {"good.tar": SHARD, "a.tar": raw},
+    "a.tar.gz": lambda raw: {"good.tar": SHARD, "a.tar.gz": raw},
     "b.tar: a.txt": lambda raw: {"good.tar": SHARD, "b.tar": tar({"a.png": b"", "a.txt": raw})},
     "b.tar: a.json": lambda raw: {"good.tar": SHARD, "b.tar": tar({"a.png": b"", "a.json": raw})},
     "b.tar: b/a": lambda raw: {"good.tar": SHARD, "b.tar": tar({"a.png": raw, "a.txt": b"x"})},

@@ -276,6 +276,7 @@ def test_a_table_under_any_name_is_named_where_nothing_else_is(
     tmp_path: Path, name: str, words: str
 ) -> None:
     (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "a.json").write_bytes(b"{}")  # of one picture, no table
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=f"{name}.*{words}"):
         load_dataset(str(tmp_path))
