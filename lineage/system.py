@@ -162,13 +162,13 @@ class System(Trainable):
         for part, streams, own in self.sample_batches(captions, seed, options):
             several = len(captions) > self.sample_batch_size
             with self.inference(), self._threads(len(part), several):
-                drawn = self.sample(part, streams, **own).float()
-                if not drawn.isfinite().all():
+                images = self.sample(part, streams, **own).float()
+                if not images.isfinite().all():
                     raise UserError(
                         "The pictures are no numbers (NaN or infinite): options such as guidance "
                         "or eta are too large, or training has failed."
                     )
-                pictures.append(drawn.clamp(-1, 1))
+                pictures.append(images.clamp(-1, 1))
             if progress is not None:
                 progress(len(part))
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures)

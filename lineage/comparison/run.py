@@ -301,8 +301,8 @@ def _check_existing(
 
 def _flags(options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Options and settings as arguments of the command line."""
-    given = {name: value for name, value in options.items() if value is not None}
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items()]
+    set_options = {name: value for name, value in options.items() if value is not None}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in set_options.items()]
     pairs += [("--set", f"{name}={value}") for name, value in settings.items()]
     return [part for pair in pairs for part in pair]
 

@@ -241,12 +241,12 @@ def _interactive(draw: Callable[[Any], Tensor], name: str, values: Sequence[Any]
         from IPython.display import display
     except ImportError:  # the extra `notebooks` is not installed: the still sheet remains
         return
-    drawn: dict[Any, bytes] = {}
+    pictures: dict[Any, bytes] = {}
 
     def encoded(value: Any) -> bytes:
-        if value not in drawn:
-            drawn[value] = show([draw(value)], side=2 * SIDE)._repr_png_()
-        return drawn[value]
+        if value not in pictures:
+            pictures[value] = show([draw(value)], side=2 * SIDE)._repr_png_()
+        return pictures[value]
 
     move = ipywidgets.SelectionSlider(
         options=[(_text(value), value) for value in values],

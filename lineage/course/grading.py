@@ -180,8 +180,8 @@ def _imports(source: str) -> str:
         nodes = ast.parse(source).body
     except SyntaxError:
         return source  # which says so when it is run
-    kept = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return "\n".join(map(ast.unparse, kept))
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return "\n".join(map(ast.unparse, imports))
 
 
 def _run(
@@ -272,8 +272,8 @@ def _messages(
 
 def _environment(folder: str) -> dict[str, str]:
     """Variables of a worker: none of ours but those with which Python finds its packages."""
-    kept = ("PATH", "PYTHONPATH", "SYSTEMROOT", "VIRTUAL_ENV", "LANG", "LD_LIBRARY_PATH")
-    own = {name: os.environ[name] for name in kept if name in os.environ}
+    names = ("PATH", "PYTHONPATH", "SYSTEMROOT", "VIRTUAL_ENV", "LANG", "LD_LIBRARY_PATH")
+    own = {name: os.environ[name] for name in names if name in os.environ}
     return {**own, "HOME": folder, "LINEAGE_CACHE": folder, "OMP_NUM_THREADS": "1"}
 
 

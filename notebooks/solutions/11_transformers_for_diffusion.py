@@ -152,8 +152,8 @@ print("parameters with a gradient:", moves)
 #
 # ## Training it live
 #
-# 200 steps of the autoencoder and 600 of the transformer, from random weights. The gates are
-# measured on the way.
+# 600 steps of the transformer from random weights, in the latents of the pretrained run's
+# autoencoder. The gates are measured on the way.
 
 # %%
 opened = {}
@@ -171,15 +171,16 @@ def gates(system, t):
 def with_gates(steps):
     """The same steps; at some, the gates are measured."""
     for step in steps:
-        if step.stage == "denoiser" and step.number in (1, 2, 10, 50, 200, 600):
+        if step.number in (1, 2, 10, 50, 200, 600):
             opened[step.number] = gates(step.system, 500)
         yield step
 
 
 # %%
 captions = ["a red circle", "two blue squares", "a red circle above a blue square"]
-live = {"steps": 800, "settings": {"autoencoder_share": 0.25}}
-watched = watch(with_gates(lineage.training_steps("dit", **live)), captions)
+trained = {"autoencoder": "pretrained:dit"}
+steps = lineage.training_steps("dit", steps=600, stages_from=trained)
+watched = watch(with_gates(steps), captions)
 
 # %%
 print("step   gate of the attention, then of the MLP, of each block")
@@ -196,7 +197,7 @@ for step, gate in opened.items():
 # %%
 unet = lineage.load("pretrained:ldm")
 show([*watched.system.generate(captions), *system.generate(captions), *unet.generate(captions)],
-     ["800 steps"] * 3 + ["dit"] * 3 + ["ldm"] * 3, columns=3)  # fmt: skip
+     ["600 steps"] * 3 + ["dit"] * 3 + ["ldm"] * 3, columns=3)  # fmt: skip
 
 # %% [markdown]
 # A detector judges 40 prompts with places and colours; differences below about 0.15 are chance.

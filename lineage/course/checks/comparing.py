@@ -41,9 +41,9 @@ SCENES: tuple[tuple[Things, Things, bool, str], ...] = (
 def strict_scene(answer: Any) -> None:
     """Whether two lists hold the same objects equally often."""
     for found, wanted, right, words in SCENES:
-        given = list(found), list(wanted)
-        value = answer(*given)
-        if given != (found, wanted):
+        arguments = list(found), list(wanted)
+        value = answer(*arguments)
+        if arguments != (found, wanted):
             raise Wrong("changes one of its lists: make a new one, as `sorted` does.")
         if value is None:
             raise Wrong("returns nothing: end it with `return`.")

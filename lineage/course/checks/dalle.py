@@ -130,37 +130,37 @@ def top_k_probs(answer: Any) -> None:
     """Top-k, then a softmax at a temperature."""
     logits, temperature, top_k = torch.randn(3, 6) * 2, 0.5, 2
     largest = logits.topk(top_k).indices
-    kept = torch.zeros(3, 6, dtype=torch.bool).scatter(1, largest, True)
+    mask = torch.zeros(3, 6, dtype=torch.bool).scatter(1, largest, True)
 
     def probs(mask: Tensor, factor: float) -> Tensor:
         return (logits * factor).masked_fill(~mask, -torch.inf).softmax(1)
 
     full = (logits / temperature).softmax(1)
-    right = probs(kept, 1 / temperature)
+    right = probs(mask, 1 / temperature)
     of_all = logits.flatten().topk(top_k).values[-1]
     mistakes = {
-        "multiplies by the temperature: it should divide": probs(kept, temperature),
-        "does not use the temperature": probs(kept, 1.0),
+        "multiplies by the temperature: it should divide": probs(mask, temperature),
+        "does not use the temperature": probs(mask, 1.0),
         "keeps all codes: the others should get 0": full,
         "does not share the probability of the forbidden codes: each row should sum to 1": full
-        * kept,
+        * mask,
         "keeps the unlikeliest codes: topk of the logits has the largest": probs(
-            torch.zeros_like(kept).scatter(1, (-logits).topk(top_k).indices, True), 1 / temperature
+            torch.zeros_like(mask).scatter(1, (-logits).topk(top_k).indices, True), 1 / temperature
         ),
         "keeps the top k of the whole batch, not of each row": probs(
             logits >= of_all, 1 / temperature
         ).nan_to_num(),
         "keeps one code too few: the k-th largest itself should stay": probs(
-            torch.zeros_like(kept).scatter(1, logits.argmax(1, keepdim=True), True), 1 / temperature
+            torch.zeros_like(mask).scatter(1, logits.argmax(1, keepdim=True), True), 1 / temperature
         ),
         "keeps one code too many": probs(
-            torch.zeros_like(kept).scatter(1, logits.topk(top_k + 1).indices, True), 1 / temperature
+            torch.zeros_like(mask).scatter(1, logits.topk(top_k + 1).indices, True), 1 / temperature
         ),
         "sets forbidden logits to 0, which is no probability of 0: set them to minus infinity": (
-            logits * kept / temperature
+            logits * mask / temperature
         ).softmax(1),
         "takes the softmax over the rows (axis 0): it goes over the codes": (
-            (logits / temperature).masked_fill(~kept, -torch.inf).softmax(0).nan_to_num()
+            (logits / temperature).masked_fill(~mask, -torch.inf).softmax(0).nan_to_num()
         ),
     }
     result = untouched(answer, logits, temperature, top_k)

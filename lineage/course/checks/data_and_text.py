@@ -27,9 +27,9 @@ def token_ids(answer: Any) -> None:
     """Numbers of the words, padded on the right."""
     captions = ["a red circle", "a kite above", "a blue square above a red circle"]
     rows = [[3, 4, 6], [3, 1, 8], [3, 5, 7, 8, 3, 4, 6]]
-    given = list(captions), dict(ID_OF)
-    value = answer(*given)
-    if given != (captions, ID_OF):
+    arguments = list(captions), dict(ID_OF)
+    value = answer(*arguments)
+    if arguments != (captions, ID_OF):
         raise Wrong("changes its arguments: leave the captions and `id_of` as they are.")
     if isinstance(value, list):
         raise Wrong("returns a list: torch.tensor(...) makes a tensor of it.")

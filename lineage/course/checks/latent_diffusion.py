@@ -127,8 +127,8 @@ def cross_attention(answer: Any) -> None:
     q, k, v = to_q(cells), to_k(words), to_v(words)
     scores = q @ k.transpose(1, 2) / 8**0.5
 
-    def mix(scores: Tensor, kept: Tensor, axis: int = 2) -> Tensor:
-        return scores.masked_fill(~kept[:, None], -torch.inf).softmax(axis).nan_to_num() @ v
+    def mix(scores: Tensor, mask: Tensor, axis: int = 2) -> Tensor:
+        return scores.masked_fill(~mask[:, None], -torch.inf).softmax(axis).nan_to_num() @ v
 
     def both() -> Tensor:
         return untouched(answer, cells, words, mask, to_q, to_k, to_v)

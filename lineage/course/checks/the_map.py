@@ -70,24 +70,24 @@ def all_ancestors(answer: Any) -> None:
             value = _unchanged(answer, catalog, key)
             if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
                 raise Wrong(f"returns {type(value).__name__}, not a set of keys.")
-            found, right = list(value), _ancestors(catalog, key)
-            if any(not isinstance(one, str) for one in found):
+            names, right = list(value), _ancestors(catalog, key)
+            if any(not isinstance(one, str) for one in names):
                 raise Wrong("returns rows where keys are expected: a key is a row's name.")
-            if len(found) > len(set(found)):
+            if len(names) > len(set(names)):
                 raise Wrong(f"names an ancestor of {key!r} twice: a set holds each once.")
-            _compare_ancestors(catalog, key, set(found), right)
+            _compare_ancestors(catalog, key, set(names), right)
 
 
-def _compare_ancestors(catalog: Catalog, key: str, found: set[str], right: set[str]) -> None:
-    if found == right:
+def _compare_ancestors(catalog: Catalog, key: str, names: set[str], right: set[str]) -> None:
+    if names == right:
         return
     parents = catalog[key].builds_on
     children = {one for one in catalog if key in _ancestors(catalog, one)}
-    if found - {key} == right:
+    if names - {key} == right:
         raise Wrong(f"counts {key!r} among its own ancestors.")
-    if found and found <= children:
+    if names and names <= children:
         raise Wrong(f"returns the descendants of {key!r}: follow `builds_on` from it.")
-    if found == set(parents):
+    if names == set(parents):
         raise Wrong(
             f"stops at what {key!r} builds on directly: those systems have ancestors themselves."
         )
@@ -96,11 +96,11 @@ def _compare_ancestors(catalog: Catalog, key: str, found: set[str], right: set[s
     while catalog[one].builds_on:
         one = catalog[one].builds_on[0]
         first.add(one)
-    if found == first:
+    if names == first:
         raise Wrong(f"follows only the first of each `builds_on`: {_names(right - first)} is lost.")
-    if missing := right - found:
+    if missing := right - names:
         raise Wrong(f"misses {_names(missing)} among the ancestors of {key!r}.")
-    raise Wrong(f"has {_names(found - right)} among the ancestors of {key!r}, which is not one.")
+    raise Wrong(f"has {_names(names - right)} among the ancestors of {key!r}, which is not one.")
 
 
 @exercise()
