@@ -41,7 +41,7 @@ def data_show(
     """Draw a contact sheet with captions, or what systems receive of the pictures.
 
     Args:
-        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, cub or hub.
         out: Picture to write.
         count: Number of pictures; 24 if left out, or 6 rows with --run.
         columns: Number of pictures in a row; 6 if left out.
@@ -76,7 +76,7 @@ def data_check(spec: str, /, *, size: Count = 32, json: Flag = False) -> None:
     """Count pictures and captions, and name every rejected file with its reason.
 
     Args:
-        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, cub or hub.
         size: Side of the pictures in pixels.
         json: If true, print one JSON document.
     """
@@ -111,7 +111,7 @@ def data_stats(
     """Count captions, words, sizes, colours and labels; as a page with --out.
 
     Args:
-        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, cub or hub.
         out: Page to write, in HTML.
         size: Side of the pictures in pixels.
         split: train, validation, test, ...; all of them if left out (train of shapes).
@@ -171,7 +171,7 @@ def data_filter(
     its last caption does. Of copies, the one in test or validation stays, then the largest.
 
     Args:
-        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, cub or hub.
         out: Folder to write: an imagefolder, removed.jsonl, cleaning.json and cleaning.html.
         min_side: Smallest shorter side of a picture in its file, in pixels.
         max_aspect: Largest ratio of a picture's longer side to its shorter one.
@@ -269,7 +269,7 @@ def data_export(
     """Write a data set as an imagefolder, or as the shards of a WebDataset.
 
     Args:
-        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, coco or cub.
+        spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, cub or hub.
         out: Folder to write.
         count: Largest number of pictures; all if left out.
         size: Side of the pictures in pixels.

@@ -19,11 +19,12 @@ Splits are `train`, `validation` (in files also `val`, `valid`, `dev`) and `test
 disk also have `all`, `shapes` has `heldout`.
 
 Modules: `contract` (what a data set is), `shapes*` (the procedural world), `layouts` (what lies on
-a disk) with one file for each, `records` and `pictures` (what they share), `pixels` (decoded
-pictures on the disk), `decoding` (one file -> pixels), `tables` (rows of metadata), `reed`
-(captions of CUB and the flowers), `splits`, `hub`, `emoji`, `cached` (adds what a network computes
-from each picture), `tools` (contact sheet, check, export), `stats` (what is in it, as a page),
-`cleaning`, `near` and `cleaned` (what is removed from it, and what is left).
+a disk) with one file for each, `hub*` (the Hugging Face hub), `emoji` and `colr` (fonts), `records`
+and `pictures` (what they share), `pixels` (decoded pictures on the disk), `decoding` (one file ->
+pixels), `tables` (rows of metadata), `reed` (captions of CUB and the flowers), `shard_index`,
+`splits`, `cached` (adds what a network computes from each picture), `tools` (contact sheet, check,
+export), `stats` (what is in it, as a page), `cleaning`, `near` and `cleaned` (what is removed from
+it, and what is left).
 """
 
 from __future__ import annotations
