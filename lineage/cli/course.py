@@ -40,17 +40,18 @@ def grade(
     if csv is not None:
         check_output(csv)
     paths = grading.submissions(notebooks)
-    graded = [
-        grading.grade(path, seconds)
-        for path in tqdm(paths, desc="grading", unit=" notebooks", leave=False, disable=None)
-    ]
-    if csv is not None:
-        write_bytes(csv, grading.as_csv(graded).encode())
-    if json:
-        print_json([one.to_json() for one in graded])
-    else:
-        for line in grading.as_text(graded).splitlines():
-            print(plain(line))
+    graded: list[grading.Graded] = []
+    try:
+        for path in tqdm(paths, desc="grading", unit=" notebooks", leave=False, disable=None):
+            graded.append(grading.grade(path, seconds))
+    finally:  # also of those that were graded before Ctrl-C
+        if csv is not None and graded:
+            write_bytes(csv, grading.as_csv(graded).encode())
+        if json:
+            print_json([one.to_json() for one in graded])
+        else:
+            for line in grading.as_text(graded).splitlines():
+                print(plain(line))
 
 
 def course(folder: PathName, /) -> None:

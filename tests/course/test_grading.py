@@ -213,6 +213,25 @@ def test_a_table_of_many_students(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no notebook" in rows[2]["reasons"]
 
 
+def test_a_stopped_command_writes_what_was_graded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / name for name in ("a.ipynb", "b.ipynb")]
+    for path in paths:
+        path.write_text("{}")
+
+    def grade_one(path: Path, seconds: float) -> grading.Graded:
+        if path == paths[1]:
+            raise KeyboardInterrupt
+        return grading.Graded(str(path), "05_vqvae", [], [])
+
+    monkeypatch.setattr(grading, "grade", grade_one)
+    table = tmp_path / "points.csv"
+    assert main(["grade", *map(str, paths), "--csv", str(table)]) == 130
+    assert "a.ipynb" in table.read_text() and "b.ipynb" not in table.read_text()
+    assert "a.ipynb: 0 of 0 points" in capsys.readouterr().out
+
+
 def test_the_text_names_file_points_and_reasons(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
