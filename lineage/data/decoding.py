@@ -27,9 +27,9 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ from lineage.files import NotRegularError, TooLargeError, check_regular, check_s
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's remarks on odd metadata
 
+T = TypeVar("T")
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom of a part of a picture, in pixels of its file."""
 
@@ -82,29 +83,36 @@ def decode(
     Raises:
         Exception: The file is no picture that can be read; `why_broken` gives the reason.
     """
+    return _opened(file, lambda source: _pixels(source, size, box, whole))
+
+
+def shown_size(file: Path | bytes) -> tuple[int, int]:
+    """Width and height of the picture in a file, turned upright. Raises as `decode`."""
+    return _opened(file, _shown_size)
+
+
+def _opened(file: Path | bytes, read: Callable[[Path | IO[bytes]], T]) -> T:
+    """Result of `read` for a file, without its metadata where they are junk. Raises as `decode`."""
     if isinstance(file, Path):
         check_regular(file, MAX_BYTES)
     elif len(file) > MAX_BYTES:
         raise TooLargeError(errno.EFBIG, f"it has {len(file) / 1e6:,.0f} MB; make it smaller")
     try:
-        return _pixels(file if isinstance(file, Path) else io.BytesIO(file), size, box, whole)
+        return read(file if isinstance(file, Path) else io.BytesIO(file))
     except (Image.DecompressionBombError, MemoryError, TooLargeError):
         raise
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raw = file.read_bytes() if isinstance(file, Path) else file
         for bare in _without_metadata(raw):
             with contextlib.suppress(Exception):  # the first error tells more
-                return _pixels(io.BytesIO(bare), size, box, whole)
+                return read(io.BytesIO(bare))
         if isinstance(error, Image.UnidentifiedImageError):
             _check_foreign(raw)
         raise
 
 
-def shown_size(file: Path | bytes) -> tuple[int, int]:
-    """Width and height of the picture in a file, turned upright. Raises as `decode`."""
-    if isinstance(file, Path):
-        check_regular(file, MAX_BYTES)
-    with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
+def _shown_size(source: Path | IO[bytes]) -> tuple[int, int]:
+    with Image.open(source) as image:
         width, height = image.size
         turned = _orientation(image) >= 5
     return (height, width) if turned else (width, height)

@@ -5,6 +5,7 @@ Of an endless or a large data set, the first `MAX_PICTURES` are read, which the 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -121,7 +122,10 @@ def _sizes(dataset: CaptionedDataset, count: int) -> tuple[list[int], list[int]]
     """Widths and heights of the pictures in their files; none where there are no such files."""
     if not isinstance(dataset, PictureDataset) or not dataset.has_files:
         return [], []
-    sizes = [dataset.file_size(i) for i in range(0, count, max(1, count // MAX_SIZES))]
+    sizes = []
+    for index in range(0, count, max(1, count // MAX_SIZES)):
+        with contextlib.suppress(Exception):  # broken, in a data set that is read when it is due
+            sizes.append(dataset.file_size(index))
     return [width for width, _ in sizes], [height for _, height in sizes]
 
 

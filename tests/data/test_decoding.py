@@ -16,7 +16,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from lineage.data import decoding
-from lineage.data.decoding import decode, why_broken
+from lineage.data.decoding import decode, shown_size, why_broken
 from lineage.files import TooLargeError
 
 
@@ -77,6 +77,7 @@ def test_metadata_of_junk_does_not_make_a_picture_unreadable(tmp_path: Path, nam
         file = tmp_path / f"{number}.png"
         file.write_bytes(raw)
         assert decode(file, 8)[:, 4, 4].tolist() == [200, 30, 30]
+        assert shown_size(file) == (8, 8)
 
 
 @pytest.mark.parametrize("marker", [0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE])

@@ -10,7 +10,7 @@ import torch
 from miniatures import make_cub, save_picture, save_text
 
 from lineage.cli import main
-from lineage.data import load_dataset, stats
+from lineage.data import load_dataset, pictures, stats
 from lineage.data.stats import nearest_colours, spread, statistics
 
 
@@ -50,6 +50,15 @@ def test_of_a_large_data_set_the_first_pictures_are_read(monkeypatch: pytest.Mon
     numbers = statistics(load_dataset("shapes", "train", 16))
     assert numbers["read"] == 5 and numbers["pictures"] > 5 and numbers["width"] is None
     assert "of which the first 5 are read here" in stats.lines(numbers)[0]
+
+
+def test_a_broken_picture_of_a_streamed_data_set_has_no_size(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "b.png").write_bytes(b"broken")
+    monkeypatch.setattr(pictures, "STREAM_FROM", 1)
+    numbers = statistics(load_dataset(f"folder:{folder}", "all", 16))
+    assert numbers["width"] == {"min": 40, "median": 40, "p95": 40, "max": 40}
 
 
 def test_spread_and_colours() -> None:
