@@ -1,7 +1,7 @@
 """Tables of metadata, `metadata.jsonl`, `.csv` and `.parquet`: rows with the line of each.
 
-A table is UTF-8, or UTF-16 with a byte order mark. A row that cannot be read is reported with its
-line, and the rows after it are read.
+A table is UTF-8, or UTF-16 with a byte order mark; a `file_name` may have other bytes, as its file
+has. A row that cannot be read is reported with its line, and the rows after it are read.
 
 JSON: one object on each line. Numbers that JSON has no way to write (`NaN`, `Infinity`, `1e999`)
 are faults.
@@ -138,10 +138,9 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         line = line.strip().lstrip("\ufeff")  # files with byte order marks may be joined
         if not line:
             continue
-        if _NOT_UTF8.search(line):
-            yield number, "is not valid JSON: it is not UTF-8; save the file as UTF-8"
-            continue
         try:
+            if not _is_utf8(line):
+                raise ValueError("it is not UTF-8; save the file as UTF-8")
             yield number, json_object(line)
         except NotAnObjectError:
             yield number, "is not a JSON object; write one object on each line"
@@ -150,6 +149,20 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield number, f"is not valid JSON: {reason}; write one object on each line"
         except ValueError as error:
             yield number, f"is not valid JSON: {error}"
+
+
+def _is_utf8(line: str) -> bool:
+    """Whether a line of JSON has no other bytes, save in a `file_name`, as file systems may."""
+    if not _NOT_UTF8.search(line):
+        return True
+    try:
+        values = _json(line)
+    except ValueError:
+        return False
+    if not isinstance(values, dict):
+        return False
+    rest = {key: value for key, value in values.items() if key != "file_name"}
+    return not _NOT_UTF8.search(json.dumps(rest, ensure_ascii=False))
 
 
 class NotAnObjectError(ValueError):
@@ -225,10 +238,13 @@ def _bounded(value: Any, depth: int) -> Any:
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Line and cells of each row, or what is wrong with the line."""
     separator = _separator(text.lstrip().split("\n", 1)[0])
+    is_odd = bool(_NOT_UTF8.search(text))
     head: list[str] | None = None
     for line, cells, fault in _csv_records(text, separator):
         if head is None and cells[0] == "sep=":  # Excel's own line before the head
             continue
+        if is_odd and _has_odd_cell(head or [""] * len(cells), cells):
+            fault = "is not UTF-8; save the table as UTF-8"
         if fault:
             yield line, fault
             if head is None:
@@ -253,6 +269,12 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield line, _checked(dict(zip(head, map(_cell, cells), strict=False)))
             except ValueError as error:
                 yield line, f"is not a row: {error}"
+
+
+def _has_odd_cell(head: list[str], cells: list[str]) -> bool:
+    """Whether a cell is not UTF-8, save a `file_name`, which has the bytes of the file system."""
+    named = zip(head, cells, strict=False)
+    return any(name != "file_name" and _NOT_UTF8.search(cell) for name, cell in named)
 
 
 def _separator(head: str) -> str:
@@ -280,8 +302,6 @@ def _csv_records(text: str, separator: str) -> Iterator[tuple[int, list[str], st
                 break
             at += 1
         record = text[start:at]
-        if _NOT_UTF8.search(record):
-            fault = "is not UTF-8; save the table as UTF-8"
         if fault or record.strip():
             yield line, cells, fault
         line += record.count("\n") + 1

@@ -155,6 +155,25 @@ def test_only_the_lines_that_are_not_utf8_are_left_out(
     assert all("UTF-8" in fault for fault in faults)
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "others"),
+    [
+        ("metadata.csv", b"file_name,text\ncaf\xe9.png,x", [b"a.png,caf\xe9", b"\xe9.png,\xe9"]),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "caf\xe9.png", "text": "x"}',
+            [b'{"file_name": "a.png", "text": "\xe9"}', b'["\xe9"]', b'{"\xe9": 1}'],
+        ),
+    ],
+)
+def test_a_file_name_may_have_the_bytes_of_its_file(
+    tmp_path: Path, name: str, first: bytes, others: list[bytes]
+) -> None:
+    rows, faults = read(tmp_path, name, b"\n".join([first, *others]))
+    assert rows == [{"file_name": "caf\udce9.png", "text": "x"}]
+    assert len(faults) == len(others) and all("UTF-8" in fault for fault in faults)
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
 def test_a_table_of_zero_bytes_is_named_once(tmp_path: Path, name: str, encoding: str) -> None:
