@@ -198,7 +198,8 @@ trained = {"codec": "pretrained:dalle"}
 watched = watch(lineage.training_steps("dalle", steps=350, stages_from=trained), wanted)
 
 # %% [markdown]
-# Random codes at first, then background, then blobs in a colour of the caption. **Predict**: which
+# Random codes at first, which decode to pieces of objects; then background, then blobs in a colour
+# of the caption. **Predict**: which
 # comes next, the right number of objects or the right shapes?
 #
 # ## The pretrained run beside it
