@@ -12,6 +12,7 @@ from lineage.characters import plain
 from lineage.cli.arguments import Count, Flag, PathName, RunName, Seed, SheetCount, print_json
 from lineage.cli.imports import large_imports
 from lineage.errors import UserError
+from lineage.pretrained import run_name
 
 if TYPE_CHECKING:
     from lineage.data.cleaning import Similarity
@@ -43,13 +44,14 @@ def data_show(
     Args:
         spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, cub or hub.
         out: Picture to write.
-        count: Number of pictures; 24 if left out, or 6 rows with --run.
-        columns: Number of pictures in a row; 6 if left out.
-        size: Side of the pictures in pixels; 32 if left out.
+        count: Number of pictures; 24 if left out, or 6 with --run, which has a row for each.
+        columns: Number of pictures in a row; 6 if left out. Not with --run.
+        size: Side of the pictures in pixels; 32 if left out. Not with --run.
         split: train, validation, test, ...
-        seed: Seed of an endless data set.
-        run: Run folder, or pretrained:KEY, of a system whose sizes, codes or latents are shown
-            beside each picture; may be given several times.
+        seed: Seed of shapes; files do not depend on it.
+        run: Run folder, or pretrained:KEY. Beside each picture stands what this system makes of it
+            before the first loss: smaller sizes (stackgan, attngan), codes (vqvae, dalle), latents
+            (ldm). May be given several times.
     """
     from lineage.data import load_dataset
     from lineage.data.tools import contact_sheet
@@ -61,9 +63,14 @@ def data_show(
             if value is not None:
                 raise UserError(f"--{name} has no effect with --run: leave it out.")
         with large_imports():
+            from lineage.plan import read_config
             from lineage.received import received_sheet
         save_picture(received_sheet(spec, run, count or 6, split, seed), out)
-        print(plain(out))
+        print(plain(f"{out}: a row for each picture; each code has a colour of its own."))
+        for folder in run:
+            data = read_config(folder).data
+            if data != spec:
+                print(plain(f"  {run_name(folder)} was trained on {data}, and may fail on others."))
         return
     dataset = load_dataset(spec, split, size or 32, seed)
     count = count or 24
@@ -108,14 +115,14 @@ def data_stats(
     seed: Seed = 0,
     json: Flag = False,
 ) -> None:
-    """Count captions, words, sizes, colours and labels; as a page with --out.
+    """Count captions, words, sizes, colours and labels. With --out, write a page about them.
 
     Args:
         spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, cub or hub.
         out: Page to write, in HTML.
         size: Side of the pictures in pixels.
         split: train, validation, test, ...; all of them if left out (train of shapes).
-        seed: Seed of an endless data set.
+        seed: Seed of shapes; files do not depend on it.
         json: If true, print one JSON document.
     """
     from lineage.data import load_dataset
@@ -167,8 +174,8 @@ def data_filter(
 ) -> None:
     """Remove bad pictures and captions, and write the rest with a page about both.
 
-    Without --out nothing is written: the numbers show what the rules would do. A picture goes when
-    its last caption does. Of copies, the one in test or validation stays, then the largest.
+    Without --out nothing is written: the numbers show what the rules would do. A picture without
+    captions is removed. Among copies, one in test or validation is kept, otherwise the largest.
 
     Args:
         spec: Data set: shapes, shapes:hard, a path, or KIND:PATH, such as folder, cub or hub.
@@ -177,22 +184,26 @@ def data_filter(
         max_aspect: Largest ratio of a picture's longer side to its shorter one.
         min_words: Smallest number of words of a caption.
         max_words: Largest number of words of a caption.
-        min_letters: Smallest number of characters of a caption.
+        min_letters: Smallest number of characters of a caption, blanks among them.
         max_letters: Largest number of characters of a caption.
-        script: Script of at least half of a caption's letters, such as latin, cyrillic or cjk; may
-            be given several times.
+        script: Keep captions most of whose letters are in this script, such as latin, cyrillic or
+            cjk (Chinese). Given several times, in one of these scripts.
         max_pictures: Largest number of pictures that may have the same caption.
-        duplicates: exact: remove pictures with the same pixels; near: those that differ by little.
-        leaks: If true, remove what is nearly the same as a picture of another split.
-        near: Largest mean difference of pictures that are nearly the same, in levels of 0 to 255;
-            4 if left out.
+        duplicates: exact: remove copies with the same pixels in the same split; near: also those
+            that differ by little.
+        leaks: If true, remove what is nearly the same as a picture of another split: those of test
+            and validation are kept.
+        near: Largest difference of pictures that are nearly the same, for --duplicates near and
+            --leaks, in levels of 0 to 255; 4 if left out.
         clip: Run folder of clip, or pretrained:clip, that compares captions with pictures.
-        min_similarity: Smallest cosine of a caption and its picture by --clip.
-        worst: Share of the captions to remove for the lowest cosines by --clip.
-        count: Largest number of pictures; all if left out.
-        size: Side of the pictures in pixels at which they are compared.
+        min_similarity: Smallest cosine of a caption and its picture by --clip. Without --out, the
+            percentiles show which number removes how much.
+        worst: Share of the captions, 0 to 1, that is removed: those with the lowest cosines by
+            --clip.
+        count: Number of pictures that are read, the first of the data set; all if left out.
+        size: Side of the pictures in pixels at which copies and captions are compared.
         split: train, validation, test, ...; all of them if left out (train of shapes).
-        seed: Seed of an endless data set.
+        seed: Seed of shapes; files do not depend on it.
         json: If true, print one JSON document.
     """
     from lineage.data import load_dataset
@@ -274,7 +285,7 @@ def data_export(
         count: Largest number of pictures; all if left out.
         size: Side of the pictures in pixels.
         split: train, validation, test, ...
-        seed: Seed of an endless data set.
+        seed: Seed of shapes; files do not depend on it.
         form: imagefolder or wds.
     """
     from lineage.data import load_dataset

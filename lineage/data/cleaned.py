@@ -120,12 +120,19 @@ def lines(cleaned: Cleaned) -> list[str]:
     """The summary as lines of text."""
     n = cleaned.summary()
     rows = [f"{n['name']}: {n['pictures']:,} pictures, {n['captions']:,} captions"]
-    for rule in dict.fromkeys([*n["removed_pictures"], *n["removed_captions"]]):
-        counts = [n["removed_pictures"].get(rule, 0), n["removed_captions"].get(rule, 0)]
-        rows.append(f"  {rule}: {counts[0]:,} pictures, {counts[1]:,} captions of others")
+    rules = dict.fromkeys([*n["removed_pictures"], *n["removed_captions"]])
+    for rule in rules:
+        pictures, captions = (
+            n[f"removed_{what}"].get(rule, 0) for what in ("pictures", "captions")
+        )
+        rows.append(f"  {rule}: {pictures:,} pictures, {captions:,} captions of pictures that stay")
+    if not rules:
+        rows.append("  nothing is removed")
+    if cleaned.rules.leaks and len(set(cleaned.splits)) < 2:
+        rows.append("  leaks: there is only one split, so nothing to compare it with")
     if n["similarity"]:
         values = ", ".join(f"{name} {value:.3f}" for name, value in n["similarity"].items())
-        rows.append(f"  cosine of caption and picture: {values}")
+        rows.append(f"  cosine of caption and picture, percentiles: {values}")
     splits = ", ".join(f"{name} {count:,}" for name, count in n["kept_splits"].items())
     rows.append(f"  kept: {n['kept_pictures']:,} pictures ({splits or 'none'})")
     return [plain(row) for row in rows]
