@@ -13,7 +13,7 @@ from lineage.catalog import CATALOG, working
 from lineage.cli import main
 from lineage.errors import UserError
 from lineage.evaluation import cost
-from lineage.pretrained import FOLDER, pretrained, run_folder, run_name
+from lineage.pretrained import FOLDER, other_worlds, pretrained, run_folder, run_name
 from lineage.runs import load_system, read_config
 from lineage.training.store import load_tensors
 
@@ -25,7 +25,7 @@ def test_every_working_system_has_one() -> None:
     assert pretrained() == working()
 
 
-@pytest.mark.parametrize("key", pretrained())
+@pytest.mark.parametrize("key", [*pretrained(), *other_worlds()])
 def test_a_run_is_small_and_half_precise(key: str) -> None:
     path = FOLDER / key / "model.safetensors"
     assert path.stat().st_size <= LARGEST
@@ -40,21 +40,22 @@ def test_a_run_is_small_and_half_precise(key: str) -> None:
             assert tensor.dtype == torch.float16, name
 
 
-@pytest.mark.parametrize("key", pretrained())
+@pytest.mark.parametrize("key", [*pretrained(), *other_worlds()])
 def test_a_run_is_loaded_in_full_precision_and_draws(key: str) -> None:
     system = lineage.load(f"pretrained:{key}")
     assert {p.dtype for p in system.parameters()} == {torch.float32}
-    if CATALOG[key].draws:
+    if CATALOG[read_config(FOLDER / key).key].draws:
         assert system.generate(["a red circle"], seed=1).shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("key", pretrained())
-def test_its_results_tell_how_it_was_made(key: str) -> None:
-    told = json.loads((RESULTS / key / "run.json").read_text())
+@pytest.mark.parametrize("key", [*pretrained(), *other_worlds()])
+def test_its_results_say_how_it_was_made(key: str) -> None:
+    run = json.loads((RESULTS / key / "run.json").read_text())
     config = read_config(FOLDER / key)
-    assert told["command"].startswith(f"lineage train {key} ")
-    assert told["machine"]["commit"] and told["machine"]["clean"]
-    assert told["seed"] == config.seed
+    assert run["command"].startswith(f"lineage train {config.key} ")
+    assert key == config.key or key == f"{config.key}_{config.data}"
+    assert run["machine"]["commit"] and run["machine"]["clean"]
+    assert run["seed"] == config.seed
     scores = json.loads((RESULTS / key / "scores.json").read_text())
     assert scores["runs"][0]["run"] == f"pretrained:{key}"
     assert str(Path.home()) not in (FOLDER / key / "config.json").read_text()

@@ -1,7 +1,8 @@
 """Trained runs that come with the package, at preset tiny.
 
-`pretrained:KEY` stands for the run folder of a system, wherever one is asked for. Weights are in
-half precision; `make pretrained` trains them again, and `results/pretrained` has their scores.
+`pretrained:KEY` stands for the run folder of a system, wherever one is asked for. It was trained on
+`shapes`; `pretrained:KEY_emoji` on captioned emoji. Weights are in half precision; `make pretrained`
+trains them again, and `results/pretrained` has their scores.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ FOLDER = Path(__file__).parent
 
 
 def pretrained() -> list[str]:
-    """Keys of the systems with a trained run, oldest first."""
+    """Keys of the systems with a run that was trained on `shapes`, oldest first."""
     return [key for key in CATALOG if (FOLDER / key / "config.json").is_file()]
+
+
+def other_worlds() -> list[str]:
+    """Names of the runs that were trained on other data, such as `ldm_emoji`."""
+    names = sorted(file.parent.name for file in FOLDER.glob("*/config.json"))
+    return [name for name in names if name not in CATALOG]
 
 
 def run_folder(run: str | Path, name: str = "The run") -> Path:
@@ -33,7 +40,7 @@ def run_folder(run: str | Path, name: str = "The run") -> Path:
     """
     if not str(run).startswith(PREFIX):
         return expanded(run, name)
-    key, keys = str(run).removeprefix(PREFIX), pretrained()
+    key, keys = str(run).removeprefix(PREFIX), [*pretrained(), *other_worlds()]
     if key in keys:
         return FOLDER / key
     if key in CATALOG:
