@@ -1,8 +1,8 @@
 """Trained runs that come with the package, at preset tiny.
 
 `pretrained:KEY` stands for the run folder of a system, wherever one is asked for. It was trained on
-`shapes`; `pretrained:KEY_emoji` on captioned emoji. Weights are in half precision; `make pretrained`
-trains them again, and `results/pretrained` has their scores.
+`shapes`, `pretrained:KEY_emoji` on captioned emoji. Weights are in half precision. `make
+pretrained` trains them again, and `results/pretrained` has their scores.
 """
 
 from __future__ import annotations

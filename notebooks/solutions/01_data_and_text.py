@@ -23,6 +23,7 @@ from lineage.cgan.joint_embedding import embedding_terms
 from lineage.config import TextConfig
 from lineage.course import begin, check, show, slider, source
 from lineage.data.shapes import heldout_relation
+from lineage.errors import UserError
 from lineage.sheets import picture
 from lineage.system import LabelledImage
 from lineage.text import make_encoder, make_tokenizer
@@ -178,6 +179,38 @@ with tempfile.TemporaryDirectory() as folder:
     mine = [own[i] for i in range(len(own))]
     print([(skipped.path, skipped.reason) for skipped in own.skipped])
 show([one.image for one in mine], [" / ".join(one.captions[:2]) for one in mine])
+
+# %% [markdown]
+# **A second world, without a download.** The font of your system holds thousands of small pictures
+# with names: its emoji. (Without such a font, the cells go on with `shapes`.)
+
+# %%
+try:
+    world = lineage.load_dataset("emoji", size=32)
+    print(f"{len(world):,} emoji to train on, in the groups of Unicode, which are the labels")
+except UserError as reason:
+    world = data
+    print(reason)
+
+# %%
+some = world.showcase(16)
+show([one.image for one in some], [one.captions[0] for one in some])
+
+# %% [markdown]
+# Nobody drew these to teach a network. **Predict**: how many words do their captions have, against
+# those of `shapes`, and how many of them stand in one caption only?
+
+# %%
+for name, one in {"shapes": data, "emoji": world}.items():
+    words = [word for c in one.all_captions(3000) for word in set(re.findall(r"\w+", c.lower()))]
+    counts = Counter(words)
+    once = sum(number == 1 for number in counts.values())
+    print(f"{name:8}{len(counts):5} words, {once / len(counts):4.0%} of them in one caption only")
+
+# %% [markdown]
+# A word that was read once cannot be learnt well. All real captions have such a long tail. Other
+# data sets are read as they come ([data/README.md](../data/README.md)), and
+# `lineage data stats` counts what is in them.
 
 # %% [markdown]
 # ## The real module: text

@@ -2,11 +2,11 @@
 # # 07 · CLIP: pictures and captions in one space
 #
 # **The question.** A classifier knows the classes that it was trained on, and no others. Captions
-# are everywhere. Can a network learn from captions alone what is in a picture, so that any words
-# are a class?
+# are everywhere. Can a network learn from captions alone what is in a picture, so that any caption
+# can serve as a class?
 #
 # Radford et al. (2021, [arXiv:2103.00020](https://arxiv.org/abs/2103.00020)) train two towers, one
-# for pictures, one for captions. Files explained here: [clip.py](../lineage/clip/clip.py),
+# for pictures, one for captions. Files quoted here: [clip.py](../lineage/clip/clip.py),
 # [image_towers.py](../lineage/clip/image_towers.py),
 # [clip_text.py](../lineage/text/clip_text.py), [vqgan_clip.py](../lineage/clip/vqgan_clip.py),
 # [clipdraw.py](../lineage/clip/clipdraw.py).
@@ -40,8 +40,8 @@ begin("07_clip", minutes=1.5)
 # %% [markdown]
 # ## The idea in one figure
 #
-# Each picture and each caption becomes a vector. The numbers are cosines: a picture and its own
-# caption point in the same direction.
+# Each picture and each caption becomes a vector. The numbers are cosines: of each row and each
+# column, the picture's own caption has the largest.
 
 # %%
 clip = lineage.load("pretrained:clip").requires_grad_(False)
@@ -75,7 +75,7 @@ plt.show()
 # %% [markdown]
 # ## By hand
 #
-# Three pictures and three captions, two numbers each. First make all vectors one long, so that
+# Three pictures and three captions, two numbers each. First give each vector length 1, so that
 # products are cosines.
 
 # %%
@@ -86,14 +86,17 @@ print(cosines)
 
 # %% [markdown]
 # Which caption belongs to picture $i$? A softmax over the cosines is a guess, and the right answer
-# is caption $i$: a classification whose classes are the batch. Then the same for captions. The loss
-# is the mean of both (figure 3; **InfoNCE**, van den Oord et al. 2018):
+# is caption $i$: a classification whose classes are the $B$ captions of the batch. Those of other
+# pictures are its **negatives**: the softmax pushes them away. Then the same for captions. With
+# $c_{ij}$, the cosine of picture $i$ and caption $j$, and a factor $s$, the loss is the mean of
+# both (figure 3 of Radford et al.; **InfoNCE**, van den Oord et al. 2018):
 #
 # $$L = -\frac{1}{2B} \sum_i \left(
 #   \ln \frac{e^{s c_{ii}}}{\sum_j e^{s c_{ij}}} + \ln \frac{e^{s c_{ii}}}{\sum_j e^{s c_{ji}}}
 #   \right)$$
 #
-# One after the other, then at once. Do both agree?
+# One after the other, then at once. Do both agree? (The second argument of `contrastive_loss` hides
+# pairs; none yet.)
 
 # %%
 scale, total = 10.0, 0.0
@@ -106,9 +109,9 @@ no_mask = torch.zeros(3, 3, dtype=torch.bool)
 assert torch.isclose(total / 3, contrastive_loss(scale * cosines, no_mask))
 
 # %% [markdown]
-# The scale $s$ matters: cosines end at 1, and a softmax over numbers between -1 and 1 is never
-# sure. **Predict**: at which scale is the loss of these cosines smallest? And what does a large
-# scale cost if two captions are exchanged?
+# The scale $s$ matters: a cosine is at most 1, and a softmax over numbers between -1 and 1 stays
+# near uniform. **Predict**: at which of the scales 1, 14.3 and 100 is the loss of these cosines
+# smallest? And what does a large scale cost if two captions are exchanged?
 
 # %%
 exchanged = cosines[:, [1, 0, 2]]
@@ -117,8 +120,9 @@ for scale in (1.0, 1 / 0.07, 100.0):
     print(f"scale {scale:5.1f}   right {losses[0]:.3f}   two exchanged {losses[1]:.3f}")
 
 # %% [markdown]
-# A good model wants a large scale, a bad one a small scale. So it is learnt: $s = e^{\tau}$, from
-# $1 / 0.07$ at first, and never above 100, to keep training stable (section 2.5).
+# A large scale rewards a good model and punishes a bad one. So it is learnt: $s = e^t$, where the
+# parameter $t$ starts at $\ln(1 / 0.07)$, and $s$ never exceeds 100, to keep training stable
+# (section 2.5 of Radford et al.).
 #
 # One more thing. In our small world, many pictures of a batch have the same caption:
 
@@ -126,15 +130,17 @@ for scale in (1.0, 1 / 0.07, 100.0):
 train = lineage.load_dataset("shapes", split="train", size=32)
 batch = train.batch(range(128), [0] * 128, seed=0)
 doubled = [caption for caption in batch.caption if batch.caption.count(caption) > 1]
-print(f"{len(doubled)} of 128 captions stand there twice or more, such as {doubled[0]!r}")
+print(f"{len(doubled)} of 128 captions occur at least twice, such as {doubled[0]!r}")
 
 # %% [markdown]
 # The loss would call a true caption false. Such pairs are masked: they are no negatives. (The paper
-# does without: among 400 million pairs, equal captions are rare.)
+# uses no mask: among 400 million pairs, equal captions are rare.)
 #
 # ## The real module
 #
-# All of that, as it stands in the package:
+# All of that, as it stands in the package. Two lines wait: `degraded` changes nothing here, and
+# `_with_opposites` adds columns that are explained below, under "Left of, or right of?". Their
+# number is `more`.
 
 # %%
 source(CLIP.losses, "pictures =", "per_image =")
@@ -144,8 +150,9 @@ source(contrastive_loss, "target =", "return")
 
 # %% [markdown]
 # The image tower is a vision transformer. It cuts a picture into patches, adds a class token, and
-# projects what that token has gathered. The text tower is a causal transformer: the end token has
-# read all words, and its state is the sentence.
+# multiplies the output of that token with a matrix. The text tower lets each token attend only to
+# earlier ones. Only the last, the **end token**, attends to all, so its output is the vector of the
+# caption.
 
 # %%
 source(VisionTransformer.forward, "x = self.embed", "return")
@@ -157,7 +164,7 @@ source(CLIPTextTower.pool, "rows =", "return")
 source(CLIPTextEncoder.forward, "states =", "return")
 
 # %% [markdown]
-# The same lines, one after the other:
+# Without the two lines that wait, one after the other:
 
 # %%
 tower, text = clip.image_tower, clip.text.encode(batch.caption)
@@ -175,13 +182,14 @@ for name, value in {**values, "image vectors": image, "logits": logits}.items():
 print(f"scale {clip.scale():.1f}, loss {contrastive_loss(logits, others):.3f}")
 
 # %% [markdown]
-# 17 tokens are a class token and 4 x 4 patches of 8 pixels.
+# 17 tokens are a class token and 4 x 4 patches of 8 pixels; 15 are those of the longest caption.
+# That tokens and the joint space both have 64 numbers is this preset's choice.
 #
 # ## Training it live
 #
 # 250 steps from random weights, about forty seconds. Each row is a caption; a column has the
 # picture, of 300 unseen ones, that fits it best so far. **Predict**: what is learnt first, the
-# colour, the number, the shape or the place?
+# colour, the number or the shape?
 
 
 # %%
@@ -190,11 +198,11 @@ def train_clip(looks, wanted):
     rows, place = [[] for _ in wanted], display("", display_id=True)
     for step in lineage.training_steps("clip", steps=looks[-1]):
         if step.number in looks:
-            with step.trainer.averaged() as model:
+            with step.trainer.averaged() as model:  # the moving average of the weights
                 best = model.similarity(images, wanted).argmax(0)  # (K,)
-            for row, i in zip(rows, best.tolist(), strict=True):
-                label = f"step {step.number}" if row is rows[-1] else ""
-                row.append(LabelledImage(label, images[i]))
+            for row, caption, i in zip(rows, wanted, best.tolist(), strict=True):
+                name = "" if row else f"{caption}: "
+                row.append(LabelledImage(f"{name}step {step.number}", images[i]))
             place.update(show(rows, side=64))
     return step.system.requires_grad_(False)
 
@@ -203,13 +211,14 @@ wanted = ["a red circle", "two blue squares", "a green cross left of a yellow tr
 young = train_clip([1, 15, 30, 60, 100, 150, 200, 250], wanted)
 
 # %% [markdown]
-# Colours come first, since a single patch shows them. Shapes and numbers follow, and are not always
-# right yet.
+# Colours come first, since a single patch shows them. Shapes and numbers follow, and change until
+# the end.
 #
 # ## The pretrained run beside it
 #
 # The same towers, trained for longer ([results/pretrained](../results/pretrained)). How often does
-# a picture's own caption come before all other captions of the 300?
+# a picture's own caption have the highest cosine of the 300? And how often does a caption with a
+# word of place fit better than the same caption with the opposite word? A guess gives 50 %.
 
 # %%
 different = torch.tensor([[a != b for b in captions] for a in captions])
@@ -225,19 +234,19 @@ def report(name, model):
     first = ~((cosines > own[:, None]) & different).any(1)
     place = own[placed] > model.similarity(images[placed], turned).diagonal()
     print(f"{name:11} own caption first {first.float().mean():.0%}   "
-          f"fits better than its opposite {place.float().mean():.0%}")  # fmt: skip
+          f"better than its opposite {place.float().mean():.0%} of {len(placed)}")  # fmt: skip
 
 
 report("250 steps", young)
 report("pretrained", clip)
 
 # %% [markdown]
-# The second number is about "left" and "right". Keep it in mind.
+# The second number counts captions with left, right, above or below. Keep it in mind.
 #
 # ## Looking inside
 #
-# **Any words are a class.** No training picture has a yellow circle; the captions of the classes
-# do. Pictures of combinations that were never seen, among 16 classes:
+# **Any caption is a class.** No training picture shows a yellow circle, but "a yellow circle" is
+# one of our 16 classes. Here are pictures of combinations that were never seen in training:
 
 # %%
 unseen = lineage.load_dataset("shapes", split="heldout", size=32)
@@ -261,9 +270,10 @@ print("classes unseen in training:", sorted(set(truth)))
 print(f"accuracy {accuracy(pairs, truth, ['a {}']):.0%}, by chance {1 / len(pairs):.0%}")
 
 # %% [markdown]
-# A harder task: where is the object? The classes are nine places. One
-# template must name some object; a **prompt ensemble** (section 3.1.4) names many, and averages
-# the unit vectors.
+# A harder task: where is the object? The classes are nine places. A caption such as "a red circle
+# in the top left" is a **template** with a place filled in. It names some object, for most pictures
+# the wrong one. A **prompt ensemble** (section 3.1.4 of Radford et al.) uses many templates, here
+# all 16 objects, and averages their unit vectors.
 
 # %%
 places = sorted({place_name(thing["x"], thing["y"]) for thing in things})
@@ -272,6 +282,7 @@ every = [f"a {pair} {{}}" for pair in pairs]
 single = [accuracy(places, truth, [template]) for template in every]
 print(f"one template: {min(single):.0%} to {max(single):.0%}, {sum(single) / 16:.0%} in the mean")
 print(f"all 16 together: {accuracy(places, truth, every):.0%}, by chance {1 / len(places):.0%}")
+print("the first caption:", every[0].format(places[0]))
 
 # %%
 source(CLIP.classifier, "parts =", "return")
@@ -294,9 +305,10 @@ queries = ["green", "three", "a large shape", "bottom left", "a cross above", "r
 slider(found, "query", queries, still=queries)
 
 # %% [markdown]
-# **Words over places.** Compare a caption with each patch's vector (`similarity_map`, middle rows:
-# white fits). A second way is slower: cover a window, and see how the cosine changes (below: red
-# where covering lowers it, blue where it rises).
+# **Words over places.** Compare a caption with each patch's vector (`similarity_map`, which leaves
+# out the last attention; second row: white is the best patch of its own picture, black the worst).
+# A second way is slower: cover a window, and see how the cosine changes (third row: red where
+# covering lowers it, blue where it rises).
 
 
 # %%
@@ -306,7 +318,7 @@ def covered(picture, caption):
     for y in range(0, 25, 2):
         for x in range(0, 25, 2):
             one = picture.clone()
-            one[:, y : y + 8, x : x + 8] = picture[:, :1, :1]
+            one[:, y : y + 8, x : x + 8] = picture[:, :1, :1]  # the corner is background
             windows.append(one)
     before, after = (clip.similarity(p, [caption]) for p in (picture[None], torch.stack(windows)))
     return (before - after).view(13, 13)
@@ -326,16 +338,16 @@ changes = [red_and_blue(covered(images[i], t)) for i, t in zip(chosen, first, st
 show([*images[chosen], *(2 * grey[:, None] - 1), *changes], [*first, *[""] * 12], columns=6)
 
 # %% [markdown]
-# The patch vectors light up on the *background*: by attention, empty patches store what the whole
-# picture shows. Larger CLIPs do so, too (Li et al. 2023,
-# [arXiv:2304.05653](https://arxiv.org/abs/2304.05653)). Covering says more. Where the *other*
-# object is hidden, the words become truer: blue. Where the named one is, they become falser: red,
-# though not in every picture.
+# The patch vectors light up on the *background*. A likely reason: through attention, empty patches
+# store what the whole picture shows. Larger CLIPs do so, too (Li et al. 2023,
+# [arXiv:2304.05653](https://arxiv.org/abs/2304.05653)). Covering says more, but not enough. Where
+# the *other* object is hidden, the words fit better: blue. Where the named one is hidden, they
+# should fit worse: red. That holds in some of the pictures only.
 #
-# **Left of, or right of?** Photographs' captions are told apart by their nouns, and CLIP is close
-# to a **bag of words** (Yuksekgonul et al. 2023,
-# [arXiv:2210.01936](https://arxiv.org/abs/2210.01936)). The loss explains why. Count the captions
-# of a batch that could teach a word of place, since their opposite is in the batch:
+# **Left of, or right of?** Captions of photographs differ by their nouns, and CLIP is close to a
+# **bag of words**: which words occur counts, their order hardly (Yuksekgonul et al. 2023,
+# [arXiv:2210.01936](https://arxiv.org/abs/2210.01936)). The loss explains why. A batch teaches a
+# word of place where it holds a caption and its opposite. Count those in ten batches:
 
 # %%
 with_place = with_opposite = 0
@@ -344,19 +356,21 @@ for first_id in range(0, 1280, 128):
     false = [opposite(caption) for caption in batch.caption]
     with_place += sum(caption is not None for caption in false)
     with_opposite += sum(caption in batch.caption for caption in false)
-print(f"{with_place} captions have a word of place; of {with_opposite} the opposite is there, too")
+print(f"{with_place} of 1280 captions have a word of place.")
+print(f"For {with_opposite} of them the opposite is in the same batch.")
 
 # %% [markdown]
-# Without such a negative, ignoring the word costs nothing. So each picture gets one more, its own
-# caption made false (as NegCLIP does; `model.spatial_negatives`):
+# Without such a negative, ignoring the word costs nothing. So each picture gets one more negative:
+# its own caption with the word of place reversed (`model.spatial_negatives`; NegCLIP, the remedy of
+# the same paper, exchanges words in the same way). `column` has its logit for each picture, and
+# minus infinity where there is no opposite:
 
 # %%
-source(CLIP._with_opposites, "words =", "return torch.cat")
+source(CLIP._with_opposites, "false =", "return torch.cat")
 
 # %% [markdown]
-# Look at the table above again: even so, the words of place are half a guess after 250 steps. The
-# same towers without these negatives, trained for half of the pretrained run's time, stay at
-# chance: both captions get the same cosine, to two digits. And who has which colour? The recipe
+# Look at the two numbers above again: after 250 steps, the words of place are little better than a
+# guess; after long training, they are right almost always. And who has which colour? The recipe
 # adds no negatives for that. Exchange the colours of two objects in the caption:
 
 # %%
@@ -379,6 +393,9 @@ for name, model in {"250 steps": young, "pretrained": clip}.items():
     print(f"{name:11} right for {(a > b).float().mean():.0%} of {len(own)} pictures")
 
 # %% [markdown]
+# Who has which colour needs no negatives of its own here, only time: in a world of four colours,
+# many other captions of a batch are such negatives. Among photographs they are rare.
+#
 # ## What it made possible: drawing with a gradient
 #
 # CLIP draws nothing. But its cosine has a gradient with respect to the picture. In 2021 people
@@ -421,43 +438,46 @@ def judged(*names):
 judged("pixels")
 
 # %% [markdown]
-# Caption, cosine, and what the judge detects. CLIP is more content than with real pictures, and
-# there is nothing to see: the judge, a detector that took no part, says so. Such pictures are
-# **adversarial**: a network is right where it was trained, and may say anything elsewhere. Even
-# next to a real picture: change each number by at most 6 percent of its range, so that the picture
-# fits another caption.
+# Below each picture: caption, cosine, and the objects that the **judge** finds. The judge is a
+# detector that took no part in this; `?` is a shape that it does not recognise. CLIP gives these
+# pictures higher cosines than real ones, and there is nothing to see. Such pictures are
+# **adversarial**: gradient steps changed them until a network erred. This happens close to real
+# pictures, too. Change each number by at most 6 percent of its range, so that the picture fits
+# another caption.
 
 # %%
-rows, lies = [0, 2, 4, 11], ["a red cross", "a blue cross", "a green circle", "two circles"]
+rows, others = [0, 2, 4, 11], ["a red cross", "a blue cross", "a green circle", "two circles"]
 real, own = images[rows], [captions[row] for row in rows]
 change = torch.zeros_like(real, requires_grad=True)
 for _ in range(40):
     features = clip.encode_image(real + change)
-    better = F.cosine_similarity(features, clip.encode_text(lies))
+    better = F.cosine_similarity(features, clip.encode_text(others))
     worse = F.cosine_similarity(features, clip.encode_text(own))
     (gradient,) = torch.autograd.grad((better - worse).sum(), change)
     with torch.no_grad():
         change.add_(0.02 * gradient.sign()).clamp_(-0.12, 0.12)
 fooled = (real + change.detach()).clamp(-1, 1)
-truth, lie = (clip.similarity(fooled, texts).diagonal().tolist() for texts in (own, lies))
+of_own, of_other = (clip.similarity(fooled, t).diagonal().tolist() for t in (own, others))
 read = judge.detect(to_bytes(fooled))
-labels = [f"{o} {a:.2f}, {t} {b:.2f}; the judge: {r}"
-          for o, a, t, b, r in zip(own, truth, lies, lie, read, strict=True)]  # fmt: skip
+labels = [
+    f"{a} {cos_a:.2f}, {b} {cos_b:.2f}; the judge: {objects}"
+    for a, cos_a, b, cos_b, objects in zip(own, of_own, others, of_other, read, strict=True)
+]
 show([*real, *fooled], [*own, *labels], columns=4, side=160)
 
 # %% [markdown]
 # ### VQGAN+CLIP: let a decoder hold the brush
 #
 # Crowson et al. (2022, [arXiv:2204.08583](https://arxiv.org/abs/2204.08583)) change the latents of
-# a VQGAN, whose decoder can hardly draw noise, and look at many random **cutouts**, so that no
-# single pattern pays.
+# a VQGAN, whose decoder can hardly draw noise. CLIP gets many random **cutouts**: crops, turned and
+# with noise added. A pattern that deceives CLIP in one of them fails in the others.
 
 # %%
 source(VQGANCLIP.optimise, "with torch.enable_grad", "z.copy_")
 
 # %% [markdown]
-# The distance is half the squared *angle*. Its gradient does not vanish when two vectors are
-# opposite, as that of the cosine does:
+# The distance inside `prompt_losses` is half the squared *angle*. For opposite vectors (an angle
+# near 3.14) the cosine has a gradient near 0; half the squared angle has a large one:
 
 # %%
 angle = torch.tensor([0.1, 1.5, 3.1], requires_grad=True)
@@ -474,7 +494,8 @@ vqgan_clip = lineage.load("pretrained:vqgan_clip")
 film(vqgan_clip, "a red circle")
 
 # %% [markdown]
-# Below: the cutouts of the last step, as CLIP gets them.
+# Last row: the cutouts of the last step, as CLIP gets them. The loss is no smooth curve, since each
+# step has other cutouts.
 #
 # ### CLIPDraw: a pen instead of pixels
 #
@@ -496,8 +517,8 @@ pen = lineage.load("pretrained:clipdraw")
 film(pen, "a red circle")
 
 # %% [markdown]
-# Above: the drawing. Below: a view of it, in perspective, as CLIP gets it. The result is a vector
-# file, sharp at any size:
+# First row: the drawing. Second row: a view of it, in perspective, as CLIP gets it. The result is a
+# vector file, sharp at any size:
 
 # %%
 (vector,) = pen.svg("a red circle")
@@ -508,7 +529,8 @@ SVG(vector.replace('width="512" height="512"', 'width="200" height="200"'))
 #
 # The same six captions, by all three. A diffusion model, which was *trained* to draw, and real
 # pictures stand beside them. `other` is the cosine of the CLIP that you trained above: no picture
-# was optimised for it. **Predict**: which of the three keeps its cosine there?
+# was optimised for it. *Judged right*: the judge finds exactly the objects of the caption.
+# **Predict**: which of the three loses most of its cosine with the other CLIP?
 
 # %%
 drawn |= {"vqgan_clip": vqgan_clip.generate(wanted), "clipdraw": pen.generate(wanted)}
@@ -525,30 +547,34 @@ for name, pictures in drawn.items():
 judged("vqgan_clip", "clipdraw", "ddpm")
 
 # %% [markdown]
-# From above: VQGAN+CLIP, CLIPDraw, DDPM. A score that was optimised is no measure any more. The
-# pixels win by CLIP's cosine, and the other CLIP finds nothing in them. Decoder and pen convince
-# both CLIPs by their colours, and seldom the judge, who asks for outlines and numbers. The trained
-# model draws most of what was asked, at no higher cosine. So whoever reports a CLIP score should
-# not have optimised it, and should ask someone else, too.
+# Rows: VQGAN+CLIP, CLIPDraw, DDPM. A score that was optimised is no measure any more. The pixels
+# have the highest cosine, and almost none with the other CLIP. Decoder and pen keep theirs: the
+# other CLIP knows colours better than shapes, so blobs of the right colour satisfy it. The judge,
+# which reads outlines and counts, seldom agrees. The trained model draws most of what was asked, at
+# no higher cosine. So whoever reports a CLIP score should not have optimised it, and should use a
+# second measure.
 #
 # ## Where it fails, and what came next
 #
 # - **Cosines are no probabilities.** Real pairs have cosines near 0.8 here, near 0.3 in the large
-#   CLIP. Compare captions for one picture, not one number with a limit.
-# - **Places and who has which colour** need negatives of their own, as above.
+#   CLIP. Compare captions for one picture. A limit for all pictures, as in
+#   `lineage data filter --min-similarity`, holds only for one CLIP and one data set.
+# - **Words of place** need negatives of their own.
 # - **Optimising is slow and blind.** Every picture is a training of its own, and what CLIP never
-#   saw pulls in any direction. GLIDE (2021) trained a CLIP on noisy pictures to guide a diffusion
-#   model, and found guidance without any classifier better (notebook 09). DALL-E (notebook 06) lets
-#   CLIP only choose among finished pictures. unCLIP (2022) draws from CLIP's vector of a picture.
-# - **The text tower stays.** Stable Diffusion attends to its words. So can the systems of this
-#   package: `lineage train ddpm --set text=clip:RUN` takes the tower of a run, frozen.
+#   saw pulls in any direction. GLIDE (2021), a diffusion model, was guided by a CLIP of noisy
+#   pictures and drew better with guidance that needs no other network (notebook 09). DALL-E
+#   (notebook 06) lets CLIP only choose among finished pictures. unCLIP (2022) draws from CLIP's
+#   vector of a picture.
+# - **The text tower is still used.** Stable Diffusion's cross-attention reads its token vectors. So
+#   can the systems of this package: `lineage train ddpm --set text=clip:RUN` takes the tower of a
+#   run, frozen.
 #
 # ## Exercises
 #
 # Each has a check in the next cell. B pairs, P width of the joint space.
 #
-# **1. Build** (2 points). The loss of a batch without masks. `image` and `text` are (B, P) and not
-# yet unit vectors; `scale` is a number.
+# **1. Build** (2 points). The loss $L$ above, for a batch without equal captions. `image` and
+# `text` are (B, P) and not yet unit vectors; `scale` is a number.
 
 
 # %%
@@ -566,9 +592,9 @@ def clip_loss(image, text, scale):
 check.clip_loss(clip_loss)
 
 # %% [markdown]
-# **2. Predict, then compute** (1 point). No loss is smaller than that of a model for which each
-# pair has cosine 1, and all others have -1. What is it for 128 pairs and a scale of 1? And of 10?
-# `smallest_loss(128, 1.0)` says why the scale must be learnt.
+# **2. Predict, then compute** (1 point). Let each pair have cosine 1, and all others -1. Then the
+# loss is a lower bound; with more than two pairs no vectors reach it. What is it for 128 pairs and
+# a scale of 1, and of 10? `smallest_loss(128, 1.0)` shows why a scale of 1 is not enough.
 
 
 # %%
@@ -585,7 +611,8 @@ check.smallest_loss(smallest_loss)
 
 # %% [markdown]
 # **3. Mask** (1 point). `logits` (B, B) of pictures and captions. Pairs off the diagonal whose
-# captions are equal are no negatives: minus infinity. Leave `logits` as they are.
+# captions are equal are no negatives. Return a copy in which they are minus infinity; do not change
+# `logits` itself.
 
 
 # %%
@@ -603,7 +630,8 @@ check.mask_same(mask_same)
 
 # %% [markdown]
 # **4. Ensemble** (2 points). `features` (T, K, P) are captions of K classes by T templates, not yet
-# unit vectors, and of very different lengths. Each template shall weigh the same.
+# unit vectors, and of very different lengths. Average them so that each template has the same
+# weight.
 
 
 # %%
@@ -619,12 +647,13 @@ def ensemble(features):
 check.ensemble(ensemble)
 
 # %% [markdown]
-# **5. Draw** (2 points). Coverage of pixels by a stroke, $\min(1, \max(0, r - d + \frac12))$,
-# where $d$ is the distance of a pixel's centre to the curve
+# **5. Draw** (2 points). Coverage of pixels by a stroke of radius $r$ (`radius`, in pixels),
+# $\min(1, \max(0, r - d + \frac12))$, where $d$ is the distance of a pixel's centre to the curve
 #
 # $$B(t) = (1-t)^3 P_0 + 3 (1-t)^2 t\, P_1 + 3 (1-t) t^2 P_2 + t^3 P_3.$$
 #
-# Take the nearest of the points at `t` (N,). `points` is (4, 2), `centres` (Q, 2).
+# Compute the N points of the curve at `t` (N,), and take the distance to the nearest of them.
+# `points` is (4, 2), the control points $P_0$ to $P_3$; `centres` is (Q, 2).
 
 
 # %%
