@@ -21,7 +21,7 @@ from lineage.recipes import find_recipe, preset
 from lineage.system import Trainable
 from lineage.text.encoders import EncoderSpec
 from lineage.text.tokenizer import Tokenizer, tokenizer_from_json
-from lineage.training.cost import read_cost
+from lineage.training.cost import is_interrupted
 from lineage.training.stage import (
     NOT_IN_KEY,
     Stage,
@@ -81,11 +81,9 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
     stages = _stages_of(source)
     last = stages[-1].name == name
     path = folder / "model.safetensors" if last else finished_weights(folder, name)
-    cost = read_cost(folder).get(name, {"finished": False})
     if is_packaged(folder) and not last:
         path = _part_of_last(folder, stages, name)
-    interrupted = last and (folder / "state.pt").exists() and not cost.get("finished", True)
-    if interrupted or not path.exists():
+    if (last and is_interrupted(folder, name)) or not path.exists():
         raise UserError(
             f"Stage {name} of {folder} is not finished, so there is no {path} to take: go on with "
             "that run first (--resume)."

@@ -14,6 +14,7 @@ from lineage.plan import read_config, read_tokenizer
 from lineage.pretrained import run_folder
 from lineage.text.encoders import CLIP_RUN
 from lineage.text.joined import JOINED, split_names
+from lineage.training.cost import is_interrupted
 from lineage.training.store import fingerprint
 
 OF_ALL = {"encoder.layer", "encoder.join", "encoder.runs"}
@@ -68,6 +69,10 @@ def _description(run: str) -> dict[str, Any]:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{run} has no weights yet: go on with it first (--resume).")
+    if is_interrupted(folder, "clip"):
+        raise UserError(
+            f"{run} is not finished, and its tower would change: go on with it first (--resume)."
+        )
     sizes = replace(config.encoder, projection_dim=config.model.projection_dim)
     return {
         "text": config.text,

@@ -87,3 +87,9 @@ def write_cost(folder: Path, trainer: Trainer) -> None:
         "finished": finished,
     }
     write_json(folder / "cost.json", cost)
+
+
+def is_interrupted(folder: Path, stage: str) -> bool:
+    """Whether the last stage of a run has a checkpoint, and some of its budget left."""
+    cost = read_cost(folder).get(stage, {"finished": False})
+    return (folder / "state.pt").exists() and not cost.get("finished", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -334,6 +335,16 @@ def test_a_run_without_weights_is_refused(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights yet"):
         configured("ddpm", f"clip:{copied}")
+
+
+def test_a_run_that_is_not_finished_is_refused(copied: Path) -> None:
+    cost = json.loads((copied / "cost.json").read_text())
+    cost["clip"]["finished"] = False
+    (copied / "cost.json").write_text(json.dumps(cost))
+    with pytest.raises(UserError, match="is not finished, and its tower would change"):
+        configured("ddpm", f"clip:{copied}")
+    (copied / "state.pt").unlink()  # whoever copies a run without its checkpoint wants it as it is
+    configured("ddpm", f"clip:{copied}")
 
 
 def test_a_tower_of_another_kind_is_taken(train_run: TrainRun, tmp_path: Path) -> None:
