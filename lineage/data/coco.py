@@ -40,7 +40,7 @@ _ANNOTATIONS = re.compile(r"captions_(train|val)(20[0-9]{2})\.json")
 
 def resembles(root: Path, files: list[str]) -> bool:
     """Whether annotations of COCO's captions are among the files."""
-    return any(_ANNOTATIONS.fullmatch(basename(file)) for file in files)
+    return any(_ANNOTATIONS.fullmatch(basename(f)) for f in files if f.endswith(".json"))
 
 
 def read(

@@ -43,7 +43,7 @@ MAX_BYTES = 100_000_000
 
 def resembles(root: Path, files: list[str]) -> bool:
     """Whether the original table, or one of its lists, is among the files; or Kaggle's form."""
-    names = {basename(file) for file in files}
+    names = {basename(file) for file in files if file.endswith((TOKENS, *LISTS))}
     if names & {TOKENS, *LISTS}:
         return True
     return any(_is_kaggle(file, files) for file in files)
@@ -51,7 +51,7 @@ def resembles(root: Path, files: list[str]) -> bool:
 
 def _is_kaggle(file: str, files: list[str]) -> bool:
     """Whether a file is `captions.txt` beside a folder `Images`."""
-    if basename(file) != TABLE:
+    if not file.endswith(TABLE) or basename(file) != TABLE:
         return False
     images = str(PurePosixPath(file).with_name("Images")) + "/"
     return any(other.startswith(images) for other in files)

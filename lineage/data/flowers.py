@@ -40,7 +40,8 @@ _NAME = re.compile(r"image_([0-9]{1,9})")
 
 def resembles(root: Path, files: list[str]) -> bool:
     """Whether one of the two tables of Oxford-102 is among the files."""
-    return any(basename(file) in ("imagelabels.mat", "setid.mat") for file in files)
+    tables = [file for file in files if file.endswith(".mat")]
+    return any(basename(file) in ("imagelabels.mat", "setid.mat") for file in tables)
 
 
 def read(
