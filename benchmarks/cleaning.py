@@ -1,14 +1,14 @@
 """What cleaning is worth: one system on `shapes`, on the same dirtied, and on that cleaned again.
 
     python benchmarks/cleaning.py                                 3 sets x 2 seeds, 5 minutes each
-    python benchmarks/cleaning.py --cpu-minutes 0.2 --pictures 400 --seeds 0 --out /tmp/trial
+    python benchmarks/cleaning.py --cpu-minutes 0.2 --pictures 400 --seeds 0 --runs /tmp/r
     python benchmarks/cleaning.py --sets                          makes and cleans the sets, no more
 
 The clean set has `PICTURES` pictures of `shapes:easy`. Dirtied, a fifth of the pictures has the
 captions of another one, a tenth has a watermark, and some come again and again, a little larger or
 saved as a JPEG, so that they are a fifth of the set. The name of a picture says what was done to
 it. The CLIP that cleans is trained on the dirtied set itself: a user has no other. How well it
-tells wrong captions apart is measured for two lengths of its training, and for a CLIP of clean
+separates wrong captions is measured for two lengths of its training, and for a CLIP of clean
 pictures.
 
 A stopped program goes on where it was. Paths are those of the folder that it is started in.
@@ -133,6 +133,11 @@ def kind_of(name: str) -> str:
 
 def make_sets(runs: Path, pictures: int, clip_minutes: float) -> None:
     """The three sets; the CLIP is trained on the dirtied one."""
+    made = {"pictures": pictures, "clip_minutes": clip_minutes, "rules": list(RULES)}
+    settings = runs / "settings.json"
+    if settings.exists() and read_json(settings) != made:
+        sys.exit(f"{runs} has sets of other settings: choose another --runs.")
+    write_json(settings, made)
     shapes = load_dataset("shapes", "train", SIZE)
     examples = [shapes[index] for index in range(pictures)]
     save_set(runs / "clean", clean_rows(examples))
@@ -298,7 +303,7 @@ def kinds_sheet(dirtied: CaptionedDataset) -> Image.Image:
 
 def write_results(options: argparse.Namespace) -> None:
     stem = f"{options.system}-*-{options.cpu_minutes:g}-*"
-    runs = [read_json(path / "scores.json") for path in options.runs.glob(stem)]
+    runs = [read_json(path) for path in options.runs.glob(f"{stem}/scores.json")]
     real, shuffled = prompts_of("shapes:easy", SIZE).rows()
     dirtied = load_dataset(f"imagefolder:{options.runs / 'dirtied'}", "train", SIZE)
     document = {

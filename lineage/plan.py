@@ -7,6 +7,9 @@ the other run's file. Recipes know nothing of this.
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -114,7 +117,12 @@ def _part_of_last(folder: Path, stages: list[Stage], name: str) -> Path:
         )
     path = cache_folder("parts") / f"{name}-{fingerprint(file.read_bytes())}.safetensors"
     if not path.exists():
-        save_tensors(path, own)
+        try:
+            save_tensors(path, own)
+        except UserError:  # a cache is no requirement
+            path = Path(tempfile.mkdtemp(prefix="lineage-")) / path.name
+            atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+            save_tensors(path, own)
     return path
 
 

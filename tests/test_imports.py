@@ -56,7 +56,7 @@ not listed (recipes, evaluation, comparison, official, runs, cli) sit on top."""
 
 EXTRA = {
     "data.tools": {"sheets"},  # it draws contact sheets
-    "data.cleaned": {"sheets"},  # its page shows pictures
+    "data.cleaning_output": {"sheets"},  # its page shows pictures
     "clip.clip": {"text.opposites"},  # of words of place
 }
 LONG = {"catalog"}  # a table, not a program
@@ -168,7 +168,7 @@ def test_every_part_has_rules() -> None:
         "resume",
         "runs",
         "stepping",
-        "received",
+        "model_inputs",
         "text_runs",
         "search",
         "course",

@@ -1,4 +1,4 @@
-"""`lineage data`: show, check, count and export data sets; the cache of pictures."""
+"""`lineage data`: show, check, count, clean and export data sets; the cache of pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GROUP = Group("Data", sort_key=1)
 data = App(
     "data",
-    help="Show, check and export data sets; the cache of pictures.",
+    help="Show, check, count, clean and export data sets; the cache of pictures.",
     group=GROUP,
     group_commands=GROUP,
 )
@@ -63,13 +63,13 @@ def data_show(
             if value is not None:
                 raise UserError(f"--{name} has no effect with --run: leave it out.")
         with large_imports():
+            from lineage.model_inputs import inputs_sheet
             from lineage.plan import read_config
-            from lineage.received import received_sheet
-        save_picture(received_sheet(spec, run, count or 6, split, seed), out)
+        save_picture(inputs_sheet(spec, run, count or 6, split, seed), out)
         print(plain(f"{out}: a row for each picture; each code has a colour of its own."))
         for folder in run:
             data = read_config(folder).data
-            if data != spec:
+            if data.removesuffix(":easy") != spec.removesuffix(":easy"):
                 print(plain(f"  {run_name(folder)} was trained on {data}, and may fail on others."))
         return
     dataset = load_dataset(spec, split, size or 32, seed)
@@ -192,9 +192,10 @@ def data_filter(
         duplicates: exact: remove copies with the same pixels in the same split; near: also those
             that differ by little.
         leaks: If true, remove what is nearly the same as a picture of another split: those of test
-            and validation are kept.
+            stay before those of validation, and these before all others.
         near: Largest difference of pictures that are nearly the same, for --duplicates near and
-            --leaks, in levels of 0 to 255; 4 if left out.
+            --leaks, in levels of 0 to 255; 4 if left out. Fine detail, such as text, does not
+            count: look at the page.
         clip: Run folder of clip, or pretrained:clip, that compares captions with pictures.
         min_similarity: Smallest cosine of a caption and its picture by --clip. Without --out, the
             percentiles show which number removes how much.
@@ -207,8 +208,9 @@ def data_filter(
         json: If true, print one JSON document.
     """
     from lineage.data import load_dataset
-    from lineage.data.cleaned import lines, write
     from lineage.data.cleaning import Rules, clean
+    from lineage.data.cleaning_output import lines, write
+    from lineage.data.tools import check_new_folder
     from lineage.files import check_output
 
     rules = Rules(
@@ -233,15 +235,18 @@ def data_filter(
         )
     if out is not None:
         check_output(out, folder=True)
-    dataset = load_dataset(spec, _whole(spec, split), size, seed)
+        check_new_folder(out)
     similarity = None if clip is None else _similarity_of(clip, size)
-    cleaned = clean(dataset, rules, similarity, count)
+    dataset = load_dataset(spec, _whole(spec, split), size, seed)
     if out is not None:
-        write(cleaned, out)
+        check_new_folder(out, dataset)
+    result = clean(dataset, rules, similarity, count)
+    if out is not None:
+        write(result, out)
     if json:
-        print_json(cleaned.summary())
+        print_json(result.summary())
         return
-    print("\n".join(lines(cleaned)))
+    print("\n".join(lines(result)))
     if out is not None:
         print(plain(f"Open {out / 'cleaning.html'}"))
 

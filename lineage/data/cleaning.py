@@ -2,20 +2,21 @@
 
 LAION's rules, small. Copies come last, when the bad pairs are gone:
 
-    unreadable   files that no reader can use
+    left out     files and rows that the reader of the data set could not use
     size         pictures that are too small in their files, or too long and narrow
     caption      captions of too few or too many words or letters, in another script, or of too many
                  pictures ("image", "no description")
     similarity   pairs whose cosine by a CLIP is low: the caption says something else
     duplicate    pictures with the same pixels as another one of their split, or nearly the same
-    leak         pictures that are nearly the same as one of another split, so that a test would
-                 hold what was trained on; those of `test` and `validation` stay
+    leak         pictures that are nearly the same as one of another split, on which a test would
+                 measure memory: those of `test` stay before those of `validation`, and these before
+                 all others
 
 A caption goes alone; its picture goes with the last one. Of copies the largest picture stays, of
 equally large ones the first.
 
-`clean` applies the rules to a data set: what is kept, and a `Removal` for the rest, which the
-module `cleaned` writes.
+`clean` applies the rules to a data set: what is kept, and a `Removal` for the rest, which
+`cleaning_output` writes.
 """
 
 from __future__ import annotations
@@ -29,16 +30,21 @@ from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from lineage.characters import plain
 from lineage.data.contract import CaptionedDataset
-from lineage.data.near import near_duplicates, thumbnail
+from lineage.data.decoding import why_broken
+from lineage.data.near import LENGTH, near_duplicates, thumbnail
 from lineage.data.pictures import PictureDataset
 from lineage.errors import UserError, nearest
 
 CHUNK = 64
 """Number of pictures whose captions are compared with them at once."""
+QUANTILES = {"p1": 0.01, "p5": 0.05, "p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75}
+"""Quantiles of the cosines in the summary."""
 NEAR = 4.0
 """Largest distance in levels of pictures that are nearly the same."""
 PROGRESS_FROM = 2_000
@@ -92,6 +98,12 @@ class Rules:
                 raise UserError(f"There is no script {name!r}: {nearest(name, SCRIPTS)}")
         if self.max_aspect is not None and not self.max_aspect >= 1:
             raise UserError(f"A largest aspect of {self.max_aspect:g} leaves nothing: 1 is square.")
+        for least, most, what in (
+            (self.min_words, self.max_words, "words"),
+            (self.min_letters, self.max_letters, "letters"),
+        ):
+            if least is not None and most is not None and least > most:
+                raise UserError(f"No caption has at least {least} and at most {most} {what}.")
         if self.worst is not None and not 0 <= self.worst < 1:
             raise UserError(f"A share of {self.worst:g} is not between 0 and 1, such as 0.1.")
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
@@ -130,7 +142,7 @@ class Removal:
 
 
 @dataclass
-class Cleaned:
+class CleaningResult:
     """The result of `clean`.
 
     Attributes:
@@ -182,6 +194,21 @@ class Cleaned:
             return self.dataset.records[index].id
         return self.dataset[index].id
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Width and height of a picture in its file, or as it is drawn. Raises as `decode`."""
+        if in_files(self.dataset):
+            return self.dataset.file_size(index)
+        return self.dataset.size, self.dataset.size
+
+    def rank(self, index: int) -> tuple[int, int, int]:
+        """Key by which the first of several copies is the one that stays."""
+        splits = {"test": 0, "validation": 1, "train": 3}
+        try:
+            width, height = self.size_of(index)
+        except Exception:  # as in `_check_sizes`
+            width = height = 0
+        return splits.get(self.splits[index], 2), -width * height, index
+
     def summary(self) -> dict[str, Any]:
         """Numbers for a report: pictures and captions before and after, removals of each rule."""
         pictures = Counter(one.rule for one in self.removals if not one.caption)
@@ -205,7 +232,7 @@ def clean(
     rules: Rules,
     similarity: Similarity | None = None,
     count: int | None = None,
-) -> Cleaned:
+) -> CleaningResult:
     """Apply the rules to a data set; nothing is written.
 
     Args:
@@ -215,25 +242,25 @@ def clean(
         count: Largest number of pictures; all if None, the nominal length of an endless data set.
 
     Raises:
-        UserError: A rule needs what the data set does not have.
+        UserError: A rule needs what the data set does not have, or no picture can be read.
     """
     if rules.need_similarity and similarity is None:
         raise UserError("Similarity needs a run of CLIP, such as pretrained:clip.")
     if not in_files(dataset) and (rules.min_side is not None or rules.max_aspect is not None):
         raise UserError(f"{dataset.name} has no picture files whose size could be a rule.")
-    if isinstance(dataset, PictureDataset) and dataset.streamed:
-        dataset.decode_all()
+    if isinstance(dataset, PictureDataset):
+        dataset.decode_all(count)
     number = len(dataset) if count is None else count
-    cleaned = Cleaned(dataset, rules, number if dataset.endless else min(number, len(dataset)))
-    for file in dataset.skipped:
-        cleaned.removals.append(Removal(file.path, "unreadable", file.reason))
-    pictures = _read(cleaned)
-    _check_sizes(cleaned, pictures.sizes)
-    _check_captions(cleaned)
+    number = number if dataset.endless else min(number, len(dataset))
+    result = CleaningResult(dataset, rules, number)
+    pictures = _read(result)
+    _list_left_out(result)
+    _check_sizes(result)
+    _check_captions(result)
     if similarity is not None:
-        _check_similarity(cleaned, similarity)
-    _check_copies(cleaned, pictures)
-    return cleaned
+        _check_similarity(result, similarity)
+    _check_copies(result, pictures)
+    return result
 
 
 def in_files(dataset: CaptionedDataset) -> TypeGuard[PictureDataset]:
@@ -246,28 +273,27 @@ def in_files(dataset: CaptionedDataset) -> TypeGuard[PictureDataset]:
 
 @dataclass
 class _Pictures:
-    """What the rules need of each picture: its thumbnail, a hash of its pixels, its file's size."""
+    """What the search for copies needs of each picture: its thumbnail and a hash of its pixels."""
 
-    thumbnails: Tensor
+    thumbnails: NDArray[np.float16]
     hashes: list[bytes]
-    sizes: list[tuple[int, int]]
 
 
-def _read(cleaned: Cleaned) -> _Pictures:
+def _read(result: CleaningResult) -> _Pictures:
     """Read every picture once; all of them are kept so far."""
-    hashes, thumbnails, sizes = [], [], []
-    dataset = cleaned.dataset
-    for index in progress(range(cleaned.count), "reading"):
+    rules, dataset = result.rules, result.dataset
+    near = rules.leaks or rules.duplicates == "near"
+    thumbnails = np.empty((result.count if near else 0, LENGTH), np.float16)
+    hashes = []
+    for index in progress(range(result.count), "reading"):
         example = dataset[index]
-        sizes.append(
-            dataset.file_size(index) if in_files(dataset) else (dataset.size, dataset.size)
-        )
-        cleaned.splits.append(str(example.meta.get("split", cleaned.dataset.split)))
-        cleaned.captions[index] = example.captions
-        cleaned.num_captions += len(example.captions)
+        result.splits.append(str(example.meta.get("split", dataset.split)))
+        result.captions[index] = example.captions
+        result.num_captions += len(example.captions)
         hashes.append(hashlib.blake2b(example.image.numpy().tobytes(), digest_size=16).digest())
-        thumbnails.append(thumbnail(example.image).half())
-    return _Pictures(torch.stack(thumbnails), hashes, sizes)
+        if near:
+            thumbnails[index] = thumbnail(example.image)
+    return _Pictures(thumbnails, hashes)
 
 
 def progress(numbers: Iterable[int], what: str) -> Iterator[int]:
@@ -277,27 +303,41 @@ def progress(numbers: Iterable[int], what: str) -> Iterator[int]:
     yield from tqdm(numbers, desc=what, unit=" pictures", disable=off, leave=False)
 
 
-def _check_sizes(cleaned: Cleaned, sizes: Sequence[tuple[int, int]]) -> None:
-    rules = cleaned.rules
-    for index in list(cleaned.captions):
-        width, height = sizes[index]
-        shorter, longer = sorted(sizes[index])
+def _list_left_out(result: CleaningResult) -> None:
+    """Note what the reader left out; remarks about pictures that stay are no removals."""
+    dataset = result.dataset
+    records = dataset.records if isinstance(dataset, PictureDataset) else []
+    stay = {plain(record.path) for record in records if record.span is None}
+    for file in dataset.skipped:
+        if file.path not in stay:
+            result.removals.append(Removal(file.path, "left out", file.reason))
+
+
+def _check_sizes(result: CleaningResult) -> None:
+    rules = result.rules
+    if rules.min_side is None and rules.max_aspect is None:
+        return
+    for index in progress(list(result.captions), "measuring"):
+        try:
+            width, height = result.size_of(index)
+        except Exception as error:  # Pillow raises errors of many kinds; the file has just changed
+            result.remove(index, "left out", why_broken(error, None))
+            continue
+        shorter, longer = sorted((width, height))
         if rules.min_side is not None and shorter < rules.min_side:
             reason = f"{width} x {height} pixels: a side has fewer than {rules.min_side}"
-            cleaned.remove(index, "size", reason)
+            result.remove(index, "size", reason)
         elif rules.max_aspect is not None and longer > rules.max_aspect * shorter:
             reason = f"{width} x {height} pixels: longer than {rules.max_aspect:g} to 1"
-            cleaned.remove(index, "size", reason)
+            result.remove(index, "size", reason)
 
 
-def _check_captions(cleaned: Cleaned) -> None:
-    counts = Counter(text for own in cleaned.captions.values() for text in set(own))
-    for index in list(cleaned.captions):
-        reasons = [
-            why_removed(text, cleaned.rules, counts[text]) for text in cleaned.captions[index]
-        ]
+def _check_captions(result: CleaningResult) -> None:
+    counts = Counter(text for own in result.captions.values() for text in set(own))
+    for index in list(result.captions):
+        reasons = [why_removed(text, result.rules, counts[text]) for text in result.captions[index]]
         if any(reasons):
-            cleaned.remove_captions(index, "caption", reasons)
+            result.remove_captions(index, "caption", reasons)
 
 
 def why_removed(caption: str, rules: Rules, pictures: int = 1) -> str | None:
@@ -332,64 +372,73 @@ def script_share(caption: str, scripts: Sequence[str]) -> float:
     return sum(name in scripts for name in names) / max(1, len(letters))
 
 
-def _check_similarity(cleaned: Cleaned, similarity: Similarity) -> None:
-    rules, cosines = cleaned.rules, dict[int, list[float]]()
-    indices = list(cleaned.captions)
+def _check_similarity(result: CleaningResult, similarity: Similarity) -> None:
+    indices = list(result.captions)
+    rows: list[list[float]] = []
     for first in progress(range(0, len(indices), CHUNK), "comparing with captions"):
         part = indices[first : first + CHUNK]
-        images = torch.stack([cleaned.dataset[index].image for index in part])
-        own = similarity(images, [cleaned.captions[index] for index in part])
-        cosines.update(zip(part, own, strict=True))
-    every = np.array([cosine for own in cosines.values() for cosine in own])
+        images = torch.stack([result.dataset[index].image for index in part])
+        rows += similarity(images, [result.captions[index] for index in part])
+    every = np.array([cosine for row in rows for cosine in row])
     if not len(every):
         return
-    names = {"p1": 0.01, "p5": 0.05, "p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75}
-    cleaned.similarities = {
-        name: round(float(np.quantile(every, q)), 4) for name, q in names.items()
+    if not np.isfinite(every).all():
+        raise UserError("The run of CLIP gives cosines that are no numbers: train it again.")
+    result.similarities = {
+        name: round(float(np.quantile(every, share)), 4) for name, share in QUANTILES.items()
     }
-    least = -2.0 if rules.min_similarity is None else rules.min_similarity
+    reasons = iter(_reasons_of(every, result.rules))
+    for index, row in zip(indices, rows, strict=True):
+        own = [next(reasons) for _ in row]
+        if any(own):
+            result.remove_captions(index, "similarity", own)
+
+
+def _reasons_of(cosines: NDArray[np.float64], rules: Rules) -> list[str | None]:
+    """Why each pair is removed; None if it stays. Of equal cosines the first are removed."""
+    reasons: list[str | None] = [None] * len(cosines)
     if rules.worst is not None:
-        least = max(least, float(np.quantile(every, rules.worst)))
-    for index in indices:
-        reasons = [
-            f"cosine {cosine:.3f} with its picture, below {least:.3f}" if cosine < least else None
-            for cosine in cosines[index]
-        ]
-        if any(reasons):
-            cleaned.remove_captions(index, "similarity", reasons)
+        for place in np.argsort(cosines, kind="stable")[: round(rules.worst * len(cosines))]:
+            share = f"among the lowest {100 * rules.worst:g} %"
+            reasons[place] = f"cosine {cosines[place]:.3f} with its picture, {share}"
+    if rules.min_similarity is not None:
+        for place in np.flatnonzero(cosines < rules.min_similarity):
+            bound = f"below {rules.min_similarity:g}"
+            reasons[place] = f"cosine {cosines[place]:.3f} with its picture, {bound}"
+    return reasons
 
 
-def _check_copies(cleaned: Cleaned, pictures: _Pictures) -> None:
-    rules = cleaned.rules
-    rank = {"test": 0, "validation": 1, "train": 3}
-
-    def key(index: int) -> tuple[int, int, int]:
-        width, height = pictures.sizes[index]
-        return rank.get(cleaned.splits[index], 2), -width * height, index
-
-    order = sorted(cleaned.captions, key=key)
+def _check_copies(result: CleaningResult, pictures: _Pictures) -> None:
+    rules = result.rules
     if rules.duplicates == "exact":
-        first: dict[tuple[str, bytes], int] = {}
-        for index in order:
-            original = first.setdefault((cleaned.splits[index], pictures.hashes[index]), index)
-            if original != index:
-                reason = f"the same pixels as {cleaned.id_of(original)}"
-                cleaned.remove(index, "duplicate", reason, original)
+        _remove_exact(result, pictures.hashes)
     within = rules.duplicates == "near"
     if not (within or rules.leaks):
         return
-    order = [index for index in order if index in cleaned.captions]
-    splits = [cleaned.splits[index] for index in order]
+    order = sorted(result.captions, key=result.rank)
+    splits = [result.splits[index] for index in order]
     radius = NEAR if rules.near is None else rules.near
-    copies = near_duplicates(
-        pictures.thumbnails[order].float(), splits, radius, within, rules.leaks
-    )
-    for number, other, distance in copies:
+    thumbnails = torch.from_numpy(pictures.thumbnails)[order]
+    for number, other, distance in near_duplicates(thumbnails, splits, radius, within, rules.leaks):
         index, original = order[number], order[other]
-        name = cleaned.id_of(original)
+        name = result.id_of(original)
+        same = pictures.hashes[index] == pictures.hashes[original]
         reason = f"nearly the same as {name} ({distance:.1f} levels apart)"
-        reason = reason if distance else f"the same as {name}"
+        reason = f"the same pixels as {name}" if same else reason
         if splits[number] == splits[other]:
-            cleaned.remove(index, "duplicate", reason, original)
+            result.remove(index, "duplicate", reason, original)
         else:
-            cleaned.remove(index, "leak", f"{reason}, of {splits[other]}", original)
+            result.remove(index, "leak", f"{reason}, of {splits[other]}", original)
+
+
+def _remove_exact(result: CleaningResult, hashes: Sequence[bytes]) -> None:
+    """Remove pictures with the same pixels as another one of their split."""
+    groups: dict[tuple[str, bytes], list[int]] = {}
+    for index in result.captions:
+        groups.setdefault((result.splits[index], hashes[index]), []).append(index)
+    for group in groups.values():
+        if len(group) > 1:
+            original, *copies = sorted(group, key=result.rank)
+            for index in sorted(copies):
+                reason = f"the same pixels as {result.id_of(original)}"
+                result.remove(index, "duplicate", reason, original)

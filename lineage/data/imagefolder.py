@@ -16,9 +16,10 @@ captions of several rows of one picture are joined.
 
 The split of a picture is its row's `split`; else the first folder of its path that has the name of
 a split (`train`, `validation` or `val`, `valid`, `dev`, `test`); else `train`. The column `label`
-becomes the label if it has a whole number in every row. The column `box` (left, top, right, bottom
-in pixels) is the square that the crop `box` takes. All other columns go into `Example.meta`;
-an object in the column `meta`, as exported data sets have it, is merged into it.
+becomes the label if it has a whole number in every row. The column `crop_box` (left, top, right,
+bottom in pixels) is the square that the crop `box` takes, the default where there is one. All other
+columns go into `Example.meta`; an object in the column `meta`, as exported data sets have it, is
+merged into it.
 
 An example's id is its path without the suffix, or with it where two paths differ in nothing else;
 bytes that are not UTF-8 are escaped in it.
@@ -54,7 +55,7 @@ NUMBERED = re.compile(r"(?:caption|text)_([0-9]{1,9})")
 ALTERNATIVES = "alt_texts"  # read last, because evaluation uses the first caption
 ALL_COLUMNS = (*CAPTION_COLUMNS, "caption_0 ...", "text_0 ...", ALTERNATIVES)
 
-OPTIONS: dict[str, tuple[str, ...]] = {}
+OPTIONS: dict[str, tuple[str, ...]] = {"crop": ("box",)}
 LAYOUT_HINT = (
     "the folder needs a metadata.jsonl with a line for each picture, such as "
     '{"file_name": "images/a.png", "text": "a red kite"}.'
@@ -272,7 +273,7 @@ def _records(entries: list[Entry]) -> list[Record]:
             label=label if labelled else None,
             split=entry.split,
             meta=meta_in(entry.values, drop_label=labelled),
-            box=_box(entry.values.get("box")),
+            box=_box(entry.values.get("crop_box")),
         )
         for example_id, entry, label in zip(unique_ids(paths), entries, labels, strict=True)
     ]
@@ -322,7 +323,7 @@ def is_too_large(label: object) -> bool:
 
 def meta_in(values: dict[str, Any], drop_label: bool) -> dict[str, Any]:
     """All other columns; an object in `meta` is merged into them."""
-    used = {"file_name", "split"} | ({"label"} if drop_label else set())
+    used = {"file_name", "split", "crop_box"} | ({"label"} if drop_label else set())
     rest = {k: v for k, v in values.items() if k not in used and not _is_caption(k)}
     nested = rest.pop("meta") if isinstance(rest.get("meta"), dict) else {}
     return rest | nested

@@ -12,8 +12,9 @@ so that a new layout is a file, and a name in `LAYOUTS` of the package.
 
 What follows the path of a spec, as in `cub:birds?splits=class&crop=centre`:
 
-    crop      how a picture becomes a square: `centre` (the default, but for `cub`), `pad` (the
-              whole picture on white), `random` (another part at each visit), `box` (`cub`)
+    crop      how a picture becomes a square: `centre` (the default), `pad` (the whole picture on
+              white), `random` (another part at each visit), `box` (the default where there are
+              boxes, of `cub`, or a column `crop_box` of `imagefolder`)
     splits    `seeded`: a tenth is `validation` and a tenth `test`; `class`: a quarter of the
               classes is `test`; `list`: those of the data set's own lists
 """
@@ -86,6 +87,8 @@ def load(kind: str, rest: str, split: str, size: int) -> PictureDataset:
     if options.get("splits") not in own.get("splits", ()):
         records = divided(records, options.get("splits"))
     crop = options.get("crop", "box" if any(r.box for r in records) else "centre")
+    if records and crop == "box" and not any(r.box for r in records):
+        raise UserError(f"{plain(path)} has no boxes: leave crop=box out.")
     name = f"{kind}:{rest}"
     return PictureDataset(name, root, records, split, size, skipped, module.LAYOUT_HINT, crop)
 

@@ -5,8 +5,12 @@ root of the mean squared difference of their thumbnails, in levels of 0 to 255. 
 halved or saved as a JPEG of middling quality, the copy is 1 to 4 levels away. A perceptual hash of
 64 bits, the usual way, takes no colours, so that a red circle would be a copy of a blue one.
 
+A thumbnail does not show fine detail: two lines of text, or a checkerboard and its inverse, may be
+0 levels apart. Look at the page of removed pictures before you train on the rest.
+
 All pairs are compared in effect: the distance in the first `COARSE` principal components is never
-larger than the whole one, so that few pairs need the latter.
+larger than the whole one, so that few pairs need the latter. Still, time grows with the square of
+N, from seconds for 20,000 pictures to a minute for 80,000.
 
 Axes: N pictures, D = 192 numbers of a thumbnail, Q pictures of a block, K pictures to compare with.
 """
@@ -22,9 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 GRID = 8
+LENGTH = 3 * GRID**2
+"""D."""
 COARSE = 16
 BLOCK = 512
 """Number of pictures that are compared with all earlier ones at once."""
+TARGETS = 50_000
+"""Number of earlier pictures whose distances are in memory at once."""
 PROGRESS_FROM = 20_000
 """Number of pictures above which a progress bar is shown."""
 
@@ -48,11 +56,11 @@ def near_duplicates(
 ) -> Iterator[Copy]:
     """Pictures that are near an earlier one; each once, with the nearest such picture.
 
-    A copy is nobody's original, so that a row of pictures that change little by little is not one
-    set of copies.
+    A copy is not compared with later pictures, so that a row of pictures that change little by
+    little is not one set of copies.
 
     Args:
-        thumbnails: (N, D), in the order in which pictures are preferred.
+        thumbnails: (N, D) of any float type, in the order in which pictures are preferred.
         splits: Split of each picture.
         radius: Largest distance of a copy, in levels.
         within: If true, copies in the same split count.
@@ -88,7 +96,7 @@ def near_duplicates(
                 if copied:
                     distance, original = min(copied)
                     yield Copy(number, original, distance)
-                elif not same:
+                elif not any(distance == 0 for distance, _ in same):  # whose copies it shares
                     targets[len(originals)] = coarse[number]
                     originals[number] = None
             bar.update(len(block))
@@ -96,9 +104,14 @@ def near_duplicates(
 
 def _principal_components(thumbnails: Tensor) -> Tensor:
     """(N, COARSE) coordinates in the directions in which thumbnails differ most."""
-    centred = thumbnails - thumbnails.mean(0)
-    covariance = centred.double().T @ centred.double()
-    return centred @ torch.linalg.eigh(covariance).eigenvectors[:, -COARSE:].float()
+    parts = thumbnails.split(10_000)
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(thumbnails)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for part in parts:
+        centred = part.double() - mean
+        covariance += centred.T @ centred
+    directions = torch.linalg.eigh(covariance).eigenvectors[:, -COARSE:].float()
+    return torch.cat([(part.float() - mean.float()) @ directions for part in parts])
 
 
 def _candidates(
@@ -114,9 +127,12 @@ def _candidates(
         radius: Largest distance of a copy.
     """
     rounding = 0.2  # levels: more than `cdist` errs
-    row, target = (torch.cdist(coarse[block], targets) <= radius + rounding).nonzero().T
-    pairs = torch.stack([block[row], numbers[target]], dim=1)
-    return pairs[pairs[:, 1] < pairs[:, 0]]
+    pairs = []
+    for part, own in zip(targets.split(TARGETS), numbers.split(TARGETS), strict=True):
+        row, target = (torch.cdist(coarse[block], part) <= radius + rounding).nonzero().T
+        pairs.append(torch.stack([block[row], own[target]], dim=1))
+    every = torch.cat(pairs)
+    return every[every[:, 1] < every[:, 0]]
 
 
 def _within_radius(
@@ -125,10 +141,11 @@ def _within_radius(
     """Distance and number of the other for the first of each pair (P, 2) that is near."""
     hits: dict[int, list[tuple[float, int]]] = {}
     for part in pairs.split(100_000):
-        distances = (thumbnails[part[:, 0]] - thumbnails[part[:, 1]]).norm(dim=1)
+        one, other = (thumbnails[numbers].float() for numbers in part.T)
+        distances = (one - other).norm(dim=1)
         near = distances <= radius
-        for distance, (number, other) in zip(
+        for distance, (number, earlier) in zip(
             distances[near].tolist(), part[near].tolist(), strict=True
         ):
-            hits.setdefault(number, []).append((distance, other))
+            hits.setdefault(number, []).append((distance, earlier))
     return hits

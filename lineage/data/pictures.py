@@ -92,7 +92,7 @@ class PictureDataset(CaptionedDataset):
         self.name, self.root, self.size, self.crop = name, root, size, crop
         self.varies = crop == "random"
         self.split = split_name(split)
-        self.skipped = list(skipped)
+        self.skipped, self.layout_hint = list(skipped), layout_hint
         if not records:
             raise EmptyDatasetError(name, self.skipped, layout_hint)
         rows = self._of_split(records)
@@ -107,8 +107,6 @@ class PictureDataset(CaptionedDataset):
         self._broken: set[int] = set()
         if not self.streamed:
             self.decode_all()
-        if not self.records:
-            raise EmptyDatasetError(name, self.skipped, layout_hint)
 
     def _part(self, record: Record) -> object:
         """What is taken of the record's file; other parts have other pixels."""
@@ -129,8 +127,16 @@ class PictureDataset(CaptionedDataset):
 
     # --- decoding ---------------------------------------------------------------------------------
 
-    def decode_all(self) -> None:
-        """Decode every picture and read every caption, and leave out the records without them."""
+    def decode_all(self, count: int | None = None) -> None:
+        """Decode every picture and read every caption, and leave out the records without them.
+
+        Args:
+            count: If it is a number, only so many records are read, and the rest is dropped.
+
+        Raises:
+            UserError: No record has both.
+        """
+        self.records, self._rows = self.records[:count], self._rows[:count]
         due = self._store.missing(self._rows)
         pixels = iter(self._decode(due, len(due) > PROGRESS_FROM))
         rest = set(due)
@@ -148,6 +154,8 @@ class PictureDataset(CaptionedDataset):
         self._broken.clear()
         self.streamed = self._store.rows < self._store.count
         self.__dict__.pop("labels", None)
+        if not self.records:
+            raise EmptyDatasetError(self.name, self.skipped, self.layout_hint)
 
     def _decode(
         self, indices: Sequence[int], progress: bool = False
@@ -335,7 +343,7 @@ class EmptyDatasetError(UserError):
     """A data set without a usable picture; `skipped` has the reason for each file."""
 
     def __init__(self, name: str, skipped: Sequence[Skipped], layout_hint: str) -> None:
-        self.skipped = list(skipped)
+        self.skipped, self.layout_hint = list(skipped), layout_hint
         reason = "it contains no picture"
         if skipped:
             others = f" (and {len(skipped) - 1:,} more left out)" if len(skipped) > 1 else ""

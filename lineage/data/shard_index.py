@@ -4,8 +4,8 @@
 
 KEY is a hash of the shard's place, size and dates. To list a shard reads the head of each of its
 members: about ten seconds for 300,000 of them, against one from the cache. Shards of less than
-`SMALL` bytes and those that are damaged are listed each time. Indexes that were not used for the
-longest time are deleted where there are more than `LIMIT` bytes of them.
+`SMALL` bytes and those whose list is damaged are listed each time. Indexes that were not used for
+the longest time are deleted where there are more than `LIMIT` bytes of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from lineage.errors import UserError
 from lineage.files import write_bytes
 
 VERSION = 1
-"""Version of the reader of shards; a new number invalidates all indexes."""
+"""Version of the reader of shards and of their rows, which is in `wds` and `imagefolder`; a new
+number invalidates all indexes.
+"""
 SMALL = 1_000_000
 LIMIT = 1_000_000_000
 
@@ -59,7 +61,6 @@ def _write(path: Path, shard: str, listed: Listed) -> None:
     records, skipped = listed
     if plain(shard) in [one.path for one in skipped]:
         return
-    _make_room()
     rows = [[one.id, one.captions, one.label, one.split, one.meta, one.span] for one in records]
     content = {"records": rows, "skipped": [[one.path, one.reason] for one in skipped]}
     write_bytes(path, gzip.compress(json.dumps(content).encode(), 1))
@@ -91,14 +92,14 @@ def _record(
 def indexes() -> list[tuple[Path, int, float]]:
     """Path, number of bytes and time of last use of each index, the oldest first."""
     rows = []
-    with contextlib.suppress(OSError):
-        for path in cache_folder("shards").glob("*.json.gz"):
+    for path in cache_folder("shards").glob("*.json.gz"):
+        with contextlib.suppress(OSError):  # another process has just deleted it
             info = path.stat()
             rows.append((path, info.st_size, info.st_mtime))
     return sorted(rows, key=lambda row: row[2])
 
 
-def _make_room() -> None:
+def make_room() -> None:
     """Delete the indexes that were not used for the longest time, as far as there are too many."""
     rows = indexes()
     total = sum(size for _, size, _ in rows)

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from lineage.characters import same_name
+from lineage.characters import plain, same_name
 from lineage.data import ENDLESS, load_dataset, parse_spec
 from lineage.data.contract import CaptionedDataset, Example, Skipped
 from lineage.data.pictures import EmptyDatasetError, PictureDataset
@@ -117,37 +117,60 @@ def export(
     Raises:
         UserError: The folder has contents, or cannot be written.
     """
+    check_new_folder(folder, dataset)
     _read_all(dataset)
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     if number < 1:
         raise UserError(f"An export needs at least 1 example, not {count}.")
-    with new_folder(folder) as partial:
+    with new_folder(folder, dataset) as partial:
         (_write_shards if form == "wds" else _write)(dataset, partial, number)
     return number
 
 
-@contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder that is renamed to `folder` at the end, and deleted where there is an error.
+def check_new_folder(folder: str | Path, dataset: CaptionedDataset | None = None) -> None:
+    """Check that a data set can be written to a folder, before the work that fills it.
 
     Raises:
-        UserError: `folder` has contents, or cannot be written.
+        UserError: The folder has contents, or lies among the files of `dataset`, so that both would
+            be read as one.
     """
-    target = expanded(folder)
+    target = Path(os.path.realpath(expanded(folder)))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{str(folder)!r} is not empty; choose a new or an empty folder.")
+    if not isinstance(dataset, PictureDataset) or not dataset.has_files:
+        return
+    if target.is_relative_to(os.path.realpath(dataset.root)):
+        raise UserError(
+            f"{str(folder)!r} lies in the data set {plain(dataset.name)}, which would then hold "
+            "its pictures twice; choose a folder outside."
+        )
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path, dataset: CaptionedDataset | None = None) -> Iterator[Path]:
+    """A hidden folder whose contents are moved to `folder` at the end, and deleted after an error.
+
+    Raises:
+        UserError: As `check_new_folder`, or the folder cannot be written.
+    """
+    target = Path(os.path.realpath(expanded(folder)))
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"{str(folder)!r} is not empty; choose a new or an empty folder.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name[:60]}-", dir=target.parent))
+        check_new_folder(folder, dataset)
+        exists = target.exists()
+        place = target if exists else target.parent  # a folder that exists may be a disk of its own
+        place.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name[:60]}-", dir=place))
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp allows only the owner
-        if target.exists():
-            target.rmdir()  # it is empty, and not every system can rename onto a folder
-        partial.rename(target)
+        if exists:
+            for file in partial.iterdir():
+                file.rename(target / file.name)
+        else:
+            partial.chmod(0o777 & ~_umask())  # mkdtemp allows only the owner
+            partial.rename(target)
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
@@ -168,7 +191,7 @@ def _umask() -> int:
 def _write(dataset: CaptionedDataset, folder: Path, number: int) -> None:
     """Write pictures and metadata of the first `number` examples into an empty folder."""
     (folder / "images").mkdir()
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     with (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as metadata:
         for index in range(number):
             example = dataset[index]
@@ -181,7 +204,7 @@ def _write_shards(dataset: CaptionedDataset, folder: Path, number: int) -> None:
     """Write the first `number` examples as shards of each split into an empty folder."""
     archives: dict[str, tarfile.TarFile] = {}
     counts: Counter[str] = Counter()
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     try:
         for index in range(number):
             example = dataset[index]
@@ -232,7 +255,7 @@ def picture_ending(raw: bytes) -> str:
     """Ending for a picture file with these bytes, whatever it was called; readers know it."""
     try:
         with Image.open(io.BytesIO(raw)) as image:
-            name = f".{str(image.format).lower()}"
+            name = {"MPO": ".jpg"}.get(image.format or "", f".{str(image.format).lower()}")
     except Exception:  # metadata of junk, without which the picture can be decoded
         name = ""
     return name if name in SUFFIXES else ".png"
@@ -253,14 +276,20 @@ def _plain(value: object) -> object:
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def file_name(example_id: str, taken: set[str]) -> str:
-    """An id as a file name for every operating system; it differs from all in `taken`, and is added
-    to them.
+def file_name(example_id: str, taken: dict[str, int]) -> str:
+    """An id as a file name for every operating system, which differs from all in `taken`.
+
+    Args:
+        example_id: Id.
+        taken: Names so far in small letters, each with the number that its next copy gets; the new
+            one is added.
     """
     safe = re.sub(r"[^\w.-]", "_", example_id).lstrip(".")[:60].rstrip(".") or "picture"
-    name, copy = safe, 1
+    key = same_name(safe).lower()
+    name, copy = safe, taken.get(key, 1)
     while same_name(name).lower() in taken:
         copy += 1
         name = f"{safe}-{copy}"
-    taken.add(same_name(name).lower())
+    taken[key] = copy
+    taken.setdefault(same_name(name).lower(), 1)
     return name

@@ -49,7 +49,7 @@ from lineage.data.records import (
     open_root,
     with_unique_ids,
 )
-from lineage.data.shard_index import indexed
+from lineage.data.shard_index import indexed, make_room
 from lineage.data.splits import SPLIT_NAMES, split_name
 from lineage.data.tables import json_object
 from lineage.errors import UserError
@@ -157,6 +157,7 @@ def read(
             records += own
             skipped += left_out
             bar.update(sizes[shard])
+    make_room()
     return with_unique_ids(records)
 
 

@@ -22,7 +22,7 @@ def by_loop(
         others = [hit for hit in hits if splits[hit[1]] != splits[i]]
         if found := (others if across else []) or (same if within else []):
             copies.append((i, min(found)[1]))
-        elif not same:
+        elif not any(distance == 0 for distance, _ in same):
             originals.append(i)
     return copies
 
@@ -31,6 +31,7 @@ def by_loop(
 @pytest.mark.parametrize("across", [False, True])
 def test_same_as_a_loop(within: bool, across: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near, "BLOCK", 16)
+    monkeypatch.setattr(near, "TARGETS", 7)
     base = torch.rand(30, 192) * 18
     rows = torch.cat([base + torch.randn_like(base) * 0.07 * k for k in range(6)])
     rows = torch.cat([rows, base])[torch.randperm(210)]
@@ -50,6 +51,14 @@ def test_a_row_of_small_changes_is_not_one_set_of_copies() -> None:
         (3, 2, 3.0),
     ]
     assert not list(near_duplicates(rows[:0], [], 4.0, True, False))
+
+
+def test_a_near_picture_of_the_same_split_still_guards_its_own_copies() -> None:
+    """The first two stay, and the third is near the second alone."""
+    rows = torch.zeros(3, 192)
+    rows[:, 0] = torch.tensor([0.0, 3.0, 6.0])
+    (copy,) = near_duplicates(rows, ["test", "test", "train"], 4.0, False, True)
+    assert copy == (2, 1, 3.0)
 
 
 def test_distance_is_the_root_mean_square_in_levels() -> None:

@@ -123,7 +123,7 @@ def test_the_index_of_the_longest_time_ago_goes_first(
     for place, (path, _, _) in enumerate(shard_index.indexes()):
         os.utime(path, (place, place))
     oldest, middle, newest = (path for path, _, _ in shard_index.indexes())
-    monkeypatch.setattr(shard_index, "LIMIT", newest.stat().st_size)
+    monkeypatch.setattr(shard_index, "LIMIT", 2 * newest.stat().st_size)
     write_shard(tmp_path / "3/0.tar", "a kite")
     load(tmp_path / "3")
     assert not oldest.exists() and not middle.exists() and newest.exists()

@@ -119,8 +119,8 @@ def test_what_the_command_prints_is_escaped(
     assert len(printed.splitlines()) == 4 and r"mute\x1b[2J\xe9\n.png" in printed
 
 
-def testfile_names_are_safe_and_unique() -> None:
-    taken: set[str] = set()
+def test_file_names_are_safe_and_unique() -> None:
+    taken: dict[str, int] = {}
     names = [file_name(x, taken) for x in ("a/b", "a_b", "A\\B", "../../etc", ".", "é" * 99)]
     names += [file_name(x, taken) for x in ("\u1100\u1161", "\uac00")]  # one syllable, two ways
     assert len({same_name(n).lower() for n in names}) == len(names)

@@ -34,7 +34,7 @@ Cell = tuple[str, Tensor]
 """Label, and picture (3, h, w) uint8."""
 
 
-def received_sheet(
+def inputs_sheet(
     spec: str, runs: Sequence[str | Path], count: int, split: str = "train", seed: int = 0
 ) -> Image.Image:
     """A row for each picture: itself, and what each run's system receives of it.
@@ -48,12 +48,14 @@ def received_sheet(
     """
     columns: list[list[Cell]] = []
     for run in runs:
-        pictures, *own = received(spec, run, count, split, seed)
+        pictures, *own = input_columns(spec, run, count, split, seed)
         columns += own if columns else [pictures, *own]
     return rows_sheet(list(zip(*columns, strict=True)), side=96)
 
 
-def received(spec: str, run: str | Path, count: int, split: str, seed: int) -> Iterator[list[Cell]]:
+def input_columns(
+    spec: str, run: str | Path, count: int, split: str, seed: int
+) -> Iterator[list[Cell]]:
     """Columns of cells: pictures with their captions, then one for each kind of thing that a run's
     system receives.
 

@@ -11,12 +11,12 @@ from PIL import Image
 from lineage.cli import main
 from lineage.data import load_dataset
 from lineage.data.contract import to_bytes
-from lineage.received import as_pictures, colours_of, received
+from lineage.model_inputs import as_pictures, colours_of, input_columns
 from lineage.runs import load_system
 
 
 def labels(run: str) -> list[str]:
-    columns = list(received("shapes", run, 2, "train", 0))
+    columns = list(input_columns("shapes", run, 2, "train", 0))
     assert all(len(column) == 2 for column in columns)
     return [column[0][0] for column in columns[1:]]
 
@@ -37,7 +37,7 @@ def test_columns_of_a_family(key: str, expected: list[str]) -> None:
 
 def test_pictures_and_codes_are_those_of_training() -> None:
     image = torch.stack([load_dataset("shapes")[i].image for i in range(2)])
-    pictures, codes, decoded = received("shapes", "pretrained:vqvae", 2, "train", 0)
+    pictures, codes, decoded = input_columns("shapes", "pretrained:vqvae", 2, "train", 0)
     assert torch.equal(torch.stack([picture for _, picture in pictures]), image)
     system = load_system("pretrained:vqvae", "cpu")
     with torch.no_grad():
