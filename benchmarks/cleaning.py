@@ -194,12 +194,26 @@ def removals(runs: Path) -> dict[str, dict[str, int]]:
     """Number of pictures of each kind in the dirtied set, and of those that each rule removed."""
     names = [path.name for path in (runs / "dirtied").glob("*-*.*")]
     counts = {kind: {"pictures": n} for kind, n in Counter(map(kind_of, names)).items()}
-    for line in (runs / "cleaned" / "removed.jsonl").open():
-        row = json.loads(line)
+    for row in removed_rows(runs):
         if "caption" not in row:
             own = counts[kind_of(row["id"])]
             own[row["rule"]] = own.get(row["rule"], 0) + 1
     return counts
+
+
+def identical_share(runs: Path) -> float:
+    """Of the good pictures that were removed as duplicates, the share with no difference."""
+    reasons = [
+        row["reason"]
+        for row in removed_rows(runs)
+        if row["rule"] == "duplicate" and kind_of(row["id"]) == "good"
+    ]
+    return sum("nearly" not in reason for reason in reasons) / max(1, len(reasons))
+
+
+def removed_rows(runs: Path) -> list[dict[str, Any]]:
+    lines = (runs / "cleaned" / "removed.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -267,12 +281,12 @@ def page(document: dict[str, Any]) -> str:
         "# Cleaning",
         "",
         f"{document['pictures']:,} pictures of `shapes:easy`, dirtied, and cleaned again by "
-        f"`{document['filter']}`. Of the pictures as they should be, the removed duplicates are "
-        "scenes that `shapes` itself draws again.",
+        f"`{document['filter']}`. Of the duplicates among the pictures as they should be, "
+        f"{document['identical']:.0%} are scenes that `shapes` draws again without any difference.",
         "",
         *removal_table(document["removals"]),
         "",
-        "How well a CLIP tells the captions of another picture apart: the probability that a right "
+        "How well a CLIP separates the captions of another picture: the probability that a right "
         "caption has a larger cosine than a wrong one (0.5 is chance). A CLIP that has read the "
         "dirtied pairs too often has learned the wrong ones too.",
         "",
@@ -322,6 +336,7 @@ def write_results(options: argparse.Namespace) -> None:
             "`pretrained:clip`, of clean pictures": separation("pretrained:clip", dirtied),
         },
         "removals": removals(options.runs),
+        "identical": identical_share(options.runs),
         "runs": sorted(runs, key=lambda run: (SETS.index(run["set"]), run["seed"])),
         "real": real,
         "shuffled": shuffled,
