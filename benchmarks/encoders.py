@@ -35,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -365,9 +366,11 @@ def summary(line: dict[str, Any]) -> str:
 
 
 def document_of(study: Study, command: str) -> dict[str, Any]:
-    """Everything that is finished at this budget."""
+    """What is finished at this budget, of the seeds with the most trials: the others are at work."""
     lines = [line for line in read_lines(study.file) if line["cpu_minutes"] == study.cpu_minutes]
     done = sorted((line for line in lines if "scores" in line), key=lambda line: line["seed"])
+    trials = Counter(line["seed"] for line in done)
+    done = [line for line in done if trials[line["seed"]] == max(trials.values())]
     names = dict.fromkeys([*ENCODERS, *(line["encoder"] for line in done)])
     rows = []
     for family, encoder in product(FAMILIES, names):
