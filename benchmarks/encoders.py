@@ -366,7 +366,7 @@ def summary(line: dict[str, Any]) -> str:
 
 
 def document_of(study: Study, command: str) -> dict[str, Any]:
-    """What is finished at this budget, of the seeds with the most trials: the others are at work."""
+    """What is finished at this budget, of the seeds with the most trials; others are at work."""
     lines = [line for line in read_lines(study.file) if line["cpu_minutes"] == study.cpu_minutes]
     done = sorted((line for line in lines if "scores" in line), key=lambda line: line["seed"])
     trials = Counter(line["seed"] for line in done)
