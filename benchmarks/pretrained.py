@@ -59,6 +59,7 @@ class Run:
             systems that optimise each picture.
         every: One in so many prompts is drawn for its scores.
         data: Data set. A run on another one than `shapes` is named `KEY_data`.
+        halve_vectors: If true, vectors are in half precision too, which saves one percent.
     """
 
     cpu_minutes: float | None
@@ -67,6 +68,7 @@ class Run:
     pictures: int = 1000
     every: int = 1
     data: str = "shapes"
+    halve_vectors: bool = False
 
 
 # An autoencoder of 0.4 in place of 0.7 million parameters, the same in both.
@@ -86,7 +88,8 @@ RUNS = {
     "clipdraw": Run(None, stages_from={"clip": "clip"}, pictures=100),
     "ldm": Run(8, NARROW),
     "dit": Run(8, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
-    "ldm_emoji": Run(45, {**NARROW, "encoder.width": "44"}, data="emoji"),  # 1,707 words
+    # 1,707 words.
+    "ldm_emoji": Run(45, {**NARROW, "encoder.width": "44"}, data="emoji", halve_vectors=True),
 }
 
 
@@ -106,17 +109,19 @@ def command(key: str) -> list[str]:
     return parts
 
 
-def halved(tensor: Tensor) -> Tensor:
+def halved(tensor: Tensor, vectors: bool) -> Tensor:
     """Matrices and kernels in half precision. Vectors (scales, biases, schedules) are small, and
     integers are what they are.
     """
-    return tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+    large = tensor.dim() > 1 or vectors
+    return tensor.half() if tensor.is_floating_point() and large else tensor
 
 
 def export(key: str) -> None:
     """Copy what drawing needs of a finished run into the package."""
     run, folder = ROOT / "runs" / "pretrained" / key, FOLDER / key
-    tensors = {n: halved(t) for n, t in load_tensors(run / "model.safetensors").items()}
+    weights = load_tensors(run / "model.safetensors")
+    tensors = {n: halved(t, RUNS[key].halve_vectors) for n, t in weights.items()}
     for name, tensor in tensors.items():
         assert not tensor.is_floating_point() or tensor.isfinite().all(), f"{name} overflows"
     for file in FILES:
