@@ -29,12 +29,14 @@ from lineage.pretrained import run_folder, run_name
 from lineage.runs import load_comparer, read_config, train
 from lineage.search import Comparer
 from lineage.text.contract import caption_list
-from lineage.threads import tuned
+from lineage.threads import tuned, use_threads
 from lineage.training.cost import read_cost
 from lineage.training.store import fingerprint
 
 CHUNK = 64  # rows of one pass, always as many
 STEPS, BATCH_SIZE = 800, 96  # of a scorer that is trained for a data set
+IN_CACHE = "trained once, in $LINEAGE_CACHE/scorers"
+"""What a protocol says in place of the path of a scorer that was trained for a data set."""
 SETTINGS = {"train.checkpoint_every": 0, "train.sample_every": 0, "size": 32}
 
 
@@ -102,8 +104,10 @@ class CLIPScorer:
         captions = caption_list(captions)
 
         def encode(rows: Tensor) -> Tensor:
-            # one at a time: a caption's vector must not depend on the longest one beside it
-            return torch.cat([self.model.encode_text([captions[row]]) for row in rows.tolist()])
+            # one at a time: a caption's vector must not depend on the longest one beside it, nor,
+            # in its last bits, on the number of threads, of which one is enough for a caption
+            with use_threads(1):
+                return torch.cat([self.model.encode_text([captions[row]]) for row in rows.tolist()])
 
         return in_chunks(torch.arange(len(captions)), encode)
 
@@ -120,7 +124,7 @@ def clip_scorer(run: str | Path, device: torch.device | str = "cpu") -> CLIPScor
     weights = fingerprint((folder / "model.safetensors").read_bytes())
     protocol = {
         "model": "clip",
-        "run": run_name(folder),
+        "run": run_name(folder) if folder.parent != cache_folder("scorers") else IN_CACHE,
         "weights": weights,
         "data": config.data,
         "size": config.size,

@@ -208,8 +208,23 @@ for name, one in {"shapes": data, "emoji": world}.items():
     print(f"{name:8}{len(counts):5} words, {once / len(counts):4.0%} of them in one caption only")
 
 # %% [markdown]
-# A word that was read once cannot be learnt well. All real captions have such a long tail. Other
-# data sets are read as they come ([data/README.md](../data/README.md)), and
+# A word that was read once cannot be learnt well. All real captions have such a long tail. What can
+# be learnt nevertheless? The system of notebook 10 trained on the emoji for 45 minutes of one core.
+# It draws captions that it has never read. **Predict**: which of the eight will it draw well?
+
+# %%
+trained = lineage.load("pretrained:ldm_emoji")
+asked = ["man farmer, medium-dark skin tone", "police officer, medium skin tone",
+         "kiss: woman, woman, medium skin tone and light skin tone",
+         "woman wearing turban, medium skin tone", "person: white hair, dark skin tone",
+         "man judge, medium-light skin tone", "mosquito", "calendar"]  # fmt: skip
+show(trained.generate(asked, seed=0), asked)
+
+# %% [markdown]
+# It puts together what it knows from other captions. *mosquito* and *calendar* stand in no caption
+# of the training, so both are the same unknown word to it.
+#
+# Other data sets are read as they come ([data/README.md](../data/README.md)), and
 # `lineage data stats` counts what is in them.
 
 # %% [markdown]

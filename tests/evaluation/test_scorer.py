@@ -124,6 +124,7 @@ def test_a_scorer_is_trained_once_for_a_data_set(fits: list[Path], folder: Path)
     assert len(fits) == 1
     assert torch.equal(one.text(["a"]), again.text(["a"])) and one.protocol == again.protocol
     assert one.protocol["data"] == str(folder)
+    assert one.protocol["run"] == module.IN_CACHE
     for changed in (scorer_of(folder, seed=1), scorer_of(folder, steps=3)):
         assert not torch.equal(changed.text(["a"]), one.text(["a"]))
     (folder / "0.txt").write_text("z")

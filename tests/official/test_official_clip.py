@@ -480,7 +480,7 @@ def test_the_command_makes_a_run_that_searches(
         Image.new("RGB", (40, 30), colour).save(pictures / f"{name}.png")
     assert main(["search", str(run), str(pictures), "a red cat", "--json"]) == 0
     hits = json.loads(capfd.readouterr().out)["a red cat"]
-    assert {hit["name"] for hit in hits} == {"r", "b"}
+    assert {hit["name"] for hit in hits} == {"r.png", "b.png"}
     assert hits[0]["cosine"] > hits[1]["cosine"]
 
 
