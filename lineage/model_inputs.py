@@ -23,12 +23,11 @@ from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes
 from lineage.errors import UserError
 from lineage.nn.gan import downsample
-from lineage.plan import build, plan, read_config, read_saved, read_tokenizer
+from lineage.plan import plan, read_config, read_saved, read_tokenizer
 from lineage.pretrained import run_folder
+from lineage.runs import load
 from lineage.sheets import rows_sheet
 from lineage.system import HasSides, Reconstructs, System
-from lineage.training.machine import pick_device
-from lineage.training.stage import load_weights
 
 Cell = tuple[str, Tensor]
 """Label, and picture (3, h, w) uint8."""
@@ -62,16 +61,12 @@ def input_columns(
     Raises:
         UserError: The run is not of a text-to-image system.
     """
-    folder = run_folder(run, "run")
-    config = read_config(folder).without_files()
-    stages = plan(config, read_tokenizer(folder), read_saved(folder).get("stages_from", {}))
-    system = build(stages)
+    system, folder = load(run), run_folder(run, "run")
+    config, sources = read_config(folder), read_saved(folder).get("stages_from", {})
     if not isinstance(system, System):
         raise UserError(f"{config.key} draws no pictures: name a run of another system.")
-    load_weights(system, folder / "model.safetensors")
-    system.to(pick_device("auto")).eval()
     dataset = load_dataset(spec, split, system.size, seed)
-    prepare = stages[-1].prepare
+    prepare = plan(config.without_files(), read_tokenizer(folder), sources)[-1].prepare
     if prepare is not None:
         dataset = prepare(dataset, system)
     count = count if dataset.endless else min(count, len(dataset))

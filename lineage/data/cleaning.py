@@ -39,6 +39,7 @@ from lineage.data.contract import CaptionedDataset
 from lineage.data.decoding import why_broken
 from lineage.data.near import LENGTH, near_duplicates, thumbnail
 from lineage.data.pictures import PictureDataset
+from lineage.data.tools import read_all
 from lineage.errors import UserError, nearest
 
 CHUNK = 64
@@ -248,8 +249,7 @@ def clean(
         raise UserError("Similarity needs a run of CLIP, such as pretrained:clip.")
     if not in_files(dataset) and (rules.min_side is not None or rules.max_aspect is not None):
         raise UserError(f"{dataset.name} has no picture files whose size could be a rule.")
-    if isinstance(dataset, PictureDataset):
-        dataset.decode_all(count)
+    read_all(dataset, count)
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     result = CleaningResult(dataset, rules, number)

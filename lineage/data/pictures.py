@@ -191,13 +191,13 @@ class PictureDataset(CaptionedDataset):
     def _decoded(self, index: int) -> NDArray[np.uint8] | Skipped:
         """Pixels of one picture from its file, or why there are none."""
         record = self.records[index]
-        path = self.root / record.path
         try:
-            source = path if record.span is None else read_span(path, *record.span)
-            return decode(source, self._store.side, record.box, whole=self.crop == "pad")
+            file = self._file(record)
+            return decode(file, self._store.side, record.box, whole=self.crop == "pad")
         except Exception as error:  # Pillow's decoders raise errors of many kinds
-            shown = record.path if record.span is None else f"{record.path}: {record.id}"
-            return Skipped(shown, why_broken(error, path if record.span is None else None))
+            if record.span is not None:
+                return Skipped(f"{record.path}: {record.id}", why_broken(error, None))
+            return Skipped(record.path, why_broken(error, self.root / record.path))
 
     def _visited(self, indices: Sequence[int]) -> tuple[list[int], Tensor, list[tuple[str, ...]]]:
         """The indices, with pictures (B, 3, S, S) and captions; of a streamed data set, each one
@@ -239,19 +239,19 @@ class PictureDataset(CaptionedDataset):
             self.skipped.append(pixels if isinstance(pixels, Skipped) else captions)  # type: ignore
         raise EmptyDatasetError(self.name, self.skipped, "")
 
+    def _file(self, record: Record) -> Path | bytes:
+        """A record's picture file, or its bytes where the file holds others too."""
+        path = self.root / record.path
+        return path if record.span is None else read_span(path, *record.span)
+
     def source(self, index: int) -> bytes:
         """Bytes of a record's picture file. Raises `OSError`."""
-        record = self.records[index]
-        path = self.root / record.path
-        return (
-            read_regular(path, MAX_BYTES) if record.span is None else read_span(path, *record.span)
-        )
+        file = self._file(self.records[index])
+        return file if isinstance(file, bytes) else read_regular(file, MAX_BYTES)
 
     def file_size(self, index: int) -> tuple[int, int]:
         """Width and height of a record's upright picture in its file. Raises as `decode`."""
-        record = self.records[index]
-        path = self.root / record.path
-        return shown_size(path if record.span is None else read_span(path, *record.span))
+        return shown_size(self._file(self.records[index]))
 
     def captions_of(self, index: int) -> tuple[str, ...] | Skipped:
         """Captions of a record, or why they cannot be read."""

@@ -69,7 +69,7 @@ def check(
     split = "train" if parse_spec(spec)[0] in ENDLESS else "all"
     try:
         dataset = load_dataset(spec, split, size)
-        _read_all(dataset)
+        read_all(dataset)
     except EmptyDatasetError as error:
         if not error.skipped:
             raise
@@ -79,10 +79,15 @@ def check(
     return _counts(len(dataset), len(captions), cut, dataset.skipped)
 
 
-def _read_all(dataset: CaptionedDataset) -> None:
-    """Leave out what a streamed data set would find to be broken when it is due."""
+def read_all(dataset: CaptionedDataset, count: int | None = None) -> None:
+    """Leave out what a streamed data set would find to be broken when it is due.
+
+    Args:
+        dataset: Data set; one that is not streamed has been read when it was loaded.
+        count: If it is a number, a streamed data set keeps only so many records.
+    """
     if isinstance(dataset, PictureDataset) and dataset.streamed:
-        dataset.decode_all()
+        dataset.decode_all(count)
 
 
 def _counts(
@@ -118,7 +123,7 @@ def export(
         UserError: The folder has contents, or cannot be written.
     """
     check_new_folder(folder, dataset)
-    _read_all(dataset)
+    read_all(dataset)
     number = len(dataset) if count is None else count
     number = number if dataset.endless else min(number, len(dataset))
     if number < 1:
