@@ -208,8 +208,9 @@ def data_filter(
         json: If true, print one JSON document.
     """
     from lineage.data import load_dataset
-    from lineage.data.cleaning import Rules, clean
+    from lineage.data.cleaning import clean
     from lineage.data.cleaning_output import lines, write
+    from lineage.data.cleaning_rules import Rules
     from lineage.data.tools import check_new_folder
     from lineage.files import check_output
 

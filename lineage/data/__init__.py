@@ -23,7 +23,7 @@ a disk) with one file for each, `hub*` (the Hugging Face hub), `emoji` and `colr
 and `pictures` (what they share), `pixels` (decoded pictures on the disk), `decoding` (one file ->
 pixels), `tables` (rows of metadata), `reed` (captions of CUB and the flowers), `shard_index`,
 `splits`, `cached` (adds what a network computes from each picture), `tools` (contact sheet, check,
-export), `stats` (what is in it, as a page), `near`, `cleaning` and `cleaning_output` (what is
+export), `stats` (what is in it, as a page), `near` and `cleaning*` (what is
 removed from it, and what is left).
 """
 

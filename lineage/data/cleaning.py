@@ -15,18 +15,17 @@ LAION's rules, small. Copies come last, when the bad pairs are gone:
 A caption goes alone; its picture goes with the last one. Of copies the largest picture stays, of
 equally large ones the first.
 
-`clean` applies the rules to a data set: what is kept, and a `Removal` for the rest, which
-`cleaning_output` writes.
+`clean` applies the `Rules` of `cleaning_rules` to a data set: what is kept, and a `Removal` for the
+rest, which `cleaning_output` writes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -35,12 +34,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lineage.characters import plain
+from lineage.data.cleaning_rules import Rules, why_removed
 from lineage.data.contract import CaptionedDataset
 from lineage.data.decoding import why_broken
 from lineage.data.near import LENGTH, near_duplicates, thumbnail
 from lineage.data.pictures import PictureDataset
 from lineage.data.tools import read_all
-from lineage.errors import UserError, nearest
+from lineage.errors import UserError
 
 CHUNK = 64
 """Number of pictures whose captions are compared with them at once."""
@@ -50,73 +50,9 @@ NEAR = 4.0
 """Largest distance in levels of pictures that are nearly the same."""
 PROGRESS_FROM = 2_000
 """Number of pictures above which a progress bar is shown."""
-SCRIPTS = (
-    *("latin", "cyrillic", "greek", "armenian", "georgian", "hebrew", "arabic", "devanagari"),
-    *("bengali", "tamil", "thai", "hangul", "hiragana", "katakana", "cjk"),
-)
-"""Scripts by the first word of the names that Unicode gives their letters; `cjk` is Chinese."""
 
 Similarity = Callable[[Tensor, Sequence[tuple[str, ...]]], list[list[float]]]
 """Cosines of pictures (B, 3, S, S) uint8 with each of their captions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What is removed. None: the rule is off.
-
-    Attributes:
-        min_side: Smallest shorter side of a picture in its file, in pixels.
-        max_aspect: Largest ratio of a picture's longer side to its shorter one.
-        min_words, max_words: Number of words of a caption; words are separated by blanks.
-        min_letters, max_letters: Number of characters of a caption.
-        scripts: Names of `SCRIPTS`; at least half of a caption's letters are in one of them.
-        max_pictures: Largest number of pictures that may have the same caption.
-        min_similarity: Smallest cosine of a caption and its picture.
-        worst: Share of the captions that are removed for the lowest cosines.
-        duplicates: `exact`: the same pixels; `near`: pixels that differ by little.
-        leaks: If true, what is nearly the same as a picture of another split is removed.
-        near: Largest distance of pictures that are nearly the same, in levels (see the module
-            `near`); None for `NEAR`.
-    """
-
-    min_side: int | None = None
-    max_aspect: float | None = None
-    min_words: int | None = None
-    max_words: int | None = None
-    min_letters: int | None = None
-    max_letters: int | None = None
-    scripts: tuple[str, ...] = ()
-    max_pictures: int | None = None
-    min_similarity: float | None = None
-    worst: float | None = None
-    duplicates: Literal["none", "exact", "near"] = "exact"
-    leaks: bool = False
-    near: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.scripts:
-            if name not in SCRIPTS:
-                raise UserError(f"There is no script {name!r}: {nearest(name, SCRIPTS)}")
-        if self.max_aspect is not None and not self.max_aspect >= 1:
-            raise UserError(f"A largest aspect of {self.max_aspect:g} leaves nothing: 1 is square.")
-        for least, most, what in (
-            (self.min_words, self.max_words, "words"),
-            (self.min_letters, self.max_letters, "letters"),
-        ):
-            if least is not None and most is not None and least > most:
-                raise UserError(f"No caption has at least {least} and at most {most} {what}.")
-        if self.worst is not None and not 0 <= self.worst < 1:
-            raise UserError(f"A share of {self.worst:g} is not between 0 and 1, such as 0.1.")
-        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
-            raise UserError(f"A cosine of {self.min_similarity:g} is not between -1 and 1.")
-        if self.near is not None and not self.near >= 0:
-            raise UserError(f"A distance of {self.near:g} levels is less than 0.")
-        if self.near is not None and not (self.leaks or self.duplicates == "near"):
-            raise UserError("A distance has no effect: add --duplicates near, or --leaks.")
-
-    @property
-    def need_similarity(self) -> bool:
-        return self.min_similarity is not None or self.worst is not None
 
 
 @dataclass(frozen=True)
@@ -338,38 +274,6 @@ def _check_captions(result: CleaningResult) -> None:
         reasons = [why_removed(text, result.rules, counts[text]) for text in result.captions[index]]
         if any(reasons):
             result.remove_captions(index, "caption", reasons)
-
-
-def why_removed(caption: str, rules: Rules, pictures: int = 1) -> str | None:
-    """Why a caption is removed; None if it stays.
-
-    Args:
-        caption: Caption.
-        rules: The rules.
-        pictures: Number of pictures that have this caption.
-    """
-    words, letters = len(caption.split()), len(caption)
-    limits = (
-        ("word", words, rules.min_words, rules.max_words),
-        ("letter", letters, rules.min_letters, rules.max_letters),
-    )
-    for what, number, least, most in limits:
-        if least is not None and number < least:
-            return f"{number} {what}{'' if number == 1 else 's'}, fewer than {least}"
-        if most is not None and number > most:
-            return f"{number} {what}s, more than {most}"
-    if rules.scripts and script_share(caption, rules.scripts) < 0.5:
-        return f"most letters are not {' or '.join(rules.scripts)}"
-    if rules.max_pictures is not None and pictures > rules.max_pictures:
-        return f"{pictures:,} pictures have this caption, more than {rules.max_pictures:,}"
-    return None
-
-
-def script_share(caption: str, scripts: Sequence[str]) -> float:
-    """Share of a caption's letters that are in one of some scripts; 0 if it has no letter."""
-    letters = [letter for letter in caption if letter.isalpha()]
-    names = (unicodedata.name(letter, "").partition(" ")[0].lower() for letter in letters)
-    return sum(name in scripts for name in names) / max(1, len(letters))
 
 
 def _check_similarity(result: CleaningResult, similarity: Similarity) -> None:

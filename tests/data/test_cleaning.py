@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 from lineage.cli import main
 from lineage.data import load_dataset, pictures
-from lineage.data.cleaning import CleaningResult, Rules, clean, script_share, why_removed
+from lineage.data.cleaning import CleaningResult, clean
 from lineage.data.cleaning_output import page, write
+from lineage.data.cleaning_rules import Rules, script_share, why_removed
 from lineage.errors import UserError
 
 NONE = Rules(duplicates="none")
