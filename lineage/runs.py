@@ -32,7 +32,7 @@ from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, fingerprint_of, to_bytes
 from lineage.errors import Interrupted, UserError, say_once
 from lineage.files import check_output, claimed, expanded
-from lineage.nn.noise import stream_seed
+from lineage.nn.noise import seed_weights
 from lineage.options import Options, changed_by
 from lineage.options import configure as configure
 from lineage.plan import (
@@ -225,7 +225,7 @@ def _resumed(
         )
     stages = plan(config, read_tokenizer(folder), sources)
     use_own_weights(stages, folder)
-    _check_stages(stages, config, folder)
+    _check_stages(stages, config, dataset, folder)
     threads, new_threads = None, None
     if not config.train.is_timed:
         threads_before = last_threads(saved)
@@ -289,7 +289,7 @@ def _new(
     stages = plan(config, tokenizer, sources)
     if sources:
         check_effects(config, tokenizer, changed, sources)
-    _check_stages(stages, config)
+    _check_stages(stages, config, dataset)
     made_with = {
         "lineage": lineage.__version__,
         "torch": torch.__version__,
@@ -313,12 +313,17 @@ def check_runs(configs: Sequence[RunConfig]) -> None:
     for config in configs:
         encoder = config.encoder
         tokenizer = make_tokenizer(encoder.tokenizer, dataset.all_captions(), encoder.vocab_size)
-        _check_stages(plan(config, tokenizer), config)
+        _check_stages(plan(config, tokenizer), config, dataset)
 
 
-def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = None) -> None:
+def _check_stages(
+    stages: list[Stage],
+    config: RunConfig,
+    dataset: CaptionedDataset,
+    folder: Path | None = None,
+) -> None:
     """Raise `UserError` if the stages cannot be built, need too much memory, lack files, or do not
-    fit the checkpoints in `folder`.
+    fit the shapes of the data or the checkpoints in `folder`.
     """
     train = config.train
     if not train.is_timed and train.max_steps is None and train.max_pictures is None:
@@ -336,6 +341,8 @@ def _check_stages(stages: list[Stage], config: RunConfig, folder: Path | None = 
     for stage in stages:
         if stage.weights is None and stage.system is not None:
             check_memory(stage.system, stage.optim, stage.train, config.size, config, default)
+            for part in dataset.parts:
+                stage.system.check_shape(*part.shape)
     check_weights(stages)
     if folder is not None:
         check_checkpoints(folder, stages)
@@ -380,11 +387,6 @@ def _stages(
         write_settings=write_settings if is_main else lambda threads: None,
         threads=threads,
     )
-
-
-def seed_weights(seed: int) -> None:
-    """Set the random state from which every system is built."""
-    torch.manual_seed(stream_seed("weights", seed))
 
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from torch import Tensor
 from lineage.config import RunConfig
 from lineage.data import load_dataset
 from lineage.errors import CheckFailed, UserError
+from lineage.nn.noise import seed_weights
 from lineage.options import configure
 from lineage.plan import check_weights, plan, source_of
-from lineage.runs import seed_weights
 from lineage.system import System, Trainable
 from lineage.text.tokenizer import make_tokenizer
 from lineage.training.loop import Trainer

@@ -103,6 +103,14 @@ class Trainable(nn.Module):
             resumes the coroutine, which sees the updated parameters.
         """
 
+    def check_shape(self, height: int, width: int) -> None:
+        """Raise `UserError` if pictures of this height and width cannot be learned from."""
+        if height != width:
+            raise UserError(
+                f"{type(self).__name__} learns from squares alone, not from pictures of {width} x "
+                f"{height} pixels: leave crop=buckets out."
+            )
+
     def diagnose(self, means: Mapping[str, float]) -> str:
         """A few words on the training's health, from the mean of each metric over some steps; empty
         if all is well.

@@ -22,9 +22,9 @@ Modules: `contract` (what a data set is), `shapes*` (the procedural world), `lay
 a disk) with one file for each, `hub*` (the Hugging Face hub), `emoji` and `colr` (fonts), `records`
 and `pictures` (what they share), `pixels` (decoded pictures on the disk), `decoding` (one file ->
 pixels), `tables` (rows of metadata), `reed` (captions of CUB and the flowers), `shard_index`,
-`splits`, `cached` (adds what a network computes from each picture), `tools` (contact sheet, check,
-export), `stats` (what is in it, as a page), `near` and `cleaning*` (what is
-removed from it, and what is left).
+`splits`, `buckets` (shapes beside the square), `cached` (adds what a network computes from each
+picture), `tools` (contact sheet, check, export), `stats` (what is in it, as a page), `near` and
+`cleaning*` (what is removed from it, and what is left).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -74,7 +75,8 @@ class CachedDataset(CaptionedDataset):
         self.dataset, self.extra_name, self.encode = dataset, name, encode
         self.name, self.split, self.size = dataset.name, dataset.split, dataset.size
         self.skipped, self.endless, self.varies = dataset.skipped, dataset.endless, dataset.varies
-        self.cache = FeatureCache(cache_size if self.comes_again else 0)
+        self._cache_size = cache_size if self.comes_again else 0
+        self.cache = FeatureCache(self._cache_size)
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # a copy looks for attributes before it has any
@@ -83,6 +85,21 @@ class CachedDataset(CaptionedDataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.dataset.shape
+
+    @cached_property
+    def parts(self) -> list[CaptionedDataset]:
+        parts = self.dataset.parts
+        if len(parts) == 1:
+            return [self]
+        shares = [self._cache_size * len(part) // len(self.dataset) for part in parts]
+        return [
+            CachedDataset(part, self.extra_name, self.encode, share)
+            for part, share in zip(parts, shares, strict=True)
+        ]
 
     def __getitem__(self, index: int) -> Example:
         return self.dataset[index]

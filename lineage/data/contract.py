@@ -3,12 +3,16 @@
 A data set is a sequence of `Example`s; a loader reads it through `batch`, its fast path. Tokens,
 image pyramids and mismatched pairs are made by the families that need them.
 
-Axes: B pictures of a batch, 3 channels, H and W pixels (H == W == `size`).
+Pictures are squares of the data set's size. A data set whose pictures have other shapes too has
+`parts`, each of one shape (`bucket_shapes`), and a batch of training is of one part.
+
+Axes: B pictures of a batch, 3 channels, H and W pixels (H == W == `size`, but in `parts`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +126,25 @@ def to_bytes(image: Tensor) -> Tensor:
     return image.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def bucket_shapes(size: int) -> list[tuple[int, int]]:
+    """Heights and widths that pictures have beside the square: about as many pixels, and never
+    more (SDXL: Podell et al. 2023, arXiv:2307.01952, section 2.3), from 4 : 1 to 1 : 4.
+
+    Their sides are multiples of an eighth of `size` and of at least 16 pixels, or of a quarter of
+    it where that is less, so that networks can halve them.
+    """
+    step = max(size // 8, min(size // 4, 16))
+    heights = range(-(-size // (2 * step)) * step, size, step)
+    tall = [(size * size // short // step * step, short) for short in heights]
+    tall = [(long, short) for long, short in tall if long > short]
+    return [*tall, (size, size), *((short, long) for long, short in reversed(tall))]
+
+
+def nearest_shape(aspect: float, size: int) -> tuple[int, int]:
+    """The one of `bucket_shapes` that is most like pictures of this width divided by height."""
+    return min(bucket_shapes(size), key=lambda shape: abs(math.log(shape[1] / shape[0] / aspect)))
+
+
 def caption_number(seed: int, epoch: int, example_id: str, count: int) -> int:
     """Index of this visit's caption, below `count`: a function of (seed, epoch, id) alone."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{example_id}".encode(), digest_size=8).digest()
@@ -155,6 +178,16 @@ class CaptionedDataset(ABC):
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the pictures in `batch`."""
+        return self.size, self.size
+
+    @property
+    def parts(self) -> list[CaptionedDataset]:
+        """Data sets of one shape each, which together hold every example once."""
+        return [self]
 
     def batch(self, indices: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
         """The examples at `indices` as one batch.

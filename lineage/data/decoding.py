@@ -4,8 +4,9 @@ The steps of `decode`, in order:
     check that it is a regular file of bounded size, with a bounded number of pixels;
     convert any colour mode to RGB, transparency on white, the first frame of several;
     turn the picture upright as its EXIF orientation says;
-    crop to the largest centred square, or to the square asked for, so that nothing is stretched;
-    resize to (size, size) with Lanczos. A picture that has this size keeps its exact pixels.
+    crop to the largest centred part of that shape, or to the square asked for, so that nothing is
+    stretched;
+    resize to the shape asked for with Lanczos. A picture that has it keeps its exact pixels.
 
 Metadata that Pillow cannot read (EXIF, colour profiles, text) does not make a picture unreadable:
 the file is decoded without it.
@@ -13,7 +14,7 @@ the file is decoded without it.
 Memory: a picture is converted in bands, so that it is held once as the file has it and once in RGB.
 A picture of more than `LARGE` pixels is reduced on the way, and only a few are decoded at a time.
 
-Axes: 3 channels, S = `size`.
+Axes: 3 channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -69,21 +70,25 @@ _TURNS = {
 
 
 def decode(
-    file: Path | bytes, size: int, box: Box | None = None, whole: bool = False
+    file: Path | bytes,
+    size: int | tuple[int, int],
+    box: Box | None = None,
+    whole: bool = False,
 ) -> NDArray[np.uint8]:
-    """The picture in a file, (3, S, S).
+    """The picture in a file, (3, H, W).
 
     Args:
         file: Path of the file, or its bytes.
-        size: Side of the result in pixels.
+        size: Side of the result in pixels, or its height and width.
         box: Square to take, in pixels of the file before it is turned upright; where it leaves the
-            picture, it is moved inside or made smaller. None for the largest centred one.
-        whole: If true, nothing is cropped: the picture lies on a white square.
+            picture, it is moved inside or made smaller. None for the largest centred part.
+        whole: If true, nothing is cropped: the picture lies on white.
 
     Raises:
         Exception: The file is no picture that can be read; `why_broken` gives the reason.
     """
-    return _opened(file, lambda source: _pixels(source, size, box, whole))
+    shape = (size, size) if isinstance(size, int) else size
+    return _opened(file, lambda source: _pixels(source, shape, box, whole))
 
 
 def shown_size(file: Path | bytes) -> tuple[int, int]:
@@ -184,7 +189,10 @@ def _area(file: Path | None) -> str:
     return f"it has more than {limit / 1e6:,.0f} million pixels"
 
 
-def _pixels(source: Path | IO[bytes], size: int, box: Box | None, whole: bool) -> NDArray[np.uint8]:
+def _pixels(
+    source: Path | IO[bytes], shape: tuple[int, int], box: Box | None, whole: bool
+) -> NDArray[np.uint8]:
+    size, is_square = max(shape), shape[0] == shape[1]
     with Image.open(source) as image:
         if image.format == "EPS":  # a program; Pillow would run Ghostscript on it
             raise Image.UnidentifiedImageError("a PostScript file")
@@ -200,15 +208,15 @@ def _pixels(source: Path | IO[bytes], size: int, box: Box | None, whole: bool) -
             part = (0, 0, *image.size)
             if box is not None:
                 part = _square(image.size, [side * image.width / width for side in box])
-            elif large and not whole:
+            elif large and is_square and not whole:
                 part = _square(image.size, part)
             rgb = _in_bands(image, part, _factor(part, size) if large else 1)
         upright = _upright(image, rgb)
     if whole:
-        square = ImageOps.pad(upright, (size, size), Image.Resampling.LANCZOS, color="white")
+        fitted = ImageOps.pad(upright, shape[::-1], Image.Resampling.LANCZOS, color="white")
     else:
-        square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(square, np.uint8).transpose(2, 0, 1)  # (S, S, 3) -> (3, S, S)
+        fitted = ImageOps.fit(upright, shape[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(fitted, np.uint8).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
 def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:

@@ -105,7 +105,7 @@ class HubDataset(PictureDataset):
         if getattr(record, "in_file", False):
             return super()._decoded(index)
         try:
-            return decode(self.source(index), self._store.side, whole=self.crop == "pad")
+            return decode(self.source(index), self._store.shape, whole=self.crop == "pad")
         except Exception as error:  # Pillow's and Arrow's readers raise errors of many kinds
             return Skipped(record.path, why_broken(error, None))
 

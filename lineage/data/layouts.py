@@ -14,7 +14,8 @@ What follows the path of a spec, as in `cub:birds?splits=class&crop=centre`:
 
     crop      how a picture becomes a square: `centre` (the default), `pad` (the whole picture on
               white), `random` (another part at each visit), `box` (the default where there are
-              boxes, of `cub`, or a column `crop_box` of `imagefolder`)
+              boxes, of `cub`, or a column `crop_box` of `imagefolder`), `buckets` (for training
+              nearly the whole picture, in a shape that is like its own; see `buckets`)
     splits    `seeded`: a tenth is `validation` and a tenth `test`; `class`: a quarter of the
               classes is `test`; `list`: those of the data set's own lists
 """
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lineage.characters import plain
-from lineage.data import LAYOUTS
+from lineage.data import LAYOUTS, parse_spec
 from lineage.data.contract import Skipped
 from lineage.data.pictures import PictureDataset
 from lineage.data.records import Record, list_files, open_root
@@ -38,7 +39,7 @@ from lineage.data.splits import class_split, seeded_split
 from lineage.errors import UserError, nearest
 from lineage.files import expanded
 
-COMMON = {"crop": ("centre", "pad", "random"), "splits": ("seeded", "class")}
+COMMON = {"crop": ("centre", "pad", "random", "buckets"), "splits": ("seeded", "class")}
 """Options of all layouts, with their values."""
 
 _OPTIONS = re.compile(r"(.*)\?([^?/\\]*)", re.DOTALL)
@@ -89,6 +90,8 @@ def load(kind: str, rest: str, split: str, size: int) -> PictureDataset:
     crop = options.get("crop", "box" if any(r.box for r in records) else "centre")
     if records and crop == "box" and not any(r.box for r in records):
         raise UserError(f"{plain(path)} has no boxes: leave crop=box out.")
+    if crop != "box":
+        records = [replace(r, box=None) if r.box else r for r in records]
     name = f"{kind}:{rest}"
     return PictureDataset(name, root, records, split, size, skipped, module.LAYOUT_HINT, crop)
 
@@ -114,6 +117,16 @@ def split_options(rest: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"{plain(rest)!r} has the option {name!r} twice.")
         options[name] = value
     return parts[1], options
+
+
+def square_spec(spec: str) -> str:
+    """The spec of the same pictures as squares alone, for what cannot learn from other shapes."""
+    kind, rest = parse_spec(spec)
+    path, options = split_options(rest)
+    if options.get("crop") != "buckets":
+        return spec
+    own = {**options, "crop": "centre"}
+    return f"{kind}:{path}?" + "&".join(f"{name}={value}" for name, value in own.items())
 
 
 def _exists(path: str) -> bool:

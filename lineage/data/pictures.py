@@ -4,11 +4,12 @@ A reader (`folder`, `imagefolder`, ...) lists `Record`s. `PictureDataset` decode
 one split once, for this run and later ones, and stores them as bytes, so that a batch is one
 indexed copy (`pixels`). Of more than `STREAM_FROM` pictures, each is decoded when it is due.
 
-Axes: N pictures, B of a batch, 3 channels, S = `size`.
+Axes: N pictures, B of a batch, 3 channels, H and W pixels, which are `size` but in `parts`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -26,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lineage.characters import plain
+from lineage.data.buckets import members
 from lineage.data.contract import Batch, CaptionedDataset, Example, Skipped, caption_number, to_unit
 from lineage.data.decoding import MAX_BYTES, decode, shown_size, why_broken
-from lineage.data.pixels import key_of, open_store, state_of
+from lineage.data.pixels import SHAPES, key_of, open_store, state_of
 from lineage.data.records import Record, read_captions
 from lineage.data.splits import split_name
 from lineage.errors import UserError
@@ -59,7 +61,8 @@ class PictureDataset(CaptionedDataset):
         skipped: Files that the reader left out; pictures that cannot be decoded are added.
         layout_hint: Layout that the folder should have; part of the error for an empty data set.
         crop: How a picture becomes a square: `centre`, `pad`, `box`, or `random`, which takes
-            another part of the centred square at each visit, and its middle elsewhere.
+            another part of the centred square at each visit, and its middle elsewhere; or
+            `buckets`, which has the centred square, and `parts` of other shapes for training.
 
     Attributes:
         records: Records of the split, in order; unless `streamed`, those with a good picture.
@@ -98,9 +101,9 @@ class PictureDataset(CaptionedDataset):
         rows = self._of_split(records)
         side = math.ceil(size * MARGIN) if self.varies else size
         parts = ((record.path, self._part(record)) for record in records)
-        key = key_of(parts, root, side=side, pad=crop == "pad")
+        self._key = key_of(parts, root, side=side, pad=crop == "pad")
         large = len(rows) > STREAM_FROM
-        self._store = open_store(key, len(records), side, required=not large)
+        self._store = open_store(self._key, len(records), (side, side), required=not large)
         self.records = [records[row] for row in rows]
         self._rows = np.array(rows)
         self.streamed = large or self._store.rows < len(records)
@@ -119,6 +122,39 @@ class PictureDataset(CaptionedDataset):
             has = ", ".join(f"{plain(split)} ({count:,})" for split, count in counts.items())
             raise UserError(f"{self.name} has no split {self.split!r}: it has {has}, and 'all'.")
         return rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.size, self.size) if self.varies else self._store.shape
+
+    @cached_property
+    def parts(self) -> list[CaptionedDataset]:
+        if self.crop != "buckets":
+            return [self]
+        key = hashlib.blake2b(
+            self._rows.tobytes(), key=self._key.encode(), digest_size=16
+        ).hexdigest()
+        folder = self._store.folder
+        path = None if folder is None else folder / f"{SHAPES}{key}"
+        found = members(self.size, len(self), self.file_size, path)
+        return [self._part_of(rows, shape, key) for shape, rows in found.items()]
+
+    def _part_of(self, rows: NDArray[np.int64], shape: tuple[int, int], key: str) -> PictureDataset:
+        """The pictures at some indices, in one shape."""
+        part = copy.copy(self)
+        for name in ("parts", "labels"):
+            part.__dict__.pop(name, None)
+        part.crop, part.records, part._broken = "centre", [self.records[i] for i in rows], set()
+        part._rows = self._rows[rows]
+        if shape == self._store.shape:
+            return part
+        part._rows = np.arange(len(rows))
+        part._key = hashlib.blake2b(f"{key} {shape}".encode(), digest_size=16).hexdigest()
+        part._store = open_store(part._key, len(rows), shape, required=not self.streamed)
+        part.streamed = self.streamed or part._store.rows < len(rows)
+        if not part.streamed:
+            part.decode_all()
+        return part
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -193,14 +229,14 @@ class PictureDataset(CaptionedDataset):
         record = self.records[index]
         try:
             file = self._file(record)
-            return decode(file, self._store.side, record.box, whole=self.crop == "pad")
+            return decode(file, self._store.shape, record.box, whole=self.crop == "pad")
         except Exception as error:  # Pillow's decoders raise errors of many kinds
             if record.span is not None:
                 return Skipped(f"{record.path}: {record.id}", why_broken(error, None))
             return Skipped(record.path, why_broken(error, self.root / record.path))
 
     def _visited(self, indices: Sequence[int]) -> tuple[list[int], Tensor, list[tuple[str, ...]]]:
-        """The indices, with pictures (B, 3, S, S) and captions; of a streamed data set, each one
+        """The indices, with pictures (B, 3, H, W) and captions; of a streamed data set, each one
         without them replaced by the next that has both.
 
         Raises:
@@ -268,7 +304,7 @@ class PictureDataset(CaptionedDataset):
         record = self.records[index]
         return Example(
             id=record.id,
-            image=self._middle(images[0]).clone(),
+            image=(self._middle(images[0]) if self.varies else images[0]).clone(),
             captions=captions,
             label=record.label,
             meta={"source": plain(record.path)} | record.meta | {"split": record.split},

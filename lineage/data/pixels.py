@@ -1,18 +1,19 @@
 """Decoded pictures on the disk, so that each is decoded once, whatever runs read it.
 
-    $LINEAGE_CACHE/pixels/KEY/pixels    (M, 3, S, S) bytes, a row a picture
+    $LINEAGE_CACHE/pixels/KEY/pixels    (M, 3, H, W) bytes, a row a picture
     $LINEAGE_CACHE/pixels/KEY/sums      (M,) checksum of each row; 0 where it is not decoded yet
+    $LINEAGE_CACHE/pixels/KEY/shapes-*  shapes of the pictures of a split, for `buckets`
 
 KEY is a hash of all that the pixels depend on: names, sizes and dates of the files, the part of
-each that is taken, the size S, and Pillow's version. A file that changes gets a new date (on Linux
-and macOS `st_ctime`, which no program can set), and so new pixels; so does the whole data set, when
-a picture is added.
+each that is taken, height and width, and Pillow's version. A file that changes gets a new date (on
+Linux and macOS `st_ctime`, which no program can set), and so new pixels; so does the whole data
+set, when a picture is added.
 
 All stores together have at most `LIMIT` bytes: a new one removes those that were not used for the
 longest time, and of one that is too large alone the first M pictures are stored. A process that is
 killed, or two that fill one store, do no harm: a row without its checksum is decoded again.
 
-Axes: N pictures of a data set, M of them with a row, n asked for, 3 channels, S side in pixels.
+Axes: N pictures of a data set, M of them with a row, n asked for, 3 channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -41,6 +43,8 @@ from lineage.files import unwritable
 VERSION = 1
 """Version of the decoding; a new number invalidates all stores."""
 FILES = ("pixels", "sums")
+SHAPES = "shapes-"
+"""What the names of files of `buckets` begin with, which lie beside them."""
 BLOCK = 2**24
 """Number of zeros that are written at once."""
 LIMIT = 10 * 1024**3
@@ -53,34 +57,34 @@ RELEASE_AFTER = 256 * 1024**2
 
 
 class PixelStore:
-    """Pictures of one data set at one size.
+    """Pictures of one data set in one shape.
 
     Args:
         folder: Folder of the store; None for a file that is deleted when the program ends.
         count: Number of pictures, N.
-        side: S.
+        shape: (H, W).
         rows: Number of pictures that are stored, M.
 
     Raises:
         OSError: The folder cannot be written, or its disk is full.
     """
 
-    def __init__(self, folder: Path | None, count: int, side: int, rows: int) -> None:
-        self.count, self.side, self.rows = count, side, rows
+    def __init__(self, folder: Path | None, count: int, shape: tuple[int, int], rows: int) -> None:
+        self.count, self.shape, self.rows = count, shape, rows
         self.folder = folder
-        self._pixels = _mapped(folder, FILES[0], (rows, 3, side, side), np.uint8)
+        self._pixels = _mapped(folder, FILES[0], (rows, 3, *shape), np.uint8)
         self._sums = _mapped(folder, FILES[1], (rows,), np.uint32)
         self._touched = 0
 
     def put(self, row: int, pixels: NDArray[np.uint8]) -> None:
-        """Store the pixels (3, S, S) of a picture, if it has a row."""
+        """Store the pixels (3, H, W) of a picture, if it has a row."""
         if row < self.rows:
             self._pixels[row] = pixels
             self._sums[row] = _sum(pixels)
             self._release(pixels.nbytes)
 
     def get(self, row: int) -> NDArray[np.uint8] | None:
-        """A copy of the pixels (3, S, S) of a picture; None if they are not stored, or damaged."""
+        """A copy of the pixels (3, H, W) of a picture; None if they are not stored, or damaged."""
         if row >= self.rows or not self._sums[row]:
             return None
         pixels: NDArray[np.uint8] = np.array(self._pixels[row])
@@ -92,7 +96,7 @@ class PixelStore:
         return [place for place, row in enumerate(rows) if self.get(int(row)) is None]
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pixels (n, 3, S, S) of pictures that are stored and known to be sound."""
+        """Pixels (n, 3, H, W) of pictures that are stored and known to be sound."""
         pixels: NDArray[np.uint8] = self._pixels[rows]
         self._release(pixels.nbytes)
         return pixels
@@ -111,56 +115,56 @@ class PixelStore:
                     os.utime(self.folder)  # it is in use
 
 
-def open_store(key: str, count: int, side: int, required: bool = True) -> PixelStore:
+def open_store(key: str, count: int, shape: tuple[int, int], required: bool = True) -> PixelStore:
     """The store of a data set in the cache; where there can be none, a file of this process.
 
     Args:
         key: Hash of what the pixels depend on, of `key_of`.
         count: Number of pictures.
-        side: Side of the pictures in pixels.
+        shape: Height and width of the pictures in pixels.
         required: If false, the store may have no rows: pictures are decoded when they are due.
 
     Raises:
         UserError: A temporary file cannot be written either.
     """
-    row_bytes = 3 * side * side
+    row_bytes = 3 * math.prod(shape)
     rows = min(count, limit() // row_bytes)
     folder = cache_folder("pixels") / key
     if required and rows < count and count * row_bytes <= SMALL:
-        return _temporary(count, side, count)
+        return _temporary(count, shape, count)
     try:
         if not required:  # half of what is free is left to others
             rows = min(rows, _free_bytes(folder) // 2 // row_bytes)
         _make_room(folder, rows * row_bytes)
         try:
-            return _cached_store(folder, count, side, rows)
+            return _cached_store(folder, count, shape, rows)
         except OSError:  # once more, if another process has just removed it, or it is damaged
             if folder.exists() and not (_is_damaged(folder) and remove(folder)):
                 raise
-            return _cached_store(folder, count, side, rows)
+            return _cached_store(folder, count, shape, rows)
     except (OSError, UserError) as error:
         reason = unwritable(folder, error) if isinstance(error, OSError) else error
         say_once(
             f"{without_advice(reason)}: pictures are decoded again in each run; LINEAGE_CACHE sets "
             "another folder."
         )
-    return _temporary(count, side, rows if required else 0)
+    return _temporary(count, shape, rows if required else 0)
 
 
-def _cached_store(folder: Path, count: int, side: int, rows: int) -> PixelStore:
+def _cached_store(folder: Path, count: int, shape: tuple[int, int], rows: int) -> PixelStore:
     """The store in a folder, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = PixelStore(folder, count, side, rows)
+    store = PixelStore(folder, count, shape, rows)
     os.utime(folder)
     return store
 
 
-def _temporary(count: int, side: int, rows: int) -> PixelStore:
+def _temporary(count: int, shape: tuple[int, int], rows: int) -> PixelStore:
     """A store in files that are deleted when the program ends."""
     try:
-        return PixelStore(None, count, side, rows)
+        return PixelStore(None, count, shape, rows)
     except OSError as error:
-        needed = max(0.1, rows * 3 * side * side / 1e9)
+        needed = max(0.1, rows * 3 * math.prod(shape) / 1e9)
         raise UserError(
             f"The pixels of {count:,} pictures need up to {needed:.1f} GB in "
             f"{tempfile.gettempdir()}: {error.strerror}; free some space, set TMPDIR to another "
@@ -242,7 +246,7 @@ def stores() -> list[tuple[Path, int, float]]:
         for folder in cache_folder("pixels").iterdir():
             with contextlib.suppress(OSError):
                 files = list(folder.iterdir()) if _is_store(folder) else []
-                if files and {file.name for file in files} <= set(FILES):
+                if files and all(f.name in FILES or f.name.startswith(SHAPES) for f in files):
                     size = sum(_allocated(file) for file in files)
                     rows.append((folder, size, folder.stat().st_mtime))
     return sorted(rows, key=lambda store: store[2])

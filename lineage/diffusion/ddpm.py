@@ -25,9 +25,10 @@ from __future__ import annotations
 from dataclasses import field
 
 from lineage.config import configuration
-from lineage.diffusion.model import DiffusionConfig, DiffusionModel, PixelSpace
+from lineage.diffusion.model import DiffusionConfig, DiffusionModel
 from lineage.diffusion.networks.unet import UNetConfig, make_unet
 from lineage.diffusion.process import Process
+from lineage.diffusion.space import PixelSpace
 from lineage.text.contract import TextEncoder
 
 

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from lineage.bounds import Dim, Halvings, NonNegativeFloat, NonNegativeInt, Texts
 from lineage.config import configuration
 from lineage.data.contract import Batch, CaptionedDataset
-from lineage.diffusion.model import DiffusionConfig, DiffusionModel, Space
+from lineage.diffusion.model import DiffusionConfig, DiffusionModel
 from lineage.diffusion.networks.unet import UNetConfig, make_unet
 from lineage.diffusion.process import Process
+from lineage.diffusion.space import Space
 from lineage.errors import UserError
 from lineage.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, PatchDiscriminator
 from lineage.nn.gan import dcgan_weights
@@ -142,6 +143,14 @@ class KLAutoencoder(Trainable):
             groups["discriminator"] = [self.discriminator]
         return groups
 
+    def check_shape(self, height: int, width: int) -> None:
+        for side in (height, width):
+            if side % self.factor:
+                raise UserError(
+                    f"A side of {side} pixels must be a multiple of {self.factor}, the side of a "
+                    "latent in pixels."
+                )
+
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """Pictures (B, 3, S, S) in [-1, 1] -> latents (B, C, S / factor, S / factor)."""
         return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(image)).float())
@@ -209,10 +218,14 @@ class LatentSpace(Space):
                 f"size={size} must be a multiple of {autoencoder.factor}, the side of a latent in "
                 "pixels."
             )
-        self.autoencoder = autoencoder.requires_grad_(False)
-        side = size // autoencoder.factor
-        self.size, self.shape = size, (autoencoder.config.latent_channels, side, side)
+        self.autoencoder, self.size = autoencoder.requires_grad_(False), size
+        self.shape = self.shape_of(size, size)
         self.register_buffer("scale", torch.ones(()))
+
+    def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+        self.autoencoder.check_shape(height, width)
+        factor = self.autoencoder.factor
+        return self.autoencoder.config.latent_channels, height // factor, width // factor
 
     def train(self, mode: bool = True) -> LatentSpace:
         """The autoencoder stays in evaluation mode."""
@@ -235,7 +248,8 @@ class LatentSpace(Space):
         return DiagonalGaussian.from_moments(moments)
 
     def encode(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        return self.posterior(batch).sample(noise.randn(*self.shape)) * self.scale
+        posterior = self.posterior(batch)
+        return posterior.sample(noise.randn(*posterior.mean.shape[1:])) * self.scale
 
     def encode_image(self, images: Tensor) -> Tensor:
         return self.autoencoder.encode(images).mean * self.scale

@@ -1,7 +1,7 @@
 """A diffusion model: a network, a diffusion process, a text encoder and a space, put together.
 
 `ddpm`, `ldm`, `dit` and their successors differ in these four and in nothing else. The space holds
-the pictures while they are noised: pixels (`PixelSpace`) or latents (`ldm.py`).
+the pictures while they are noised: pixels (`space.py`) or latents (`ldm.py`).
 
     training    Ho et al. 2020, algorithm 1, with some captions dropped (Ho and Salimans 2022):
                 minimise w_t |target - network(x_t, t, text)|^2,  x_t = alpha_t x_0 + sigma_t eps,
@@ -21,25 +21,25 @@ from __future__ import annotations
 
 import inspect
 import math
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineage.bounds import Float, Floats, Fraction, NonNegativeFloat, PositiveInt
+from lineage.bounds import Float, Floats, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from lineage.config import configuration
-from lineage.data.contract import Batch
+from lineage.data.contract import Batch, nearest_shape
 from lineage.diffusion.bound import vlb_loss
 from lineage.diffusion.guidance import Guidance, Threshold, apply_threshold
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.diffusion.samplers import SAMPLERS
 from lineage.diffusion.samplers.base import Denoise, Estimate, Sampler
 from lineage.diffusion.schedules import NoiseLevel, SamplingSchedule, Spacing
+from lineage.diffusion.space import Space
 from lineage.errors import UserError, nearest
 from lineage.nn.noise import NoiseStreams
 from lineage.system import LabelledImage, System, Turn
@@ -86,48 +86,12 @@ def _check_sampler(name: str) -> None:
         raise UserError(f"sampler={name!r} is not possible: {nearest(name, SAMPLERS)}")
 
 
-# --- spaces ---------------------------------------------------------------------------------------
+@runtime_checkable
+class TakesShapes(Protocol):
+    """A network of which x_t may have another height and width at each call."""
 
-
-class Space(nn.Module):
-    """The space in which pictures are noised.
-
-    Attributes:
-        size: S, side of the pictures in pixels.
-        shape: (C, H, W) of a picture in the space.
-    """
-
-    size: int
-    shape: tuple[int, int, int]
-
-    @abstractmethod
-    def encode(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        """x_0 of a training batch, (B, C, H, W)."""
-
-    @abstractmethod
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) in [-1, 1] -> x_0 (B, C, H, W), without randomness."""
-
-    @abstractmethod
-    def decode(self, x0: Tensor) -> Tensor:
-        """x_0 (B, C, H, W) -> pictures (B, 3, S, S)."""
-
-
-class PixelSpace(Space):
-    """The pictures themselves."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size, self.shape = size, (3, size, size)
-
-    def encode(self, batch: Batch, noise: NoiseStreams) -> Tensor:
-        return batch.image
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return images
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return x0
+    def check_shape(self, height: int, width: int) -> None:
+        """Raise `UserError` if x_t cannot have this height and width."""
 
 
 # --- one step of sampling -------------------------------------------------------------------------
@@ -177,13 +141,19 @@ class DiffusionModel(System):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {"denoiser": [self.network, self.text]}
 
+    def check_shape(self, height: int, width: int) -> None:
+        if not isinstance(self.network, TakesShapes):
+            super().check_shape(height, width)
+        else:
+            self.network.check_shape(*self.space.shape_of(height, width)[1:])
+
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         """Algorithm 1, with some captions dropped."""
         process = self.process
         x0 = self.space.encode(batch, noise)  # (B, C, H, W)
         t = noise.randint(process.num_timesteps)  # (B,)
         keep = noise.rand() >= self.config.cond_drop_prob  # (B,)
-        eps = noise.randn(*self.space.shape)  # (B, C, H, W)
+        eps = noise.randn(*x0.shape[1:])  # (B, C, H, W)
         x_t = process.add_noise(x0, eps, t)
         output = self.network(x_t, t, text.where(keep, self.text.null(len(batch))))
         prediction, _ = self.split_output(output)
@@ -224,8 +194,10 @@ class DiffusionModel(System):
         image: Tensor | None = None,
         mask: Tensor | None = None,
         strength: float | None = None,
+        aspect: PositiveFloat = 1.0,
     ) -> Tensor:
-        """Pictures (B, 3, S, S) of captions. Options that are None are those of the configuration.
+        """Pictures (B, 3, S, S) of captions; of another height and width if `aspect` is not 1.
+        Options that are None are those of the configuration.
 
         Args:
             sampling_steps: Number of the sampler's steps, from 1 to T.
@@ -244,6 +216,8 @@ class DiffusionModel(System):
             mask: Pixels of `image` to repaint; the others are not changed.
             strength: Share of the steps that are taken, counted from the end, above 0 up to 1 (t_0
                 of SDEdit); by default 0.6, or 1 with a mask.
+            aspect: Width divided by height; the nearest of `bucket_shapes` is drawn, in about as
+                many pixels. A model that was trained on squares alone knows no other composition.
         """
         config = self.config
         sampler_fn, schedule = self._sampler_and_schedule(sampler, sampling_steps, spacing, eta)
@@ -260,9 +234,13 @@ class DiffusionModel(System):
             for name, value in (("mask", mask), ("strength", strength)):
                 if value is not None:
                     raise UserError(f"{name} has no effect without an image to start from.")
-            x = noise.randn(*self.space.shape)
+            height, width = nearest_shape(aspect, self.size)
+            self.check_shape(height, width)
+            x = noise.randn(*self.space.shape_of(height, width))
             return self.space.decode(sampler_fn(denoise, x, schedule, noise))
 
+        if aspect != 1:
+            raise UserError("aspect has no effect beside an image to start from: leave it out.")
         strength = _strength(strength, mask)
         schedule = schedule.shortened(max(1, round(strength * len(schedule))))
         if mask is None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lineage.cache import cache_folder
 from lineage.data.contract import CaptionedDataset, to_unit
+from lineage.data.layouts import square_spec
 from lineage.errors import CheckFailed, UserError
 from lineage.pretrained import run_folder, run_name
 from lineage.runs import load_comparer, read_config, train
@@ -175,7 +176,7 @@ def scorer_for(
     folder = cache_folder("scorers") / fingerprint(json.dumps(inputs, sort_keys=True).encode())
 
     def fit(out: Path) -> CLIPScorer:
-        options: dict[str, Any] = {"data": dataset_spec, "steps": steps, "seed": seed}
+        options: dict[str, Any] = {"data": square_spec(dataset_spec), "steps": steps, "seed": seed}
         train("clip", **options, device="cpu", out=out, resume=out.exists(), settings=settings)
         return clip_scorer(out, device)
 

@@ -25,6 +25,11 @@ def stream_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seed_weights(seed: int) -> None:
+    """Set the random state from which every system is built."""
+    torch.manual_seed(stream_seed("weights", seed))
+
+
 class NoiseStreams:
     """Random numbers of B rows, each from a stream of its own.
 

@@ -30,7 +30,7 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CaptionedDa
     """A small data set of each layout, by its name."""
     root = tmp_path_factory.mktemp("layouts")
     for number in range(4):
-        save_picture(root / f"folder/{number}.png", number)
+        save_picture(root / f"folder/{number}.png", number, (40, 32 - 4 * number))
         save_text(root / f"folder/{number}.txt", f"picture {number}")
     for kind in ("imagefolder", "wds"):
         export(load_dataset(str(root / "folder"), size=SIZE), root / kind, form=kind)
@@ -58,10 +58,18 @@ def test_every_system_trains_on_every_layout(
             system.eval()
 
 
-def test_a_run_on_shards_resumes_bit_for_bit(
-    data_sets: dict[str, CaptionedDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "crop"), [("wds", ""), ("folder", "?crop=buckets")])
+def test_a_run_resumes_bit_for_bit(
+    kind: str,
+    crop: str,
+    data_sets: dict[str, CaptionedDataset],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options: dict[str, Any] = {"preset": "smoke", "data": data_sets["wds"].name, "threads": 1}
+    """On shards, whose position is the step, and on pictures of several shapes."""
+    spec = f"{data_sets[kind].name}{crop}"
+    assert not crop or len(load_dataset(spec).parts) > 1
+    options: dict[str, Any] = {"preset": "smoke", "data": spec, "threads": 1}
     options["settings"] = {"train.batch_size": 3}
     whole = lineage.train("ddpm", steps=6, out=tmp_path / "whole", **options)
     advance = Trainer.advance

@@ -174,12 +174,12 @@ def test_stores_are_bounded_and_the_oldest_goes(
     row = np.full((3, 64, 64), 7, np.uint8)
     monkeypatch.setattr(pixels, "LIMIT", 3 * (10 * row.nbytes + 4096))
     for age, key in enumerate("abc"):
-        open_store(32 * key, 10, 64).put(0, row)
+        open_store(32 * key, 10, (64, 64)).put(0, row)
         os.utime(cache / (32 * key), (age, age))
     (cache / "mine").mkdir()
     (cache / "mine" / "thesis.txt").write_text("x")
-    open_store(32 * "a", 10, 64)  # used again
-    open_store(32 * "d", 10, 64)
+    open_store(32 * "a", 10, (64, 64))  # used again
+    open_store(32 * "d", 10, (64, 64))
     names = {path.name[0] for path in cache.iterdir()}
     assert names == {"a", "c", "d", "m"}
     assert main(["data", "cache", "--clear"]) == 0
@@ -191,7 +191,7 @@ def test_of_a_data_set_over_the_limit_the_first_pictures_are_stored(
 ) -> None:
     monkeypatch.setattr(pixels, "SMALL", 0)
     monkeypatch.setattr(pixels, "LIMIT", 4 * 192)
-    store = open_store(32 * "a", 6, 8)
+    store = open_store(32 * "a", 6, (8, 8))
     row = np.ones((3, 8, 8), np.uint8)
     for number in range(6):
         store.put(number, row)
@@ -211,7 +211,7 @@ def test_a_wrong_limit_is_told(text: str, folder: Path, monkeypatch: pytest.Monk
 def test_pages_that_were_read_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """And are the same when they are read again, though they were not saved."""
     monkeypatch.setattr(pixels, "RELEASE_AFTER", 0)
-    store = PixelStore(None, 2, 8, 2)
+    store = PixelStore(None, 2, (8, 8), 2)
     row = np.arange(192, dtype=np.uint8).reshape(3, 8, 8)
     store.put(1, row)
     assert np.array_equal(store.get(1), row)  # type: ignore[arg-type]

@@ -142,12 +142,8 @@ class DiT(nn.Module):
         super().__init__()
         channels, height, across = shape
         patch, width = config.patch_size, config.width
-        if height % patch or across % patch:
-            raise UserError(
-                f"Latents of {height} x {across} do not divide into patches of "
-                f"net.patch_size={patch}."
-            )
         self.config, self.grid = config, (height // patch, across // patch)
+        self.check_shape(height, across)
         self.patch_embed = nn.Conv2d(channels, width, patch, stride=patch)
         grid_pos_emb = sincos_pos_emb(width, *self.grid)
         self.register_buffer("grid_pos_emb", grid_pos_emb, persistent=False)
@@ -189,9 +185,23 @@ class DiT(nn.Module):
         time = self.time_embed(timestep_embedding(t, TIMESTEP_DIM))
         return time + self.sentence_proj(text.sentence)
 
+    def check_shape(self, height: int, width: int) -> None:
+        """Raise `UserError` if latents of this height and width do not divide into patches."""
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise UserError(
+                f"Latents of {height} x {width} do not divide into patches of "
+                f"net.patch_size={patch}."
+            )
+
     def tokens(self, z_t: Tensor) -> Tensor:
         """Patches with their positions, (B, N, D)."""
-        return self.patch_embed(z_t).flatten(2).transpose(1, 2) + self.grid_pos_emb
+        patches = self.patch_embed(z_t)  # (B, D, rows, columns)
+        rows, columns = patches.shape[2:]
+        pos_emb = self.grid_pos_emb
+        if (rows, columns) != self.grid:
+            pos_emb = sincos_pos_emb(self.config.width, rows, columns).to(pos_emb)
+        return patches.flatten(2).transpose(1, 2) + pos_emb
 
     def forward(self, z_t: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """z_t (B, C, H, W), t (B,) -> (B, C', H, W)."""
@@ -202,10 +212,11 @@ class DiT(nn.Module):
             num_words = text.words.shape[1]
             words = self.word_proj(text.words) + self.word_pos_emb.weight[:num_words]
             x = torch.cat([words, x], dim=1)  # (B, L + N, D)
-            mask = F.pad(text.mask, (0, len(self.grid_pos_emb)), value=True)[:, None, None]
+            mask = F.pad(text.mask, (0, x.shape[1] - num_words), value=True)[:, None, None]
         for block in self.blocks:
             x = block(x, c, mask)
         shift, scale = self.modulation(c).chunk(2, dim=1)
         x = self.proj_out(modulate(self.norm_out(x[:, num_words:]), shift, scale))  # (B, N, P P C')
-        height, patch = self.grid[0], self.config.patch_size
+        patch = self.config.patch_size
+        height = z_t.shape[2] // patch
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)

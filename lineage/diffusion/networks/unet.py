@@ -327,8 +327,13 @@ class UNet(nn.Module):
         self.norm_out = config.norm(current)
         self.conv_out = zero_module(nn.Conv2d(current, out_channels * folded, 3, padding=1))
 
+    def check_shape(self, height: int, width: int) -> None:
+        """Raise `UserError` if a height or a width of x_t cannot be halved at each level."""
+        self.config.check_side(height, "height")
+        self.config.check_side(width, "width")
+
     def forward(self, x_t: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
-        """x_t (B, C, S, S), t (B,) -> (B, C', S, S)."""
+        """x_t (B, C, H, W), t (B,) -> (B, C', H, W)."""
         emb = self.time_embed(timestep_embedding(t, self.config.channels))  # (B, E)
         if self.sentence_proj is not None:
             emb = emb + self.sentence_proj(text.sentence)
