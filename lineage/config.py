@@ -26,6 +26,7 @@ from lineage.bounds import (
     DepthFromZero,
     Dim,
     DimFromZero,
+    Floats,
     Fraction,
     Minutes,
     NonNegativeFloat,
@@ -262,6 +263,8 @@ class TrainConfig:
             for; None is 2 for a GPU and 0 for a CPU, where a thread beside the arithmetic slows
             both.
         device: `cpu`, `cuda`, `mps`, or `auto`: the best there is.
+        snapshots: Shares of the whole run's budget at which the averaged weights are saved, each in
+            a run folder of its own in `snapshots/`, if the last stage is then being trained.
         text_cache: Folder that keeps the features of captions for other runs, in full precision, if
             the text encoder is frozen; empty for none.
     """
@@ -279,7 +282,15 @@ class TrainConfig:
     compile: bool = False
     prefetch: DepthFromZero | None = None
     device: str = "auto"
+    snapshots: Floats = ()
     text_cache: str = ""
+
+    def __post_init__(self) -> None:
+        for share in self.snapshots:
+            if not 0 < share < 1:
+                raise UserError(
+                    f"train.snapshots={share:g} must be a share of the budget, between 0 and 1."
+                )
 
     @property
     def is_timed(self) -> bool:

@@ -9,6 +9,7 @@ metrics.jsonl       the log
 cost.json           steps, pictures, seconds and memory of each stage so far
 samples/            sheets of the same captions and seeds as training goes on
 stages/             checkpoints and finished weights of the stages before the last
+snapshots/SHARE/    a run folder at a share of the budget, where `train.snapshots` asks for it
 """
 
 from __future__ import annotations

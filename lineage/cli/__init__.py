@@ -54,12 +54,17 @@ app = App(
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, tell: Callable[[object], None] = say) -> int:
+    """Run one command; returns the exit code.
+
+    Args:
+        arguments: The command line; that of the process if None.
+        tell: Function that tells the user the sentence about a fault.
+    """
     code = 0
     with protect():
         try:
-            code = _run(sys.argv[1:] if arguments is None else list(arguments))
+            code = _run(sys.argv[1:] if arguments is None else list(arguments), tell)
             sys.stdout.flush()  # a reader that has gone is noticed here and not when Python ends
         except OutputError as error:
             if not error.unread:
@@ -68,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], tell: Callable[[object], None]) -> int:
     """Run one command and say what went wrong; returns the exit code."""
     try:
         _let_signals_interrupt()
         command, bound = _parse(arguments)
         return command(*bound.args, **bound.kwargs) or 0
     except UserError as error:
-        say(error)
+        tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted; what was saved before is whole.")
@@ -83,13 +88,13 @@ def _run(arguments: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:  # of PyTorch, for tensors that do not fit
         if not _is_lack_of_memory(error):
             raise
-        say("There is not enough memory: lower the batch (--set train.batch_size) or a size.")
+        tell("There is not enough memory: lower the batch (--set train.batch_size) or a size.")
         return 2
     except SystemExit as end:  # of --help and --version
         return int(end.code or 0)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        say(f"{error.strerror or error}{where}.")
+        tell(f"{error.strerror or error}{where}.")
         return 2
 
 

@@ -1,7 +1,8 @@
 """`python -m lineage.cli.child ARGUMENTS`: a `lineage` command that ends with its parent.
 
 The parent holds the other end of standard input. When that is closed, however the parent ended,
-the command is asked to stop, saves, and ends.
+the command is asked to stop, saves, and ends. The sentence about a fault is the last line of
+standard output, too.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ def main() -> int:
     """Run the command; returns its exit code."""
     try:
         from lineage.cli import main as command
+        from lineage.errors import say
+
+        def tell(sentence: object) -> None:
+            say(sentence)
+            print(sentence, flush=True)
 
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        return command(sys.argv[1:])
+        return command(sys.argv[1:], tell)
     except KeyboardInterrupt:  # PyTorch takes two seconds to import
         return 130
 

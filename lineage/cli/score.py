@@ -24,6 +24,7 @@ from lineage.cli.arguments import (
     settings_of,
 )
 from lineage.cli.imports import large_imports
+from lineage.errors import UserError
 
 
 def evaluate(
@@ -86,7 +87,7 @@ def compare(
     /,
     *,
     data: str | None = None,
-    preset: Preset = "tiny",
+    preset: Preset | None = None,
     text: str = "historical",
     minutes: Minutes | None = None,
     steps: Steps | None = None,
@@ -95,16 +96,18 @@ def compare(
     features: str = "auto",
     scorer: str = "auto",
     seed: Seed | None = None,
+    seeds: Count | None = None,
+    runs: Annotated[list[RunName] | None, Parameter(name="--from")] = None,
     device: str | None = None,
     threads: Threads | None = None,
     settings: Settings | None = None,
 ) -> None:
-    """Train several systems on one budget each and write a report.
+    """Train several systems on one budget each, or take finished runs, and write a report.
 
     Args:
         keys: Systems, as in `lineage list`; all that work if left out.
         data: Data set; shapes if left out.
-        preset: Size of the systems.
+        preset: Size of the systems; tiny if left out.
         text: Text encoder of all systems, as in --text transformer; historical gives each its
             recipe's.
         minutes: Budget of each system in minutes of training: of the processor, on a CPU.
@@ -114,18 +117,43 @@ def compare(
         features: judge, scorer, inception:FILE or auto.
         scorer: hub:MODEL (a path or an id), damsm:RUN, none or auto.
         seed: Seed of the weights, the order of the data and the noise.
+        seeds: Number of runs of each system: with --seed, and with the seeds that follow it.
+        runs: Finished run, or pretrained:KEY, to compare in place of training; may be repeated.
         device: cpu, cuda, mps or auto.
         threads: Number of threads of each system on a CPU, 1 if left out; as many systems as the
             cores allow are trained at a time.
         settings: Field of the configurations, as in --set optim.lr=3e-4; may be repeated.
     """
     with large_imports():
-        from lineage.comparison.run import compare
+        from lineage.comparison.run import compare, compare_runs
 
+    if runs:
+        given: dict[str, object] = {
+            "--data": data,
+            "--minutes": minutes,
+            "--steps": steps,
+            "--seed": seed,
+        }
+        given |= {"--seeds": seeds, "--set": settings, "systems": keys, "--preset": preset}
+        given |= {"--text": None if text == "historical" else text}
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"--from takes finished runs as they are: leave {name} out.")
+        report = compare_runs(
+            runs,
+            out=out,
+            pictures=pictures,
+            features=features,
+            scorer=scorer,
+            device=device,
+            threads=threads,
+        )
+        print(plain(report))
+        return
     report = compare(
         keys,
         data=data,
-        preset=preset,
+        preset=preset or "tiny",
         text=text,
         minutes=minutes,
         steps=steps,
@@ -134,6 +162,7 @@ def compare(
         features=features,
         scorer=scorer,
         seed=seed,
+        seeds=seeds or 1,
         device=device,
         threads=threads,
         settings=settings_of(settings),

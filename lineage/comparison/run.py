@@ -1,76 +1,72 @@
-"""`lineage compare`: the named systems on the same data, budget and captions, and a report.
+"""`lineage compare`: systems on the same data, budget and captions, and a report.
 
-Each system is trained by a process of its own (`lineage train`), so that its peak memory is its
-own, and in a folder of its own, so that the same command continues a comparison that was stopped.
-
-On a CPU, a budget in minutes is one of the processor's time: minutes of the clock would give fewer
-steps to the systems whose turn comes while the machine is busy. Each system is trained with one
-thread, since several threads wait for each other more in some systems than in others and the wait
-counts as processor time; and as many systems as there are cores are trained at a time, which uses
-two cores better than two threads do.
+Each run is trained by a process of its own (`lineage train`), so that its peak memory is its own,
+and in a folder of its own, so that the same command continues a comparison that was stopped. A run
+that fails does not stop the others; its system stays in the report with the reason. Finished runs
+can be compared, too (`runs`); then nothing is trained.
 
 Each system reads its captions with the encoder of its recipe (`text="historical"`), or all with one
 (`text="transformer"`): then no system is ahead by its encoder alone. Sizes of the encoder are those
 of each recipe, unless `settings` holds them (`encoder.width`).
 
-    OUT/<key>/         the run folder of each system
+    OUT/<key>/         the run folder of each system; OUT/<key>_seed_<n>/ of further seeds
     OUT/report.html    the page: one file, no network
     OUT/report.json    its data
     OUT/sheet.png      the same captions across systems
     OUT/<key>_failed.png, <key>_nearest.png    pictures that do not show their prompt, and pictures
                        nearest to training pictures
+    OUT/figures/, tables/, systems.bib    parts for a report of one's own (`parts.py`)
+
+Modules: `members` (the runs), `budget` (what is the same for all), `training` (their processes),
+`curves` (scores on the way), `glance` (what the scores say), `summary` (all of it put together),
+`figures`, `report`, `parts`, `bibliography`.
 """
 
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lineage.bounds import Threads
+from lineage.bounds import PositiveInt, Threads
 from lineage.catalog import CATALOG, drawing, lookup
-from lineage.comparison.report import HISTORICAL, SystemPage, write_report
+from lineage.comparison.budget import (
+    as_lines,
+    fair_budget,
+    fairness,
+    flags_of,
+    runs_at_once,
+    scoring_flags,
+)
+from lineage.comparison.curves import SHARES
+from lineage.comparison.members import (
+    MAX_SEEDS,
+    Member,
+    by_system,
+    finished_members,
+    members_to_train,
+)
+from lineage.comparison.report import HISTORICAL
+from lineage.comparison.summary import write_all
 from lineage.comparison.training import train_all
-from lineage.config import RunConfig, TrainConfig, to_dict, typed
-from lineage.cores import usable_cpus
+from lineage.config import RunConfig, typed
 from lineage.data import load_dataset
-from lineage.data.contract import Example, fingerprint_of, to_bytes
-from lineage.errors import UserError, say
-from lineage.evaluation.cost import machine
-from lineage.evaluation.real import unseen_split
+from lineage.data.contract import fingerprint_of
+from lineage.errors import CheckFailed, UserError, say
 from lineage.evaluation.run import (
     EvalConfig,
-    ScoredRun,
     check_scoring,
-    score_runs,
-    write_sheets,
 )
 from lineage.files import check_output, claimed, expanded
 from lineage.options import configure
-from lineage.plan import build, plan, read_config, read_saved, read_tokenizer
+from lineage.plan import read_config, read_saved
+from lineage.pretrained import run_name
 from lineage.resume import differences, last_threads, result_settings
-from lineage.runs import check_runs, load_system
-from lineage.sheets import save_picture, sheet
-from lineage.system import LabelledImage, Visualises
+from lineage.runs import check_runs
 from lineage.text.encoders import check_encoder
-from lineage.threads import requested, use_threads, worded
-from lineage.training.log import read_log
+from lineage.threads import requested, use_threads
 from lineage.training.machine import pick_device
-from lineage.training.memory import total_memory
-from lineage.training.store import write_json
-
-CAPTIONS = 12  # rows of the sheet
-BUDGET = {"train.minutes", "train.cpu_minutes", "train.max_steps", "train.max_pictures"}
-MEMORY = 2 * 10**9
-"""Bytes of memory for each system that is trained at a time; one at preset tiny needs up to half of
-them.
-"""
-SEEDS = (0, 1)  # of the pictures of each caption and system
 
 
 def compare(
@@ -83,6 +79,7 @@ def compare(
     text: str = HISTORICAL,
     out: str | Path = "runs/compare",
     seed: int | None = None,
+    seeds: int = 1,
     device: str | None = None,
     threads: int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -100,17 +97,22 @@ def compare(
         data, minutes, steps, preset, seed, device, settings: As for `lineage.train`; the same for
             every system. On a CPU, `minutes` are those of the processor in each thread.
         text: Text encoder of all systems, as `transformer`; `historical` gives each its recipe's.
-        threads: Number of threads of each system on a CPU; 1 if None.
+        seeds: Number of runs of each system: with `seed`, and the seeds that follow it. Intervals
+            then speak of training again, too.
+        threads: Number of threads of each run on a CPU; 1 if None.
         out: Folder for runs and report.
         pictures, features, scorer: As for `lineage.evaluate`.
 
     Raises:
         UserError: an argument does not fit some system; raised before any is trained.
-        CheckFailed: a system could not be trained.
+        CheckFailed: a run could not be trained; the report has the others, unless all failed.
         Interrupted: a request to stop; the same command goes on.
     """
     folder, settings = expanded(out, "out"), _with_encoder(settings, text)
     text = str(settings.get("text", HISTORICAL))
+    seeds = typed(PositiveInt, seeds, "seeds")
+    if seeds > MAX_SEEDS:
+        raise UserError(f"seeds={seeds} must be at most {MAX_SEEDS}.")
     names = drawing() if keys is None else [keys] if isinstance(keys, str) else keys
     keys = list(dict.fromkeys(names))
     if not keys:
@@ -125,14 +127,13 @@ def compare(
     for key in keys:
         if not lookup(key).draws:
             raise UserError(f"{key} draws no pictures that could be compared: leave it out.")
-    demanded, per_system = None, None
+    demanded, per_run = None, None
     if pick_device(device or "auto").type == "cpu":
         demanded = requested() if threads is None else typed(Threads, threads, "threads")
-        per_system = demanded or 1
-    for name in ("report.html", "report.json", "sheet.png"):
-        check_output(folder / name)
+        per_run = demanded or 1
+    _check_outputs(folder)
     train = configure(keys[0], preset_name=preset, settings=settings, **options).train
-    fair = options | _fair_budget(train, settings, per_system)
+    fair = options | fair_budget(train, settings, per_run)
     configs = [configure(key, preset_name=preset, settings=settings, **fair) for key in keys]
     if len({config.size for config in configs}) > 1:
         raise UserError(
@@ -141,53 +142,139 @@ def compare(
     config = configs[0]
     if text != HISTORICAL:
         check_encoder(text, config.encoder)
+    members = members_to_train(keys, config.seed, seeds, folder)
 
     @functools.cache
-    def fingerprint() -> str:
-        return fingerprint_of(load_dataset(config.data, "train", config.size, config.seed))
+    def fingerprint(data_seed: int) -> str:
+        return fingerprint_of(load_dataset(config.data, "train", config.size, data_seed))
 
-    for key, one in zip(keys, configs, strict=True):
-        _check_existing(folder / key, one, fingerprint, per_system)
+    for member in members:
+        asked = fair | {"seed": member.seed}
+        own = configure(member.key, preset_name=preset, settings=settings, **asked)
+        _check_existing(member.folder, own, fingerprint, per_run)
     check_runs(configs)
     scoring = EvalConfig(
         pictures=pictures, device=config.train.device, features=features, scorer=scorer
     )
     check_scoring(config.data, config.size, config.seed, scoring)
-    examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
-    flags = ["--preset", preset, *_flags(fair | {"threads": per_system}, settings)]
+    flags = ["--preset", preset, *flags_of(fair | {"threads": per_run}, settings)]
     held = None if text == HISTORICAL else text
     others = {name: value for name, value in settings.items() if name != "text"}
-    whole = options | {"text": held, "threads": threads}
-    compare_flags = ["--preset", preset, *_flags(whole, others)]
-    at_once = systems_at_once(per_system)
+    several: dict[str, Any] = {"seeds": seeds} if seeds > 1 else {}
+    whole = options | several | {"text": held, "threads": threads}
+    whole_flags = ["--preset", preset, *flags_of(whole, others), *scoring_flags(scoring)]
+    at_once = runs_at_once(per_run)
     with claimed(folder):
-        if per_system and config.train.cpu_minutes is not None:
-            say(_fairness(config.train.cpu_minutes, per_system, min(at_once, len(keys))))
-        commands = {}
-        for key in keys:
-            resume = ["--resume"] if (folder / key / "config.json").exists() else []
-            commands[key] = ["--out", str(folder / key), *resume, *flags]
-        train_all(commands, at_once)
+        if per_run and config.train.cpu_minutes is not None:
+            say(fairness(config.train.cpu_minutes, per_run, min(at_once, len(members))))
+        commands = {member.name: _command(member, flags, config.seed) for member in members}
+        reasons = train_all(commands, at_once)
+        trained = [member for member in members if member.name not in reasons]
+        if not trained:
+            name, reason = next(iter(reasons.items()))
+            raise CheckFailed(f"No system could be trained; {name}: {reason}")
+        alone = [["lineage", "train", key, *flags, "--out", f"{folder.name}/{key}"] for key in keys]
         facts = {
             "budget": {"minutes": train.minutes, "steps": train.max_steps},
             "cpu_minutes": config.train.cpu_minutes,
-            "threads": per_system,
+            "threads": per_run,
             "text": text,
-            "reproduce": _commands(keys, flags, compare_flags, scoring, folder.name),
+            "failed": _failed(members, reasons),
+            "reproduce": as_lines(
+                [
+                    ["lineage", "compare", *keys, *whole_flags, "--out", folder.name],
+                    *alone,
+                ]
+            ),
         }
         with use_threads(demanded):
-            return _report(folder, keys, config, scoring, examples, facts)
+            report = write_all(folder, trained, config, scoring, facts)
+    if reasons:
+        raise CheckFailed(
+            f"{'; '.join(reasons)} could not be trained, for the reasons above; {report} has the "
+            "others."
+        )
+    return report
 
 
-def systems_at_once(threads: int | None) -> int:
-    """Number of systems that are trained at a time: as many as cores and memory allow, on a CPU.
+def compare_runs(
+    runs: Sequence[str | Path],
+    *,
+    out: str | Path = "runs/compare",
+    device: str | None = None,
+    threads: int | None = None,
+    pictures: int = 1000,
+    features: str = "auto",
+    scorer: str = "auto",
+) -> Path:
+    """Score finished runs and write the report; returns its path. Nothing is trained.
 
     Args:
-        threads: Number of threads of each; None on a GPU.
+        runs: Run folders of the same data and size, or `pretrained:KEY`; those that differ in their
+            seed alone are of one system.
+        out, device, threads, pictures, features, scorer: As for `compare`.
+
+    Raises:
+        UserError: a folder is no finished run, or the runs differ in data or size.
     """
-    if threads is None:
-        return 1
-    return max(1, min(usable_cpus() // threads, total_memory("cpu") // MEMORY))
+    folder = expanded(out, "out")
+    members = finished_members(runs)
+    if not members:
+        raise UserError("There is nothing to compare: name at least one run.")
+    _check_outputs(folder)
+    config = read_config(members[0].folder)
+    scoring = EvalConfig(
+        pictures=pictures, device=device or "auto", features=features, scorer=scorer
+    )
+    encoders = {read_config(member.folder).text for member in members}
+    command = ["lineage", "compare"]
+    for member in members:
+        command += ["--from", run_name(member.folder)]
+    demanded = requested() if threads is None else typed(Threads, threads, "threads")
+    facts = {
+        "budget": {"minutes": None, "steps": None},
+        "cpu_minutes": None,
+        "threads": None,
+        "text": encoders.pop() if len(encoders) == 1 and len(members) > 1 else HISTORICAL,
+        "failed": {},
+        "reproduce": as_lines([[*command, *scoring_flags(scoring), "--out", folder.name]]),
+    }
+    with claimed(folder), use_threads(demanded):
+        return write_all(folder, members, config, scoring, facts)
+
+
+def _check_outputs(folder: Path) -> None:
+    for name in ("report.html", "report.json", "sheet.png", "systems.bib"):
+        check_output(folder / name)
+
+
+def _command(member: Member, flags: Sequence[str], first_seed: int) -> list[str]:
+    """Arguments of `lineage train` for a run."""
+    resume = ["--resume"] if (member.folder / "config.json").exists() else []
+    seed = [] if member.seed == first_seed else ["--seed", str(member.seed)]
+    shares = ",".join(f"{share:g}" for share in SHARES)
+    named = any(flag.startswith("train.snapshots=") for flag in flags)
+    snapshots = [] if named else ["--set", f"train.snapshots={shares}"]
+    own = [*flags] if not seed else _without(flags, "--seed")
+    return [member.key, "--out", str(member.folder), *resume, *own, *seed, *snapshots]
+
+
+def _without(flags: Sequence[str], name: str) -> list[str]:
+    """Flags without one of them and its value."""
+    if name not in flags:
+        return list(flags)
+    place = list(flags).index(name)
+    return [*flags[:place], *flags[place + 2 :]]
+
+
+def _failed(members: Sequence[Member], reasons: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Title and reason of each system of which no run could be trained."""
+    failed = {}
+    for system, own in by_system(members).items():
+        if all(member.name in reasons for member in own):
+            title, reason = CATALOG[own[0].key].title, reasons[own[0].name]
+            failed[system] = {"title": title, "reason": reason}
+    return failed
 
 
 def _with_encoder(settings: Mapping[str, Any] | None, text: str) -> dict[str, Any]:
@@ -206,65 +293,8 @@ def _with_encoder(settings: Mapping[str, Any] | None, text: str) -> dict[str, An
     return {**changed, "text": text}
 
 
-def _fair_budget(
-    train: TrainConfig, settings: Mapping[str, Any], threads: int | None
-) -> dict[str, Any]:
-    """Options of `configure` that replace minutes of the clock by those of the processor.
-
-    Args:
-        train: Budget as the user gave it.
-        settings: Fields that the user set, whose budget is left as it is.
-        threads: Number of threads of each system; None on a GPU.
-    """
-    if threads is None or train.minutes is None or BUDGET & settings.keys():
-        return {}
-    return {"minutes": None, "cpu_minutes": threads * train.minutes}
-
-
-def _fairness(minutes: float, threads: int, at_once: int) -> str:
-    """What the budget is counted in, for the user."""
-    return (
-        f"Each system is trained for {minutes:g} minutes of the processor's time with "
-        f"{worded(threads)}, {at_once} at a time, so that what else "
-        "the machine does hardly changes a score."
-    )
-
-
-def _report(
-    folder: Path,
-    keys: Sequence[str],
-    config: RunConfig,
-    scoring: EvalConfig,
-    examples: Sequence[Example],
-    facts: Mapping[str, Any],
-) -> Path:
-    """Score the trained systems and write the report; returns its path."""
-    scores, scored = score_runs([folder / key for key in keys], scoring)
-    runs = dict(zip(keys, scored, strict=True))
-    for key, run in runs.items():
-        write_sheets(run, folder, key)
-    pages = {key: _page(folder / key, examples, run) for key, run in runs.items()}
-    summary: dict[str, Any] = {
-        "systems": {key: _system_summary(key, folder / key, run) for key, run in runs.items()},
-        "scores": scores,
-        "order": keys,
-        "captions": [example.captions[0] for example in examples],
-        "seeds": list(SEEDS),
-        "data": config.data,
-        "size": config.size,
-        "preset": config.preset,
-        "machine": machine(),
-        **facts,
-    }
-    write_json(folder / "report.json", summary)
-    real = [example.image for example in examples]
-    _write_sheet(folder / "sheet.png", summary["captions"], real, pages)
-    write_report(folder / "report.html", summary, real, pages)
-    return folder / "report.html"
-
-
 def _check_existing(
-    folder: Path, config: RunConfig, fingerprint: Callable[[], str], threads: int | None
+    folder: Path, config: RunConfig, fingerprint: Callable[[int], str], threads: int | None
 ) -> None:
     """Raise `UserError` if `folder` holds a run of other settings, data or number of threads."""
     if not (folder / "config.json").exists():
@@ -292,81 +322,8 @@ def _check_existing(
             f"{folder} was trained with {count} threads, not {threads}: add --threads {count}, or "
             "choose another --out."
         )
-    if saved.get("data_fingerprint") != fingerprint():
+    if saved.get("data_fingerprint") != fingerprint(config.seed):
         raise UserError(
             f"The data {config.data} is no longer what {folder} was trained on: restore it, or "
             "choose another --out."
         )
-
-
-def _flags(options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Options and settings as arguments of the command line."""
-    set_options = {name: value for name, value in options.items() if value is not None}
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in set_options.items()]
-    pairs += [("--set", f"{name}={value}") for name, value in settings.items()]
-    return [part for pair in pairs for part in pair]
-
-
-def _commands(
-    keys: Sequence[str],
-    flags: Sequence[str],
-    compare_flags: Sequence[str],
-    scoring: EvalConfig,
-    out: str,
-) -> list[str]:
-    """Commands that make this report again, and each run alone."""
-    names = ("pictures", "features", "scorer")
-    changed = [n for n in names if getattr(scoring, n) != getattr(EvalConfig(), n)]
-    own = [part for n in changed for part in (f"--{n}", str(getattr(scoring, n)))]
-    lines = [["lineage", "compare", *keys, *compare_flags, *own, "--out", out]]
-    lines += [["lineage", "train", key, *flags, "--out", f"{out}/{key}"] for key in keys]
-    return [shlex.join(line) for line in lines]
-
-
-def _page(folder: Path, examples: Sequence[Example], scored: ScoredRun) -> SystemPage:
-    """Pictures of the captions, and a visualisation of the longest one."""
-    captions = [example.captions[0] for example in examples]
-    system = load_system(folder, device=read_config(folder).train.device)
-    by_seed = [to_bytes(system.generate(captions, seed=seed)).cpu() for seed in SEEDS]
-    rows: list[list[LabelledImage]] = []
-    if isinstance(system, Visualises):
-        rows = system.visualise(max(captions, key=len), seed=SEEDS[0])
-    return SystemPage(
-        pictures=[list(pictures) for pictures in zip(*by_seed, strict=True)],
-        visualisation=[
-            [LabelledImage(label, to_bytes(image).cpu()) for label, image in row] for row in rows
-        ],
-        log=read_log(folder / "metrics.jsonl"),
-        failures=scored.failures,
-    )
-
-
-def _system_summary(key: str, folder: Path, scored: ScoredRun) -> dict[str, Any]:
-    """The part of the report's data about one system, beside its scores."""
-    row, config = CATALOG[key], read_config(folder)
-    with torch.device("meta"):
-        text = build(plan(config, read_tokenizer(folder))).text
-    assert text is not None
-    return {
-        "title": row.title,
-        "year": row.year,
-        "paper": row.paper,
-        "idea": row.idea,
-        "encoder": {"name": config.text, "width": text.word_dim},
-        **scored.scores["cost"],
-        "config": to_dict(config),
-    }
-
-
-def _write_sheet(
-    path: Path,
-    captions: Sequence[str],
-    real: Sequence[Tensor],
-    pages: Mapping[str, SystemPage],
-) -> None:
-    """Two captions a row, each after its real picture; for the README and for slides."""
-    pictures = [
-        p for i, r in enumerate(real) for p in (r, *(s.pictures[i][0] for s in pages.values()))
-    ]
-    labels = [label for caption in captions for label in (caption, *pages)]
-    save_picture(sheet(pictures, labels, columns=2 * (1 + len(pages)), side=96), path)

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ from tqdm import tqdm
 from lineage.bounds import NUM_SEEDS, PositiveInt, Seed, Threads
 from lineage.catalog import CATALOG
 from lineage.characters import plain
-from lineage.config import RunConfig, configuration
+from lineage.config import RunConfig, configuration, to_dict
 from lineage.data import load_dataset
-from lineage.data.contract import Batch, to_bytes, to_unit
+from lineage.data.contract import Batch, fingerprint_of, to_bytes, to_unit
 from lineage.errors import UserError
 from lineage.evaluation import sections
 from lineage.evaluation.cost import cached_cost
@@ -45,6 +45,7 @@ from lineage.evaluation.real import (
     prompt_set,
     unseen_split,
 )
+from lineage.evaluation.scored import Failure, ScoredRun, scored_once
 from lineage.evaluation.scorer import Scorer, check_captions, clip_scorer
 from lineage.files import check_output, expanded
 from lineage.pretrained import run_folder, run_name
@@ -88,30 +89,6 @@ class EvalConfig:
     device: str = "auto"
     batch_size: PositiveInt | None = None
     threads: Threads | None = None
-
-
-class Failure(NamedTuple):
-    """A picture (3, S, S) uint8 that does not show its prompt, and what the judge detects."""
-
-    tag: str
-    prompt: str
-    detected: str
-    picture: Tensor
-
-
-@dataclass
-class ScoredRun:
-    """One evaluated run.
-
-    Attributes:
-        scores: Its part of the JSON.
-        failures: Pictures that do not show their prompts.
-        nearest: (generated picture, nearest training picture), the nearest pair first.
-    """
-
-    scores: dict[str, Any]
-    failures: list[Failure]
-    nearest: list[tuple[Tensor, Tensor]]
 
 
 def evaluate(
@@ -202,30 +179,51 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def score_runs(
-    folders: Sequence[Path], config: EvalConfig
+    folders: Sequence[Path], config: EvalConfig, cached: bool = False
 ) -> tuple[dict[str, Any], list[ScoredRun]]:
-    """`evaluate`, with the pictures."""
+    """`evaluate`, with the pictures.
+
+    Args:
+        cached: If true, a run that was scored so before is not scored again.
+    """
     if not folders:
         raise UserError("There is nothing to evaluate: name at least one run folder.")
     run_configs = [read_config(folder) for folder in folders]
     spec, size, data_seed = _common_data(folders, run_configs, config.data)
-    pictures, prompts = _real_pictures(spec, size, data_seed, config)
-    scored = [
-        _score(folder, run_config, pictures, prompts, config)
-        for folder, run_config in zip(folders, run_configs, strict=True)
-    ]
+    pictures, prompts = real_pictures(spec, size, data_seed, config)
+    protocol = protocol_of(pictures, config.seed, (_seed(config.seed, 1), _seed(config.seed, 2)))
+    if prompts:
+        protocol["composition"] = {"seed": config.seed, **prompts.protocol()}
+    depends_on = {
+        "protocol": {name: value for name, value in protocol.items() if name != "cost"},
+        "data": [fingerprint_of(split) for split in (pictures.data, pictures.train)],
+        "device": pick_device(config.device).type,
+    }
+    scored = []
+    for folder, run_config in zip(folders, run_configs, strict=True):
+        compute = partial(_score, folder, run_config, pictures, prompts, config)
+        if cached:
+            own = {n: value for n, value in to_dict(run_config).items() if n != "train"}
+            one = scored_once(folder, {"run": own, **depends_on}, compute)
+        else:
+            one = compute()
+        one.scores["run"] = run_name(folder)
+        one.scores["cost"] = {
+            "training": read_cost(folder),
+            "sampling": cached_cost(folder, pictures.captions[:16], config.device),
+        }
+        scored.append(one)
     runs = [one.scores for one in scored]
     real, shuffled = pictures.rows()
     document: dict[str, Any] = {
         "data": pictures.data.name,
         "size": size,
         "seed": config.seed,
+        "seed_of_data": data_seed,
         "runs": runs,
         "real": real,
         "shuffled": shuffled,
-        "protocol": protocol_of(
-            pictures, config.seed, (_seed(config.seed, 1), _seed(config.seed, 2))
-        ),
+        "protocol": protocol,
         "warnings": [],
     }
     if not any("stages" in run for run in runs):
@@ -233,7 +231,6 @@ def score_runs(
     if prompts:
         real["composition"], shuffled["composition"] = prompts.rows()
         document["judge"] = prompts.judge_exam()
-        document["protocol"]["composition"] = {"seed": config.seed, **prompts.protocol()}
     document["warnings"] = warnings_of(pictures, document)
     for folder, run_config in zip(folders, run_configs, strict=True):
         document["warnings"] += budget_warnings(folder, run_config.train)
@@ -282,7 +279,7 @@ def _features_name(config: EvalConfig, judged: bool, scorer: Scorer | None) -> s
     return name
 
 
-def _real_pictures(
+def real_pictures(
     spec: str, size: int, data_seed: int, config: EvalConfig
 ) -> tuple[RealPictures, PromptSet | None]:
     """The real pictures, and the prompts if the judge can read the data."""
@@ -348,10 +345,6 @@ def _score(
     if real.scorer:
         image, text = real.scorer.image(pictures), real.scorer.text(real.captions)
         scores["text_fit"] = real.text_fit(image, text, real.captions)
-    scores["cost"] = {
-        "training": read_cost(folder),
-        "sampling": cached_cost(folder, real.captions[:16], config.device),
-    }
     return ScoredRun(scores, failures, _nearest(real, pictures, features))
 
 

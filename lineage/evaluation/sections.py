@@ -32,8 +32,8 @@ def composition(prompts: Sequence[Prompt], verdicts: Sequence[dict[str, bool]]) 
 
     Returns:
         For each split (`test`, `heldout`) that has prompts: `tasks`, the strict share of each;
-        `overall`, the mean of the tasks; and `parts`, the share of pictures in which that part was
-        right, among the prompts that mention it.
+        `overall`, the mean of the tasks; `parts`, the share of pictures in which that part was
+        right, among the prompts that mention it; and `verdicts` of each task, a digit a prompt.
     """
     result: dict[str, Any] = {}
     for split in SPLITS:
@@ -50,6 +50,7 @@ def composition(prompts: Sequence[Prompt], verdicts: Sequence[dict[str, bool]]) 
             "tasks": {task: mean_score(values) for task, values in strict.items()},
             "overall": task_mean_score(list(strict.values())),
             "parts": {part: mean_score(values) for part, values in parts.items() if values},
+            "verdicts": {task: "".join(map(str, map(int, own))) for task, own in strict.items()},
         }
     return result
 

@@ -18,9 +18,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import reduce
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -252,6 +253,7 @@ class Trainer:
         log: Log | None = None,
         checkpoint: Callable[[], None] = lambda: None,
         sample: Callable[[], None] = lambda: None,
+        snapshots: Mapping[float, Callable[[], None]] = MappingProxyType({}),
     ) -> None:
         """Train until the budget is spent.
 
@@ -260,6 +262,7 @@ class Trainer:
             checkpoint: Function that saves the state; called every `checkpoint_every` steps, when
                 stopped, and at the end.
             sample: Function that draws a sheet, every `sample_every` steps, outside of the budget.
+            snapshots: Functions that are called, outside of the budget, at that share of it.
 
         Raises:
             CheckFailed: A loss is not finite; the sentence names step and term. The last checkpoint
@@ -268,6 +271,7 @@ class Trainer:
         """
         train = self.train
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
+        waiting = sorted(share for share in snapshots if share > self.spent())
         self.choose_threads()
         bar = progress_bar(self.stage, train, visible=self.processes.is_main)
         with noting_signals(self._request_stop), frozen_heap(), bar:
@@ -288,6 +292,9 @@ class Trainer:
                             self._saved_step = self.step
                         if due(train.sample_every):
                             sample()
+                if waiting and self.spent() >= waiting[0]:
+                    with self.outside_budget():
+                        snapshots[waiting.pop(0)]()
             if self._unchecked or self._values:
                 self._report(log, bar, logged_seconds, logged_step)
             checkpoint()

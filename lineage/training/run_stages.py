@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from typing import Any
 from lineage.cache import cache_folder, without_advice, write_cache
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import UserError, say_once
+from lineage.files import write_bytes
 from lineage.system import System, Trainable
 from lineage.training.cost import write_cost
 from lineage.training.log import Log
+from lineage.training.loop import Trainer
 from lineage.training.machine import Distributed, pick_device
 from lineage.training.stage import (
     Stage,
@@ -30,6 +33,9 @@ from lineage.training.store import (
     save_tensors,
     write_json,
 )
+
+SNAPSHOTS = "snapshots"
+"""Folder of a run that holds its snapshots."""
 
 
 @dataclass
@@ -125,6 +131,17 @@ class RunStages:
                 save_tensors(self.folder / "model.safetensors", system.state_dict())
                 self.sheet(system, stage.name, 0)
 
+    def _save_snapshot(self, trainer: Trainer, share: float) -> None:
+        """Save the averaged weights as a run folder; the configuration, which makes it one, comes
+        last.
+        """
+        folder = self.folder / SNAPSHOTS / f"{share:g}"
+        with trainer.averaged() as averaged:
+            save_tensors(folder / "model.safetensors", averaged.state_dict())
+        write_cost(self.folder, trainer)
+        for name in ("cost.json", "tokenizer.json", "config.json"):
+            write_bytes(folder / name, (self.folder / name).read_bytes())
+
     def _fixed_keys(self) -> dict[str, str]:
         """Keys of the stages that a later stage was built from: its weights hold theirs, so they
         stay as they are, whatever budget or file is named now.
@@ -181,9 +198,20 @@ class RunStages:
                         self.sheet(averaged, stage.name, trainer.step)
             trainer.processes.barrier()
 
+        others = [one for one in self.stages if one is not stage and one.weights is None]
+        before = sum(one.share for one in others)
+        shares = {  # of the stage's own budget, at which snapshots are due
+            (share - before) / stage.share: share
+            for share in stage.train.snapshots
+            if last and is_main and share > before
+        }
+        snapshots = {
+            own: functools.partial(self._save_snapshot, trainer, share)
+            for own, share in shares.items()
+        }
         try:
             if not (fixed and state_file.exists()):
-                trainer.run(log, checkpoint, sample)
+                trainer.run(log, checkpoint, sample, snapshots)
                 sample()
         finally:
             if log is not None:

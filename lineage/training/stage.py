@@ -30,7 +30,7 @@ from lineage.training.store import fingerprint, load_tensors
 
 NOT_IN_KEY = (
     *("checkpoint_every", "sample_every", "log_every", "prefetch", "compile", "device"),
-    *("cache_size", "text_cache"),
+    *("cache_size", "text_cache", "snapshots"),
 )
 """Settings on which a stage's result does not depend."""
 

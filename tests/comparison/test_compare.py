@@ -17,24 +17,22 @@ import torch
 from PIL import Image
 
 import lineage
-from lineage.comparison import run, training
+from lineage.comparison import summary as summing
+from lineage.comparison import training
+from lineage.comparison.budget import runs_at_once
+from lineage.comparison.figures import MAX_TERMS, as_svg, line_style, loss_figure, thinned
 from lineage.comparison.report import (
     MAX_FAILURES,
-    MAX_TERMS,
     SystemPage,
     bars,
-    curve,
     embed,
     encoder_table,
-    line_style,
-    thinned,
     wall_time,
     write_report,
 )
-from lineage.comparison.run import systems_at_once
-from lineage.comparison.training import _check
-from lineage.errors import CheckFailed, UserError
-from lineage.evaluation.run import ScoredRun
+from lineage.comparison.training import reason_of
+from lineage.errors import CheckFailed, Interrupted, UserError
+from lineage.evaluation.scored import ScoredRun
 from lineage.evaluation.table import score_tables
 from lineage.training.log import read_log
 from lineage.training.store import read_json, write_json
@@ -119,7 +117,7 @@ def test_the_page_shows_every_picture(folder: Path, page: Page) -> None:
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     facts = read_json(folder / "report.json")
     captions, seeds = facts["captions"], facts["seeds"]
-    assert len(captions) == run.CAPTIONS and len(seeds) == len(run.SEEDS) == 2
+    assert len(captions) == summing.CAPTIONS and len(seeds) == len(summing.SEEDS) == 2
     described = [f"a real picture: {caption}" for caption in captions]
     described += [f"{key}: {caption}" for key in KEYS for caption in captions for _ in seeds]
     for key, scores in zip(KEYS, facts["scores"]["runs"], strict=True):
@@ -144,7 +142,8 @@ def test_the_page_names_systems_captions_and_cost(folder: Path, page: Page) -> N
         assert facts["systems"][key]["title"] in text
     assert f"{STEPS} steps" in text
     assert "None" not in text and "Undefined" not in text and "{{" not in text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 1  # the GAN's losses; retrieval has none
+    # Two figures of scores, and the GAN's losses; retrieval has none.
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3
     assert "has no curve" in text
 
 
@@ -234,14 +233,14 @@ def test_the_captions_are_not_those_of_training(folder: Path) -> None:
     """They are of unseen pictures: memorised pictures must not look like skill."""
     facts = read_json(folder / "report.json")
     held_out = lineage.load_dataset("shapes", "validation", 16)
-    captions = [example.captions[0] for example in held_out.showcase(run.CAPTIONS)]
+    captions = [example.captions[0] for example in held_out.showcase(summing.CAPTIONS)]
     assert facts["captions"] == captions
 
 
 def test_the_sheet_is_a_picture(folder: Path) -> None:
     """Two captions a row, each with the real picture and two systems."""
     with Image.open(folder / "sheet.png") as sheet:
-        assert sheet.width > 2 * 3 * 80 and sheet.height > run.CAPTIONS / 2 * 80
+        assert sheet.width > 2 * 3 * 80 and sheet.height > summing.CAPTIONS / 2 * 80
     for key in KEYS:
         for name in ("failed", "nearest"):
             assert (folder / f"{key}_{name}.png").is_file()
@@ -267,9 +266,9 @@ def test_the_page_shows_how_a_picture_is_made(
     """Rows of labelled pictures of the longest caption, of systems that can visualise it."""
     summary = read_json(folder / "report.json")
     scored = ScoredRun({}, [], [])
-    examples = lineage.load_dataset("shapes", "validation", 16).showcase(run.CAPTIONS)
+    examples = lineage.load_dataset("shapes", "validation", 16).showcase(summing.CAPTIONS)
     pages = {
-        key: run._page(smoke_run(system).folder, examples, scored)
+        key: summing._page(smoke_run(system).folder, examples, scored)
         for key, system in zip(KEYS, ("retrieval", "vqvae"), strict=True)
     }
     rows = pages[KEYS[1]].visualisation
@@ -378,9 +377,9 @@ def test_as_many_systems_at_a_time_as_cores_and_memory_allow(
     count: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lineage.comparison.run.usable_cpus", lambda: cores)
-    monkeypatch.setattr("lineage.comparison.run.total_memory", lambda _: gigabytes * 10**9)
-    assert systems_at_once(threads) == count
+    monkeypatch.setattr("lineage.comparison.budget.usable_cpus", lambda: cores)
+    monkeypatch.setattr("lineage.comparison.budget.total_memory", lambda _: gigabytes * 10**9)
+    assert runs_at_once(threads) == count
 
 
 def test_systems_are_trained_at_a_time_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,38 +398,57 @@ def test_systems_are_trained_at_a_time_and_in_order(monkeypatch: pytest.MonkeyPa
             running.pop(self.key, None)
             return 0
 
-    def start(key: str, flags: Sequence[str], place: int) -> Child:
+    def start(key: str, command: Sequence[str], place: int) -> Child:
         running[key] = place
         started.append((key, place, len(running)))
         return Child(key, {"ddpm": 9, "dit": 2}.get(key, 4))
 
     monkeypatch.setattr(training, "_start", start)
     monkeypatch.setattr(training, "POLL", 0.0)
-    training.train_all({key: [] for key in ("ddpm", "dit", "ldm", "vqvae")}, 2)
+    training.train_all({key: [key] for key in ("ddpm", "dit", "ldm", "vqvae")}, 2)
     assert started == [("ddpm", 0, 1), ("dit", 1, 2), ("ldm", 1, 2), ("vqvae", 1, 2)]
 
 
-def test_a_system_that_fails_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = []
+class Ended:
+    """A process that has ended."""
 
-    class Child:
-        def __init__(self, key: str) -> None:
-            self.key, self.returncode = key, 1
+    def __init__(self, code: int, said: str = "") -> None:
+        self.returncode, self.stdout = code, io.StringIO(said)
 
-        def poll(self) -> int | None:
-            return 1 if self.key == "dit" else None
+    def poll(self) -> int:
+        return self.returncode
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    children = {"a": Ended(0), "b": Ended(1, "x\nStep 5 of dit: no number.\n"), "c": Ended(0)}
+    monkeypatch.setattr(training, "_start", lambda name, *_: children[name])
+    monkeypatch.setattr(training, "POLL", 0.0)
+    failed = training.train_all({"a": ["ddpm"], "b": ["dit"], "c": ["ldm"]}, 2)
+    assert failed == {"b": "Step 5 of dit: no number."}
+    assert "b could not be trained: Step 5 of dit: no number." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [130, -15, -1])
+def test_a_run_that_was_stopped_stops_all(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    class Running(Ended):
+        def poll(self) -> None:  # type: ignore[override]
+            return None
 
         def terminate(self) -> None:
-            ended.append(self.key)
+            ended.append("asked")
 
         def wait(self) -> None:
-            ended.append(f"{self.key} waited for")
+            ended.append("waited for")
 
-    monkeypatch.setattr(training, "_start", lambda key, *_: Child(key))
-    monkeypatch.setattr(training, "POLL", 0.0)
-    with pytest.raises(CheckFailed, match="dit stopped with exit code 1"):
-        training.train_all({"ddpm": [], "dit": [], "ldm": []}, 2)
-    assert ended == ["ddpm", "ddpm waited for"]
+    children = {"a": Running(0), "b": Ended(code)}
+    monkeypatch.setattr(training, "_start", lambda name, *_: children[name])
+    with pytest.raises(Interrupted, match="same command again"):
+        training.train_all({"a": ["ddpm"], "b": ["dit"]}, 2)
+    assert ended == ["asked", "waited for"]
 
 
 def test_minutes_are_those_of_the_processor(
@@ -456,7 +474,7 @@ def test_minutes_are_those_of_the_processor(
     ):
         with pytest.raises(CheckFailed, match="enough"):
             lineage.compare(["ddpm"], preset="smoke", out=tmp_path / "out", **options)  # type: ignore[arg-type]
-        assert list(flags["ddpm"])[-len(words) :] == words
+        assert list(flags["ddpm"])[-len(words) - 2 : -2] == words
         assert "--minutes" not in flags["ddpm"]
 
 
@@ -472,18 +490,22 @@ def test_one_encoder_for_all_systems(
     flags: dict[str, Sequence[str]] = {}
     facts: dict[str, Any] = {}
 
-    def report(folder: Path, keys: Any, config: Any, scoring: Any, examples: Any, all: Any) -> Path:
+    def report(folder: Path, members: Any, config: Any, scoring: Any, all: Any) -> Path:
         facts.update(all)
         return folder
 
-    monkeypatch.setattr("lineage.comparison.run.train_all", lambda every, _: flags.update(every))
-    monkeypatch.setattr("lineage.comparison.run._report", report)
+    def train_none(commands: dict[str, Sequence[str]], at_once: int) -> dict[str, str]:
+        flags.update(commands)
+        return {}
+
+    monkeypatch.setattr("lineage.comparison.run.train_all", train_none)
+    monkeypatch.setattr("lineage.comparison.run.write_all", report)
     asked: dict[str, Any] = {"preset": "smoke", "steps": 3, "out": tmp_path / "out"}
     held = {"settings": settings} if settings else {"text": "lstm"}
     lineage.compare(["ddpm", "gan_int_cls"], **asked, **held)
     assert facts["text"] == "lstm"
     for key in ("ddpm", "gan_int_cls"):
-        assert list(flags[key])[-2:] == ["--set", "text=lstm"]
+        assert list(flags[key])[-4:-2] == ["--set", "text=lstm"]
     whole, *single = facts["reproduce"]
     assert "--text lstm" in whole and "--set" not in whole
     assert len(single) == 2 and all("--set text=lstm" in line for line in single)
@@ -628,6 +650,11 @@ def test_bars_have_a_floor_and_a_ceiling() -> None:
     assert bars({**scores, "real": {}}, ["one", "two"]) == []  # data without a judge
 
 
+def svg_of(log: list[dict[str, Any]]) -> str | None:
+    figure = loss_figure(log)
+    return None if figure is None else as_svg(figure)
+
+
 def log_of(**terms: float) -> list[dict[str, Any]]:
     return [
         {"stage": "s", "step": i, "seconds": 60.0 * i, "gradient/g": 1.0, "metric/a": 2.0}
@@ -637,18 +664,18 @@ def log_of(**terms: float) -> list[dict[str, Any]]:
 
 
 def test_a_curve_shows_every_loss_and_no_gradient() -> None:
-    figure = curve(log_of(g__one=1.0, d__two=2.0))
+    figure = svg_of(log_of(g__one=1.0, d__two=2.0))
     assert figure is not None and figure.startswith("<svg")
     assert "g/one" in figure and "d/two" in figure
     assert "gradient" not in figure and "metric" not in figure
     assert "currentColor" in figure and "#0a0b0c" not in figure
-    assert curve([]) is None and curve(log_of()) is None
+    assert svg_of([]) is None and svg_of(log_of()) is None
 
 
 def test_a_curve_of_several_stages_shows_them_all() -> None:
     """A later stage has other losses than the first."""
     first = [{**line, "stage": "one"} for line in log_of(a__x=1.0)]
-    figure = curve(first + [{**line, "stage": "two"} for line in log_of(b__y=1.0)])
+    figure = svg_of(first + [{**line, "stage": "two"} for line in log_of(b__y=1.0)])
     assert figure is not None and "a/x" in figure and "b/y" in figure
 
 
@@ -657,14 +684,14 @@ def test_curves_differ_in_colour_and_dash() -> None:
     assert len(set(styles)) == 24
     for one, other in zip(styles, styles[1:], strict=False):
         assert one[0] != other[0] and one[1] != other[1]
-    figure = curve(log_of(**{f"g__{'abcdefghijkl'[k]}": 1.0 + k for k in range(MAX_TERMS)}))
+    figure = svg_of(log_of(**{f"g__{'abcdefghijkl'[k]}": 1.0 + k for k in range(MAX_TERMS)}))
     assert figure is not None
     drawn = re.findall(r'clip-path="[^"]*" style="([^"]*stroke-width: 1.2[^"]*)"', figure)
     assert len(set(drawn)) == len(drawn) == MAX_TERMS
 
 
 def test_a_curve_below_zero_is_drawn() -> None:
-    assert curve(log_of(g__one=-1.0)) is not None
+    assert svg_of(log_of(g__one=-1.0)) is not None
 
 
 def test_thinning_keeps_the_mean() -> None:
@@ -676,24 +703,25 @@ def test_thinning_keeps_the_mean() -> None:
 
 
 def test_the_time_of_training_is_summed_over_systems_and_stages() -> None:
-    systems = {
-        "a": {"training": {"one": {"seconds": 1.5}, "two": {"seconds": 2}}},
-        "b": {"training": {"one": {"seconds": 4}}},
+    runs = {
+        "a": [{"cost": {"training": {"one": {"seconds": 1.5}, "two": {"seconds": 2}}}}],
+        "b": 2 * [{"cost": {"training": {"one": {"seconds": 4}}}}],
     }
-    assert wall_time({"systems": systems}) == 7.5
+    assert wall_time({"runs": runs}) == 11.5
 
 
 def test_many_terms_are_summed_by_group() -> None:
     """A curve for each discriminator and the generator, not for each of their terms."""
     names = [f"d{k}/{term}" for k in range(3) for term in ("real", "wrong", "fake", "alone", "r1")]
     log = [{"stage": "gan", "seconds": float(s), **dict.fromkeys(names, 0.5)} for s in range(1, 4)]
-    figure = curve(log)
+    figure = svg_of(log)
     assert figure is not None
     assert all(f"d{k}" in figure for k in range(3)) and "d0/real" not in figure
-    few = curve([{k: v for k, v in line.items() if not k.endswith("1")} for line in log[:2]])
+    few = svg_of([{k: v for k, v in line.items() if not k.endswith("1")} for line in log[:2]])
     assert few is not None and "d0/real" in few
 
 
 def test_a_system_that_was_killed_is_told_by_its_signal() -> None:
-    with pytest.raises(CheckFailed, match=r"ddpm was ended by signal 9 .*same command again"):
-        _check("ddpm", -9)
+    reason = reason_of(Ended(-9))  # type: ignore[arg-type]
+    assert re.search(r"was ended by signal 9 .*same command again", reason)
+    assert reason_of(Ended(1)) == "its process ended with exit code 1"  # type: ignore[arg-type]
