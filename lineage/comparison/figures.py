@@ -13,6 +13,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lineage.comparison.curves import Point
 from lineage.files import write_bytes
@@ -159,7 +160,9 @@ def score_over_sampling(
             [milliseconds], [score["value"]], "os^Dv"[number % 5], color=colour, label=titles[name]
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("milliseconds for one picture of 16", color=_INK)
     axes.set_ylabel(label, color=_INK)

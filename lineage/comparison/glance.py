@@ -116,25 +116,22 @@ def _names(keys: Sequence[str], titles: Mapping[str, str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def difference_table(runs: Runs, split: str) -> ScoreTable | None:
-    """How much more of the six tasks the system of a row gets right than that of a column; None for
-    one system, or without a judge.
+def difference_table(runs: Runs, split: str, titles: Mapping[str, str]) -> ScoreTable | None:
+    """How much more of the six tasks one system gets right than another; None for one system, or
+    without a judge.
     """
     names = list(runs)
     judged = all(split in run.get("composition", {}) for own in runs.values() for run in own)
     if len(names) < 2 or not judged:
         return None
-    pairs = {
-        (a, b): difference(runs[a], runs[b], split) for i, a in enumerate(names) for b in names[:i]
-    }
     rows = {}
     for number, name in enumerate(names[1:], start=1):
-        cells = [_cell(pairs[name, other]) for other in names[:number]]
-        rows[name] = [*cells, *[""] * (len(names) - 1 - number)]
+        cells = [_cell(difference(runs[name], runs[other], split)) for other in names[:number]]
+        rows[f"{titles[name]} minus"] = [*cells, *[""] * (len(names) - 1 - number)]
     title = "in training" if split == "test" else "never in training"
     return ScoreTable(
         f"Differences, combinations {title}",
-        names[:-1],
+        [titles[name] for name in names[:-1]],
         rows,
         "share of the six tasks, paired by prompts and seeds, each pair by itself; = if the 95 % "
         "interval holds 0, so that there may be no difference",

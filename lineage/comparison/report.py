@@ -101,7 +101,8 @@ def write_report(
 def report_tables(summary: dict[str, Any]) -> list[ScoreTable]:
     """All tables of the page; a system that failed has a dash in each."""
     failed = [system["title"] for system in summary["failed"].values()]
-    differences = [difference_table(summary["runs"], split) for split in SPLITS]
+    titles = {name: system["title"] for name, system in summary["systems"].items()}
+    differences = [difference_table(summary["runs"], split, titles) for split in SPLITS]
     tables = [
         replace(table, rows={**table.rows, **{title: ["–"] * len(table.heads) for title in failed}})
         for table in (encoder_table(summary), *score_tables(summary["scores"]))

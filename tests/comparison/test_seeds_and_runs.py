@@ -278,10 +278,11 @@ def test_no_difference_is_claimed_that_is_none() -> None:
     )
     weakest = "Alpha in position (0.50); Beta in position (0.50); Gamma in colors (0.10)."
     assert texts["Where does each fail most?"] == weakest
-    table = difference_table({"a": [A], "b": [B], "c": [C]}, "test")
-    assert table is not None and list(table.heads) == ["a", "b"]
-    assert table.rows["b"][0].startswith("= -0.01") and table.rows["b"][1] == ""
-    assert all(cell.startswith("-0.4") for cell in table.rows["c"])
+    table = difference_table({"a": [A], "b": [B], "c": [C]}, "test", TITLES)
+    assert table is not None and list(table.heads) == ["Alpha", "Beta"]
+    beta, gamma = table.rows["Beta minus"], table.rows["Gamma minus"]
+    assert beta[0].startswith("= -0.01") and beta[1] == ""
+    assert all(cell.startswith("-0.4") for cell in gamma)
 
 
 def test_a_difference_is_claimed_with_its_interval() -> None:
@@ -299,8 +300,8 @@ def test_one_system_differs_from_none() -> None:
         "Alpha: 0.62 of the six tasks.",
         "Alpha in position (0.50).",
     ]
-    assert difference_table({"a": [A]}, "test") is None
-    assert difference_table({"a": [A], "b": [B]}, "heldout") is None  # no such prompts
+    assert difference_table({"a": [A]}, "test", TITLES) is None
+    assert difference_table({"a": [A], "b": [B]}, "heldout", TITLES) is None  # no such prompts
 
 
 @pytest.mark.parametrize(
