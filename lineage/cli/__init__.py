@@ -6,7 +6,7 @@
     train       `lineage train`
     sample      `lineage sample`; drawing: its part that needs PyTorch
     search      `lineage search`
-    score       `lineage evaluate`, `compare`
+    score       `lineage evaluate`, `prompts`, `compare`
     official    `lineage verify`, `import-weights`
     course      `lineage grade`, `course`
 
@@ -139,7 +139,8 @@ app.command(train.train, group=TRAIN, sort_key=0)
 app.command(sample.sample, group=TRAIN, sort_key=1)
 app.command(search.search, group=TRAIN, sort_key=2)
 app.command(score.evaluate, group=SCORE, sort_key=0)
-app.command(score.compare, group=SCORE, sort_key=1)
+app.command(score.prompts, group=SCORE, sort_key=1)
+app.command(score.compare, group=SCORE, sort_key=2)
 app.command(official.verify, group=OFFICIAL, sort_key=0)
 app.command(official.import_weights, group=OFFICIAL, sort_key=1)
 app.command(course.grade, group=TEACH, sort_key=0)

@@ -46,6 +46,16 @@ def _path(_: Any, tokens: Sequence[Token]) -> Path:
     return expanded(tokens[0].value, tokens[0].keyword or "The path")
 
 
+def _count_or_folder(_: Any, tokens: Sequence[Token]) -> int | Path:
+    """A whole number, or a folder whose name is not written as a number."""
+    from lineage import bounds, config
+
+    text, name = tokens[0].value, tokens[0].keyword or ""
+    if bounds.is_number(text):
+        return int(config.typed(bounds.PositiveInt, text, name))
+    return expanded(text, name)
+
+
 def _run(_: Any, tokens: Sequence[Token]) -> Path:
     """The folder of a run."""
     return run_folder(tokens[0].value, tokens[0].keyword or "The run")
@@ -60,6 +70,8 @@ Minutes = Annotated[float, _typed("Minutes")]
 Seconds = Annotated[float, _typed("PositiveFloat")]
 PathName = Annotated[Path, Parameter(converter=_path)]
 """A file or folder."""
+Pictures = Annotated[int | Path, Parameter(converter=_count_or_folder)]
+"""A number of pictures, or a folder of them."""
 RunName = Annotated[Path, Parameter(converter=_run)]
 """A run folder, or `pretrained:KEY`."""
 Flag = Annotated[bool, Parameter(show_default=False)]

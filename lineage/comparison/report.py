@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lineage.characters import valid
-from lineage.evaluation.run import Failure
+from lineage.evaluation.scoring import Failure
 from lineage.evaluation.table import ScoreTable, score_tables
 from lineage.files import write_bytes
 from lineage.sheets import data_url, picture

@@ -43,13 +43,8 @@ from lineage.data.contract import Example, fingerprint_of, to_bytes
 from lineage.errors import UserError, say
 from lineage.evaluation.cost import machine
 from lineage.evaluation.real import unseen_split
-from lineage.evaluation.run import (
-    EvalConfig,
-    ScoredRun,
-    check_scoring,
-    score_runs,
-    write_sheets,
-)
+from lineage.evaluation.run import EvalConfig, check_scoring, score_runs
+from lineage.evaluation.scoring import ScoredRun, write_sheets
 from lineage.files import check_output, claimed, expanded
 from lineage.options import configure
 from lineage.plan import build, plan, read_config, read_saved, read_tokenizer

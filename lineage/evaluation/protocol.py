@@ -75,7 +75,8 @@ def warnings_of(real: RealPictures, document: dict[str, Any]) -> list[str]:
             "pictures, so memorisation says nothing."
         )
     for row in (document["real"], *document["runs"]):
-        warnings += [row["quality"][key] for key in ("warning", "reason") if key in row["quality"]]
+        quality = row.get("quality", {})
+        warnings += [quality[key] for key in ("warning", "reason") if key in quality]
     ceiling = document["real"].get("text_fit", {}).get("r_precision", {}).get("value", 1.0)
     if ceiling < 0.5:
         warnings.append(

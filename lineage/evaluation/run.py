@@ -1,4 +1,5 @@
-"""`lineage evaluate`: every score of a run, between those of real pictures and a floor.
+"""`lineage evaluate`: every score of a run, or of pictures that another program drew, between those
+of real pictures and a floor.
 
     {"runs": [{"run", "system", "composition", "quality", "diversity", "memorisation", "stages",
                "text_fit", "cost", "failed"}, ...],
@@ -10,54 +11,66 @@
 
 The real pictures come from a split that training does not use. As many pictures are generated, from
 the same captions. Results for real pictures are cached for each data set, size and network.
+Pictures of another program have no `cost` and no `stages`, and the other sections as far as their
+file of prompts goes (see `prompt_files`).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lineage.bounds import NUM_SEEDS, PositiveInt, Seed, Threads
+from lineage.bounds import PositiveInt, Seed, Threads
 from lineage.catalog import CATALOG
 from lineage.characters import plain
 from lineage.config import RunConfig, configuration
 from lineage.data import load_dataset
-from lineage.data.contract import Batch, to_bytes, to_unit
+from lineage.data.contract import Batch, CaptionedDataset, to_bytes, to_unit
 from lineage.errors import UserError
 from lineage.evaluation import sections
 from lineage.evaluation.cost import cached_cost
 from lineage.evaluation.features import find_features, find_scorer
-from lineage.evaluation.judge import Detections, Judge
+from lineage.evaluation.judge import Judge
 from lineage.evaluation.matching import matching
+from lineage.evaluation.outsiders import OutsidePictures, read_folder, split_pictures
+from lineage.evaluation.prompt_files import (
+    SIZE,
+    PromptFile,
+    kind_seed,
+    read_prompt_file,
+    repeated_captions,
+    write_prompt_file,
+)
 from lineage.evaluation.protocol import protocol_of, warnings_of
 from lineage.evaluation.real import (
-    SPREAD_SAMPLES,
     PromptSet,
     RealPictures,
     prompt_set,
+    unseen_examples,
     unseen_split,
 )
 from lineage.evaluation.scorer import Scorer, check_captions, clip_scorer
+from lineage.evaluation.scoring import (
+    GeneratedPictures,
+    ScoredRun,
+    score_pictures,
+    write_sheets,
+)
 from lineage.files import check_output, expanded
 from lineage.pretrained import run_folder, run_name
 from lineage.runs import load_system, read_config
-from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
 from lineage.threads import use_free_threads, use_threads
 from lineage.training.cost import budget_warnings, read_cost
 from lineage.training.machine import pick_device
 from lineage.training.store import write_json
-
-MAX_FAILURES = 24  # pictures on the sheet of failures
-MAX_NEAREST = 12  # pairs on the sheet of pictures nearest to training pictures
 
 
 @configuration
@@ -69,7 +82,7 @@ class EvalConfig:
         pictures: Largest number of pictures for quality and text fit; never more than there are
             real ones.
         seed: Seed of the pictures and of all chance in the scores.
-        prompts: File of prompts; None for the package's own.
+        prompts: File of prompts, GenEval's or of `lineage prompts`; None for the package's own.
         features: `judge`, `scorer`, `inception:FILE`, or `auto`: the judge for `shapes`, otherwise
             the scorer.
         scorer: `auto`, `none`, `hub:MODEL` (a CLIP of the Hugging Face hub or a local path), or
@@ -90,66 +103,50 @@ class EvalConfig:
     threads: Threads | None = None
 
 
-class Failure(NamedTuple):
-    """A picture (3, S, S) uint8 that does not show its prompt, and what the judge detects."""
-
-    tag: str
-    prompt: str
-    detected: str
-    picture: Tensor
-
-
-@dataclass
-class ScoredRun:
-    """One evaluated run.
-
-    Attributes:
-        scores: Its part of the JSON.
-        failures: Pictures that do not show their prompts.
-        nearest: (generated picture, nearest training picture), the nearest pair first.
-    """
-
-    scores: dict[str, Any]
-    failures: list[Failure]
-    nearest: list[tuple[Tensor, Tensor]]
-
-
 def evaluate(
-    runs: str | Path | Sequence[str | Path], *, out: str | Path | None = None, **settings: Any
+    runs: str | Path | Sequence[str | Path] = (),
+    *,
+    pictures: int | str | Path | Sequence[int | str | Path] | None = None,
+    out: str | Path | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Score one run or several on the same data.
+    """Score runs, and pictures that another program drew, on the same data.
 
     Args:
         runs: Run folders.
+        pictures: Largest number of pictures, as in `EvalConfig`; or folders of pictures, drawn from
+            the file `prompts` (see `outsiders`).
         out: Folder for `scores.json` and, for each run, the sheets `<run>_failed.png` and
             `<run>_nearest.png` under the name of its folder, or more of its path where names are
             the same; nothing is written if None.
-        **settings: Fields of `EvalConfig`.
+        **settings: Further fields of `EvalConfig`.
 
     Returns:
         The document at the head of this module.
 
     Raises:
-        UserError: a folder is no run, a setting is wrong, or the runs differ in data or size.
+        UserError: a folder is no run, a setting is wrong, the runs differ in data or size, or the
+            pictures do not fit the prompts.
     """
     folders = [run_folder(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
-    names = run_names(folders)
+    count, outside = split_pictures(pictures)
+    names = run_names([*folders, *outside])
     if out is not None:
         out = expanded(out, "out")
         sheets = [f"{name}_{kind}.png" for name in names for kind in ("failed", "nearest")]
         for name in ("scores.json", *sheets):
             check_output(out / name)
-    config = EvalConfig(**settings)
+    config = EvalConfig(**count, **settings)
     with use_threads(config.threads):
         draws = [CATALOG[read_config(folder).key].draws for folder in folders]
-        if any(draws) and not all(draws):
+        if (any(draws) or outside) and not all(draws):
             other = run_name(folders[draws.index(False)])
             raise UserError(f"{other} draws no pictures, as the other runs do: evaluate it apart.")
         if folders and not any(draws):
             scored: list[ScoredRun] = []
             document = score_matching(folders, config)
         else:
-            document, scored = score_runs(folders, config)
+            document, scored = score_runs(folders, config, outside)
     if out is not None:
         write_json(out / "scores.json", document)
         for name, one in zip(names, scored, strict=bool(scored)):
@@ -202,17 +199,39 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def score_runs(
-    folders: Sequence[Path], config: EvalConfig
+    folders: Sequence[Path], config: EvalConfig, outside: Sequence[Path] = ()
 ) -> tuple[dict[str, Any], list[ScoredRun]]:
-    """`evaluate`, with the pictures."""
-    if not folders:
-        raise UserError("There is nothing to evaluate: name at least one run folder.")
+    """`evaluate`, with the pictures.
+
+    Args:
+        folders: Runs that draw.
+        config: Settings.
+        outside: Folders of pictures, drawn from `config.prompts`.
+    """
+    if not folders and not outside:
+        raise UserError(
+            "There is nothing to evaluate: name at least one run folder (RUN), or a folder of "
+            "pictures with --pictures."
+        )
     run_configs = [read_config(folder) for folder in folders]
-    spec, size, data_seed = _common_data(folders, run_configs, config.data)
+    file = _prompt_file(config, outside) if outside else None
+    if file:
+        captions = len(file.of_kind("caption"))
+        scenes = config.prompts if file.of_kind("prompt") else None
+        config = replace(config, prompts=scenes, pictures=captions or config.pictures)
+    spec, size, data_seed = _common_data(folders, run_configs, config.data, file)
+    outsiders: list[OutsidePictures] = []
+    if file:
+        unseen = unseen_split(spec, size, data_seed)
+        outsiders = _outsiders(outside, file, unseen, config)
     pictures, prompts = _real_pictures(spec, size, data_seed, config)
     scored = [
         _score(folder, run_config, pictures, prompts, config)
         for folder, run_config in zip(folders, run_configs, strict=True)
+    ]
+    scored += [
+        score_pictures(str(one.folder), one.name, one.pictures, pictures, prompts)
+        for one in outsiders
     ]
     runs = [one.scores for one in scored]
     real, shuffled = pictures.rows()
@@ -224,7 +243,9 @@ def score_runs(
         "real": real,
         "shuffled": shuffled,
         "protocol": protocol_of(
-            pictures, config.seed, (_seed(config.seed, 1), _seed(config.seed, 2))
+            pictures,
+            config.seed,
+            (kind_seed(config.seed, "caption"), kind_seed(config.seed, "sample")),
         ),
         "warnings": [],
     }
@@ -234,16 +255,49 @@ def score_runs(
         real["composition"], shuffled["composition"] = prompts.rows()
         document["judge"] = prompts.judge_exam()
         document["protocol"]["composition"] = {"seed": config.seed, **prompts.protocol()}
+    if outsiders:
+        read = {str(one.folder): one.protocol for one in outsiders}
+        document["protocol"]["pictures"] = read
     document["warnings"] = warnings_of(pictures, document)
     for folder, run_config in zip(folders, run_configs, strict=True):
         document["warnings"] += budget_warnings(folder, run_config.train)
+    for one in outsiders:
+        document["warnings"] += one.warnings
     return document, scored
 
 
+def _prompt_file(config: EvalConfig, outside: Sequence[Path]) -> PromptFile:
+    """The file of prompts of some folders of pictures. Raises `UserError` if none is named."""
+    if config.prompts is None:
+        raise UserError(
+            f"The pictures of {outside[0]} need the file of their prompts: add --prompts FILE, "
+            "which `lineage prompts --out FILE` writes."
+        )
+    return read_prompt_file(Path(config.prompts))
+
+
+def _outsiders(
+    folders: Sequence[Path], file: PromptFile, unseen: CaptionedDataset, config: EvalConfig
+) -> list[OutsidePictures]:
+    """The pictures of other programs. A fault is found before anything is computed or drawn."""
+    prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
+    captions: list[str] = []
+    if file.of_kind("caption") or file.of_kind("sample"):
+        captions = [one.captions[0] for one in unseen_examples(unseen, config.pictures)]
+    file.check_fits(unseen, captions, config.seed)
+    level = prompts.prompts[0].level if prompts else None
+    return [read_folder(folder, file, level, unseen.size) for folder in folders]
+
+
 def _common_data(
-    folders: Sequence[Path], configs: Sequence[RunConfig], data: str | None
+    folders: Sequence[Path],
+    configs: Sequence[RunConfig],
+    data: str | None,
+    file: PromptFile | None = None,
 ) -> tuple[str, int, int]:
-    """(data, size, seed of the data) of all runs."""
+    """(data, size, seed of the data) of all runs; without runs, of a file of prompts."""
+    if file and not configs:
+        return data or file.spec(), file.size or SIZE, file.data_seed or 0
     specs = [config.data if data is None else data for config in configs]
     sources = {(spec, config.size) for spec, config in zip(specs, configs, strict=True)}
     if len(sources) > 1:
@@ -254,6 +308,40 @@ def _common_data(
         raise UserError(f"These runs cannot be in one table ({listed}): evaluate them apart.")
     ((spec, size),) = sources
     return spec, size, min(config.seed for config in configs)
+
+
+def write_prompts(
+    out: Path,
+    *,
+    data: str | None = None,
+    run: Path | None = None,
+    count: int = 1000,
+    size: int | None = None,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Write all that an evaluation draws as a file of prompts; returns the number of lines by kind.
+
+    Args:
+        out: File to write.
+        data: Data set of the real pictures; that of `run` or `shapes` if None.
+        run: Run whose data, size and seed the evaluation has; None for none.
+        count: `EvalConfig.pictures` of the evaluation.
+        size: Side of the real pictures in pixels, without a run.
+        seed: Seed of the evaluation.
+
+    Raises:
+        UserError: the file cannot be written, or the run or the data cannot be read.
+    """
+    check_output(out)
+    if run is not None:
+        if size is not None:
+            raise UserError(f"--size {size} has no effect beside --run: leave it out.")
+        spec, size, data_seed = _common_data([run], [read_config(run)], data)
+    else:
+        spec, data_seed = data or "shapes", 0
+    unseen = unseen_split(spec, size or SIZE, data_seed)
+    prompts = prompt_set(unseen, None, Judge.load(), seed)
+    return write_prompt_file(out, unseen, prompts.prompts if prompts else [], count, seed)
 
 
 def check_scoring(spec: str, size: int, data_seed: int, config: EvalConfig) -> None:
@@ -308,9 +396,8 @@ def _score(
     """All sections of one run."""
     system = load_system(folder, config.device)
     system.sample_batch_size = config.batch_size or system.sample_batch_size
-    shared, real_groups = real.shared_captions()
     prompt_captions = [prompt.prompt for prompt in prompts.prompts] if prompts else []
-    groups = [caption for caption in shared for _ in range(SPREAD_SAMPLES)]
+    groups = repeated_captions(real.captions)
     total = len(prompt_captions) + len(real.captions) + len(groups)
     with tqdm(
         total=total,
@@ -323,41 +410,19 @@ def _score(
         def draw(captions: list[str], seed: int) -> Tensor:
             return to_bytes(system.generate(captions, seed=seed, progress=bar.update)).cpu()
 
-        of_prompts = draw(prompt_captions, config.seed) if prompts else torch.empty(0)
-        pictures, samples = (
-            draw(real.captions, _seed(config.seed, 1)),
-            draw(groups, _seed(config.seed, 2)),
+        pictures = GeneratedPictures(
+            prompts=draw(prompt_captions, config.seed) if prompts else None,
+            captions=draw(real.captions, kind_seed(config.seed, "caption")),
+            samples=draw(groups, kind_seed(config.seed, "sample")),
         )
-    features = real.network.extract(pictures)
-    scores: dict[str, Any] = {"run": run_name(folder), "system": run_config.key}
-    failures: list[Failure] = []
-    if prompts:
-        detections = prompts.judge.detect(of_prompts)
-        verdicts = prompts.verdicts(detections)
-        scores["composition"] = sections.composition(prompts.prompts, verdicts)
-        failures = _failures(prompts, detections, verdicts, of_prompts)
-        scores["failed"] = [
-            {"tag": f.tag, "prompt": f.prompt, "detected": f.detected} for f in failures
-        ]
-    scores["quality"] = sections.quality(real.features, features)
-    spread = real.network.extract(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
-    scores["diversity"] = sections.diversity(spread, real_groups)
-    scores["memorisation"] = sections.memorisation(real.train_features, real.features, features)
+    scored = score_pictures(run_name(folder), run_config.key, pictures, real, prompts)
     if stages := _stages(system, real, prompts):
-        scores["stages"] = stages
-    if real.scorer:
-        image, text = real.scorer.image(pictures), real.scorer.text(real.captions)
-        scores["text_fit"] = real.text_fit(image, text, real.captions)
-    scores["cost"] = {
+        scored.scores["stages"] = stages
+    scored.scores["cost"] = {
         "training": read_cost(folder),
         "sampling": cached_cost(folder, real.captions[:16], config.device),
     }
-    return ScoredRun(scores, failures, _nearest(real, pictures, features))
-
-
-def _seed(seed: int, number: int) -> int:
-    """Seed of another set of pictures; the first one follows the last."""
-    return (seed + number) % NUM_SEEDS
+    return scored
 
 
 def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> dict[str, Any]:
@@ -376,39 +441,3 @@ def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> di
             verdicts = prompts.verdicts(prompts.judge.detect(decoded))
     values = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
     return sections.stages(values, prompts.prompts if prompts else [], verdicts)
-
-
-def _failures(
-    prompts: PromptSet,
-    detections: Sequence[Detections],
-    verdicts: Sequence[dict[str, bool]],
-    pictures: Tensor,
-) -> list[Failure]:
-    """Pictures that failed, from each task in turn."""
-    queues: dict[tuple[str, str], list[Failure]] = {}
-    for prompt, one, result, picture in zip(
-        prompts.prompts, detections, verdicts, pictures, strict=True
-    ):
-        if not result["strict"]:
-            failure = Failure(prompt.tag, prompt.prompt, str(one), picture)
-            queues.setdefault((prompt.split, prompt.tag), []).append(failure)
-    return [one for turn in zip_longest(*queues.values()) for one in turn if one is not None]
-
-
-def _nearest(real: RealPictures, pictures: Tensor, features: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The generated pictures nearest to training pictures, with these."""
-    distance, indices = real.nearest(features)
-    order = distance.argsort(stable=True)[:MAX_NEAREST].tolist()
-    return [(pictures[i], real.train[indices[i]].image) for i in order]
-
-
-def write_sheets(run: ScoredRun, folder: Path, name: str) -> None:
-    """Write the sheets of failed pictures and of those nearest to training pictures."""
-    if failures := run.failures[:MAX_FAILURES]:
-        labels = [f"{one.prompt}: {one.detected}" for one in failures]
-        save_picture(
-            sheet([one.picture for one in failures], labels), folder / f"{name}_failed.png"
-        )
-    pairs = [picture for pair in run.nearest for picture in pair]
-    labels = ["generated", "nearest in training"] * len(run.nearest)
-    save_picture(sheet(pairs, labels), folder / f"{name}_nearest.png")

@@ -34,7 +34,7 @@ from lineage.comparison.report import (
 from lineage.comparison.run import systems_at_once
 from lineage.comparison.training import _check
 from lineage.errors import CheckFailed, UserError
-from lineage.evaluation.run import ScoredRun
+from lineage.evaluation.scoring import ScoredRun
 from lineage.evaluation.table import score_tables
 from lineage.training.log import read_log
 from lineage.training.store import read_json, write_json
