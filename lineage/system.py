@@ -187,7 +187,8 @@ class System(Trainable):
         self, captions: str | Sequence[str], seed: int, options: Mapping[str, Any], first: int = 0
     ) -> Iterator[tuple[list[str], NoiseStreams, dict[str, Any]]]:
         """Captions, noise streams and options of each batch that `generate` draws."""
-        captions, seed = caption_list(captions), typed(Seed, seed, "seed")
+        captions = caption_list(captions)
+        seed, first = typed(Seed, seed, "seed"), typed(Seed, first, "first")
         if not captions:
             raise UserError("There is nothing to draw: give at least one caption.")
         options = self.typed_options(options, len(captions))

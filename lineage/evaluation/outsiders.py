@@ -287,8 +287,8 @@ def read_folder(folder: Path, file: PromptFile, level: str | None, size: int) ->
         )
     if unused := assignment.unused:
         warnings.append(
-            f"{len(unused):,} pictures of {folder} belong to no line of {file.path.name} and were "
-            f"left out, the first is {unused[0]}."
+            f"{len(unused):,} of the pictures of {folder} were left out, because {file.path.name} "
+            f"has no line for them; the first is {unused[0]}."
         )
     if not (of_kinds["caption"] and of_kinds["sample"]):
         warnings.append(
@@ -319,7 +319,6 @@ def _resized(sizes: Counter[tuple[int, int]], size: int) -> str:
     if not others:
         return ""
     shown = [f"{width} x {height}" for width, height in others[:SHOWN_SIZES]]
-    if rest := len(others) - SHOWN_SIZES:
-        shown += [f"{rest} other sizes"] if rest > 0 else []
+    shown += ["others"] if len(others) > SHOWN_SIZES else []
     cropped = ", the centred square of each" if any(w != h for w, h in others) else ""
     return f"from {' and '.join(shown)}{cropped}"

@@ -112,11 +112,11 @@ class PromptFile:
         for kind, texts in zip(KINDS[1:], (captions, repeated_captions(captions)), strict=True):
             lines = self.of_kind(kind)
             if lines and [line.prompt for line in lines] != list(texts):
+                seeded = f" with seed {data.seed}" if hasattr(data, "seed") else ""
                 other = "" if self.data in (None, data.name) else f", but of {self.data}"
                 raise UserError(
-                    f"The lines of kind {kind} in {self.path} are not those of {data.name} with "
-                    f"seed {getattr(data, 'seed', 0)}{other}: write the file again with `lineage "
-                    "prompts`, with --data or --run."
+                    f"The lines of kind {kind} in {self.path} are not those of {data.name}{seeded}"
+                    f"{other}: write the file again with `lineage prompts`, with --data or --run."
                 )
         for line in self.lines:
             if line.seed is not None and line.seed != kind_seed(seed, line.kind):

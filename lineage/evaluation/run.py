@@ -220,23 +220,26 @@ def score_runs(
         scenes = config.prompts if file.of_kind("prompt") else None
         config = replace(config, prompts=scenes, pictures=captions or config.pictures)
     spec, size, data_seed = _common_data(folders, run_configs, config.data, file)
-    outsiders: list[OutsidePictures] = []
-    if file:
-        unseen = unseen_split(spec, size, data_seed)
-        outsiders = _outsiders(outside, file, unseen, config)
-    pictures, prompts = _real_pictures(spec, size, data_seed, config)
+    unseen = unseen_split(spec, size, data_seed)
+    prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
+    outsiders = _outsiders(outside, file, unseen, prompts, config) if file else []
+    pictures = None
+    if file is None or folders or file.of_kind("caption") or file.of_kind("sample"):
+        train = load_dataset(spec, "train", size, data_seed)
+        pictures = _real_pictures(spec, unseen, train, prompts is not None, config)
     scored = [
         _score(folder, run_config, pictures, prompts, config)
         for folder, run_config in zip(folders, run_configs, strict=True)
+        if pictures  # always, beside a run
     ]
     scored += [
         score_pictures(str(one.folder), one.name, one.pictures, pictures, prompts)
         for one in outsiders
     ]
     runs = [one.scores for one in scored]
-    real, shuffled = pictures.rows()
+    real, shuffled = pictures.rows() if pictures else ({}, {})
     document: dict[str, Any] = {
-        "data": pictures.data.name,
+        "data": unseen.name,
         "size": size,
         "seed": config.seed,
         "runs": runs,
@@ -250,7 +253,7 @@ def score_runs(
         "warnings": [],
     }
     if not any("stages" in run for run in runs):
-        del document["protocol"]["stages"]
+        document["protocol"].pop("stages", None)
     if prompts:
         real["composition"], shuffled["composition"] = prompts.rows()
         document["judge"] = prompts.judge_exam()
@@ -258,7 +261,8 @@ def score_runs(
     if outsiders:
         read = {str(one.folder): one.protocol for one in outsiders}
         document["protocol"]["pictures"] = read
-    document["warnings"] = warnings_of(pictures, document)
+    if pictures:
+        document["warnings"] = warnings_of(pictures, document)
     for folder, run_config in zip(folders, run_configs, strict=True):
         document["warnings"] += budget_warnings(folder, run_config.train)
     for one in outsiders:
@@ -277,10 +281,13 @@ def _prompt_file(config: EvalConfig, outside: Sequence[Path]) -> PromptFile:
 
 
 def _outsiders(
-    folders: Sequence[Path], file: PromptFile, unseen: CaptionedDataset, config: EvalConfig
+    folders: Sequence[Path],
+    file: PromptFile,
+    unseen: CaptionedDataset,
+    prompts: PromptSet | None,
+    config: EvalConfig,
 ) -> list[OutsidePictures]:
     """The pictures of other programs. A fault is found before anything is computed or drawn."""
-    prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
     captions: list[str] = []
     if file.of_kind("caption") or file.of_kind("sample"):
         captions = [one.captions[0] for one in unseen_examples(unseen, config.pictures)]
@@ -371,16 +378,17 @@ def _features_name(config: EvalConfig, judged: bool, scorer: Scorer | None) -> s
 
 
 def _real_pictures(
-    spec: str, size: int, data_seed: int, config: EvalConfig
-) -> tuple[RealPictures, PromptSet | None]:
-    """The real pictures, and the prompts if the judge can read the data."""
+    spec: str,
+    unseen: CaptionedDataset,
+    train: CaptionedDataset,
+    judged: bool,
+    config: EvalConfig,
+) -> RealPictures:
+    """The real pictures of two splits of `spec`; `judged` says whether the judge can read them."""
     device = pick_device(config.device)
-    unseen = unseen_split(spec, size, data_seed)
-    prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
-    train = load_dataset(spec, "train", size, data_seed)
     scorer = find_scorer(config.scorer, spec, train, device)
-    network = find_features(_features_name(config, prompts is not None, scorer), scorer, device)
-    return RealPictures(unseen, train, config.pictures, network, scorer, config.seed), prompts
+    network = find_features(_features_name(config, judged, scorer), scorer, device)
+    return RealPictures(unseen, train, config.pictures, network, scorer, config.seed)
 
 
 # --- one run ----------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def score_pictures(
     run: str,
     system: str,
     pictures: GeneratedPictures,
-    real: RealPictures,
+    real: RealPictures | None,
     prompts: PromptSet | None,
 ) -> ScoredRun:
     """All sections that pictures alone decide.
@@ -70,6 +70,9 @@ def score_pictures(
     Args:
         run: Name of the run or the folder.
         system: Name of what drew the pictures.
+        pictures: The pictures.
+        real: Real pictures; None if only the prompts are scored.
+        prompts: Prompts and their judge; None if no judge can read the data.
     """
     scores: dict[str, Any] = {"run": run, "system": system}
     failures: list[Failure] = []
@@ -82,7 +85,7 @@ def score_pictures(
         scores["failed"] = [
             {"tag": f.tag, "prompt": f.prompt, "detected": f.detected} for f in failures
         ]
-    if pictures.captions is not None:
+    if real and pictures.captions is not None:
         features = real.network.extract(pictures.captions)
         scores["quality"] = sections.quality(real.features, features)
         scores["memorisation"] = sections.memorisation(real.train_features, real.features, features)
@@ -90,7 +93,7 @@ def score_pictures(
         if real.scorer:
             image, text = real.scorer.image(pictures.captions), real.scorer.text(real.captions)
             scores["text_fit"] = real.text_fit(image, text, real.captions)
-    if pictures.samples is not None:
+    if real and pictures.samples is not None:
         _, real_groups = real.shared_captions()
         spread = real.network.extract(pictures.samples)
         spread = spread.unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)

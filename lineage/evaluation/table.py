@@ -63,7 +63,7 @@ def score_tables(document: Row) -> list[ScoreTable]:
     rows = {**runs, **dict(zip(ROWS, (document["real"], document["shuffled"]), strict=True))}
     every = [
         *(table for split in ("test", "heldout") for table in _composition(document, rows, split)),
-        _quality(document, rows),
+        *([_quality(document, rows)] if "quality" in document["protocol"] else []),
         _stages(rows),
         _text_fit(document, rows),
         _cost(runs, document["protocol"]["cost"]["machine"]),
