@@ -46,14 +46,16 @@ def _path(_: Any, tokens: Sequence[Token]) -> Path:
     return expanded(tokens[0].value, tokens[0].keyword or "The path")
 
 
-def _count_or_folder(_: Any, tokens: Sequence[Token]) -> int | Path:
-    """A whole number, or a folder whose name is not written as a number."""
+def _counts_and_folders(_: Any, tokens: Sequence[Token]) -> tuple[int | Path, ...]:
+    """Whole numbers, and folders whose names are not written as numbers."""
     from lineage import bounds, config
 
-    text, name = tokens[0].value, tokens[0].keyword or ""
-    if bounds.is_number(text):
-        return int(config.typed(bounds.PositiveInt, text, name))
-    return expanded(text, name)
+    def one(text: str, name: str) -> int | Path:
+        if bounds.is_number(text):
+            return int(config.typed(bounds.PositiveInt, text, name))
+        return expanded(text, name)
+
+    return tuple(one(token.value, token.keyword or "") for token in tokens)
 
 
 def _run(_: Any, tokens: Sequence[Token]) -> Path:
@@ -70,8 +72,11 @@ Minutes = Annotated[float, _typed("Minutes")]
 Seconds = Annotated[float, _typed("PositiveFloat")]
 PathName = Annotated[Path, Parameter(converter=_path)]
 """A file or folder."""
-Pictures = Annotated[int | Path, Parameter(converter=_count_or_folder)]
-"""A number of pictures, or a folder of them."""
+Pictures = Annotated[
+    tuple[int | Path, ...], Parameter(converter=_counts_and_folders, show_default=False)
+]
+"""Numbers of pictures, and folders of them. The converter is that of the whole tuple: for an element
+of several types, cyclopts would replace its sentences."""
 RunName = Annotated[Path, Parameter(converter=_run)]
 """A run folder, or `pretrained:KEY`."""
 Flag = Annotated[bool, Parameter(show_default=False)]

@@ -29,12 +29,12 @@ from lineage.cli.imports import large_imports
 
 
 def evaluate(
-    folders: Annotated[list[RunName] | None, Parameter(name="RUN")] = None,
+    folders: Annotated[tuple[RunName, ...], Parameter(name="RUN", show_default=False)] = (),
     /,
     *,
     json: Flag = False,
     out: PathName | None = None,
-    pictures: list[Pictures] | None = None,
+    pictures: Pictures = (),
     data: str | None = None,
     prompts: PathName | None = None,
     features: str = "auto",
@@ -66,7 +66,7 @@ def evaluate(
         from lineage.evaluation.table import tables
 
     document = evaluate(
-        folders or [],
+        folders,
         out=out,
         pictures=pictures,
         data=data,
@@ -104,7 +104,7 @@ def prompts(
         seed: Seed of the noise, as in `evaluate --seed`.
     """
     with large_imports():
-        from lineage.evaluation.run import write_prompts
+        from lineage.evaluation.prompt_files import write_prompts
 
     counts = write_prompts(out, data=data, run=run, count=count, size=size, seed=seed)
     listed = ", ".join(f"{number:,} {kind}s" for kind, number in counts.items() if number)

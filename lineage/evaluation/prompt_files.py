@@ -31,9 +31,17 @@ from lineage.characters import same_name
 from lineage.data.contract import CaptionedDataset
 from lineage.data.records import is_picture
 from lineage.errors import UserError
-from lineage.evaluation.prompts import KINDS, Prompt, read_lines
-from lineage.evaluation.real import SPREAD_SAMPLES, spread_captions, unseen_examples
-from lineage.files import write_bytes
+from lineage.evaluation.judge import Judge
+from lineage.evaluation.prompts import KINDS, read_lines
+from lineage.evaluation.real import (
+    SPREAD_SAMPLES,
+    prompt_set,
+    spread_captions,
+    unseen_examples,
+    unseen_split,
+)
+from lineage.files import check_output, write_bytes
+from lineage.plan import read_config
 
 SIZE = 32  # pixels, where neither a file nor a run says another
 
@@ -140,24 +148,40 @@ def repeated_captions(captions: Sequence[str]) -> list[str]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write_prompt_file(
-    path: Path,
-    data: CaptionedDataset,
-    prompts: Sequence[Prompt],
-    count: int,
-    seed: int,
+def write_prompts(
+    out: Path,
+    *,
+    data: str | None = None,
+    run: Path | None = None,
+    count: int = 1000,
+    size: int | None = None,
+    seed: int = 0,
 ) -> dict[str, int]:
-    """Write the file of all that `lineage evaluate` draws; returns the number of lines by kind.
+    """Write all that an evaluation draws as a file of prompts; returns the number of lines by kind.
 
     Args:
-        path: File to write.
-        data: Split of the real pictures.
-        prompts: Prompts that a judge reads; none for other data.
-        count: Largest number of real pictures whose captions are drawn.
+        out: File to write.
+        data: Data set of the real pictures; that of `run` or `shapes` if None.
+        run: Run whose data, size and seed the evaluation has; None for none.
+        count: Largest number of real pictures, `EvalConfig.pictures` of the evaluation.
+        size: Side of the real pictures in pixels, without a run.
         seed: Seed of the evaluation.
+
+    Raises:
+        UserError: the file cannot be written, or the run or the data cannot be read.
     """
-    captions = [example.captions[0] for example in unseen_examples(data, count)]
-    source = {"data": data.name, "data_seed": getattr(data, "seed", 0), "size": data.size}
+    check_output(out)
+    data_seed = 0
+    if run is not None:
+        if size is not None:
+            raise UserError(f"--size {size} has no effect beside --run: leave it out.")
+        config = read_config(run)
+        data, size, data_seed = data or config.data, config.size, config.seed
+    unseen = unseen_split(data or "shapes", size or SIZE, data_seed)
+    judged = prompt_set(unseen, None, Judge.load(), seed)
+    prompts = judged.prompts if judged else []
+    captions = [example.captions[0] for example in unseen_examples(unseen, count)]
+    source = {"data": unseen.name, "data_seed": data_seed, "size": unseen.size}
     scenes = [prompt.to_json() for prompt in prompts]
     texts = {
         "prompt": [prompt.prompt for prompt in prompts],
@@ -170,7 +194,7 @@ def write_prompt_file(
             line: dict[str, Any] = {"file_name": _name(kind, index), "prompt": text, "kind": kind}
             line |= {"seed": kind_seed(seed, kind), "index": index, **source}
             lines.append(line | (scenes[index] if kind == "prompt" else {}))
-    write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_bytes(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return {kind: len(of_kind) for kind, of_kind in texts.items()}
 
 

@@ -46,7 +46,6 @@ from lineage.evaluation.prompt_files import (
     kind_seed,
     read_prompt_file,
     repeated_captions,
-    write_prompt_file,
 )
 from lineage.evaluation.protocol import protocol_of, warnings_of
 from lineage.evaluation.real import (
@@ -315,40 +314,6 @@ def _common_data(
         raise UserError(f"These runs cannot be in one table ({listed}): evaluate them apart.")
     ((spec, size),) = sources
     return spec, size, min(config.seed for config in configs)
-
-
-def write_prompts(
-    out: Path,
-    *,
-    data: str | None = None,
-    run: Path | None = None,
-    count: int = 1000,
-    size: int | None = None,
-    seed: int = 0,
-) -> dict[str, int]:
-    """Write all that an evaluation draws as a file of prompts; returns the number of lines by kind.
-
-    Args:
-        out: File to write.
-        data: Data set of the real pictures; that of `run` or `shapes` if None.
-        run: Run whose data, size and seed the evaluation has; None for none.
-        count: `EvalConfig.pictures` of the evaluation.
-        size: Side of the real pictures in pixels, without a run.
-        seed: Seed of the evaluation.
-
-    Raises:
-        UserError: the file cannot be written, or the run or the data cannot be read.
-    """
-    check_output(out)
-    if run is not None:
-        if size is not None:
-            raise UserError(f"--size {size} has no effect beside --run: leave it out.")
-        spec, size, data_seed = _common_data([run], [read_config(run)], data)
-    else:
-        spec, data_seed = data or "shapes", 0
-    unseen = unseen_split(spec, size or SIZE, data_seed)
-    prompts = prompt_set(unseen, None, Judge.load(), seed)
-    return write_prompt_file(out, unseen, prompts.prompts if prompts else [], count, seed)
 
 
 def check_scoring(spec: str, size: int, data_seed: int, config: EvalConfig) -> None:

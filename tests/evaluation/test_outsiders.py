@@ -23,9 +23,8 @@ import lineage
 from lineage.data.contract import to_bytes
 from lineage.errors import UserError
 from lineage.evaluation import real
-from lineage.evaluation.prompt_files import read_prompt_file
+from lineage.evaluation.prompt_files import read_prompt_file, write_prompts
 from lineage.evaluation.prompts import KINDS, make_prompts, read_prompts
-from lineage.evaluation.run import write_prompts
 from lineage.evaluation.table import score_tables, tables
 from lineage.sheets import picture, save_picture
 
@@ -446,7 +445,10 @@ def test_too_many_listed_pictures_of_a_prompt(some: Path, few: Path) -> None:
         ("--pictures 3 --prompts FEW", ["RUN", "--pictures"]),
         ("--pictures 3 --pictures 4", ["two numbers, 3 and 4"]),
         ("--pictures 3 --pictures some --prompts FEW", ["--pictures 3", "some", "./3"]),
-        ("--pictures 2.5 --prompts FEW", ["--pictures", "2.5"]),
+        ("--pictures 2.5 --prompts FEW", ["--pictures='2.5' should be a whole number"]),
+        ("--pictures 0", ["--pictures=0 must be at least 1"]),
+        ("--pictures ~nosuchuser/x", ["~nosuchuser/x", "whole path"]),
+        ("--pictures", ["--pictures needs a value"]),
         ("--pictures ./3 --prompts FEW", ["no folder 3"]),
         ("--pictures some --pictures ./some --prompts FEW", ["the same folder"]),
         ("--pictures some --prompts FEW --data EXAMPLE", ["--prompts", "other data"]),
