@@ -4,7 +4,7 @@
     imports     import of PyTorch without the collector
     data        `lineage data show`, `check`, `export`
     train       `lineage train`
-    sample      `lineage sample`; drawing: its part that needs PyTorch
+    sample      `lineage sample`; drawing, prompt_drawing: its parts that need PyTorch
     search      `lineage search`
     score       `lineage evaluate`, `prompts`, `compare`
     official    `lineage verify`, `import-weights`

@@ -75,8 +75,8 @@ PathName = Annotated[Path, Parameter(converter=_path)]
 Pictures = Annotated[
     tuple[int | Path, ...], Parameter(converter=_counts_and_folders, show_default=False)
 ]
-"""Numbers of pictures, and folders of them. The converter is that of the whole tuple: for an element
-of several types, cyclopts would replace its sentences."""
+"""Numbers of pictures, and folders of them. The converter is that of the whole tuple, because
+cyclopts replaces the sentences of one for elements of several types."""
 RunName = Annotated[Path, Parameter(converter=_run)]
 """A run folder, or `pretrained:KEY`."""
 Flag = Annotated[bool, Parameter(show_default=False)]

@@ -158,7 +158,7 @@ def assign(folder: Path, lines: Sequence[PromptLine], source: Path) -> Assignmen
 def _natural(name: str) -> list[tuple[bool, int, str]]:
     """Key of the order in which 2.png stands before 10.png."""
     parts = re.split(r"([0-9]+)", name)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _missing(folder: Path, missing: Sequence[PromptLine], count: int, source: Path) -> UserError:

@@ -215,37 +215,36 @@ def score_runs(
     run_configs = [read_config(folder) for folder in folders]
     file = _prompt_file(config, outside) if outside else None
     if file:
-        captions = len(file.of_kind("caption"))
+        count = len(file.of_kind("caption"))
         scenes = config.prompts if file.of_kind("prompt") else None
-        config = replace(config, prompts=scenes, pictures=captions or config.pictures)
+        config = replace(config, prompts=scenes, pictures=count or config.pictures)
     spec, size, data_seed = _common_data(folders, run_configs, config.data, file)
     unseen = unseen_split(spec, size, data_seed)
     prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
     outsiders = _outsiders(outside, file, unseen, prompts, config) if file else []
-    pictures = None
+    real: RealPictures | None = None
+    scored: list[ScoredRun] = []
     if file is None or folders or file.of_kind("caption") or file.of_kind("sample"):
         train = load_dataset(spec, "train", size, data_seed)
-        pictures = _real_pictures(spec, unseen, train, prompts is not None, config)
-    scored = [
-        _score(folder, run_config, pictures, prompts, config)
-        for folder, run_config in zip(folders, run_configs, strict=True)
-        if pictures  # always, beside a run
-    ]
+        real = _real_pictures(spec, unseen, train, prompts is not None, config)
+        scored = [
+            _score(folder, run_config, real, prompts, config)
+            for folder, run_config in zip(folders, run_configs, strict=True)
+        ]
     scored += [
-        score_pictures(str(one.folder), one.name, one.pictures, pictures, prompts)
-        for one in outsiders
+        score_pictures(str(one.folder), one.name, one.pictures, real, prompts) for one in outsiders
     ]
     runs = [one.scores for one in scored]
-    real, shuffled = pictures.rows() if pictures else ({}, {})
+    ceiling, floor = real.rows() if real else ({}, {})
     document: dict[str, Any] = {
         "data": unseen.name,
         "size": size,
         "seed": config.seed,
         "runs": runs,
-        "real": real,
-        "shuffled": shuffled,
+        "real": ceiling,
+        "shuffled": floor,
         "protocol": protocol_of(
-            pictures,
+            real,
             config.seed,
             (kind_seed(config.seed, "caption"), kind_seed(config.seed, "sample")),
         ),
@@ -254,14 +253,14 @@ def score_runs(
     if not any("stages" in run for run in runs):
         document["protocol"].pop("stages", None)
     if prompts:
-        real["composition"], shuffled["composition"] = prompts.rows()
+        ceiling["composition"], floor["composition"] = prompts.rows()
         document["judge"] = prompts.judge_exam()
         document["protocol"]["composition"] = {"seed": config.seed, **prompts.protocol()}
     if outsiders:
         read = {str(one.folder): one.protocol for one in outsiders}
         document["protocol"]["pictures"] = read
-    if pictures:
-        document["warnings"] = warnings_of(pictures, document)
+    if real:
+        document["warnings"] = warnings_of(real, document)
     for folder, run_config in zip(folders, run_configs, strict=True):
         document["warnings"] += budget_warnings(folder, run_config.train)
     for one in outsiders:
