@@ -5,6 +5,7 @@
     lineage.training_steps(key, ...)                     the same in memory, one step at a time
     lineage.load(run)                                    a trained system, which can `generate`
     lineage.evaluate(run)                                its scores, each with its protocol
+    lineage.evaluate(pictures=FOLDER, prompts=FILE)      those of pictures of another program
     lineage.compare(keys, data=..., minutes=..., out=...)  train several on one budget, and a report
 
 Nothing heavy is imported until one of these is used.

@@ -21,6 +21,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def is_number(text: str) -> bool:
+    """Whether text is written as a number, such as 64, -1, 2.5 or 1e3, and not as a name."""
+    return re.fullmatch(r"\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*", text) is not None
+
+
 def _listed(value: Any) -> Any:
     """`1,2,3`, `(1, 2, 3)` or `["a", "b"]` on the command line."""
     if isinstance(value, str):

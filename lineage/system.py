@@ -145,6 +145,7 @@ class System(Trainable):
         captions: str | Sequence[str],
         *,
         seed: int = 0,
+        first: int = 0,
         progress: Callable[[int], object] | None = None,
         **options: Any,
     ) -> Tensor:
@@ -155,6 +156,7 @@ class System(Trainable):
         Args:
             captions: B captions; one string is one caption.
             seed: Seed of the noise.
+            first: Number i of the first picture, for some of the pictures of a longer list.
             progress: Function that is called with the number of pictures of each finished batch.
             **options: Keywords of the system's `sample`, such as `guidance`; see `options()`. A
                 picture option holds B pictures, or one that serves all captions.
@@ -167,7 +169,7 @@ class System(Trainable):
         """
         pictures = []
         captions = caption_list(captions)
-        for part, streams, own in self.sample_batches(captions, seed, options):
+        for part, streams, own in self.sample_batches(captions, seed, options, first):
             several = len(captions) > self.sample_batch_size
             with self.inference(), self._threads(len(part), several):
                 images = self.sample(part, streams, **own).float()
@@ -182,18 +184,20 @@ class System(Trainable):
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
     def sample_batches(
-        self, captions: str | Sequence[str], seed: int, options: Mapping[str, Any]
+        self, captions: str | Sequence[str], seed: int, options: Mapping[str, Any], first: int = 0
     ) -> Iterator[tuple[list[str], NoiseStreams, dict[str, Any]]]:
         """Captions, noise streams and options of each batch that `generate` draws."""
-        captions, seed = caption_list(captions), typed(Seed, seed, "seed")
+        captions = caption_list(captions)
+        seed, first = typed(Seed, seed, "seed"), typed(Seed, first, "first")
         if not captions:
             raise UserError("There is nothing to draw: give at least one caption.")
         options = self.typed_options(options, len(captions))
-        for first in range(0, len(captions), self.sample_batch_size):
-            part = captions[first : first + self.sample_batch_size]
-            rows = slice(first, first + len(part))
+        for start in range(0, len(captions), self.sample_batch_size):
+            part = captions[start : start + self.sample_batch_size]
+            rows = slice(start, start + len(part))
             own = {n: v[rows] if n in PICTURE_OPTIONS else v for n, v in options.items()}
-            yield part, NoiseStreams.for_pictures(seed, len(part), self.device, first), own
+            streams = NoiseStreams.for_pictures(seed, len(part), self.device, first + start)
+            yield part, streams, own
 
     def _threads(self, count: int, several: bool) -> AbstractContextManager[None]:
         """The context, with its number of threads, in which `count` pictures are drawn.

@@ -4,9 +4,9 @@
     imports     import of PyTorch without the collector
     data        `lineage data show`, `check`, `export`
     train       `lineage train`
-    sample      `lineage sample`; drawing: its part that needs PyTorch
+    sample      `lineage sample`; drawing, prompt_drawing: its parts that need PyTorch
     search      `lineage search`
-    score       `lineage evaluate`, `compare`
+    score       `lineage evaluate`, `prompts`, `compare`
     official    `lineage verify`, `import-weights`
     course      `lineage grade`, `course`
 
@@ -144,7 +144,8 @@ app.command(train.train, group=TRAIN, sort_key=0)
 app.command(sample.sample, group=TRAIN, sort_key=1)
 app.command(search.search, group=TRAIN, sort_key=2)
 app.command(score.evaluate, group=SCORE, sort_key=0)
-app.command(score.compare, group=SCORE, sort_key=1)
+app.command(score.prompts, group=SCORE, sort_key=1)
+app.command(score.compare, group=SCORE, sort_key=2)
 app.command(official.verify, group=OFFICIAL, sort_key=0)
 app.command(official.import_weights, group=OFFICIAL, sort_key=1)
 app.command(course.grade, group=TEACH, sort_key=0)

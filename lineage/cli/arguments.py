@@ -46,6 +46,18 @@ def _path(_: Any, tokens: Sequence[Token]) -> Path:
     return expanded(tokens[0].value, tokens[0].keyword or "The path")
 
 
+def _counts_and_folders(_: Any, tokens: Sequence[Token]) -> tuple[int | Path, ...]:
+    """Whole numbers, and folders whose names are not written as numbers."""
+    from lineage import bounds, config
+
+    def one(text: str, name: str) -> int | Path:
+        if bounds.is_number(text):
+            return int(config.typed(bounds.PositiveInt, text, name))
+        return expanded(text, name)
+
+    return tuple(one(token.value, token.keyword or "") for token in tokens)
+
+
 def _run(_: Any, tokens: Sequence[Token]) -> Path:
     """The folder of a run."""
     return run_folder(tokens[0].value, tokens[0].keyword or "The run")
@@ -60,6 +72,11 @@ Minutes = Annotated[float, _typed("Minutes")]
 Seconds = Annotated[float, _typed("PositiveFloat")]
 PathName = Annotated[Path, Parameter(converter=_path)]
 """A file or folder."""
+Pictures = Annotated[
+    tuple[int | Path, ...], Parameter(converter=_counts_and_folders, show_default=False)
+]
+"""Numbers of pictures, and folders of them. The converter is that of the whole tuple, because
+cyclopts replaces the sentences of one for elements of several types."""
 RunName = Annotated[Path, Parameter(converter=_run)]
 """A run folder, or `pretrained:KEY`."""
 Flag = Annotated[bool, Parameter(show_default=False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lineage.characters import plain
 from lineage.cli.arguments import (
@@ -18,13 +19,16 @@ from lineage.cli.arguments import (
 from lineage.cli.imports import large_imports
 from lineage.errors import UserError, say
 
+SHEET = Path("sample.png")
+
 
 def sample(
     run: RunName,
-    captions: list[str],
+    captions: list[str] | None = None,
     /,
     *,
-    out: PathName = Path("sample.png"),
+    prompts: PathName | None = None,
+    out: PathName = SHEET,
     count: SheetCount = 1,
     single: Flag = False,
     image: PathName | None = None,
@@ -43,6 +47,7 @@ def sample(
     Args:
         run: Run folder, or pretrained:KEY.
         captions: Captions to draw.
+        prompts: File of `lineage prompts`; a picture of each line is drawn into the folder --out.
         out: Sheet to write, or an SVG file, for a system that draws strokes.
         count: Number of pictures of each caption.
         single: If true, write one file for each picture, without caption.
@@ -65,6 +70,16 @@ def sample(
         from lineage.system import CAPTION_OPTIONS
         from lineage.threads import use_threads
 
+    if prompts is not None:
+        others: dict[str, Any] = {"CAPTIONS": captions, "--count": count > 1, "--single": single}
+        others |= {"--best-of": best_of, "--scorer": scorer, "--visualise": visualise}
+        for name in (name for name, value in others.items() if value):
+            raise UserError(f"--prompts draws one picture of each line: leave out {name}.")
+        files = {"image": image, "mask": mask, "control": control}
+        _sample_prompts(run, prompts, out, settings_of(options), files, seed, device, threads)
+        return
+    if not captions:
+        raise UserError("sample needs CAPTIONS, or --prompts FILE; see lineage sample --help.")
     ending = out.suffix or ".png"
     first = out.with_name(f"{out.stem}_000{ending}") if single and out.name else out
     vectors = ending.lower() == ".svg" and not visualise
@@ -117,3 +132,39 @@ def sample(
     else:
         save_picture(drawing.caption_sheet(images, captions, count), out)
         print(plain(out))
+
+
+def _sample_prompts(
+    run: Path,
+    prompts: Path,
+    out: Path,
+    settings: dict[str, str],
+    files: dict[str, Path | None],
+    seed: int,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Draw each line of a file of prompts into the folder `out`."""
+    with large_imports():
+        from lineage import runs
+        from lineage.cli.drawing import idle_options, options_of, unread_text
+        from lineage.cli.prompt_drawing import check_free, draw_prompts
+        from lineage.data.records import is_picture
+        from lineage.evaluation.prompt_files import read_prompt_file
+        from lineage.threads import use_threads
+
+    if is_picture(out.name):
+        raise UserError(f"--prompts fills a folder, not {out}: add --out FOLDER.")
+    file = read_prompt_file(prompts)
+    if seed and any(line.seed is not None for line in file.lines):
+        raise UserError(f"The lines of {prompts} have seeds of their own: leave out --seed.")
+    check_free(file, out)
+    with use_threads(threads):
+        system = runs.load_system(run, device)
+        values, texts = options_of(system, settings, files), [line.prompt for line in file.lines]
+        for sentence in unread_text(system.text, system.texts(texts), system.text_len):
+            say(sentence)
+        for sentence in idle_options(system, texts, values):
+            say(sentence)
+        draw_prompts(system, file, values, seed=seed, out=out)
+    print(plain(f"{out}: {len(file.lines):,} pictures"))

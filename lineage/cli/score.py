@@ -1,7 +1,8 @@
-"""`lineage evaluate` and `lineage compare`."""
+"""`lineage evaluate`, `lineage prompts` and `lineage compare`."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from lineage.cli.arguments import (
     Keys,
     Minutes,
     PathName,
+    Pictures,
     Preset,
     RunName,
     Seed,
@@ -28,12 +30,12 @@ from lineage.errors import UserError
 
 
 def evaluate(
-    folders: Annotated[list[RunName], Parameter(name="RUN")],
+    folders: Annotated[tuple[RunName, ...], Parameter(name="RUN", show_default=False)] = (),
     /,
     *,
     json: Flag = False,
     out: PathName | None = None,
-    pictures: Count = 1000,
+    pictures: Pictures = (),
     data: str | None = None,
     prompts: PathName | None = None,
     features: str = "auto",
@@ -43,15 +45,16 @@ def evaluate(
     device: str = "auto",
     threads: Threads | None = None,
 ) -> None:
-    """Score runs: composition, quality, text fit and cost.
+    """Score runs, or pictures of another program: composition, quality, text fit and cost.
 
     Args:
         folders: Run folders of the same data, or pretrained:KEY.
         json: If true, print one JSON document.
         out: Folder for scores.json and sheets of failed pictures.
-        pictures: Largest number of pictures to draw.
+        pictures: Largest number of pictures to draw, 1000 if left out; or a folder of pictures of
+            another program (./100 for a folder named 100), drawn from --prompts. May be repeated.
         data: Another data set than the runs' own.
-        prompts: File of prompts in GenEval's line schema.
+        prompts: File of `lineage prompts`, or of prompts in GenEval's line schema.
         features: judge, scorer, inception:FILE or auto.
         scorer: hub:MODEL (a path or an id), damsm:RUN, none or auto.
         batch: Number of pictures drawn at once; changes no score.
@@ -80,6 +83,38 @@ def evaluate(
         print_json(document)
     else:
         print(tables(document))
+
+
+def prompts(
+    *,
+    out: PathName,
+    data: str | None = None,
+    run: RunName | None = None,
+    count: Count = 1000,
+    size: Count | None = None,
+    seed: Seed = 0,
+) -> None:
+    """Write the prompts that `evaluate` draws, for another program to draw.
+
+    Args:
+        out: File of JSON lines to write.
+        data: Data set of the real pictures; that of --run if left out, or shapes.
+        run: Run whose data, size and seed the prompts are for: a folder, or pretrained:KEY.
+        count: Largest number of captions of real pictures, as in `evaluate --pictures`.
+        size: Side of the pictures in pixels, 32 if left out. Not with --run.
+        seed: Seed of the noise, as in `evaluate --seed`.
+    """
+    with large_imports():
+        from lineage.evaluation.prompt_files import write_prompts
+
+    counts = write_prompts(out, data=data, run=run, count=count, size=size, seed=seed)
+    listed = ", ".join(f"{number:,} {kind}s" for kind, number in counts.items() if number)
+    print(plain(f"{out}: {listed}"))
+    file = shlex.quote(str(out))
+    print(
+        "Draw the `prompt` of each line into a picture named `file_name` in a folder, then: "
+        + plain(f"lineage evaluate --pictures FOLDER --prompts {file}")
+    )
 
 
 def compare(

@@ -17,7 +17,8 @@ from lineage.evaluation import sections
 from lineage.evaluation.intervals import seeds_score
 from lineage.evaluation.real import PromptSet, RealPictures
 from lineage.evaluation.run import EvalConfig
-from lineage.evaluation.scored import ScoredRun, scored_once
+from lineage.evaluation.scored import scored_once
+from lineage.evaluation.scoring import ScoredRun
 from lineage.evaluation.seeds import runs_score, tasks_of
 from lineage.plan import read_config
 from lineage.runs import load_system

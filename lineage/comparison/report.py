@@ -22,7 +22,7 @@ from lineage.comparison.figures import as_svg, loss_figure, score_over_sampling,
 from lineage.comparison.glance import difference_table
 from lineage.comparison.parts import write_parts
 from lineage.evaluation.prompts import SPLITS
-from lineage.evaluation.scored import Failure
+from lineage.evaluation.scoring import Failure
 from lineage.evaluation.table import ScoreTable, score_tables
 from lineage.files import write_bytes
 from lineage.sheets import data_url, picture

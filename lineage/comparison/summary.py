@@ -15,11 +15,13 @@ from lineage.comparison.glance import answers
 from lineage.comparison.members import Member, by_system
 from lineage.comparison.report import SystemPage, write_report
 from lineage.config import RunConfig, to_dict
+from lineage.data import load_dataset
 from lineage.data.contract import Example, to_bytes
 from lineage.evaluation.cost import machine
-from lineage.evaluation.real import unseen_split
-from lineage.evaluation.run import EvalConfig, real_pictures, score_runs, write_sheets
-from lineage.evaluation.scored import ScoredRun
+from lineage.evaluation.judge import Judge
+from lineage.evaluation.real import prompt_set, unseen_split
+from lineage.evaluation.run import EvalConfig, real_pictures, score_runs
+from lineage.evaluation.scoring import ScoredRun, write_sheets
 from lineage.evaluation.seeds import over_seeds
 from lineage.plan import build, plan, read_config, read_saved, read_tokenizer
 from lineage.runs import load_system
@@ -55,7 +57,13 @@ def write_all(
     runs = {name: [of_member[one].scores for one in own] for name, own in systems.items()}
     merged = {name: {**over_seeds(own), "system": name} for name, own in runs.items()}
     scores["runs"] = list(merged.values())
-    real, prompts = real_pictures(config.data, config.size, scores["seed_of_data"], scoring)
+    spec, size, data_seed = config.data, config.size, scores["seed_of_data"]
+    unseen, train = (
+        unseen_split(spec, size, data_seed),
+        load_dataset(spec, "train", size, data_seed),
+    )
+    prompts = prompt_set(unseen, None, Judge.load(), scoring.seed)
+    real = real_pictures(spec, unseen, train, prompts is not None, scoring)
     folders = {name: [member.folder for member in own] for name, own in systems.items()}
     points = curves(folders, runs, real, prompts, scoring)
     examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)

@@ -28,12 +28,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -45,8 +45,12 @@ from lineage.data.shapes_languages import ENGLISH, GRAMMARS, languages_of
 from lineage.errors import UserError, nearest
 from lineage.files import read_regular
 
+T = TypeVar("T")
+
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("test", "heldout")
+KINDS = ("prompt", "caption", "sample")
+"""Kinds of lines in a file of `lineage prompts` (see `prompt_files`); GenEval's are all prompts."""
 MAX_BYTES = 100_000_000  # of a file of prompts
 MAX_PROMPTS = {"test": 60, "heldout": 30}  # of a task
 
@@ -273,24 +277,42 @@ def to_lines(prompts: Iterable[Prompt], ensure_ascii: bool = True) -> str:
 
 
 def read_prompts(path: Path, level: str = "hard") -> list[Prompt]:
-    """Prompts from a file of such lines; a line without a level is of `level`.
+    """Prompts from a file of such lines; a line without a level is of `level`. In a file of
+    `lineage prompts`, captions and samples are left out.
 
     Raises:
         UserError: the file is missing, or a line describes what its level does not have; the
             sentence names the line.
     """
-    prompts = []
+    prompts = [one for one in read_lines(path, lambda line: _prompt(line, level)) if one]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts.")
+    return prompts
+
+
+def _prompt(line: Any, level: str) -> Prompt | None:
+    """The prompt of one line; None for a line of another kind."""
+    if isinstance(line, dict) and _one_of(line.get("kind", KINDS[0]), KINDS) != KINDS[0]:
+        return None
+    return _prompt_from_json(line, level)
+
+
+def read_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
+    """Result of `parse` for each line of a file of JSON lines; empty lines are left out.
+
+    Raises:
+        UserError: the file is missing, or `parse` raises an error; the sentence names the line.
+    """
+    parsed = []
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             try:
-                prompts.append(_prompt_from_json(json.loads(line), level))
+                parsed.append(parse(json.loads(line)))
             except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
                 reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{error}"
                 reason = reason.rstrip(".") or type(error).__name__
                 raise UserError(f"{path}, line {number}, is not a prompt: {reason}.") from error
-    if not prompts:
-        raise UserError(f"{path} holds no prompts.")
-    return prompts
+    return parsed
 
 
 def _lines(path: Path) -> list[str]:
@@ -307,7 +329,9 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read as a file of prompts: {reason}.") from error
 
 
-_LINE_KEYS = ("tag", "include", "exclude", "prompt", "level", "split", "background")
+_DRAWING_KEYS = ("file_name", "kind", "seed", "index", "data", "data_seed", "size")
+"""What `lineage prompts` adds to a line; see `prompt_files`."""
+_LINE_KEYS = ("tag", "include", "exclude", "prompt", "level", "split", "background", *_DRAWING_KEYS)
 _ENTRY_KEYS = ("class", "count", "color", "position", "size", "place")
 
 

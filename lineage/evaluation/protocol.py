@@ -9,13 +9,20 @@ from lineage.evaluation.cost import machine
 from lineage.evaluation.real import SPREAD_SAMPLES, RealPictures
 
 
-def protocol_of(real: RealPictures, seed: int, seeds: tuple[int, int]) -> dict[str, Any]:
+def protocol_of(real: RealPictures | None, seed: int, seeds: tuple[int, int]) -> dict[str, Any]:
     """How the scores of each section were made.
 
     Args:
+        real: Real pictures; None if there are only scores of prompts.
         seed: Seed of the evaluation.
         seeds: Seeds of the pictures of real captions, and of several samples of one caption.
     """
+    protocol: dict[str, Any] = {
+        "intervals": "95 %, bootstrap over pictures; Wilson's if all have one verdict",
+        "cost": {"machine": machine(), "captions": "of real pictures"},
+    }
+    if real is None:
+        return protocol
     features = {"features": real.network.name, "width": real.network.width}
     sample = {
         **features,
@@ -26,8 +33,7 @@ def protocol_of(real: RealPictures, seed: int, seeds: tuple[int, int]) -> dict[s
         "size": real.data.size,
         "seed": seeds[0],
     }
-    protocol: dict[str, Any] = {
-        "intervals": "95 %, bootstrap over pictures; Wilson's if all have one verdict",
+    protocol |= {
         "quality": {
             **sample,
             "neighbours_of_precision_and_recall": sections.PRECISION_NEIGHBOURS,
@@ -50,7 +56,6 @@ def protocol_of(real: RealPictures, seed: int, seeds: tuple[int, int]) -> dict[s
             "bits_per_dim": "of bytes: the prior's, and the decoder's density given the codes",
             "reconstruction": "real pictures of the prompts, encoded, decoded and judged",
         },
-        "cost": {"machine": machine(), "captions": "of real pictures"},
     }
     if real.scorer:
         protocol["text_fit"] = {
@@ -75,7 +80,8 @@ def warnings_of(real: RealPictures, document: dict[str, Any]) -> list[str]:
             "pictures, so memorisation says nothing."
         )
     for row in (document["real"], *document["runs"]):
-        warnings += [row["quality"][key] for key in ("warning", "reason") if key in row["quality"]]
+        quality = row.get("quality", {})
+        warnings += [quality[key] for key in ("warning", "reason") if key in quality]
     ceiling = document["real"].get("text_fit", {}).get("r_precision", {}).get("value", 1.0)
     if ceiling < 0.5:
         warnings.append(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lineage.data import load_dataset
-from lineage.data.contract import CaptionedDataset, fingerprint_of, to_bytes
+from lineage.data.contract import CaptionedDataset, Example, fingerprint_of, to_bytes
 from lineage.data.shapes import LEVELS, Shapes
 from lineage.data.shapes_languages import ENGLISH
 from lineage.errors import UserError
@@ -167,7 +167,7 @@ class RealPictures:
     ) -> None:
         self.data, self.train = data, train
         self.network, self.scorer, self.seed = network, scorer, seed
-        examples = [data[i] for i in evenly_spaced(len(data), max_pictures)]
+        examples = unseen_examples(data, max_pictures)
         self.images = torch.stack([example.image for example in examples])
         self.captions = [example.captions[0] for example in examples]
         self.train_indices = evenly_spaced(len(train), TRAINING_PICTURES)
@@ -213,16 +213,10 @@ class RealPictures:
     def shared_captions(self) -> tuple[list[str], Tensor | None]:
         """Captions for the spread among samples, and features (G, K, D) of real pictures of each.
 
-        These are captions that K real pictures share; if the data has fewer than two of them, any
-        captions, and None.
+        These are the captions of `spread_captions`.
         """
-        rows: dict[str, list[int]] = {}
-        for row, caption in enumerate(self.captions):
-            rows.setdefault(caption, []).append(row)
-        shared = [c for c in rows if len(rows[c]) >= SPREAD_SAMPLES][:SPREAD_CAPTIONS]
-        if len(shared) < 2:
-            return list(rows)[:SPREAD_CAPTIONS], None
-        return shared, self.features[torch.tensor([rows[c][:SPREAD_SAMPLES] for c in shared])]
+        captions, rows = spread_captions(self.captions)
+        return captions, None if rows is None else self.features[torch.tensor(rows)]
 
     def rows(self) -> Rows:
         """The sections `quality` (of training pictures) and `text_fit`."""
@@ -242,6 +236,24 @@ class RealPictures:
         return sections.text_fit(image, text, captions, self.scorer.kind, self.seed)
 
 
+def spread_captions(captions: Sequence[str]) -> tuple[list[str], list[list[int]] | None]:
+    """Captions for the spread among samples, and the rows (G, K) of real pictures of each.
+
+    These are captions that K real pictures share; if there are fewer than two of them, any
+    captions, and None.
+
+    Args:
+        captions: N captions of real pictures.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, caption in enumerate(captions):
+        rows.setdefault(caption, []).append(row)
+    shared = [c for c in rows if len(rows[c]) >= SPREAD_SAMPLES][:SPREAD_CAPTIONS]
+    if len(shared) < 2:
+        return list(rows)[:SPREAD_CAPTIONS], None
+    return shared, [rows[caption][:SPREAD_SAMPLES] for caption in shared]
+
+
 def unseen_split(spec: str, size: int, seed: int) -> CaptionedDataset:
     """The split to compare with: validation, else test, else train, as far as there is one."""
     for split in ("validation", "test"):
@@ -250,6 +262,11 @@ def unseen_split(spec: str, size: int, seed: int) -> CaptionedDataset:
         except UserError:
             continue
     return load_dataset(spec, "train", size, seed)
+
+
+def unseen_examples(data: CaptionedDataset, at_most: int) -> list[Example]:
+    """The real pictures of an evaluation, in their order."""
+    return [data[i] for i in evenly_spaced(len(data), at_most)]
 
 
 def evenly_spaced(count: int, at_most: int) -> list[int]:

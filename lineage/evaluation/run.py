@@ -1,4 +1,5 @@
-"""`lineage evaluate`: every score of a run, between those of real pictures and a floor.
+"""`lineage evaluate`: every score of a run, or of pictures that another program drew, between those
+of real pictures and a floor.
 
     {"runs": [{"run", "system", "composition", "quality", "diversity", "memorisation", "stages",
                "text_fit", "cost", "failed"}, ...],
@@ -10,14 +11,16 @@
 
 The real pictures come from a split that training does not use. As many pictures are generated, from
 the same captions. Results for real pictures are cached for each data set, size and network.
+Pictures of another program have no `cost` and no `stages`, and the other sections as far as their
+file of prompts goes (see `prompt_files`).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +28,50 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lineage.bounds import NUM_SEEDS, PositiveInt, Seed, Threads
+from lineage.bounds import PositiveInt, Seed, Threads
 from lineage.catalog import CATALOG
 from lineage.characters import plain
-from lineage.config import RunConfig, configuration, to_dict
+from lineage.config import RunConfig, configuration
 from lineage.data import load_dataset
-from lineage.data.contract import Batch, fingerprint_of, to_bytes, to_unit
+from lineage.data.contract import Batch, CaptionedDataset, to_bytes, to_unit
 from lineage.errors import UserError
 from lineage.evaluation import sections
 from lineage.evaluation.cost import cached_cost
 from lineage.evaluation.features import find_features, find_scorer
-from lineage.evaluation.judge import Detections, Judge
+from lineage.evaluation.judge import Judge
 from lineage.evaluation.matching import matching
+from lineage.evaluation.outsiders import OutsidePictures, read_folder, split_pictures
+from lineage.evaluation.prompt_files import (
+    SIZE,
+    PromptFile,
+    kind_seed,
+    read_prompt_file,
+    repeated_captions,
+)
 from lineage.evaluation.protocol import protocol_of, warnings_of
 from lineage.evaluation.real import (
-    SPREAD_SAMPLES,
     PromptSet,
     RealPictures,
     prompt_set,
+    unseen_examples,
     unseen_split,
 )
-from lineage.evaluation.scored import Failure, ScoredRun, scored_once
+from lineage.evaluation.scored import scored_once, scoring_inputs
 from lineage.evaluation.scorer import Scorer, check_captions, clip_scorer
+from lineage.evaluation.scoring import (
+    GeneratedPictures,
+    ScoredRun,
+    score_pictures,
+    write_sheets,
+)
 from lineage.files import check_output, expanded
 from lineage.pretrained import run_folder, run_name
 from lineage.runs import load_system, read_config
-from lineage.sheets import save_picture, sheet
 from lineage.system import Reconstructs, ScoresStages, System
 from lineage.threads import use_free_threads, use_threads
 from lineage.training.cost import budget_warnings, read_cost
 from lineage.training.machine import pick_device
 from lineage.training.store import write_json
-
-MAX_FAILURES = 24  # pictures on the sheet of failures
-MAX_NEAREST = 12  # pairs on the sheet of pictures nearest to training pictures
 
 
 @configuration
@@ -70,7 +83,7 @@ class EvalConfig:
         pictures: Largest number of pictures for quality and text fit; never more than there are
             real ones.
         seed: Seed of the pictures and of all chance in the scores.
-        prompts: File of prompts; None for the package's own.
+        prompts: File of prompts, GenEval's or of `lineage prompts`; None for the package's own.
         features: `judge`, `scorer`, `inception:FILE`, or `auto`: the judge for `shapes`, otherwise
             the scorer.
         scorer: `auto`, `none`, `hub:MODEL` (a CLIP of the Hugging Face hub or a local path), or
@@ -92,41 +105,49 @@ class EvalConfig:
 
 
 def evaluate(
-    runs: str | Path | Sequence[str | Path], *, out: str | Path | None = None, **settings: Any
+    runs: str | Path | Sequence[str | Path] = (),
+    *,
+    pictures: int | str | Path | Sequence[int | str | Path] | None = None,
+    out: str | Path | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Score one run or several on the same data.
+    """Score runs, and pictures that another program drew, on the same data.
 
     Args:
         runs: Run folders.
+        pictures: Largest number of pictures, as in `EvalConfig`; or folders of pictures, drawn from
+            the file `prompts` (see `outsiders`).
         out: Folder for `scores.json` and, for each run, the sheets `<run>_failed.png` and
             `<run>_nearest.png` under the name of its folder, or more of its path where names are
             the same; nothing is written if None.
-        **settings: Fields of `EvalConfig`.
+        **settings: Further fields of `EvalConfig`.
 
     Returns:
         The document at the head of this module.
 
     Raises:
-        UserError: a folder is no run, a setting is wrong, or the runs differ in data or size.
+        UserError: a folder is no run, a setting is wrong, the runs differ in data or size, or the
+            pictures do not fit the prompts.
     """
     folders = [run_folder(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
-    names = run_names(folders)
+    count, outside = split_pictures(pictures)
+    names = run_names([*folders, *outside])
     if out is not None:
         out = expanded(out, "out")
         sheets = [f"{name}_{kind}.png" for name in names for kind in ("failed", "nearest")]
         for name in ("scores.json", *sheets):
             check_output(out / name)
-    config = EvalConfig(**settings)
+    config = EvalConfig(**count, **settings)
     with use_threads(config.threads):
         draws = [CATALOG[read_config(folder).key].draws for folder in folders]
-        if any(draws) and not all(draws):
+        if (any(draws) or outside) and not all(draws):
             other = run_name(folders[draws.index(False)])
             raise UserError(f"{other} draws no pictures, as the other runs do: evaluate it apart.")
         if folders and not any(draws):
             scored: list[ScoredRun] = []
             document = score_matching(folders, config)
         else:
-            document, scored = score_runs(folders, config)
+            document, scored = score_runs(folders, config, outside)
     if out is not None:
         write_json(out / "scores.json", document)
         for name, one in zip(names, scored, strict=bool(scored)):
@@ -179,68 +200,116 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def score_runs(
-    folders: Sequence[Path], config: EvalConfig, cached: bool = False
+    folders: Sequence[Path],
+    config: EvalConfig,
+    outside: Sequence[Path] = (),
+    cached: bool = False,
 ) -> tuple[dict[str, Any], list[ScoredRun]]:
     """`evaluate`, with the pictures.
 
     Args:
+        folders: Runs that draw.
+        config: Settings.
+        outside: Folders of pictures, drawn from `config.prompts`.
         cached: If true, a run that was scored so before is not scored again.
     """
-    if not folders:
-        raise UserError("There is nothing to evaluate: name at least one run folder.")
+    if not folders and not outside:
+        raise UserError(
+            "There is nothing to evaluate: name at least one run folder (RUN), or a folder of "
+            "pictures with --pictures."
+        )
     run_configs = [read_config(folder) for folder in folders]
-    spec, size, data_seed = _common_data(folders, run_configs, config.data)
-    pictures, prompts = real_pictures(spec, size, data_seed, config)
-    protocol = protocol_of(pictures, config.seed, (_seed(config.seed, 1), _seed(config.seed, 2)))
-    if prompts:
-        protocol["composition"] = {"seed": config.seed, **prompts.protocol()}
-    depends_on = {
-        "protocol": {name: value for name, value in protocol.items() if name != "cost"},
-        "data": [fingerprint_of(split) for split in (pictures.data, pictures.train)],
-        "device": pick_device(config.device).type,
-    }
-    scored = []
-    for folder, run_config in zip(folders, run_configs, strict=True):
-        compute = partial(_score, folder, run_config, pictures, prompts, config)
-        if cached:
-            own = {n: value for n, value in to_dict(run_config).items() if n != "train"}
-            one = scored_once(folder, {"run": own, **depends_on}, compute)
-        else:
-            one = compute()
-        one.scores["run"] = run_name(folder)
-        one.scores["cost"] = {
-            "training": read_cost(folder),
-            "sampling": cached_cost(folder, pictures.captions[:16], config.device),
-        }
-        scored.append(one)
+    file = _prompt_file(config, outside) if outside else None
+    if file:
+        count = len(file.of_kind("caption"))
+        scenes = config.prompts if file.of_kind("prompt") else None
+        config = replace(config, prompts=scenes, pictures=count or config.pictures)
+    spec, size, data_seed = _common_data(folders, run_configs, config.data, file)
+    unseen = unseen_split(spec, size, data_seed)
+    prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
+    outsiders = _outsiders(outside, file, unseen, prompts, config) if file else []
+    real: RealPictures | None = None
+    scored: list[ScoredRun] = []
+    if file is None or folders or file.of_kind("caption") or file.of_kind("sample"):
+        train = load_dataset(spec, "train", size, data_seed)
+        real = real_pictures(spec, unseen, train, prompts is not None, config)
+        scored = [
+            _scored(folder, run_config, real, prompts, config, cached)
+            for folder, run_config in zip(folders, run_configs, strict=True)
+        ]
+    scored += [
+        score_pictures(str(one.folder), one.name, one.pictures, real, prompts) for one in outsiders
+    ]
     runs = [one.scores for one in scored]
-    real, shuffled = pictures.rows()
+    ceiling, floor = real.rows() if real else ({}, {})
     document: dict[str, Any] = {
-        "data": pictures.data.name,
+        "data": unseen.name,
         "size": size,
         "seed": config.seed,
         "seed_of_data": data_seed,
         "runs": runs,
-        "real": real,
-        "shuffled": shuffled,
-        "protocol": protocol,
+        "real": ceiling,
+        "shuffled": floor,
+        "protocol": protocol_of(
+            real,
+            config.seed,
+            (kind_seed(config.seed, "caption"), kind_seed(config.seed, "sample")),
+        ),
         "warnings": [],
     }
     if not any("stages" in run for run in runs):
-        del document["protocol"]["stages"]
+        document["protocol"].pop("stages", None)
     if prompts:
-        real["composition"], shuffled["composition"] = prompts.rows()
+        ceiling["composition"], floor["composition"] = prompts.rows()
         document["judge"] = prompts.judge_exam()
-    document["warnings"] = warnings_of(pictures, document)
+        document["protocol"]["composition"] = {"seed": config.seed, **prompts.protocol()}
+    if outsiders:
+        read = {str(one.folder): one.protocol for one in outsiders}
+        document["protocol"]["pictures"] = read
+    if real:
+        document["warnings"] = warnings_of(real, document)
     for folder, run_config in zip(folders, run_configs, strict=True):
         document["warnings"] += budget_warnings(folder, run_config.train)
+    for one in outsiders:
+        document["warnings"] += one.warnings
     return document, scored
 
 
+def _prompt_file(config: EvalConfig, outside: Sequence[Path]) -> PromptFile:
+    """The file of prompts of some folders of pictures. Raises `UserError` if none is named."""
+    if config.prompts is None:
+        raise UserError(
+            f"The pictures of {outside[0]} need the file of their prompts: add --prompts FILE, "
+            "which `lineage prompts --out FILE` writes."
+        )
+    return read_prompt_file(Path(config.prompts))
+
+
+def _outsiders(
+    folders: Sequence[Path],
+    file: PromptFile,
+    unseen: CaptionedDataset,
+    prompts: PromptSet | None,
+    config: EvalConfig,
+) -> list[OutsidePictures]:
+    """The pictures of other programs. A fault is found before anything is computed or drawn."""
+    captions: list[str] = []
+    if file.of_kind("caption") or file.of_kind("sample"):
+        captions = [one.captions[0] for one in unseen_examples(unseen, config.pictures)]
+    file.check_fits(unseen, captions, config.seed)
+    level = prompts.prompts[0].level if prompts else None
+    return [read_folder(folder, file, level, unseen.size) for folder in folders]
+
+
 def _common_data(
-    folders: Sequence[Path], configs: Sequence[RunConfig], data: str | None
+    folders: Sequence[Path],
+    configs: Sequence[RunConfig],
+    data: str | None,
+    file: PromptFile | None = None,
 ) -> tuple[str, int, int]:
-    """(data, size, seed of the data) of all runs."""
+    """(data, size, seed of the data) of all runs; without runs, of a file of prompts."""
+    if file and not configs:
+        return data or file.spec(), file.size or SIZE, file.data_seed or 0
     specs = [config.data if data is None else data for config in configs]
     sources = {(spec, config.size) for spec, config in zip(specs, configs, strict=True)}
     if len(sources) > 1:
@@ -280,19 +349,44 @@ def _features_name(config: EvalConfig, judged: bool, scorer: Scorer | None) -> s
 
 
 def real_pictures(
-    spec: str, size: int, data_seed: int, config: EvalConfig
-) -> tuple[RealPictures, PromptSet | None]:
-    """The real pictures, and the prompts if the judge can read the data."""
+    spec: str,
+    unseen: CaptionedDataset,
+    train: CaptionedDataset,
+    judged: bool,
+    config: EvalConfig,
+) -> RealPictures:
+    """The real pictures of two splits of `spec`; `judged` says whether the judge can read them."""
     device = pick_device(config.device)
-    unseen = unseen_split(spec, size, data_seed)
-    prompts = prompt_set(unseen, config.prompts, Judge.load(), config.seed)
-    train = load_dataset(spec, "train", size, data_seed)
     scorer = find_scorer(config.scorer, spec, train, device)
-    network = find_features(_features_name(config, prompts is not None, scorer), scorer, device)
-    return RealPictures(unseen, train, config.pictures, network, scorer, config.seed), prompts
+    network = find_features(_features_name(config, judged, scorer), scorer, device)
+    return RealPictures(unseen, train, config.pictures, network, scorer, config.seed)
 
 
 # --- one run ----------------------------------------------------------------------------------
+
+
+def _scored(
+    folder: Path,
+    run_config: RunConfig,
+    real: RealPictures,
+    prompts: PromptSet | None,
+    config: EvalConfig,
+    cached: bool,
+) -> ScoredRun:
+    """All sections of one run, from the cache if `cached` and it was scored so before."""
+    compute = partial(_score, folder, run_config, real, prompts, config)
+    if cached:
+        device = pick_device(config.device).type
+        settings = scoring_inputs(run_config, real, prompts, config.seed, device)
+        scored = scored_once(folder, settings, compute)
+    else:
+        scored = compute()
+    scored.scores["run"] = run_name(folder)
+    scored.scores["cost"] = {
+        "training": read_cost(folder),
+        "sampling": cached_cost(folder, real.captions[:16], config.device),
+    }
+    return scored
 
 
 def _score(
@@ -302,12 +396,11 @@ def _score(
     prompts: PromptSet | None,
     config: EvalConfig,
 ) -> ScoredRun:
-    """All sections of one run."""
+    """All sections of one run but its cost."""
     system = load_system(folder, config.device)
     system.sample_batch_size = config.batch_size or system.sample_batch_size
-    shared, real_groups = real.shared_captions()
     prompt_captions = [prompt.prompt for prompt in prompts.prompts] if prompts else []
-    groups = [caption for caption in shared for _ in range(SPREAD_SAMPLES)]
+    groups = repeated_captions(real.captions)
     total = len(prompt_captions) + len(real.captions) + len(groups)
     with tqdm(
         total=total,
@@ -320,37 +413,15 @@ def _score(
         def draw(captions: list[str], seed: int) -> Tensor:
             return to_bytes(system.generate(captions, seed=seed, progress=bar.update)).cpu()
 
-        of_prompts = draw(prompt_captions, config.seed) if prompts else torch.empty(0)
-        pictures, samples = (
-            draw(real.captions, _seed(config.seed, 1)),
-            draw(groups, _seed(config.seed, 2)),
+        pictures = GeneratedPictures(
+            prompts=draw(prompt_captions, config.seed) if prompts else None,
+            captions=draw(real.captions, kind_seed(config.seed, "caption")),
+            samples=draw(groups, kind_seed(config.seed, "sample")),
         )
-    features = real.network.extract(pictures)
-    scores: dict[str, Any] = {"run": run_name(folder), "system": run_config.key}
-    failures: list[Failure] = []
-    if prompts:
-        detections = prompts.judge.detect(of_prompts)
-        verdicts = prompts.verdicts(detections)
-        scores["composition"] = sections.composition(prompts.prompts, verdicts)
-        failures = _failures(prompts, detections, verdicts, of_prompts)
-        scores["failed"] = [
-            {"tag": f.tag, "prompt": f.prompt, "detected": f.detected} for f in failures
-        ]
-    scores["quality"] = sections.quality(real.features, features)
-    spread = real.network.extract(samples).unflatten(0, (-1, SPREAD_SAMPLES))  # (G, K, D)
-    scores["diversity"] = sections.diversity(spread, real_groups)
-    scores["memorisation"] = sections.memorisation(real.train_features, real.features, features)
+    scored = score_pictures(run_name(folder), run_config.key, pictures, real, prompts)
     if stages := _stages(system, real, prompts):
-        scores["stages"] = stages
-    if real.scorer:
-        image, text = real.scorer.image(pictures), real.scorer.text(real.captions)
-        scores["text_fit"] = real.text_fit(image, text, real.captions)
-    return ScoredRun(scores, failures, _nearest(real, pictures, features))
-
-
-def _seed(seed: int, number: int) -> int:
-    """Seed of another set of pictures; the first one follows the last."""
-    return (seed + number) % NUM_SEEDS
+        scored.scores["stages"] = stages
+    return scored
 
 
 def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> dict[str, Any]:
@@ -369,39 +440,3 @@ def _stages(system: System, real: RealPictures, prompts: PromptSet | None) -> di
             verdicts = prompts.verdicts(prompts.judge.detect(decoded))
     values = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
     return sections.stages(values, prompts.prompts if prompts else [], verdicts)
-
-
-def _failures(
-    prompts: PromptSet,
-    detections: Sequence[Detections],
-    verdicts: Sequence[dict[str, bool]],
-    pictures: Tensor,
-) -> list[Failure]:
-    """Pictures that failed, from each task in turn."""
-    queues: dict[tuple[str, str], list[Failure]] = {}
-    for prompt, one, result, picture in zip(
-        prompts.prompts, detections, verdicts, pictures, strict=True
-    ):
-        if not result["strict"]:
-            failure = Failure(prompt.tag, prompt.prompt, str(one), picture)
-            queues.setdefault((prompt.split, prompt.tag), []).append(failure)
-    return [one for turn in zip_longest(*queues.values()) for one in turn if one is not None]
-
-
-def _nearest(real: RealPictures, pictures: Tensor, features: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The generated pictures nearest to training pictures, with these."""
-    distance, indices = real.nearest(features)
-    order = distance.argsort(stable=True)[:MAX_NEAREST].tolist()
-    return [(pictures[i], real.train[indices[i]].image) for i in order]
-
-
-def write_sheets(run: ScoredRun, folder: Path, name: str) -> None:
-    """Write the sheets of failed pictures and of those nearest to training pictures."""
-    if failures := run.failures[:MAX_FAILURES]:
-        labels = [f"{one.prompt}: {one.detected}" for one in failures]
-        save_picture(
-            sheet([one.picture for one in failures], labels), folder / f"{name}_failed.png"
-        )
-    pairs = [picture for pair in run.nearest for picture in pair]
-    labels = ["generated", "nearest in training"] * len(run.nearest)
-    save_picture(sheet(pairs, labels), folder / f"{name}_nearest.png")

@@ -1,4 +1,4 @@
-"""What an evaluation makes of one run, and its place in the cache.
+"""Scored runs in the cache.
 
 A cached result is found by all that it depends on: the weights, the settings of sampling, the real
 pictures, prompts and networks of the scores, and the source of this package, which a student may
@@ -13,40 +13,19 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lineage.config import RunConfig, to_dict
+from lineage.data.contract import fingerprint_of
 from lineage.evaluation.features import cached_tensors
+from lineage.evaluation.real import PromptSet, RealPictures
+from lineage.evaluation.scoring import Failure, ScoredRun
 
 PACKAGE = Path(__file__).parent.parent
-
-
-class Failure(NamedTuple):
-    """A picture (3, S, S) uint8 that does not show its prompt, and what the judge detects."""
-
-    tag: str
-    prompt: str
-    detected: str
-    picture: Tensor
-
-
-@dataclass
-class ScoredRun:
-    """One evaluated run.
-
-    Attributes:
-        scores: Its part of the JSON.
-        failures: Pictures that do not show their prompts.
-        nearest: (generated picture, nearest training picture), the nearest pair first.
-    """
-
-    scores: dict[str, Any]
-    failures: list[Failure]
-    nearest: list[tuple[Tensor, Tensor]]
 
 
 def scored_once(run: Path, settings: dict[str, Any], compute: Callable[[], ScoredRun]) -> ScoredRun:
@@ -64,6 +43,30 @@ def scored_once(run: Path, settings: dict[str, Any], compute: Callable[[], Score
         "torch": torch.__version__,
     }
     return from_tensors(cached_tensors(inputs, lambda: to_tensors(compute())))
+
+
+def scoring_inputs(
+    config: RunConfig, real: RealPictures, prompts: PromptSet | None, seed: int, device: str
+) -> dict[str, Any]:
+    """What the scores of a run depend on, beside its weights and this package.
+
+    Args:
+        config: Configuration of the run.
+        real: Real pictures, with the networks of the scores.
+        prompts: Prompts, if the judge reads the data.
+        seed: Seed of the evaluation.
+        device: Type of the device that draws.
+    """
+    return {
+        "run": {name: value for name, value in to_dict(config).items() if name != "train"},
+        "features": real.network.name,
+        "scorer": real.scorer and [real.scorer.name, real.scorer.protocol],
+        "captions": real.captions,
+        "prompts": prompts and prompts.protocol(),
+        "data": [fingerprint_of(split) for split in (real.data, real.train)],
+        "seed": seed,
+        "device": device,
+    }
 
 
 def to_tensors(scored: ScoredRun) -> dict[str, Tensor]:

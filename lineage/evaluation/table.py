@@ -12,7 +12,12 @@ from lineage.units import as_bytes, as_count, as_seconds
 
 Row = dict[str, Any]
 Path = tuple[str, ...]
+ROWS = ("real pictures", "shuffled captions")
 QUALITY = ("fid", "kid", "precision", "recall", "density", "coverage")
+COST = (
+    *("parameters", "FLOPs", "seconds", "CPU seconds", "steps", "trained/s", "alone", "of 16"),
+    *("training", "sampling", "file"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,21 @@ def tables(document: Row) -> str:
 
 
 def score_tables(document: Row) -> list[ScoreTable]:
-    """The tables of a document; those without any score are left out."""
-    systems = [run["system"] for run in document["runs"]]
+    """The tables of a document; those without any score of a run are left out."""
+    systems = [*ROWS, *(run["system"] for run in document["runs"])]
     runs = {
         plain(run["system"] if systems.count(run["system"]) == 1 else run["run"]): run
         for run in document["runs"]
     }
-    rows = {**runs, "real pictures": document["real"], "shuffled captions": document["shuffled"]}
+    rows = {**runs, **dict(zip(ROWS, (document["real"], document["shuffled"]), strict=True))}
     every = [
         *(table for split in ("test", "heldout") for table in _composition(document, rows, split)),
-        _quality(document, rows),
+        *([_quality(document, rows)] if "quality" in document["protocol"] else []),
         _stages(rows),
         _text_fit(document, rows),
         _cost(runs, document["protocol"]["cost"]["machine"]),
     ]
-    return [table for table in every if table.rows]
+    return [table for table in every if runs.keys() & table.rows.keys()]
 
 
 def _composition(document: Row, rows: Mapping[str, Row], split: str) -> list[ScoreTable]:
@@ -89,7 +94,8 @@ def _composition(document: Row, rows: Mapping[str, Row], split: str) -> list[Sco
 
 def _quality(document: Row, rows: Mapping[str, Row]) -> ScoreTable:
     protocol = document["protocol"]["quality"]
-    relative = all("spread_against_real" in run["diversity"] for run in document["runs"])
+    diversity = [run["diversity"] for run in document["runs"] if "diversity" in run]
+    relative = all("spread_against_real" in section for section in diversity)
     return _score_table(
         "Quality, diversity and memorisation",
         {
@@ -137,32 +143,37 @@ def _text_fit(document: Row, rows: Mapping[str, Row]) -> ScoreTable:
 
 
 def _cost(runs: Mapping[str, Row], machine: Row) -> ScoreTable:
-    rows = {}
-    for name, run in runs.items():
-        training, sampling = run["cost"]["training"].values(), run["cost"]["sampling"]
-        peak = max((stage["peak_memory_bytes"] for stage in training), default=0)
-        rows[name] = {
-            "parameters": as_count(sampling["parameters"]["all"]),
-            "FLOPs": as_count(sampling["flops_per_picture"]),
-            "seconds": f"{sum(stage['seconds'] for stage in training):.1f}",
-            "CPU seconds": f"{sum(stage['cpu_seconds'] for stage in training):.1f}",
-            "steps": str(sum(stage["steps"] for stage in training)),
-            "trained/s": " / ".join(f"{s['pictures_per_second']:.0f}" for s in training),
-            "alone": as_seconds(sampling["sampling_seconds_per_picture_at_1"]),
-            "of 16": as_seconds(sampling["sampling_seconds_per_picture_at_16"]),
-            "training": as_bytes(peak) if peak else "–",
-            "sampling": as_bytes(sampling["sampling_peak_memory_bytes"]),
-            "file": as_bytes(sampling["model_bytes"]),
-        }
     memory = "of the GPU's allocator" if machine["gpu"] else "of a process of its own, with PyTorch"
     return ScoreTable(
         "Cost",
-        list(next(iter(rows.values()))),
-        {name: list(cells.values()) for name, cells in rows.items()},
+        COST,
+        {
+            name: _cost_cells(run["cost"]) if "cost" in run else ["–"] * len(COST)
+            for name, run in runs.items()
+        },
         "FLOPs of matrix products, convolutions and attention for one picture; seconds, steps and "
         "pictures a second of training; seconds for one picture alone and among 16; peak memory "
         f"of training and of sampling, {memory}; model file",
     )
+
+
+def _cost_cells(cost: Row) -> list[str]:
+    """The cells of `COST`."""
+    training, sampling = cost["training"].values(), cost["sampling"]
+    peak = max((stage["peak_memory_bytes"] for stage in training), default=0)
+    return [
+        as_count(sampling["parameters"]["all"]),
+        as_count(sampling["flops_per_picture"]),
+        f"{sum(stage['seconds'] for stage in training):.1f}",
+        f"{sum(stage['cpu_seconds'] for stage in training):.1f}",
+        str(sum(stage["steps"] for stage in training)),
+        " / ".join(f"{s['pictures_per_second']:.0f}" for s in training),
+        as_seconds(sampling["sampling_seconds_per_picture_at_1"]),
+        as_seconds(sampling["sampling_seconds_per_picture_at_16"]),
+        as_bytes(peak) if peak else "–",
+        as_bytes(sampling["sampling_peak_memory_bytes"]),
+        as_bytes(sampling["model_bytes"]),
+    ]
 
 
 def value_at(row: Row, path: Path) -> Row | None:

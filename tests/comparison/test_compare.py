@@ -32,7 +32,7 @@ from lineage.comparison.report import (
 )
 from lineage.comparison.training import reason_of
 from lineage.errors import CheckFailed, Interrupted, UserError
-from lineage.evaluation.scored import ScoredRun
+from lineage.evaluation.scoring import ScoredRun
 from lineage.evaluation.table import score_tables
 from lineage.training.log import read_log
 from lineage.training.store import read_json, write_json

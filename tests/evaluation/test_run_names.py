@@ -10,7 +10,9 @@ import pytest
 import lineage
 from lineage.data import load_dataset
 from lineage.errors import UserError
-from lineage.evaluation.run import _seed, run_names
+from lineage.evaluation.prompt_files import kind_seed
+from lineage.evaluation.prompts import KINDS
+from lineage.evaluation.run import run_names
 
 
 @pytest.mark.parametrize(
@@ -78,5 +80,5 @@ def test_the_largest_seed_draws_data() -> None:
 
 
 def test_the_seeds_after_the_largest_are_seeds() -> None:
-    assert [_seed(2**63 - 1, number) for number in range(3)] == [2**63 - 1, 0, 1]
-    assert _seed(3, 2) == 5
+    assert [kind_seed(2**63 - 1, kind) for kind in KINDS] == [2**63 - 1, 0, 1]
+    assert kind_seed(3, "sample") == 5

@@ -10,7 +10,8 @@ import torch
 
 from lineage.evaluation import scored
 from lineage.evaluation.intervals import mean_score, seeds_score
-from lineage.evaluation.scored import Failure, ScoredRun, from_tensors, scored_once, to_tensors
+from lineage.evaluation.scored import from_tensors, scored_once, to_tensors
+from lineage.evaluation.scoring import Failure, ScoredRun
 from lineage.evaluation.seeds import difference, over_seeds, quantile, runs_score, tasks_of
 
 
