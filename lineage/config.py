@@ -248,9 +248,10 @@ class TrainConfig:
     to be spent ends the run.
 
     Attributes:
-        minutes, max_steps, max_pictures, cpu_minutes: The budget; None sets no limit. Minutes of
-            the clock give fewer steps beside other processes; those of the processor, with one
-            thread, hardly do.
+        minutes, max_steps, max_pictures, cpu_minutes, max_flops: The budget; None sets no limit.
+            Minutes of the clock give fewer steps beside other processes; those of the processor,
+            with one thread, hardly do. FLOPs are those of matrix products, convolutions and
+            attention.
         batch_size: Number of pictures of a step, in each process of a `torchrun`.
         checkpoint_every, sample_every, log_every: Number of steps between two checkpoints, sheets
             and lines of the log; 0 for never (a finished run is always saved). Metrics are
@@ -265,6 +266,8 @@ class TrainConfig:
         device: `cpu`, `cuda`, `mps`, or `auto`: the best there is.
         snapshots: Shares of the whole run's budget at which the averaged weights are saved, each in
             a run folder of its own in `snapshots/`, if the last stage is then being trained.
+        count_flops: If true, the FLOPs of a step are counted for `cost.json`; a budget of them
+            counts them anyway.
         text_cache: Folder that keeps the features of captions for other runs, in full precision, if
             the text encoder is frozen; empty for none.
     """
@@ -273,6 +276,7 @@ class TrainConfig:
     max_steps: Steps | None = None
     max_pictures: Steps | None = None
     cpu_minutes: Minutes | None = None
+    max_flops: PositiveFloat | None = None
     batch_size: PositiveInt = 32
     checkpoint_every: NonNegativeInt = 500
     sample_every: NonNegativeInt = 1000
@@ -283,6 +287,7 @@ class TrainConfig:
     prefetch: DepthFromZero | None = None
     device: str = "auto"
     snapshots: Floats = ()
+    count_flops: bool = False
     text_cache: str = ""
 
     def __post_init__(self) -> None:
@@ -297,18 +302,23 @@ class TrainConfig:
         """Whether the number of steps depends on the machine, so that no two runs are the same."""
         return self.minutes is not None or self.cpu_minutes is not None
 
-    def spent(self, *, step: int, pictures: int, seconds: float, cpu_seconds: float) -> float:
+    @property
+    def has_budget(self) -> bool:
+        """Whether the run ends."""
+        return self.is_timed or any((self.max_steps, self.max_pictures, self.max_flops))
+
+    def spent(
+        self, *, step: int, pictures: int, seconds: float, cpu_seconds: float, flops: float = 0.0
+    ) -> float:
         """Share of the budget that is spent: 1 or more when a run is done, 0 without a budget."""
-        shares = [0.0]
-        if self.minutes is not None:
-            shares.append(seconds / (60 * self.minutes))
-        if self.cpu_minutes is not None:
-            shares.append(cpu_seconds / (60 * self.cpu_minutes))
-        if self.max_steps is not None:
-            shares.append(step / self.max_steps)
-        if self.max_pictures is not None:
-            shares.append(pictures / self.max_pictures)
-        return max(shares)
+        budgets = (
+            (seconds, self.minutes and 60 * self.minutes),
+            (cpu_seconds, self.cpu_minutes and 60 * self.cpu_minutes),
+            (step, self.max_steps),
+            (pictures, self.max_pictures),
+            (flops, self.max_flops),
+        )
+        return max(0.0, 0.0, *(amount / budget for amount, budget in budgets if budget))
 
 
 @configuration

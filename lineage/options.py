@@ -29,13 +29,16 @@ class Options:
     """Arguments of `train` that stand for fields of the configuration.
 
     Attributes:
-        minutes, cpu_minutes, steps: The budget; those that are given replace the whole of another.
+        minutes, cpu_minutes, steps, max_pictures, max_flops: The budget; those that are given
+            replace the whole of another.
     """
 
     data: str | None = None
     minutes: float | None = None
     cpu_minutes: float | None = None
     steps: int | None = None
+    max_pictures: int | None = None
+    max_flops: float | None = None
     seed: int | None = None
     device: str | None = None
 
@@ -48,6 +51,8 @@ def changed_by(
         "train.minutes": options.minutes,
         "train.cpu_minutes": options.cpu_minutes,
         "train.max_steps": options.steps,
+        "train.max_pictures": options.max_pictures,
+        "train.max_flops": options.max_flops,
     }
     if any(value is not None for value in budget.values()):
         for name, value in budget.items():

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lineage.config import RunConfig, flat
-from lineage.errors import UserError
+from lineage.cores import usable_cpus
+from lineage.errors import UserError, say_once
+from lineage.threads import requested, worded
 from lineage.training.stage import NOT_IN_KEY, Stage, state_path
 from lineage.training.store import load_state
 
@@ -108,3 +110,22 @@ def recorded_changes(
     if threads is not None:
         pairs["threads"] = list(threads)
     return [*changes, {"stage": stage.name, "step": step, "fields": pairs}]
+
+
+def usable_threads(folder: Path, before: int | None) -> int | None:
+    """The number of threads that a resumed run goes on with; None to measure.
+
+    Args:
+        folder: Run folder.
+        before: Number that it used last; None if it has not measured.
+    """
+    demanded, usable = requested(), usable_cpus()
+    if before is None or (demanded in (None, before) and before <= usable):
+        return before
+    now = f"with {demanded}" if demanded else f"here it may use {usable}, so"
+    say_once(
+        f"The run in {folder} began with {worded(before)}; {now} its "
+        f"last bits may differ from those of an unstopped run. Add --threads {before}, or set "
+        f"OMP_NUM_THREADS={before}, to keep them."
+    )
+    return None

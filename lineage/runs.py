@@ -28,7 +28,6 @@ import lineage
 from lineage.bounds import Threads
 from lineage.cache import cache_folder
 from lineage.config import RunConfig, to_dict, typed
-from lineage.cores import usable_cpus
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, Example, fingerprint_of, to_bytes
 from lineage.errors import Interrupted, UserError, say_once
@@ -52,12 +51,18 @@ from lineage.plan import (
 from lineage.pretrained import PREFIX, run_folder, run_name
 from lineage.recipes import find_recipe
 from lineage.recipes import preset as recipe_preset
-from lineage.resume import check_changes, differences, last_threads, recorded_changes
+from lineage.resume import (
+    check_changes,
+    differences,
+    last_threads,
+    recorded_changes,
+    usable_threads,
+)
 from lineage.search import Comparer, matches_sheet
 from lineage.sheets import save_picture, sheet
 from lineage.system import System, Trainable
 from lineage.text.tokenizer import make_tokenizer
-from lineage.threads import requested, use_threads, worded
+from lineage.threads import requested, use_threads
 from lineage.training.machine import Distributed, keep_freed_memory, pick_device
 from lineage.training.memory import check_memory
 from lineage.training.run_stages import RunStages
@@ -76,6 +81,8 @@ def train(
     minutes: float | None = None,
     cpu_minutes: float | None = None,
     steps: int | None = None,
+    max_pictures: int | None = None,
+    max_flops: float | None = None,
     out: str | Path | None = None,
     seed: int | None = None,
     device: str | None = None,
@@ -93,9 +100,9 @@ def train(
         key: Key of the system, as in `lineage list`.
         data: Data set; the preset's default is `shapes`.
         preset: `smoke`, `tiny`, `small` or `paper`; `tiny` if None.
-        minutes, cpu_minutes, steps: The budget, in place of the preset's: minutes of the clock,
-            minutes of the processor (with one thread; nearly the same work whatever else the
-            machine does), or steps.
+        minutes, cpu_minutes, steps, max_pictures, max_flops: The budget, in place of the preset's:
+            minutes of the clock, minutes of the processor (with one thread; nearly the same work
+            whatever else the machine does), steps, pictures, or floating-point operations.
         out: The run folder; `runs/<key>` if None.
         seed: Seed of the weights, the data order and the noise.
         device: `cpu`, `cuda`, `mps` or `auto`.
@@ -121,6 +128,8 @@ def train(
         minutes=minutes,
         cpu_minutes=cpu_minutes,
         steps=steps,
+        max_pictures=max_pictures,
+        max_flops=max_flops,
         seed=seed,
         device=device,
     )
@@ -230,7 +239,7 @@ def _resumed(
     threads, new_threads = None, None
     if not config.train.is_timed:
         threads_before = last_threads(saved)
-        threads = _usable_threads(folder, threads_before)
+        threads = usable_threads(folder, threads_before)
         if threads_before is not None and requested() not in (None, threads_before):
             new_threads = threads_before, requested()
     changes = recorded_changes(folder, stages, fields, saved.get("changes", []), new_threads)
@@ -238,25 +247,6 @@ def _resumed(
     now = {**to_dict(config), **constant, **({"changes": changes} if changes else {})}
     write_settings = _settings_writer(folder, now, saved)
     return _stages(folder, config, stages, dataset, fingerprint, write_settings, threads)
-
-
-def _usable_threads(folder: Path, before: int | None) -> int | None:
-    """The number of threads that a resumed run goes on with; None to measure.
-
-    Args:
-        folder: Run folder.
-        before: Number that it used last; None if it has not measured.
-    """
-    demanded, usable = requested(), usable_cpus()
-    if before is None or (demanded in (None, before) and before <= usable):
-        return before
-    now = f"with {demanded}" if demanded else f"here it may use {usable}, so"
-    say_once(
-        f"The run in {folder} began with {worded(before)}; {now} its "
-        f"last bits may differ from those of an unstopped run. Add --threads {before}, or set "
-        f"OMP_NUM_THREADS={before}, to keep them."
-    )
-    return None
 
 
 def _settings_writer(
@@ -327,7 +317,7 @@ def _check_stages(
     fit the shapes of the data or the checkpoints in `folder`.
     """
     train = config.train
-    if not train.is_timed and train.max_steps is None and train.max_pictures is None:
+    if not train.has_budget:
         raise UserError("The run has no budget and would never end: add --minutes or --steps.")
     if train.cpu_minutes is not None and pick_device(train.device).type != "cpu":
         raise UserError(

@@ -70,6 +70,7 @@ Steps = Annotated[int, _typed("Steps")]
 Threads = Annotated[int, _typed("Threads")]
 Minutes = Annotated[float, _typed("Minutes")]
 Seconds = Annotated[float, _typed("PositiveFloat")]
+Flops = Annotated[float, _typed("PositiveFloat")]
 PathName = Annotated[Path, Parameter(converter=_path)]
 """A file or folder."""
 Pictures = Annotated[

@@ -12,6 +12,7 @@ from lineage.characters import plain
 from lineage.cli.arguments import (
     Count,
     Flag,
+    Flops,
     Keys,
     Minutes,
     PathName,
@@ -126,6 +127,8 @@ def compare(
     text: str = "historical",
     minutes: Minutes | None = None,
     steps: Steps | None = None,
+    max_pictures: Steps | None = None,
+    max_flops: Flops | None = None,
     out: PathName = Path("runs/compare"),
     pictures: Count = 1000,
     features: str = "auto",
@@ -147,6 +150,8 @@ def compare(
             recipe's.
         minutes: Budget of each system in minutes of training: of the processor, on a CPU.
         steps: Budget of each system in steps.
+        max_pictures: Budget of each system in pictures of training.
+        max_flops: Budget of each system in floating-point operations of training, as 1e13.
         out: Folder to write.
         pictures: Largest number of pictures to draw for the scores.
         features: judge, scorer, inception:FILE or auto.
@@ -192,6 +197,8 @@ def compare(
         text=text,
         minutes=minutes,
         steps=steps,
+        max_pictures=max_pictures,
+        max_flops=max_flops,
         out=out,
         pictures=pictures,
         features=features,

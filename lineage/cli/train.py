@@ -11,6 +11,7 @@ from lineage import catalog
 from lineage.characters import plain
 from lineage.cli.arguments import (
     Flag,
+    Flops,
     Key,
     Minutes,
     PathName,
@@ -34,6 +35,8 @@ def train(
     minutes: Minutes | None = None,
     cpu_minutes: Minutes | None = None,
     steps: Steps | None = None,
+    max_pictures: Steps | None = None,
+    max_flops: Flops | None = None,
     out: PathName | None = None,
     seed: Seed | None = None,
     device: str | None = None,
@@ -52,6 +55,8 @@ def train(
         cpu_minutes: Budget in minutes of the processor, with one thread unless --threads says
             otherwise: nearly the same work on a busy machine.
         steps: Budget in steps.
+        max_pictures: Budget in pictures.
+        max_flops: Budget in floating-point operations, as 1e13.
         out: Run folder to write; runs/KEY if left out.
         seed: Seed of the weights, the order of the data and the noise.
         device: cpu, cuda, mps or auto.
@@ -70,6 +75,8 @@ def train(
         minutes=minutes,
         cpu_minutes=cpu_minutes,
         steps=steps,
+        max_pictures=max_pictures,
+        max_flops=max_flops,
         out=out,
         seed=seed,
         device=device,

@@ -29,7 +29,7 @@ SHARES = (0.125, 0.25, 0.5)
 """Shares of the budget at which a run is scored before its end."""
 
 Point = dict[str, Any]
-"""{"share", "seconds", "cpu_seconds", "pictures": of all stages so far; "score"}."""
+"""{"share", "seconds", "cpu_seconds", "pictures", "flops": of all stages so far; "score"}."""
 
 
 def curves(
@@ -92,12 +92,13 @@ def _scored(
 def _point(share: float, runs: Sequence[tuple[Path, dict[str, Any]]]) -> Point:
     """One point from the runs that were scored there."""
     costs = [list(read_cost(folder).values()) for folder, _ in runs]
-    names = ("seconds", "cpu_seconds", "pictures")
     means = {
-        name: math.fsum(stage[name] for stages in costs for stage in stages) / len(runs)
-        for name in names
+        name: math.fsum(stage.get(name, math.nan) for stages in costs for stage in stages)
+        / len(runs)
+        for name in ("seconds", "cpu_seconds", "pictures", "flops")
     }
-    return {"share": share, **means, "score": score_of([scores for _, scores in runs])}
+    known = {name: value for name, value in means.items() if math.isfinite(value)}
+    return {"share": share, **known, "score": score_of([scores for _, scores in runs])}
 
 
 def score_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

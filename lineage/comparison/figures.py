@@ -71,6 +71,14 @@ def _legend(figure: Figure, names: Sequence[str], width: float) -> None:
     )
 
 
+CLOCKS = {
+    "cpu_seconds": (60, "minutes of processor time"),
+    "seconds": (60, "minutes of training"),
+    "flops": (1e12, "teraFLOPs of training"),
+}
+"""Unit and name of what a score is drawn against."""
+
+
 # --- scores -----------------------------------------------------------------------------------
 
 
@@ -82,7 +90,7 @@ def score_over_time(
     ceiling: float | None,
     clock: str = "cpu_seconds",
 ) -> Figure | None:
-    """The summary: score against minutes of training, a line a system.
+    """The summary: score against minutes or operations of training, a line a system.
 
     The shade is the 95 % interval: over runs and prompts where there are several seeds, over
     prompts for one. None if nothing was scored.
@@ -92,17 +100,18 @@ def score_over_time(
         titles: Names of the systems for the reader.
         label: What the score is.
         floor, ceiling: Scores of shuffled and of real pictures, if known.
-        clock: `cpu_seconds`, or `seconds` for a GPU.
+        clock: What the score is drawn against, of `CLOCKS`.
     """
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
+    unit, clock_name = CLOCKS[clock]
     figure, axes = _axes(7.2, 3.6)
     for number, (name, points) in enumerate(curves.items()):
         colour, dash = line_style(number)
-        minutes = [point[clock] / 60 for point in points]
+        times = [point[clock] / unit for point in points]
         axes.plot(
-            minutes,
+            times,
             [point["score"]["value"] for point in points],
             dash,
             marker="o",
@@ -113,9 +122,9 @@ def score_over_time(
         )
         low, high = zip(*(point["score"]["interval"] for point in points), strict=True)
         if len(points) > 1:
-            axes.fill_between(minutes, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
         else:
-            axes.vlines(minutes, low, high, color=colour, lw=1.2)
+            axes.vlines(times, low, high, color=colour, lw=1.2)
     for value, name in ((floor, "floor: other captions"), (ceiling, "real pictures")):
         if value is not None:
             axes.axhline(value, color=_INK, lw=0.8, ls=(0, (1, 3)))
@@ -132,8 +141,7 @@ def score_over_time(
             )
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0)
-    unit = "processor" if clock == "cpu_seconds" else "training"
-    axes.set_xlabel(f"minutes of {unit} time", color=_INK)
+    axes.set_xlabel(clock_name, color=_INK)
     axes.set_ylabel(label, color=_INK)
     _legend(figure, [titles[name] for name in curves], 7.2)
     return figure

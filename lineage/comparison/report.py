@@ -27,7 +27,7 @@ from lineage.evaluation.table import ScoreTable, score_tables
 from lineage.files import write_bytes
 from lineage.sheets import data_url, picture
 from lineage.system import LabelledImage
-from lineage.units import as_seconds
+from lineage.units import as_count, as_seconds
 
 MAX_FAILURES = 12  # failed pictures of a system on the page
 
@@ -72,7 +72,7 @@ def write_report(
     figures = summary_figures(summary)
     losses = {name: figure for name in pages if (figure := loss_figure(pages[name].log))}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"seconds": as_seconds, "embed": embed}
+    environment.filters |= {"seconds": as_seconds, "count": as_count, "embed": embed}
     source = resources.files("lineage.comparison").joinpath("report.html")
     page = environment.from_string(source.read_text(encoding="utf-8")).render(
         **summary,
@@ -131,6 +131,11 @@ def summary_figures(summary: dict[str, Any]) -> dict[str, Figure]:
         "score over time": score_over_time(
             curves, titles, score_name(judged), floor, ceiling, clock
         ),
+        "score over flops": score_over_time(
+            curves, titles, score_name(judged), floor, ceiling, "flops"
+        )
+        if all("flops" in point for points in curves.values() for point in points)
+        else None,
         "score over drawing": score_over_sampling(sampling, titles, score_name(judged)),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}

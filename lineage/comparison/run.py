@@ -75,6 +75,8 @@ def compare(
     data: str | None = None,
     minutes: float | None = None,
     steps: int | None = None,
+    max_pictures: int | None = None,
+    max_flops: float | None = None,
     preset: str = "tiny",
     text: str = HISTORICAL,
     out: str | Path = "runs/compare",
@@ -94,8 +96,9 @@ def compare(
 
     Args:
         keys: Keys of the systems; None for all that work.
-        data, minutes, steps, preset, seed, device, settings: As for `lineage.train`; the same for
-            every system. On a CPU, `minutes` are those of the processor in each thread.
+        data, preset, seed, device, settings: As for `lineage.train`; the same for every system.
+        minutes, steps, max_pictures, max_flops: As for `lineage.train`, of each run. On a CPU,
+            `minutes` are those of the processor in each thread.
         text: Text encoder of all systems, as `transformer`; `historical` gives each its recipe's.
         seeds: Number of runs of each system: with `seed`, and the seeds that follow it. Intervals
             then speak of training again, too.
@@ -121,6 +124,8 @@ def compare(
         "data": data,
         "minutes": minutes,
         "steps": steps,
+        "max_pictures": max_pictures,
+        "max_flops": max_flops,
         "seed": seed,
         "device": device,
     }
@@ -175,7 +180,12 @@ def compare(
             raise CheckFailed(f"No system could be trained; {name}: {reason}")
         alone = [["lineage", "train", key, *flags, "--out", f"{folder.name}/{key}"] for key in keys]
         facts = {
-            "budget": {"minutes": train.minutes, "steps": train.max_steps},
+            "budget": {
+                "minutes": train.minutes,
+                "steps": train.max_steps,
+                "pictures": train.max_pictures,
+                "flops": train.max_flops,
+            },
             "cpu_minutes": config.train.cpu_minutes,
             "threads": per_run,
             "text": text,
@@ -232,7 +242,7 @@ def compare_runs(
         command += ["--from", run_name(member.folder)]
     demanded = requested() if threads is None else typed(Threads, threads, "threads")
     facts = {
-        "budget": {"minutes": None, "steps": None},
+        "budget": dict.fromkeys(("minutes", "steps", "pictures", "flops")),
         "cpu_minutes": None,
         "threads": None,
         "text": encoders.pop() if len(encoders) == 1 and len(members) > 1 else HISTORICAL,
@@ -253,10 +263,11 @@ def _command(member: Member, flags: Sequence[str], first_seed: int) -> list[str]
     resume = ["--resume"] if (member.folder / "config.json").exists() else []
     seed = [] if member.seed == first_seed else ["--seed", str(member.seed)]
     shares = ",".join(f"{share:g}" for share in SHARES)
-    named = any(flag.startswith("train.snapshots=") for flag in flags)
-    snapshots = [] if named else ["--set", f"train.snapshots={shares}"]
+    extra = {"train.snapshots": shares, "train.count_flops": "true"}
+    named = [flag.partition("=")[0] for flag in flags]
+    measured = flags_of({}, {n: value for n, value in extra.items() if n not in named})
     own = [*flags] if not seed else _without(flags, "--seed")
-    return [member.key, "--out", str(member.folder), *resume, *own, *seed, *snapshots]
+    return [member.key, "--out", str(member.folder), *resume, *own, *seed, *measured]
 
 
 def _without(flags: Sequence[str], name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Cost of training so far: `cost.json` of a run folder, written with every checkpoint.
 
 {stage: {"steps", "pictures", "seconds", "cpu_seconds", "pictures_per_second",
-         "peak_memory_bytes", "device", "finished"}}
+         "peak_memory_bytes", "device", "finished", and "flops" if they were counted}}
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def write_cost(folder: Path, trainer: Trainer) -> None:
         "device": trainer.device.type,
         "finished": finished,
     }
+    if trainer.train.count_flops or trainer.train.max_flops:
+        cost[trainer.stage]["flops"] = trainer.step * trainer.flops_per_step
     write_json(folder / "cost.json", cost)
 
 

@@ -15,12 +15,11 @@ a budget in minutes, the number changes whenever another one is faster (see line
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from functools import reduce
+from functools import cached_property, reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -33,7 +32,7 @@ from lineage.data.contract import Batch, CaptionedDataset
 from lineage.errors import CheckFailed, UserError
 from lineage.nn.noise import BatchNoise, stream_seed
 from lineage.system import Trainable
-from lineage.threads import LARGE, ThreadTuner, use_threads
+from lineage.threads import LARGE, ThreadTuner
 from lineage.training.caption_cache import CaptionCache
 from lineage.training.group import Group
 from lineage.training.loader import Loader
@@ -54,6 +53,7 @@ from lineage.training.progress import (
     progress_bar,
     tell,
 )
+from lineage.training.rehearsal import choose_threads, flops_per_step
 from lineage.training.stopping import Stopped, noting_signals
 
 CHECK_EVERY = 1000
@@ -61,11 +61,6 @@ CHECK_EVERY = 1000
 
 METRIC_STEPS = 5
 """Number of steps per log line on which metrics are collected, its first step among them."""
-
-FEW_STEPS, SMALL = 50, 10**7
-"""Number of steps, and of parameters, up to which the numbers of threads are not compared: it would
-take as long as it could gain.
-"""
 
 
 class Trainer:
@@ -210,41 +205,18 @@ class Trainer:
             pictures=self.step * self.batch_size,
             seconds=self.seconds,
             cpu_seconds=self.cpu_seconds,
+            flops=self.step * self.flops_per_step if self.train.max_flops else 0.0,
         )
 
     def choose_threads(self) -> int | None:
-        """For a budget in steps or pictures, time steps with several numbers of threads and keep
-        the fastest. The state is restored, so that every step of the run is made with it.
+        """Find the fastest number of threads, and keep it; see `rehearsal.choose_threads`."""
+        return choose_threads(self)
 
-        Returns:
-            The number that is kept; None if it may change, does not matter, or the run is short.
-        """
-        if self.device.type != "cpu" or self.train.is_timed:
-            return None
-        if self.threads.fixed is not None or self.spent() >= 1:
-            return self.threads.fixed
-        if self._is_short():
-            self.threads.keep(1, "a short run")
-            return None
-        saved = copy.deepcopy(self.state())
-        with use_threads(1):
-            batch = self.loader.at(self.step)
-            self.captions.encode(batch.caption)  # of a frozen encoder: in no step that is measured
-        while self.threads.measuring:
-            with self.threads.unit():
-                self._advance(batch, collect_metrics=False)
-        self.load_state(saved)
-        self.threads.keep(self.threads.count, self.threads.reason)
-        return self.threads.fixed
-
-    def _is_short(self) -> bool:
-        """Whether a budget in steps or pictures is too small to measure. A function of the settings
-        alone, so that a resumed run gets the same answer.
-        """
-        pictures = self.train.max_pictures or math.inf
-        steps = min(self.train.max_steps or math.inf, pictures / self.batch_size)
-        size = sum(p.numel() for group in self.groups.values() for p in group.parameters)
-        return steps <= FEW_STEPS and size <= SMALL
+    @cached_property
+    def flops_per_step(self) -> float:
+        """Floating-point operations of a step, the mean of the first; see `rehearsal`."""
+        self.__dict__["flops_per_step"] = 0.0  # for the rehearsal, which asks for its budget
+        return flops_per_step(self)
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -273,6 +245,8 @@ class Trainer:
         due = lambda every: every > 0 and self.step % every == 0  # noqa: E731
         waiting = sorted(share for share in snapshots if share > self.spent())
         self.choose_threads()
+        if train.count_flops:
+            _ = self.flops_per_step  # before the clock starts
         bar = progress_bar(self.stage, train, visible=self.processes.is_main)
         with noting_signals(self._request_stop), frozen_heap(), bar:
             logged_seconds, logged_step = self.seconds, self.step

@@ -32,6 +32,8 @@ def progress_bar(stage: str, train: TrainConfig, visible: bool) -> tqdm:
         total, unit = 60 * train.cpu_minutes, "s of the processor"
     elif train.max_steps is not None:
         total, unit = float(train.max_steps), " steps"
+    elif train.max_flops is not None:
+        total, unit = train.max_flops / 1e9, " GFLOPs"
     else:
         total, unit = float(train.max_pictures or 1), " pictures"
     layout = (

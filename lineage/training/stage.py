@@ -30,7 +30,7 @@ from lineage.training.store import fingerprint, load_tensors
 
 NOT_IN_KEY = (
     *("checkpoint_every", "sample_every", "log_every", "prefetch", "compile", "device"),
-    *("cache_size", "text_cache", "snapshots"),
+    *("cache_size", "text_cache", "snapshots", "count_flops"),
 )
 """Settings on which a stage's result does not depend."""
 
@@ -100,10 +100,10 @@ class Stage:
     def budgeted(self) -> TrainConfig:
         """`train` with this stage's share of the budget."""
         budget: dict[str, Any] = {}
-        for name in ("minutes", "cpu_minutes", "max_steps", "max_pictures"):
+        for name in ("minutes", "cpu_minutes", "max_steps", "max_pictures", "max_flops"):
             if (whole := getattr(self.train, name)) is not None:
                 part = whole * self.share
-                budget[name] = part if name.endswith("minutes") else max(1, round(part))
+                budget[name] = max(1, round(part)) if isinstance(whole, int) else part
         return replace(self.train, **budget)
 
     def trainer(

@@ -21,11 +21,12 @@ from lineage.data.cached import CachedDataset
 from lineage.data.contract import CaptionedDataset
 from lineage.errors import Interrupted, UserError
 from lineage.threads import ThreadTuner
-from lineage.training import loop
+from lineage.training import loop, rehearsal
 from lineage.training.cost import budget_warnings
 from lineage.training.log import read_log
 from lineage.training.loop import Trainer
 from lineage.training.progress import RateWatch, described
+from lineage.training.rehearsal import _is_short
 from lineage.training.store import read_json, write_json
 
 assert ZeroEncoder  # test_loop imports it
@@ -36,9 +37,9 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two free cores, and no run so short that nothing is measured."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
-    monkeypatch.setattr("lineage.runs.usable_cpus", lambda: 2)
+    monkeypatch.setattr("lineage.resume.usable_cpus", lambda: 2)
     monkeypatch.setattr(threads, "free_threads", lambda largest: min(2, largest))
-    monkeypatch.setattr(loop, "FEW_STEPS", 0)
+    monkeypatch.setattr(rehearsal, "FEW_STEPS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -185,7 +186,7 @@ def test_short_runs_use_one_thread_and_measure_nothing(
     shapes: CaptionedDataset,
 ) -> None:
     """The same in every run, so that short runs are the same bytes without a record."""
-    monkeypatch.setattr(loop, "FEW_STEPS", 20)
+    monkeypatch.setattr(rehearsal, "FEW_STEPS", 20)
     counts = used(monkeypatch)
     one = trainer(shapes, max_steps=20)
     one.run()
@@ -194,7 +195,7 @@ def test_short_runs_use_one_thread_and_measure_nothing(
     counts.clear()
     resumed = trainer(shapes, max_steps=21)
     resumed.load_state(one.state() | {"step": 20})
-    assert not resumed._is_short()  # by the whole budget, as it was before it was stopped
+    assert not _is_short(resumed)  # by the whole budget, as it was before it was stopped
 
 
 # --- budgets in minutes of the processor ----------------------------------------------------------
