@@ -29,7 +29,7 @@ from lineage.errors import UserError, say
 
 MAX_UPLOAD = "10mb"
 GRACE = 1  # seconds that open connections have to end
-INSTALL = "The page needs gradio: pip install 'lineage-t2i[app]'"
+INSTALL = "The page needs gradio: install it with pip install 'lineage-t2i[app]'."
 
 
 def serve(
@@ -54,7 +54,7 @@ def serve(
     Raises:
         UserError: gradio is not installed, the port is taken, or no run can be used.
     """
-    if importlib.util.find_spec("gradio") is None:
+    if not has_gradio():
         raise UserError(INSTALL)
     with _listening(host, port) as listener:
         from lineage.comparison.app_runs import example_captions, open_runs, packaged_runs
@@ -70,6 +70,11 @@ def serve(
         if opens_browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
         _run(application, listener)
+
+
+def has_gradio() -> bool:
+    """Whether gradio is installed; it is imported only when the page is made."""
+    return importlib.util.find_spec("gradio") is not None
 
 
 def _application(runs: Any, faults: Any, examples: Any, threads: int | None) -> Any:

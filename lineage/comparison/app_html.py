@@ -20,6 +20,8 @@ from lineage.units import as_seconds
 MAX_SIDE = 512  # pixels of a picture on the page
 
 CSS = """
+:root { --lineage-right: #15803d; --lineage-wrong: #b91c1c; }
+.dark { --lineage-right: #4ade80; --lineage-wrong: #fca5a5; }
 .gradio-container { max-width: 88rem !important; margin: 0 auto !important; }
 .lineage-cards { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--card, 9.5rem)), 1fr)); }
@@ -40,14 +42,18 @@ CSS = """
   image-rendering: pixelated; border: 1px solid var(--border-color-primary); }
 .lineage-figure figcaption { font-size: .8rem; margin-top: .3rem; line-height: 1.35;
   overflow-wrap: anywhere; }
-.lineage-right { color: #15803d; font-weight: 600; }
-.lineage-wrong { color: #b91c1c; font-weight: 600; }
-.dark .lineage-right { color: #4ade80; }
-.dark .lineage-wrong, .dark .lineage-fault { color: #fca5a5; }
-.lineage-fault { color: #b91c1c; margin: 0; }
+.lineage-right { color: var(--lineage-right); font-weight: 600; }
+.lineage-wrong { color: var(--lineage-wrong); font-weight: 600; }
+.lineage-fault { color: var(--lineage-wrong) !important; margin: 0; }
 @media (max-width: 30rem) {  /* all tabs fit, and none is in a menu */
   .tab-container button { padding: 0 .4rem !important; font-size: .85rem !important; }
 }
+.lineage-status .pending { opacity: 1 !important; }
+.lineage-status [data-testid="status-tracker"]:not(:empty) { position: static !important;
+  opacity: 1 !important; justify-content: flex-start; align-items: flex-start; }
+.lineage-status .progress-text { position: static !important; transform: none !important;
+  padding: 0 !important; font-size: .85rem;
+  color: var(--body-text-color-subdued) !important; }
 .lineage-empty { color: var(--body-text-color-subdued); margin: 0; }
 """
 

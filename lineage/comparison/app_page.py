@@ -135,7 +135,7 @@ class Page:
                 self.controls.append(own)
 
     def _pictures(self) -> None:
-        self.status = gr.Markdown("", elem_id="status")
+        self.status = _status("status")
         self.results = gr.HTML(
             app_html.note("The pictures appear here, system by system."),
             padding=False,
@@ -158,7 +158,7 @@ class Page:
                 interactive=True,
             )
             self.story_button = gr.Button("Show", variant="primary", elem_id="show", scale=0)
-        self.story_status = gr.Markdown("", elem_id="story-status")
+        self.story_status = _status("story-status")
         self.step = gr.Slider(1, 2, 1, step=1, label="Step", visible=False, elem_id="step")
         self.story = gr.HTML("", padding=False, elem_id="story")
 
@@ -174,49 +174,48 @@ class Page:
             "if nothing is painted, change all of it; models of codes continue the upper part, "
             "whatever is painted."
         )
-        with gr.Row(equal_height=True):
-            self.source = gr.Dropdown(
-                [], label="Picture that was drawn", elem_id="source", interactive=True
-            )
-            self.take_button = gr.Button("Take it", elem_id="take", scale=0)
-        self.editor = gr.ImageEditor(
-            type="pil",
-            image_mode="RGBA",
-            label="Picture",
-            sources=["upload"],
-            transforms=[],
-            layers=False,
-            brush=gr.Brush(default_size=40, colors=["#e8590c"], color_mode="fixed"),
-            eraser=gr.Eraser(default_size=40),
-            canvas_size=(EDITOR_SIDE, EDITOR_SIDE),
-            height=460,
-            buttons=[],
-            elem_id="editor",
-        )
-        self.painters = gr.CheckboxGroup(
-            able, value=[place for _, place in able], label="Systems", elem_id="painters"
-        )
         with gr.Row():
-            self.strength = gr.Slider(
-                0.05,
-                1,
-                1.0,
-                step=0.05,
-                label="strength",
-                info="Of systems that repaint: how much may change.",
-                min_width=200,
-            )
-            self.keep = gr.Slider(
-                0,
-                1,
-                0.5,
-                step=0.05,
-                label="keep",
-                info="Of systems that continue: the share that is kept, from above.",
-                min_width=200,
-            )
+            with gr.Column(min_width=300):
+                self.editor = gr.ImageEditor(
+                    type="pil",
+                    image_mode="RGBA",
+                    label="Picture",
+                    sources=["upload"],
+                    transforms=[],
+                    layers=False,
+                    brush=gr.Brush(default_size=40, colors=["#e8590c"], color_mode="fixed"),
+                    eraser=gr.Eraser(default_size=40),
+                    canvas_size=(EDITOR_SIDE, EDITOR_SIDE),
+                    height=460,
+                    buttons=[],
+                    elem_id="editor",
+                )
+            with gr.Column(min_width=300):
+                self.source = gr.Dropdown(
+                    [], label="Picture that was drawn", elem_id="source", interactive=True
+                )
+                self.take_button = gr.Button("Take it into the editor", elem_id="take")
+                self.painters = gr.CheckboxGroup(
+                    able, value=[place for _, place in able], label="Systems", elem_id="painters"
+                )
+                self.strength = gr.Slider(
+                    0.05,
+                    1,
+                    1.0,
+                    step=0.05,
+                    label="strength",
+                    info="Of systems that repaint: how much may change.",
+                )
+                self.keep = gr.Slider(
+                    0,
+                    1,
+                    0.5,
+                    step=0.05,
+                    label="keep",
+                    info="Of systems that continue: the share that is kept, from above.",
+                )
         self.repaint_button = gr.Button("Repaint", variant="primary", elem_id="repaint")
-        self.repaint_status = gr.Markdown("", elem_id="repaint-status")
+        self.repaint_status = _status("repaint-status")
         self.repainted = gr.HTML("", padding=False, elem_id="repainted")
 
     # --- which function answers which button ------------------------------------------------------
@@ -378,6 +377,11 @@ class Page:
 
 
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def _status(name: str) -> gr.Markdown:
+    """A line that says what is going on; gradio adds the place in the queue."""
+    return gr.Markdown("", elem_id=name, elem_classes="lineage-status")
 
 
 def component(control: Control) -> Any:
