@@ -17,15 +17,22 @@ import contextlib
 import errno
 import importlib.util
 import ipaddress
+import logging
 import os
 import socket
+import sys
 import threading
 import webbrowser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
-from lineage.errors import UserError, say
+from lineage.errors import Interrupted, UserError, say
+
+if TYPE_CHECKING:
+    from lineage.comparison.app_page import Page
+    from lineage.comparison.app_runs import AppRun
 
 MAX_UPLOAD = "10mb"
 GRACE = 1  # seconds that open connections have to end
@@ -62,14 +69,14 @@ def serve(
         runs, faults = open_runs(list(folders) or packaged_runs(), device)
         for sentence in faults:
             say(sentence)
-        application = _application(runs, faults, example_captions(runs), threads)
+        page = _page(runs, faults, example_captions(runs), threads)
         address = address_of(host, listener.getsockname()[1])
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         if not is_loopback(host):
             say(f"Anybody who reaches {host} in the network can draw on this machine.")
         if opens_browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
-        _run(application, listener)
+        _run(page, listener)
 
 
 def has_gradio() -> bool:
@@ -77,18 +84,27 @@ def has_gradio() -> bool:
     return importlib.util.find_spec("gradio") is not None
 
 
-def _application(runs: Any, faults: Any, examples: Any, threads: int | None) -> Any:
-    """The web application of the page."""
+def _page(
+    runs: Sequence[AppRun], faults: Sequence[str], examples: Sequence[str], threads: int | None
+) -> Page:
+    """The page, made by a gradio that sends nothing to anybody."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    from lineage.comparison.app_page import Page
+
+    return Page(runs, faults, examples, threads)
+
+
+def _run(page: Page, listener: socket.socket) -> None:
+    """Serve a page until a signal comes."""
     import gradio
+    import uvicorn
     from fastapi import FastAPI
 
-    from lineage.comparison import app_html
-    from lineage.comparison.app_page import THEME, Page
+    from lineage.comparison.app_html import CSS
+    from lineage.comparison.app_page import THEME
 
-    page = Page(runs, faults, examples, threads)
-    return gradio.mount_gradio_app(
+    application = gradio.mount_gradio_app(
         FastAPI(openapi_url=None),
         page.blocks,
         path="/",
@@ -100,15 +116,32 @@ def _application(runs: Any, faults: Any, examples: Any, threads: int | None) -> 
         mcp_server=False,
         enable_monitoring=False,
         theme=THEME,
-        css=app_html.CSS,
+        css=CSS,
     )
 
+    class Server(uvicorn.Server):
+        """A server that ends in silence: every page that is open then would be an error."""
 
-def _run(application: Any, listener: socket.socket) -> None:
-    import uvicorn
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            if page.desk.is_busy:
+                _give_up()
 
     config = uvicorn.Config(application, log_level="error", timeout_graceful_shutdown=GRACE)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
+
+
+def _give_up() -> NoReturn:
+    """End the process although something is being drawn: its thread cannot be stopped, and Python
+    would wait for it. No file is being written.
+    """
+    say("interrupted; the drawing is given up.")
+    sys.stdout.flush()
+    os._exit(Interrupted.exit_code)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,11 @@ class Desk:
         self._visitors: list[str] = []
         self._doing = ""
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being drawn."""
+        return bool(self._doing)
+
     def enter(self, visitor: str) -> str:
         """Queue a visitor; returns a sentence about what he waits for, empty if for nothing."""
         with self._lock:

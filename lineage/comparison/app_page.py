@@ -95,9 +95,9 @@ class Page:
                 with gr.Column(scale=3, min_width=300), gr.Tabs():
                     with gr.Tab("Pictures"):
                         self._pictures()
-                    with gr.Tab("How it came about"):
+                    with gr.Tab("How it came about", visible=any(r.shows_how for r in runs)):
                         self._story()
-                    with gr.Tab("Repaint"):
+                    with gr.Tab("Repaint", visible=any(r.inpaints or r.continues for r in runs)):
                         self._repainting()
             self._wire()
         self.blocks.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
@@ -169,10 +169,10 @@ class Page:
             if run.inpaints or run.continues
         ]
         gr.Markdown(
-            "Take a picture that was drawn, or upload one; paint over what is to change, and say "
-            "in the caption what the picture shows. Diffusion models repaint the painted part, or, "
-            "if nothing is painted, change all of it; models of codes continue the upper part, "
-            "whatever is painted."
+            "Take a picture that was drawn, or upload one, whose centred square is used. Paint "
+            "over what is to change, and say in the caption what the picture shall show. Diffusion "
+            "models repaint the painted part, or, if nothing is painted, change all of it; models "
+            "of codes continue the upper part, whatever is painted."
         )
         with gr.Row():
             with gr.Column(min_width=300):
@@ -204,7 +204,8 @@ class Page:
                     1.0,
                     step=0.05,
                     label="strength",
-                    info="Of systems that repaint: how much may change.",
+                    info="Of systems that repaint: how much may change; 1 is all that is painted.",
+                    visible=any(run.inpaints for run in self.runs),
                 )
                 self.keep = gr.Slider(
                     0,
@@ -213,6 +214,7 @@ class Page:
                     step=0.05,
                     label="keep",
                     info="Of systems that continue: the share that is kept, from above.",
+                    visible=any(run.continues for run in self.runs),
                 )
         self.repaint_button = gr.Button("Repaint", variant="primary", elem_id="repaint")
         self.repaint_status = _status("repaint-status")

@@ -19,7 +19,17 @@ from lineage import catalog, cli
 from lineage.catalog import CATALOG
 
 SMOKE = ["--preset", "smoke"]
-COMMANDS = ("list", "data", "train", "sample", "evaluate", "compare", "verify", "import-weights")
+COMMANDS = (
+    "list",
+    "data",
+    "train",
+    "sample",
+    "app",
+    "evaluate",
+    "compare",
+    "verify",
+    "import-weights",
+)
 
 Call = Callable[..., Answer]
 
