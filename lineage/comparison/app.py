@@ -5,7 +5,7 @@
     app_drawing    what is drawn; the judge's verdicts
     app_desk       who draws, and who waits
     app_html       the cards
-    app_page       the page (gradio)
+    app_page       the page, of gradio; app_parts: its theme, the components of the controls
     here           the server
 
 Nothing on the page comes from another machine, and no request leaves this one.
@@ -102,7 +102,7 @@ def _run(page: Page, listener: socket.socket) -> None:
     from fastapi import FastAPI
 
     from lineage.comparison.app_html import CSS
-    from lineage.comparison.app_page import THEME
+    from lineage.comparison.app_parts import THEME
 
     application = gradio.mount_gradio_app(
         FastAPI(openapi_url=None),

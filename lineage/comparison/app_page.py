@@ -18,6 +18,7 @@ from lineage.comparison.app_controls import MAX_TEXT, Control, controls_of, opti
 from lineage.comparison.app_desk import Desk
 from lineage.comparison.app_drawing import (
     MAX_PICTURES,
+    MAX_PIXELS,
     Result,
     Wish,
     chosen,
@@ -26,36 +27,26 @@ from lineage.comparison.app_drawing import (
     story_of,
     wish_of,
 )
+from lineage.comparison.app_parts import EDITOR_SIDE, SCROLL, component, editor, status_line
 from lineage.comparison.app_runs import AppRun
 from lineage.errors import UserError
 from lineage.sheets import picture
 
 QUEUE = "drawing"  # all that draws shares one queue
 MAX_WAITING = 32  # drawings in the queue
-EDITOR_SIDE = 320  # pixels of a drawn picture in the editor
 STATE_SECONDS = 3600  # after which what a session has drawn is forgotten
 
 Values = Mapping[Any, Any]
 """What the components show, by component."""
 
-THEME = gr.themes.Default(  # fonts of the system: no other is asked for
-    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-).set(
-    body_text_color_subdued="*neutral_600",
-    body_text_color_subdued_dark="*neutral_400",
-    block_info_text_color="*neutral_600",
-    block_info_text_color_dark="*neutral_400",
-)
-
-
 UNREAD = (
     "All systems are done. The judge cannot read this caption, which is none of the data's "
     "sentences: below each picture is only what it detects."
 )
-SCROLL = """() => {
-    if (window.innerWidth < 700) document.querySelector("#status").scrollIntoView();
-}"""
-"""On a narrow screen the pictures stand below the controls."""
+FAILED = (
+    f"This has failed. A picture may be no picture, or have more than {MAX_PIXELS / 1e6:.0f} "
+    "million pixels; the terminal shows the reason."
+)
 
 
 class Page:
@@ -80,7 +71,13 @@ class Page:
     ) -> None:
         self.runs, self.threads, self.desk = runs, threads, Desk()
         self.controls: list[dict[Any, Control]] = []
-        with gr.Blocks(title="lineage", analytics_enabled=False, fill_width=True) as self.blocks:
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # gradio decodes an upload before it comes here
+        with gr.Blocks(
+            title="lineage",
+            analytics_enabled=False,
+            fill_width=True,
+            delete_cache=(STATE_SECONDS, STATE_SECONDS),
+        ) as self.blocks:
             gr.Markdown(
                 "# The history of text-to-image, side by side\n"
                 "Write a caption, and let the chosen systems draw it, the oldest first."
@@ -135,7 +132,7 @@ class Page:
                 self.controls.append(own)
 
     def _pictures(self) -> None:
-        self.status = _status("status")
+        self.status = status_line("status")
         self.results = gr.HTML(
             app_html.note("The pictures appear here, system by system."),
             padding=False,
@@ -158,7 +155,7 @@ class Page:
                 interactive=True,
             )
             self.story_button = gr.Button("Show", variant="primary", elem_id="show", scale=0)
-        self.story_status = _status("story-status")
+        self.story_status = status_line("story-status")
         self.step = gr.Slider(1, 2, 1, step=1, label="Step", visible=False, elem_id="step")
         self.story = gr.HTML("", padding=False, elem_id="story")
 
@@ -176,20 +173,7 @@ class Page:
         )
         with gr.Row():
             with gr.Column(min_width=300):
-                self.editor = gr.ImageEditor(
-                    type="pil",
-                    image_mode="RGBA",
-                    label="Picture",
-                    sources=["upload"],
-                    transforms=[],
-                    layers=False,
-                    brush=gr.Brush(default_size=40, colors=["#e8590c"], color_mode="fixed"),
-                    eraser=gr.Eraser(default_size=40),
-                    canvas_size=(EDITOR_SIDE, EDITOR_SIDE),
-                    height=460,
-                    buttons=[],
-                    elem_id="editor",
-                )
+                self.editor = editor()
             with gr.Column(min_width=300):
                 self.source = gr.Dropdown(
                     [], label="Picture that was drawn", elem_id="source", interactive=True
@@ -217,7 +201,7 @@ class Page:
                     visible=any(run.continues for run in self.runs),
                 )
         self.repaint_button = gr.Button("Repaint", variant="primary", elem_id="repaint")
-        self.repaint_status = _status("repaint-status")
+        self.repaint_status = status_line("repaint-status")
         self.repainted = gr.HTML("", padding=False, elem_id="repainted")
 
     # --- which function answers which button ------------------------------------------------------
@@ -288,7 +272,11 @@ class Page:
             finally:
                 self.desk.leave(visitor)
 
-        button.click(enter, None, status, queue=False, **_QUIET).then(
+        def fail(request: gr.Request) -> str:
+            self.desk.leave(str(request.session_hash))
+            return app_html.fault(FAILED)
+
+        queued = button.click(enter, None, status, queue=False, **_QUIET).then(
             serve,
             inputs,
             [status, *outputs],
@@ -298,6 +286,7 @@ class Page:
             show_progress_on=[status],
             api_visibility="private",
         )
+        queued.failure(fail, None, status, queue=False, **_QUIET)
 
     def _unload(self, request: gr.Request) -> None:
         self.desk.leave(str(request.session_hash))
@@ -379,25 +368,6 @@ class Page:
 
 
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-
-def _status(name: str) -> gr.Markdown:
-    """A line that says what is going on; gradio adds the place in the queue."""
-    return gr.Markdown("", elem_id=name, elem_classes="lineage-status")
-
-
-def component(control: Control) -> Any:
-    """The component of a control."""
-    label: dict[str, Any] = {"label": control.name, "info": control.help}
-    match control.kind:
-        case "choice":
-            return gr.Dropdown(list(control.choices), value=control.value, **label)
-        case "flag":
-            return gr.Checkbox(control.value, **label)
-        case "slider":
-            low, high, step = control.minimum, control.maximum, control.step
-            return gr.Slider(low, high, control.value, step=step, **label)
-    return gr.Textbox(control.value, max_length=MAX_TEXT, **label)
 
 
 def _names(results: Sequence[Result]) -> list[str]:
