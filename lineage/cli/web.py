@@ -7,7 +7,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lineage.cli.arguments import Flag, Port, RunName, Threads
-from lineage.cli.imports import large_imports
 
 
 def app(
@@ -30,8 +29,7 @@ def app(
         device: cpu, cuda, mps or auto.
         open: If true, open the page in the browser.
     """
-    with large_imports():
-        from lineage.comparison.app import serve
+    from lineage.comparison.app import serve
 
     serve(
         runs or [],

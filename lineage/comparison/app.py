@@ -3,7 +3,7 @@
     app_runs       which runs there are, and what each offers
     app_controls   controls of a system's options
     app_drawing    what is drawn; the judge's verdicts
-    app_desk       who draws, and who waits
+    app_queue      who draws, and who waits
     app_html       the cards
     app_page       the page, of gradio; app_parts: its theme, the components of the controls
     here           the server
@@ -128,7 +128,7 @@ def _run(page: Page, listener: socket.socket) -> None:
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             await super().shutdown(sockets)
-            if page.desk.is_busy:
+            if page.queue.is_busy:
                 _give_up()
 
     config = uvicorn.Config(application, log_level="error", timeout_graceful_shutdown=GRACE)

@@ -1,10 +1,10 @@
 """What `lineage app` draws: a caption by several systems, the judge's verdicts, a picture that is
 repainted, and how a picture came about. No part of it needs the page.
 
-    draw_each      a caption, drawn by one run after the other
-    repaint_each   a picture, repainted or continued by one run after the other
-    judged         what the judge detects in pictures, and whether that is what the caption says
-    story_of       the frames, or the rows, that show how a picture came about
+    draw_each          a caption, drawn by one run after the other
+    repaint_each       a picture, repainted or continued by one run after the other
+    verdicts_of        what the judge detects in pictures, and whether the caption says so
+    visualisation_of   the frames, or the rows, that show how a picture came about
 
 Axes: B pictures, S side.
 """
@@ -82,7 +82,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Wish:
+class DrawRequest:
     """What somebody wants to have drawn.
 
     Attributes:
@@ -98,8 +98,8 @@ class Wish:
     options: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def wish_of(caption: Any, count: Any = 1, seed: Any = 0, options: Any = None) -> Wish:
-    """A wish, checked: a request may come without the page, which has these bounds too.
+def draw_request(caption: Any, count: Any = 1, seed: Any = 0, options: Any = None) -> DrawRequest:
+    """A request, checked; it may have come without the page, which has these bounds too.
 
     Raises:
         UserError: the caption is empty or too long, or a number is out of its bounds.
@@ -113,14 +113,14 @@ def wish_of(caption: Any, count: Any = 1, seed: Any = 0, options: Any = None) ->
     number: int = typed(Int, 1 if count is None else count, "The number of pictures")
     if not 1 <= number <= MAX_PICTURES:
         raise UserError(f"The number of pictures must be from 1 to {MAX_PICTURES}, not {number}.")
-    return Wish(caption, number, seed, options or {})
+    return DrawRequest(caption, number, seed, options or {})
 
 
 # --- drawing --------------------------------------------------------------------------------------
 
 
 def draw_each(
-    runs: Mapping[int, AppRun], wish: Wish, threads: int | None = None
+    runs: Mapping[int, AppRun], request: DrawRequest, threads: int | None = None
 ) -> Iterator[Result]:
     """The results of runs, one after the other; a run that fails does not stop the others.
 
@@ -129,12 +129,12 @@ def draw_each(
         threads: Number of threads on a CPU; None for as many as are free.
     """
     for place, run in runs.items():
-        yield _result(run, partial(_draw, run, wish, wish.options.get(place, {})), threads)
+        yield _result(run, partial(_draw, run, request, request.options.get(place, {})), threads)
 
 
 def repaint_each(
     runs: Mapping[int, AppRun],
-    wish: Wish,
+    request: DrawRequest,
     image: Image.Image,
     mask: NDArray[np.bool_] | None,
     strength: float | None = None,
@@ -152,15 +152,15 @@ def repaint_each(
         keep: Option of the runs that continue; None for their own.
     """
     for place, run in runs.items():
-        options = wish.options.get(place, {})
+        options = request.options.get(place, {})
         yield _result(
-            run, partial(_repaint, run, wish, options, image, mask, strength, keep), threads
+            run, partial(_repaint, run, request, options, image, mask, strength, keep), threads
         )
 
 
 def _repaint(
     run: AppRun,
-    wish: Wish,
+    request: DrawRequest,
     options: Mapping[str, Any],
     image: Image.Image,
     mask: NDArray[np.bool_] | None,
@@ -176,7 +176,7 @@ def _repaint(
         own["keep"] = keep
     else:
         raise UserError("This system neither repaints nor continues pictures.")
-    return _draw(run, wish, own)
+    return _draw(run, request, own)
 
 
 def _result(run: AppRun, draw: Callable[[], Result], threads: int | None) -> Result:
@@ -194,17 +194,17 @@ def _result(run: AppRun, draw: Callable[[], Result], threads: int | None) -> Res
         return Result(run, error="This is a defect of lineage: the terminal shows where.")
 
 
-def _draw(run: AppRun, wish: Wish, options: Mapping[str, Any]) -> Result:
-    system, captions = run.system, [wish.caption] * wish.count
+def _draw(run: AppRun, request: DrawRequest, options: Mapping[str, Any]) -> Result:
+    system, captions = run.system, [request.caption] * request.count
     options = {name: value for name, value in options.items() if value is not None}
-    texts = [wish.caption, *(options[name] for name in CAPTION_OPTIONS if name in options)]
+    texts = [request.caption, *(options[name] for name in CAPTION_OPTIONS if name in options)]
     notes = unread_text(system.text, system.texts(texts), system.text_len)
     notes = [f"{note[0].upper()}{note[1:]}." for note in notes]
-    notes += idle_options(system, [wish.caption], options)
+    notes += idle_options(system, [request.caption], options)
     start = time.perf_counter()
-    images = to_bytes(system.generate(captions, seed=wish.seed, **options)).cpu()
+    images = to_bytes(system.generate(captions, seed=request.seed, **options)).cpu()
     seconds = time.perf_counter() - start
-    return Result(run, list(images), seconds, judged(images, wish.caption, run.data), notes)
+    return Result(run, list(images), seconds, verdicts_of(images, request.caption, run.data), notes)
 
 
 # --- the judge ------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def level_of(data: str) -> str | None:
     return parse_rest(f"{rest}{question}{options}")[0] if kind == "shapes" else None
 
 
-def judged(images: Tensor, caption: str, data: str) -> list[Verdict]:
+def verdicts_of(images: Tensor, caption: str, data: str) -> list[Verdict]:
     """What the judge says of pictures (B, 3, S, S) uint8 of a caption; nothing if they are no
     squares, or their data is not `shapes`.
     """
@@ -293,7 +293,7 @@ def square_mask(mask: NDArray[np.bool_], size: int) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Story:
+class Visualisation:
     """How a picture came about.
 
     Attributes:
@@ -305,8 +305,10 @@ class Story:
     rows: list[list[LabelledImage]] = field(default_factory=list)
 
 
-def story_of(run: AppRun, wish: Wish, threads: int | None = None) -> Story:
-    """How the first picture of a wish came about, with the system's default options.
+def visualisation_of(
+    run: AppRun, request: DrawRequest, threads: int | None = None
+) -> Visualisation:
+    """How the first picture of a request came about, with the system's default options.
 
     Raises:
         UserError: the system has nothing to show.
@@ -314,17 +316,17 @@ def story_of(run: AppRun, wish: Wish, threads: int | None = None) -> Story:
     system = run.system
     with use_threads(threads):
         if isinstance(system, HasFrames):
-            return Story(frames=system.frames(wish.caption, seed=wish.seed))
+            return Visualisation(frames=system.frames(request.caption, seed=request.seed))
         if isinstance(system, Visualises):
-            return Story(rows=system.visualise(wish.caption, seed=wish.seed))
+            return Visualisation(rows=system.visualise(request.caption, seed=request.seed))
     raise UserError(f"{run.title} draws in one step and has nothing to show.")
 
 
-def chosen(runs: Sequence[AppRun], places: Sequence[int] | None) -> dict[int, AppRun]:
+def runs_at(runs: Sequence[AppRun], places: Sequence[int] | None) -> dict[int, AppRun]:
     """The runs at some places, oldest first.
 
     Raises:
-        UserError: none is chosen.
+        UserError: there is none.
     """
     named = {place: run for place, run in enumerate(runs) if place in (places or ())}
     if not named:

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from lineage.comparison import app_html
 from lineage.comparison.app_controls import MAX_TEXT, Control, controls_of, options_from
-from lineage.comparison.app_desk import Desk
 from lineage.comparison.app_drawing import (
     MAX_PICTURES,
     MAX_PIXELS,
+    DrawRequest,
     Result,
-    Wish,
-    chosen,
     draw_each,
+    draw_request,
     repaint_each,
-    story_of,
-    wish_of,
+    runs_at,
+    visualisation_of,
 )
 from lineage.comparison.app_parts import EDITOR_SIDE, SCROLL, component, editor, status_line
+from lineage.comparison.app_queue import DrawingQueue
 from lineage.comparison.app_runs import AppRun
 from lineage.errors import UserError
 from lineage.sheets import picture
@@ -69,7 +69,7 @@ class Page:
         examples: Sequence[str],
         threads: int | None,
     ) -> None:
-        self.runs, self.threads, self.desk = runs, threads, Desk()
+        self.runs, self.threads, self.queue = runs, threads, DrawingQueue()
         self.controls: list[dict[Any, Control]] = []
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # gradio decodes an upload before it comes here
         with gr.Blocks(
@@ -79,7 +79,7 @@ class Page:
             delete_cache=(STATE_SECONDS, STATE_SECONDS),
         ) as self.blocks:
             gr.Markdown(
-                "# The history of text-to-image, side by side\n"
+                "# The hiprocess of text-to-image, side by side\n"
                 "Write a caption, and let the chosen systems draw it, the oldest first."
             )
             for sentence in faults:
@@ -88,12 +88,12 @@ class Page:
             self.frames = gr.State([], time_to_live=STATE_SECONDS)
             with gr.Row():
                 with gr.Column(scale=1, min_width=300):
-                    self._wish(examples)
+                    self._inputs(examples)
                 with gr.Column(scale=3, min_width=300), gr.Tabs():
                     with gr.Tab("Pictures"):
                         self._pictures()
                     with gr.Tab("How it came about", visible=any(r.shows_how for r in runs)):
-                        self._story()
+                        self._process()
                     with gr.Tab("Repaint", visible=any(r.inpaints or r.continues for r in runs)):
                         self._repainting()
             self._wire()
@@ -101,7 +101,7 @@ class Page:
 
     # --- what is on the page ----------------------------------------------------------------------
 
-    def _wish(self, examples: Sequence[str]) -> None:
+    def _inputs(self, examples: Sequence[str]) -> None:
         self.caption = gr.Textbox(
             examples[0] if examples else "",
             label="Caption",
@@ -139,7 +139,7 @@ class Page:
             elem_id="results",
         )
 
-    def _story(self) -> None:
+    def _process(self) -> None:
         showing = [(run.label, place) for place, run in enumerate(self.runs) if run.shows_how]
         gr.Markdown(
             "How the first picture of the caption and the seed comes about, with default options: "
@@ -147,17 +147,17 @@ class Page:
             "which words each part of the picture attends to."
         )
         with gr.Row(equal_height=True):
-            self.story_system = gr.Dropdown(
+            self.process_system = gr.Dropdown(
                 showing,
                 value=showing[-1][1] if showing else None,
                 label="System",
-                elem_id="story-system",
+                elem_id="process-system",
                 interactive=True,
             )
-            self.story_button = gr.Button("Show", variant="primary", elem_id="show", scale=0)
-        self.story_status = status_line("story-status")
+            self.process_button = gr.Button("Show", variant="primary", elem_id="show", scale=0)
+        self.process_status = status_line("process-status")
         self.step = gr.Slider(1, 2, 1, step=1, label="Step", visible=False, elem_id="step")
-        self.story = gr.HTML("", padding=False, elem_id="story")
+        self.process = gr.HTML("", padding=False, elem_id="process")
 
     def _repainting(self) -> None:
         able = [
@@ -208,27 +208,27 @@ class Page:
 
     def _wire(self) -> None:
         controls = {one for own in self.controls for one in own}
-        wish = {self.caption, self.count, self.seed, *controls}
+        inputs = {self.caption, self.count, self.seed, *controls}
         self._on_click(
             self.draw_button,
             self._draw,
-            {*wish, self.systems},
+            {*inputs, self.systems},
             self.status,
             [self.results, self.drawn, self.source],
         )
         self.caption.submit(None, js="() => document.querySelector('#draw').click()")
         self.draw_button.click(None, js=SCROLL)
         self._on_click(
-            self.story_button,
+            self.process_button,
             self._show,
-            {self.caption, self.seed, self.story_system},
-            self.story_status,
-            [self.step, self.frames, self.story],
+            {self.caption, self.seed, self.process_system},
+            self.process_status,
+            [self.step, self.frames, self.process],
         )
         self.step.change(
             self._frame,
             [self.step, self.frames],
-            self.story,
+            self.process,
             queue=False,
             show_progress="hidden",
             api_visibility="private",
@@ -240,7 +240,7 @@ class Page:
         self._on_click(
             self.repaint_button,
             self._repaint,
-            {*wish, *painting},
+            {*inputs, *painting},
             self.repaint_status,
             [self.repainted],
         )
@@ -257,23 +257,23 @@ class Page:
         """Let a button queue a drawing; the status says at once whether somebody else draws."""
 
         def enter(request: gr.Request) -> str:
-            return self.desk.enter(str(request.session_hash))
+            return self.queue.enter(str(request.session_hash))
 
         def serve(values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
-            visitor = str(request.session_hash)
-            self.desk.begin(visitor, "it has just begun")
+            session = str(request.session_hash)
+            self.queue.begin(session, "it has just begun")
             try:
                 for update in answer(values):
                     if text := update.get(status):
-                        self.desk.begin(visitor, text.rstrip("."))
+                        self.queue.begin(session, text.rstrip("."))
                     yield update
             except UserError as error:
                 yield {status: app_html.fault(str(error))}
             finally:
-                self.desk.leave(visitor)
+                self.queue.leave(session)
 
         def fail(request: gr.Request) -> str:
-            self.desk.leave(str(request.session_hash))
+            self.queue.leave(str(request.session_hash))
             return app_html.fault(FAILED)
 
         queued = button.click(enter, None, status, queue=False, **_QUIET).then(
@@ -289,27 +289,27 @@ class Page:
         queued.failure(fail, None, status, queue=False, **_QUIET)
 
     def _unload(self, request: gr.Request) -> None:
-        self.desk.leave(str(request.session_hash))
+        self.queue.leave(str(request.session_hash))
 
     # --- answers ----------------------------------------------------------------------------------
 
-    def _wish_of(self, values: Values, places: Sequence[int]) -> Wish:
+    def _request(self, values: Values, places: Sequence[int]) -> DrawRequest:
         options: dict[int, dict[str, Any]] = {}
         for place in places:
             own = self.controls[place]
             shown = {control.name: values.get(box) for box, control in own.items()}
             options[place] = options_from(list(own.values()), shown)
-        return wish_of(
+        return draw_request(
             values.get(self.caption), values.get(self.count), values.get(self.seed), options
         )
 
     def _draw(self, values: Values) -> Iterator[dict[Any, Any]]:
-        runs = chosen(self.runs, values.get(self.systems))
-        wish = self._wish_of(values, list(runs))
-        for results in self._growing(draw_each(runs, wish, self.threads)):
+        runs = runs_at(self.runs, values.get(self.systems))
+        request = self._request(values, list(runs))
+        for results in _growing(draw_each(runs, request, self.threads)):
             yield {
                 self.status: _progress(results, list(runs.values()), "draws"),
-                self.results: app_html.cards(results, wish.caption),
+                self.results: app_html.cards(results, request.caption),
             }
         if any(one.is_right is None for result in results for one in result.verdicts):
             yield {self.status: UNREAD}
@@ -318,32 +318,24 @@ class Page:
         source = gr.Dropdown(choices, value=0 if choices else None)
         yield {self.drawn: images, self.source: source}
 
-    def _growing(self, results: Iterator[Result]) -> Iterator[list[Result]]:
-        """All results so far, at first none."""
-        sofar: list[Result] = []
-        yield sofar
-        for result in results:
-            sofar.append(result)
-            yield sofar
-
     def _show(self, values: Values) -> Iterator[dict[Any, Any]]:
-        place = values.get(self.story_system)
-        (run,) = chosen(self.runs, [] if place is None else [place]).values()
-        wish = wish_of(values.get(self.caption), 1, values.get(self.seed))
+        place = values.get(self.process_system)
+        (run,) = runs_at(self.runs, [] if place is None else [place]).values()
+        request = draw_request(values.get(self.caption), 1, values.get(self.seed))
         yield {
-            self.story_status: f"{run.title} draws.",
+            self.process_status: f"{run.title} draws.",
             self.step: gr.Slider(visible=False),
-            self.story: "",
+            self.process: "",
         }
-        story = story_of(run, wish, self.threads)
-        done = {self.story_status: f"{run.label}: {wish.caption}"}
-        frames = [app_html.frame(images) for images in story.frames]
+        shown = visualisation_of(run, request, self.threads)
+        done = {self.process_status: f"{run.label}: {request.caption}"}
+        frames = [app_html.frame(images) for images in shown.frames]
         if not frames:
-            yield {**done, self.frames: [], self.story: app_html.rows(story.rows)}
+            yield {**done, self.frames: [], self.process: app_html.rows(shown.rows)}
             return
         last = len(frames)
         slider = gr.Slider(1, last, last, step=1, label=f"Step, of {last}", visible=True)
-        yield {**done, self.frames: frames, self.step: slider, self.story: frames[-1]}
+        yield {**done, self.frames: frames, self.step: slider, self.process: frames[-1]}
 
     def _frame(self, step: float, frames: list[str]) -> Any:
         return frames[min(len(frames), max(1, round(step))) - 1] if frames else gr.skip()
@@ -355,19 +347,28 @@ class Page:
         return picture(drawn[place], EDITOR_SIDE)
 
     def _repaint(self, values: Values) -> Iterator[dict[Any, Any]]:
-        runs = chosen(self.runs, values.get(self.painters))
-        wish = self._wish_of(values, list(runs))
+        runs = runs_at(self.runs, values.get(self.painters))
+        request = self._request(values, list(runs))
         image, mask = picture_and_mask(values.get(self.editor))
         strength, keep = values.get(self.strength), values.get(self.keep)
-        results = repaint_each(runs, wish, image, mask, strength, keep, self.threads)
-        for sofar in self._growing(results):
+        results = repaint_each(runs, request, image, mask, strength, keep, self.threads)
+        for so_far in _growing(results):
             yield {
-                self.repaint_status: _progress(sofar, list(runs.values()), "paints"),
-                self.repainted: app_html.cards(sofar, wish.caption),
+                self.repaint_status: _progress(so_far, list(runs.values()), "paints"),
+                self.repainted: app_html.cards(so_far, request.caption),
             }
 
 
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def _growing(results: Iterator[Result]) -> Iterator[list[Result]]:
+    """All results so far, at first none."""
+    so_far: list[Result] = []
+    yield so_far
+    for result in results:
+        so_far.append(result)
+        yield so_far
 
 
 def _names(results: Sequence[Result]) -> list[str]:

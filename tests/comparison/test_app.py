@@ -23,20 +23,20 @@ from lineage.comparison.app_controls import (
     controls_of,
     options_from,
 )
-from lineage.comparison.app_desk import Desk
 from lineage.comparison.app_drawing import (
     MAX_PICTURES,
     Result,
-    chosen,
     draw_each,
-    judged,
+    draw_request,
     level_of,
     repaint_each,
+    runs_at,
     square_mask,
     square_picture,
-    story_of,
-    wish_of,
+    verdicts_of,
+    visualisation_of,
 )
+from lineage.comparison.app_queue import DrawingQueue
 from lineage.comparison.app_runs import AppRun, example_captions, open_runs, packaged_runs
 from lineage.data import load_dataset
 from lineage.errors import UserError
@@ -85,7 +85,7 @@ def test_damaged_weights_are_a_sentence_when_the_run_draws(tmp_path: Path) -> No
     (copy / "model.safetensors").write_bytes(b"no weights")
     (damaged, whole), faults = open_runs([copy, run_folder("pretrained:retrieval")], "cpu")
     assert faults == []
-    results = list(draw_each({0: damaged, 1: whole}, wish_of(RED_CIRCLE)))
+    results = list(draw_each({0: damaged, 1: whole}, draw_request(RED_CIRCLE)))
     assert "model.safetensors" in results[0].error and not results[0].images
     assert results[1].error == "" and len(results[1].images) == 1
 
@@ -162,9 +162,9 @@ def test_every_option_of_every_packaged_run_has_a_control_or_a_place() -> None:
 
 
 def test_pictures_are_those_of_generate(runs: dict[str, AppRun]) -> None:
-    wish = wish_of(f" {RED_CIRCLE} ", 2, 3, {1: {"sampling_steps": "4"}})
+    request = draw_request(f" {RED_CIRCLE} ", 2, 3, {1: {"sampling_steps": "4"}})
     places = {0: runs["retrieval"], 1: runs["ddpm"]}
-    results = list(draw_each(places, wish, threads=1))
+    results = list(draw_each(places, request, threads=1))
     assert [len(result.images) for result in results] == [2, 2]
     want = runs["ddpm"].system.generate([RED_CIRCLE] * 2, seed=3, sampling_steps=4)
     torch.testing.assert_close(
@@ -174,8 +174,8 @@ def test_pictures_are_those_of_generate(runs: dict[str, AppRun]) -> None:
 
 
 def test_a_wrong_value_is_a_sentence_of_its_system(runs: dict[str, AppRun]) -> None:
-    wish = wish_of(RED_CIRCLE, options={0: {"sampler": "ddimm"}})
-    results = list(draw_each({0: runs["ddpm"], 1: runs["retrieval"]}, wish))
+    request = draw_request(RED_CIRCLE, options={0: {"sampler": "ddimm"}})
+    results = list(draw_each({0: runs["ddpm"], 1: runs["retrieval"]}, request))
     assert "did you mean 'ddim'" in results[0].error and results[1].images
 
 
@@ -186,14 +186,14 @@ def test_a_defect_does_not_stop_the_others(
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr(runs["retrieval"].system, "generate", generate)
-    results = list(draw_each({0: runs["retrieval"], 1: runs["vqvae"]}, wish_of(RED_CIRCLE)))
+    results = list(draw_each({0: runs["retrieval"], 1: runs["vqvae"]}, draw_request(RED_CIRCLE)))
     assert "defect" in results[0].error and results[1].images
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_unread_words_and_idle_options_are_noted(runs: dict[str, AppRun]) -> None:
-    wish = wish_of("a red zorp", options={0: {"guidance": "1", "negative": "a star"}})
-    (result,) = draw_each({0: runs["ddpm"]}, wish)
+    request = draw_request("a red zorp", options={0: {"guidance": "1", "negative": "a star"}})
+    (result,) = draw_each({0: runs["ddpm"]}, request)
     assert result.notes[0] == "Unknown words: zorp, star."
     assert "negative has no effect" in result.notes[1]
 
@@ -209,15 +209,15 @@ def test_unread_words_and_idle_options_are_noted(runs: dict[str, AppRun]) -> Non
         ((RED_CIRCLE, 1, -1), "seed"),
     ],
 )
-def test_a_wish_beyond_its_bounds_is_refused(arguments: tuple[Any, ...], words: str) -> None:
+def test_a_request_beyond_its_bounds_is_refused(arguments: tuple[Any, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        wish_of(*arguments)
+        draw_request(*arguments)
 
 
 def test_no_system_is_a_sentence(runs: dict[str, AppRun]) -> None:
     with pytest.raises(UserError, match="tick at least one"):
-        chosen(list(runs.values()), [])
-    assert list(chosen(list(runs.values()), [2, 0])) == [0, 2]
+        runs_at(list(runs.values()), [])
+    assert list(runs_at(list(runs.values()), [2, 0])) == [0, 2]
 
 
 # --- the judge ------------------------------------------------------------------------------------
@@ -227,21 +227,21 @@ def test_the_judge_reads_real_pictures() -> None:
     data = load_dataset("shapes", "validation", 32)
     examples = [data[i] for i in range(12)]
     for example in examples:
-        (verdict,) = judged(example.image[None], example.captions[0], "shapes")
+        (verdict,) = verdicts_of(example.image[None], example.captions[0], "shapes")
         assert verdict.is_right and verdict.wrong == "" and verdict.detected
     single = next(
         e for e in examples if e.captions[0].startswith("a ") and " and " not in e.captions[0]
     )
-    (verdict,) = judged(single.image[None], "three green stars", "shapes")
+    (verdict,) = verdicts_of(single.image[None], "three green stars", "shapes")
     assert verdict.is_right is False and "count" in verdict.wrong
 
 
 def test_what_the_judge_cannot_read_has_no_verdict() -> None:
     image = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
-    (verdict,) = judged(image, "a house at dawn", "shapes:easy")
+    (verdict,) = verdicts_of(image, "a house at dawn", "shapes:easy")
     assert verdict.is_right is None and verdict.detected == "nothing"
-    assert judged(image, RED_CIRCLE, "emoji") == []
-    assert judged(image[..., :16], RED_CIRCLE, "shapes") == []
+    assert verdicts_of(image, RED_CIRCLE, "emoji") == []
+    assert verdicts_of(image[..., :16], RED_CIRCLE, "shapes") == []
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ def test_only_the_painted_part_changes(runs: dict[str, AppRun]) -> None:
     mask = np.zeros((320, 320), dtype=bool)
     mask[:, :160] = True
     places = {0: runs["ddpm"], 1: runs["vqvae"], 2: runs["attngan"]}
-    wish = wish_of("a green square", options={0: {"sampling_steps": "4"}})
-    painted, continued, neither = repaint_each(places, wish, enlarged(image), mask, 1.0, 0.5)
+    request = draw_request("a green square", options={0: {"sampling_steps": "4"}})
+    painted, continued, neither = repaint_each(places, request, enlarged(image), mask, 1.0, 0.5)
     assert torch.equal(painted.images[0][..., 16:], image[..., 16:])
     assert not torch.equal(painted.images[0][..., :16], image[..., :16])
     prior = runs["vqvae"].system
@@ -284,8 +284,8 @@ def test_only_the_painted_part_changes(runs: dict[str, AppRun]) -> None:
 
 def test_without_a_mask_the_picture_is_changed_and_not_replaced(runs: dict[str, AppRun]) -> None:
     image = load_dataset("shapes", "validation", 32)[0].image
-    wish = wish_of("a green square")
-    (result,) = repaint_each({0: runs["ddpm"]}, wish, enlarged(image), None, 1.0)
+    request = draw_request("a green square")
+    (result,) = repaint_each({0: runs["ddpm"]}, request, enlarged(image), None, 1.0)
     want = runs["ddpm"].system.generate("a green square", image=(image[None] / 127.5 - 1))
     assert (result.images[0].float() - (want[0] + 1) * 127.5).abs().max() < 2
 
@@ -318,20 +318,22 @@ def test_a_mask_is_read_as_the_picture_is() -> None:
 # --- how a picture came about ---------------------------------------------------------------------
 
 
-def test_a_story_ends_with_the_picture(runs: dict[str, AppRun]) -> None:
+def test_the_last_frame_is_the_picture(runs: dict[str, AppRun]) -> None:
     for key in ("ddpm", "vqvae"):
-        story = story_of(runs[key], wish_of(RED_CIRCLE, 1, 5))
+        shown = visualisation_of(runs[key], draw_request(RED_CIRCLE, 1, 5))
         want = runs[key].system.generate(RED_CIRCLE, seed=5)[0]
-        assert len(story.frames) >= 25 and len({len(frame) for frame in story.frames}) == 1
-        torch.testing.assert_close(story.frames[-1][-1].image, want, atol=0.02, rtol=0)
+        assert len(shown.frames) >= 25 and len({len(frame) for frame in shown.frames}) == 1
+        torch.testing.assert_close(shown.frames[-1][-1].image, want, atol=0.02, rtol=0)
 
 
-def test_attention_is_shown_in_rows_and_one_step_has_no_story(runs: dict[str, AppRun]) -> None:
-    story = story_of(runs["attngan"], wish_of(RED_CIRCLE))
-    assert story.frames == [] and len(story.rows) == 3
+def test_attention_is_in_rows_and_one_step_has_nothing_to_show(
+    runs: dict[str, AppRun],
+) -> None:
+    shown = visualisation_of(runs["attngan"], draw_request(RED_CIRCLE))
+    assert shown.frames == [] and len(shown.rows) == 3
     assert [run.shows_how for run in runs.values()] == [False, True, True, True]
     with pytest.raises(UserError, match="one step"):
-        story_of(runs["retrieval"], wish_of(RED_CIRCLE))
+        visualisation_of(runs["retrieval"], draw_request(RED_CIRCLE))
 
 
 # --- cards and the queue --------------------------------------------------------------------------
@@ -339,8 +341,8 @@ def test_attention_is_shown_in_rows_and_one_step_has_no_story(runs: dict[str, Ap
 
 def test_a_card_says_right_and_wrong_in_words_and_escapes_text(runs: dict[str, AppRun]) -> None:
     data = load_dataset("shapes", "validation", 32)[0]
-    right = judged(data.image[None], data.captions[0], "shapes")
-    wrong = judged(data.image[None], "three green squares", "shapes")
+    right = verdicts_of(data.image[None], data.captions[0], "shapes")
+    wrong = verdicts_of(data.image[None], "three green squares", "shapes")
     for verdicts, words in ((right, "✓ right"), (wrong, "✗ wrong: ")):
         html = app_html.cards([Result(runs["ddpm"], [data.image], 0.5, verdicts)], "<b>&</b>")
         assert words in html and "detected: 1 " in html and "500 ms" in html
@@ -354,11 +356,11 @@ def test_a_large_picture_is_made_smaller_on_the_page(runs: dict[str, AppRun]) ->
 
 
 def test_visitors_wait_in_the_order_in_which_they_come() -> None:
-    desk = Desk()
-    assert desk.enter("one") == "" and desk.enter("one") == ""
-    desk.begin("one", "DDPM draws")
-    assert desk.enter("two") == "Waiting: one drawing is ahead of yours (DDPM draws)."
-    assert desk.enter("three").startswith("Waiting: 2 drawings are ahead of yours")
-    desk.leave("two")  # has closed the page
-    desk.leave("one")
-    assert desk.enter("three") == "" and desk.enter("four").endswith("ahead of yours.")
+    queue = DrawingQueue()
+    assert queue.enter("one") == "" and queue.enter("one") == ""
+    queue.begin("one", "DDPM draws")
+    assert queue.enter("two") == "Waiting: one drawing is ahead of yours (DDPM draws)."
+    assert queue.enter("three").startswith("Waiting: 2 drawings are ahead of yours")
+    queue.leave("two")  # has closed the page
+    queue.leave("one")
+    assert queue.enter("three") == "" and queue.enter("four").endswith("ahead of yours.")

@@ -178,13 +178,13 @@ def test_the_slider_moves_over_the_steps(visit: Callable[..., Visit]) -> None:
     one.page.fill("#caption textarea", "a red circle")
     one.tab("How it came about")
     one.page.click("#show")
-    playwright.expect(one.page.locator("#story img")).to_have_count(2, timeout=PATIENCE)
-    last = source(one, "#story")
+    playwright.expect(one.page.locator("#process img")).to_have_count(2, timeout=PATIENCE)
+    last = source(one, "#process")
     one.page.locator("#step input[type=range]").evaluate(
         "slider => { slider.value = 2; slider.dispatchEvent(new Event('input', {bubbles: true})) }"
     )
-    playwright.expect(one.page.locator("#story img").first).not_to_have_attribute("src", last[0])
-    assert "x_t, sigma" in one.page.inner_text("#story")
+    playwright.expect(one.page.locator("#process img").first).not_to_have_attribute("src", last[0])
+    assert "x_t, sigma" in one.page.inner_text("#process")
 
 
 def test_the_painted_part_is_repainted(visit: Callable[..., Visit]) -> None:
