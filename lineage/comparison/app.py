@@ -4,6 +4,7 @@
     app_controls   controls of a system's options
     app_drawing    what is drawn; the judge's verdicts
     app_queue      who draws, and who waits
+    app_sessions   what each has drawn last
     app_html       the cards
     app_page       the page, of gradio; app_parts: its theme, the components of the controls
     here           the server

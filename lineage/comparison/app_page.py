@@ -11,7 +11,6 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from lineage.comparison import app_html
 from lineage.comparison.app_controls import MAX_TEXT, Control, controls_of, options_from
@@ -29,12 +28,13 @@ from lineage.comparison.app_drawing import (
 from lineage.comparison.app_parts import EDITOR_SIDE, SCROLL, component, editor, status_line
 from lineage.comparison.app_queue import DrawingQueue
 from lineage.comparison.app_runs import AppRun
+from lineage.comparison.app_sessions import Session, Sessions
 from lineage.errors import UserError
 from lineage.sheets import picture
 
 QUEUE = "drawing"  # all that draws shares one queue
 MAX_WAITING = 32  # drawings in the queue
-STATE_SECONDS = 3600  # after which what a session has drawn is forgotten
+FILE_SECONDS = 3600  # after which uploads are deleted
 
 Values = Mapping[Any, Any]
 """What the components show, by component."""
@@ -69,14 +69,15 @@ class Page:
         examples: Sequence[str],
         threads: int | None,
     ) -> None:
-        self.runs, self.threads, self.queue = runs, threads, DrawingQueue()
+        self.runs, self.threads = runs, threads
+        self.queue, self.sessions = DrawingQueue(), Sessions()
         self.controls: list[dict[Any, Control]] = []
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # gradio decodes an upload before it comes here
         with gr.Blocks(
             title="lineage",
             analytics_enabled=False,
             fill_width=True,
-            delete_cache=(STATE_SECONDS, STATE_SECONDS),
+            delete_cache=(FILE_SECONDS, FILE_SECONDS),
         ) as self.blocks:
             gr.Markdown(
                 "# The hiprocess of text-to-image, side by side\n"
@@ -84,8 +85,6 @@ class Page:
             )
             for sentence in faults:
                 gr.HTML(app_html.fault(f"Left out: {sentence}"), padding=False)
-            self.drawn = gr.State([], time_to_live=STATE_SECONDS)
-            self.frames = gr.State([], time_to_live=STATE_SECONDS)
             with gr.Row():
                 with gr.Column(scale=1, min_width=300):
                     self._inputs(examples)
@@ -214,7 +213,7 @@ class Page:
             self._draw,
             {*inputs, self.systems},
             self.status,
-            [self.results, self.drawn, self.source],
+            [self.results, self.source],
         )
         self.caption.submit(None, js="() => document.querySelector('#draw').click()")
         self.draw_button.click(None, js=SCROLL)
@@ -223,19 +222,17 @@ class Page:
             self._show,
             {self.caption, self.seed, self.process_system},
             self.process_status,
-            [self.step, self.frames, self.process],
+            [self.step, self.process],
         )
         self.step.change(
             self._frame,
-            [self.step, self.frames],
+            self.step,
             self.process,
             queue=False,
             show_progress="hidden",
             api_visibility="private",
         )
-        self.take_button.click(
-            self._take, [self.source, self.drawn], self.editor, queue=False, **_QUIET
-        )
+        self.take_button.click(self._take, self.source, self.editor, queue=False, **_QUIET)
         painting = {self.editor, self.painters, self.strength, self.keep}
         self._on_click(
             self.repaint_button,
@@ -263,7 +260,7 @@ class Page:
             session = str(request.session_hash)
             self.queue.begin(session, "it has just begun")
             try:
-                for update in answer(values):
+                for update in answer(values, self.sessions[session]):
                     if text := update.get(status):
                         self.queue.begin(session, text.rstrip("."))
                     yield update
@@ -290,6 +287,7 @@ class Page:
 
     def _unload(self, request: gr.Request) -> None:
         self.queue.leave(str(request.session_hash))
+        self.sessions.forget(str(request.session_hash))
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -303,7 +301,7 @@ class Page:
             values.get(self.caption), values.get(self.count), values.get(self.seed), options
         )
 
-    def _draw(self, values: Values) -> Iterator[dict[Any, Any]]:
+    def _draw(self, values: Values, session: Session) -> Iterator[dict[Any, Any]]:
         runs = runs_at(self.runs, values.get(self.systems))
         request = self._request(values, list(runs))
         for results in _growing(draw_each(runs, request, self.threads)):
@@ -313,12 +311,12 @@ class Page:
             }
         if any(one.is_right is None for result in results for one in result.verdicts):
             yield {self.status: UNREAD}
-        images = [image for result in results for image in result.images]
+        session.pictures = [image for result in results for image in result.images]
         choices = [(name, number) for number, name in enumerate(_names(results))]
         source = gr.Dropdown(choices, value=0 if choices else None)
-        yield {self.drawn: images, self.source: source}
+        yield {self.source: source}
 
-    def _show(self, values: Values) -> Iterator[dict[Any, Any]]:
+    def _show(self, values: Values, session: Session) -> Iterator[dict[Any, Any]]:
         place = values.get(self.process_system)
         (run,) = runs_at(self.runs, [] if place is None else [place]).values()
         request = draw_request(values.get(self.caption), 1, values.get(self.seed))
@@ -329,24 +327,26 @@ class Page:
         }
         shown = visualisation_of(run, request, self.threads)
         done = {self.process_status: f"{run.label}: {request.caption}"}
-        frames = [app_html.frame(images) for images in shown.frames]
-        if not frames:
-            yield {**done, self.frames: [], self.process: app_html.rows(shown.rows)}
+        session.frames = [app_html.frame(images) for images in shown.frames]
+        last = len(session.frames)
+        if last == 0:
+            yield {**done, self.process: app_html.rows(shown.rows)}
             return
-        last = len(frames)
         slider = gr.Slider(1, last, last, step=1, label=f"Step, of {last}", visible=True)
-        yield {**done, self.frames: frames, self.step: slider, self.process: frames[-1]}
+        yield {**done, self.step: slider, self.process: session.frames[-1]}
 
-    def _frame(self, step: float, frames: list[str]) -> Any:
+    def _frame(self, step: float, request: gr.Request) -> Any:
+        frames = self.sessions[str(request.session_hash)].frames
         return frames[min(len(frames), max(1, round(step))) - 1] if frames else gr.skip()
 
-    def _take(self, place: int | None, drawn: list[Tensor]) -> Any:
+    def _take(self, place: int | None, request: gr.Request) -> Any:
+        drawn = self.sessions[str(request.session_hash)].pictures
         if place is None or not 0 <= place < len(drawn):
             gr.Info("There is no picture yet: draw one first, or upload one.")
             return gr.skip()
         return picture(drawn[place], EDITOR_SIDE)
 
-    def _repaint(self, values: Values) -> Iterator[dict[Any, Any]]:
+    def _repaint(self, values: Values, session: Session) -> Iterator[dict[Any, Any]]:
         runs = runs_at(self.runs, values.get(self.painters))
         request = self._request(values, list(runs))
         image, mask = picture_and_mask(values.get(self.editor))

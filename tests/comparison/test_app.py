@@ -38,6 +38,7 @@ from lineage.comparison.app_drawing import (
 )
 from lineage.comparison.app_queue import DrawingQueue
 from lineage.comparison.app_runs import AppRun, example_captions, open_runs, packaged_runs
+from lineage.comparison.app_sessions import MAX_SESSIONS, Sessions
 from lineage.data import load_dataset
 from lineage.errors import UserError
 from lineage.pretrained import run_folder
@@ -364,3 +365,15 @@ def test_visitors_wait_in_the_order_in_which_they_come() -> None:
     queue.leave("two")  # has closed the page
     queue.leave("one")
     assert queue.enter("three") == "" and queue.enter("four").endswith("ahead of yours.")
+
+
+def test_only_the_sessions_that_were_used_last_are_remembered() -> None:
+    sessions = Sessions()
+    sessions["first"].frames = ["a"]
+    sessions["second"].frames = ["b"]
+    for number in range(MAX_SESSIONS - 1):
+        assert sessions["first"].frames == ["a"] and sessions[str(number)].frames == []
+    assert sessions["second"].frames == []
+    sessions.forget("first")
+    sessions.forget("nobody")
+    assert sessions["first"].frames == []
