@@ -80,7 +80,7 @@ class Page:
             delete_cache=(FILE_SECONDS, FILE_SECONDS),
         ) as self.blocks:
             gr.Markdown(
-                "# The hiprocess of text-to-image, side by side\n"
+                "# The history of text-to-image, side by side\n"
                 "Write a caption, and let the chosen systems draw it, the oldest first."
             )
             for sentence in faults:

@@ -148,6 +148,7 @@ def pixels(url: str) -> NDArray[np.int64]:
 
 def test_a_caption_is_drawn_and_judged(visit: Callable[..., Visit]) -> None:
     one = visit()
+    assert "history" in one.page.inner_text("h1")
     assert "config.json" in one.page.inner_text("body")  # the run that is broken
     one.page.get_by_label("VQ-VAE (2017)").first.uncheck()
     one.draw("a red circle")
