@@ -47,6 +47,8 @@ Minutes = Annotated[Float, Field(gt=0, le=10**7)]
 """A budget in minutes."""
 Threads = Annotated[Int, Field(ge=1, le=256)]
 """Number of threads of PyTorch on a CPU."""
+Port = Annotated[Int, Field(ge=0, le=65_535)]
+"""Port of a server; 0 is any that is free."""
 SheetCount = Annotated[Int, Field(ge=1, le=10_000)]
 """Number of pictures that one sheet can hold."""
 Side = Annotated[Int, Field(ge=4, le=1024)]

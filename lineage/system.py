@@ -318,6 +318,14 @@ class Visualises(Protocol):
 
 
 @runtime_checkable
+class HasFrames(Protocol):
+    """A system that shows each step on the way to a picture."""
+
+    def frames(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
+        """Labelled pictures (3, S, S) in [-1, 1] of each step, in order; as many in each."""
+
+
+@runtime_checkable
 class DrawsVectors(Protocol):
     """A system whose pictures are drawn from strokes."""
 

@@ -170,6 +170,7 @@ def test_every_part_has_rules() -> None:
         "stepping",
         "model_inputs",
         "text_runs",
+        "notes",
         "search",
         "course",
         "recipes",

@@ -6,6 +6,7 @@
     train       `lineage train`
     sample      `lineage sample`; drawing, prompt_drawing: its parts that need PyTorch
     search      `lineage search`
+    web         `lineage app`
     score       `lineage evaluate`, `prompts`, `compare`
     official    `lineage verify`, `import-weights`
     course      `lineage grade`, `course`
@@ -32,7 +33,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from lineage import __version__, catalog
 from lineage.characters import OutputError, plain, protect
-from lineage.cli import course, data, official, sample, score, search, train
+from lineage.cli import course, data, official, sample, score, search, train, web
 from lineage.cli.arguments import Flag, commands, print_json, sentence
 from lineage.errors import UserError, say
 
@@ -143,6 +144,7 @@ app.command(data.data)
 app.command(train.train, group=TRAIN, sort_key=0)
 app.command(sample.sample, group=TRAIN, sort_key=1)
 app.command(search.search, group=TRAIN, sort_key=2)
+app.command(web.app, group=TRAIN, sort_key=3)
 app.command(score.evaluate, group=SCORE, sort_key=0)
 app.command(score.prompts, group=SCORE, sort_key=1)
 app.command(score.compare, group=SCORE, sort_key=2)

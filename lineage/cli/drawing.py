@@ -19,26 +19,11 @@ from lineage.data.decoding import decode, shown_size, why_broken
 from lineage.errors import UserError
 from lineage.sheets import picture, rows_sheet, sheet
 from lineage.system import DrawsVectors, System, Visualises
-from lineage.text.contract import TextEncoder
 
 T = TypeVar("T")
 
 SCREEN_WIDTH = 1920  # pixels
-MAX_NOTE = 400  # letters of a note on the terminal
 CELL, MARGIN = 128, 10  # side of a picture on a sheet, and the space beside it
-
-
-def unread_text(text: TextEncoder, captions: list[str], length: int | None = None) -> list[str]:
-    """What an encoder does not read in the captions, or has no token for, in a few words each.
-
-    Args:
-        length: Number of the words' vectors that are used; None for all.
-    """
-    ends = [text.overflow(caption, length) for caption in dict.fromkeys(captions)]
-    notes = [f"not read, beyond {end.limit}: {end.text}" for end in ends if end is not None]
-    if unknown := text.unknown(captions, length):
-        notes.append(f"unknown words: {', '.join(unknown)}")
-    return [n if len(n) <= MAX_NOTE else f"{n[:MAX_NOTE]} ... ({len(n):,} letters)" for n in notes]
 
 
 def draw(
@@ -94,12 +79,6 @@ def options_of(
             )
     system.typed_options(options)  # a fault is found before a scorer is trained
     return options
-
-
-def idle_options(system: System, captions: list[str], options: Mapping[str, Any]) -> list[str]:
-    """A sentence about each option that changes no picture."""
-    idle = system.idle_options(captions, system.typed_options(options))
-    return [f"{name} has no effect: {reason}." for name, reason in idle.items()]
 
 
 def _read_picture(path: Path, size: int) -> Tensor:

@@ -63,7 +63,7 @@ def sample(
         threads: Number of threads on a CPU; as many as are free if left out.
     """
     with large_imports():
-        from lineage import runs
+        from lineage import notes, runs
         from lineage.cli import drawing
         from lineage.files import check_output, write_bytes
         from lineage.sheets import check_picture, picture, save_picture
@@ -100,13 +100,13 @@ def sample(
         artist = drawing.draws_vectors(system, out) if vectors else None
         values = drawing.options_of(system, settings_of(options), files)
         texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
-        for sentence in drawing.unread_text(system.text, system.texts(texts), system.text_len):
+        for sentence in notes.unread_text(system.text, system.texts(texts), system.text_len):
             say(sentence)
         if visualise:
             save_picture(drawing.visualisation(system, captions[0], seed=seed), out)
             print(plain(out))
             return
-        for sentence in drawing.idle_options(system, captions, values):
+        for sentence in notes.idle_options(system, captions, values):
             say(sentence)
         captions = [caption for caption in captions for _ in range(count)]
         if artist is not None:

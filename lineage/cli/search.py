@@ -40,8 +40,9 @@ def search(
     """
     with large_imports():
         from lineage import runs, search
-        from lineage.cli.drawing import pixels, unread_text
+        from lineage.cli.drawing import pixels
         from lineage.data.records import is_picture
+        from lineage.notes import unread_text
         from lineage.sheets import check_picture, save_picture
         from lineage.threads import use_threads
         from lineage.training.store import fingerprint

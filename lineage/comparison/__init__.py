@@ -1,1 +1,1 @@
-"""Equal-budget comparison of systems and its report."""
+"""Comparing systems: the equal-budget comparison with its report, and the page of `lineage app`."""

@@ -369,19 +369,35 @@ class DiffusionModel(System):
             sampler_fn(denoise, noise.randn(*self.space.shape), schedule, noise, callback)
         return steps
 
+    def frames(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
+        """Every step of sampling: x_t, and the estimate of x_0."""
+        frames = []
+        for step in self.trajectory(caption, seed=seed):
+            labels = (f"x_t, {_level_label(step)}", "estimate of x_0")
+            frames.append(
+                [LabelledImage(*one) for one in zip(labels, self._decoded(step), strict=True)]
+            )
+        return frames
+
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
         """Eight steps of sampling: x_t, and the estimate of x_0 below it."""
         steps = self.trajectory(caption, seed=seed)
         rows: list[list[LabelledImage]] = [[], []]
         for number in sorted({round(k * (len(steps) - 1) / 7) for k in range(8)}):
-            step = steps[number]
-            sigma = step.level.karras_sigma
-            label = f"sigma {sigma:.2g}" if math.isfinite(sigma) else "noise"
-            with self.inference():
-                for row, x in zip(rows, (step.x_t, step.x0), strict=True):
-                    image = self.space.decode(x)[0].float().clamp(-1, 1)
-                    row.append(LabelledImage(label, image))
+            label = _level_label(steps[number])
+            for row, image in zip(rows, self._decoded(steps[number]), strict=True):
+                row.append(LabelledImage(label, image))
         return rows
+
+    def _decoded(self, step: SamplingStep) -> list[Tensor]:
+        """Pictures (3, S, S) of x_t and of the estimate of x_0."""
+        with self.inference():
+            return [self.space.decode(x)[0].float().clamp(-1, 1) for x in (step.x_t, step.x0)]
+
+
+def _level_label(step: SamplingStep) -> str:
+    sigma = step.level.karras_sigma
+    return f"sigma {sigma:.2g}" if math.isfinite(sigma) else "noise"
 
 
 def _strength(strength: float | None, mask: Tensor | None) -> float:

@@ -356,19 +356,28 @@ class Prior(System):
 
     # --- inspection and metrics ------------------------------------------------------------------
 
+    def frames(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
+        """The finished picture, revealed code by code, in at most 64 steps."""
+        return [[one] for one in self._revealed(caption, seed, 64)]
+
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
         """The finished picture, revealed an eighth of its codes at a time."""
+        return [self._revealed(caption, seed, 8)]
+
+    def _revealed(self, caption: str, seed: int, num_steps: int) -> list[LabelledImage]:
+        """The picture with only the first of its codes, in steps of about equally many."""
         with self.inference():
             noise = NoiseStreams.for_pictures(seed, 1, self.device)
             ids = self.sample_codes(self.text.encode([caption]), noise, self.config.sampling)
             image = self.codec.decode(ids)[0].float().clamp(-1, 1)
         total, row = ids.numel(), []
+        num_steps = min(num_steps, total)
         order = torch.arange(total, device=ids.device).view(1, *ids.shape)  # (1, 1, H, W)
-        for eighth in range(1, 9):
-            count = -(-total * eighth // 8)  # rounded up
+        for step in range(1, num_steps + 1):
+            count = -(-total * step // num_steps)  # rounded up
             revealed = F.interpolate((order < count).float(), image.shape[-2:], mode="nearest")[0]
             row.append(LabelledImage(f"{count} of {total} codes", image * revealed))
-        return [row]
+        return row
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """The codec's reconstructions of pictures (B, 3, S, S) in [-1, 1]."""

@@ -20,7 +20,7 @@ from lineage.catalog import CATALOG
 
 SMOKE = ["--preset", "smoke"]
 COMMANDS = (
-    *("list", "data", "train", "sample", "evaluate", "prompts", "compare", "verify"),
+    *("list", "data", "train", "sample", "app", "evaluate", "prompts", "compare", "verify"),
     "import-weights",
 )
 

@@ -221,12 +221,12 @@ def test_long_captions_are_counted(tmp_path: Path, call: Call) -> None:
 @settings(max_examples=25, derandomize=True, deadline=None)
 @given(st.lists(st.text(st.characters(), max_size=30), min_size=1, max_size=3))
 def test_any_caption_is_drawn(smoke_run: Callable[[str], Any], captions: list[str]) -> None:
-    from lineage.cli import drawing
+    from lineage import notes
     from lineage.data.contract import to_bytes
     from lineage.sheets import sheet
 
     system = smoke_run("ddpm").system
-    notes = drawing.unread_text(system.text, captions, system.text_len)
-    assert all(isinstance(note, str) for note in notes)
+    sentences = notes.unread_text(system.text, captions, system.text_len)
+    assert all(isinstance(sentence, str) for sentence in sentences)
     pictures = to_bytes(system.generate(captions))
     assert sheet(list(pictures), captions).width > 0

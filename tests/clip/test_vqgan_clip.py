@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 import lineage
-from lineage import runs
+from lineage import notes, runs
 from lineage.catalog import CATALOG
-from lineage.cli import drawing
 from lineage.clip.clip import CLIP
 from lineage.clip.prompts import (
     Prompt,
@@ -371,8 +370,8 @@ def test_a_weight_without_a_picture_is_named_as_idle(make: Callable[..., VQGANCL
 
 def test_weights_are_no_unknown_words(make: Callable[..., VQGANCLIP]) -> None:
     system = make()
-    notes = drawing.unread_text(system.text, system.texts(["a red circle:2 | a zorp: -0.5"]))
-    assert notes == ["unknown words: zorp"]
+    found = notes.unread_text(system.text, system.texts(["a red circle:2 | a zorp: -0.5"]))
+    assert found == ["unknown words: zorp"]
 
 
 def test_each_stage_is_scored(make: Callable[..., VQGANCLIP]) -> None:
