@@ -147,10 +147,11 @@ def _sample_prompts(
     """Draw each line of a file of prompts into the folder `out`."""
     with large_imports():
         from lineage import runs
-        from lineage.cli.drawing import idle_options, options_of, unread_text
+        from lineage.cli.drawing import options_of
         from lineage.cli.prompt_drawing import check_free, draw_prompts
         from lineage.data.records import is_picture
         from lineage.evaluation.prompt_files import read_prompt_file
+        from lineage.notes import idle_options, unread_text
         from lineage.threads import use_threads
 
     if is_picture(out.name):
