@@ -19,7 +19,8 @@ of each recipe, unless `settings` holds them (`encoder.width`).
 
 Modules: `members` (the runs), `budget` (what is the same for all), `training` (their processes),
 `curves` (scores on the way), `glance` (what the scores say), `summary` (all of it put together),
-`figures`, `report`, `parts`, `bibliography`.
+`figures`, `report`, `parts`, `bibliography`; and, apart from it, `gallery` (what the systems of the
+package draw) and `app*` (the page of `lineage app`).
 """
 
 from __future__ import annotations
