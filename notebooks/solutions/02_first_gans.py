@@ -289,10 +289,10 @@ show([*memory.generate(hard), *system.generate(hard)], [""] * 8 + hard)
 
 # %% [markdown]
 # Pasting puts every known thing in its place, since places are rules. But a yellow circle was never
-# stored, and no rule can make one. The GAN could, as it knows yellow and circles; so far it draws
-# spots of about the right colour, and loses count, outline and relation. Its generator grows
-# everything in one go, from one sentence vector. The next notebook draws a rough picture first,
-# then a second one that mends it.
+# stored, and no rule can make one. The GAN knows yellow and knows circles, and draws something
+# that is nearly both. But its outlines are rough, two things often change places, and it
+# miscounts. Its generator grows everything in one go, from one sentence vector. The next notebook
+# draws a rough picture first, then a second one that mends it.
 #
 # ## Exercises
 #

@@ -181,7 +181,7 @@ images = torch.cat([torch.cat([enlarged[[i]], rows[i].image]) for i in range(4)]
 show(images, ["stage I", *colours] * 4, columns=5)
 
 # %% [markdown]
-# Colour and place follow the picture, the outline follows the caption: a wrong colour of stage I
+# Colour and place follow the picture, the outline mostly the caption: a wrong colour of stage I
 # stays.
 #
 # Three sources of noise, one at a time, eight pictures of one caption: what does each of them move?

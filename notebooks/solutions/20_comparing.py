@@ -86,7 +86,7 @@ for name, seconds in cost_of_step.items():
 # but favour the system with costly steps. The loop stops at whichever is spent first:
 
 # %%
-source(TrainConfig.spent, "shares = [0.0]")
+source(TrainConfig.spent, "budgets = (")
 
 # %% [markdown]
 # What the pretrained runs spent:
