@@ -84,7 +84,7 @@ def packaged_runs() -> list[Path]:
 
 
 def open_runs(folders: Sequence[Path], device: str = "auto") -> tuple[list[AppRun], list[str]]:
-    """The runs that can be used, and a sentence about each that cannot.
+    """The runs that can be used, oldest first, and a sentence about each that cannot.
 
     Raises:
         UserError: a folder does not exist, or no run can be used.
@@ -104,7 +104,7 @@ def open_runs(folders: Sequence[Path], device: str = "auto") -> tuple[list[AppRu
     for run in opened:
         if titles.count(run.title) > 1:
             run.title = f"{run.title}, {run_name(run.folder)}"
-    return opened, faults
+    return sorted(opened, key=lambda run: run.year), faults
 
 
 def _opened(folder: Path, device: str) -> AppRun:

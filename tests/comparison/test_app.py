@@ -377,3 +377,8 @@ def test_only_the_sessions_that_were_used_last_are_remembered() -> None:
     sessions.forget("first")
     sessions.forget("nobody")
     assert sessions["first"].frames == []
+
+
+def test_runs_are_sorted_by_age() -> None:
+    folders = [run_folder(f"pretrained:{key}") for key in ("ldm", "retrieval", "vqvae")]
+    assert [run.year for run in open_runs(folders)[0]] == [2007, 2017, 2021]
