@@ -84,7 +84,7 @@ def test_damaged_weights_are_a_sentence_when_the_run_draws(tmp_path: Path) -> No
     copy = tmp_path / "copy"
     shutil.copytree(run_folder("pretrained:gan_int_cls"), copy)
     (copy / "model.safetensors").write_bytes(b"no weights")
-    (damaged, whole), faults = open_runs([copy, run_folder("pretrained:retrieval")], "cpu")
+    (whole, damaged), faults = open_runs([copy, run_folder("pretrained:retrieval")], "cpu")
     assert faults == []
     results = list(draw_each({0: damaged, 1: whole}, draw_request(RED_CIRCLE)))
     assert "model.safetensors" in results[0].error and not results[0].images
