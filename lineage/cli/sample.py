@@ -34,6 +34,7 @@ def sample(
     image: PathName | None = None,
     mask: PathName | None = None,
     control: PathName | None = None,
+    reference: PathName | None = None,
     options: Settings | None = None,
     best_of: SheetCount | None = None,
     scorer: str | None = None,
@@ -54,6 +55,7 @@ def sample(
         image: Picture file to start from, where the system has that option.
         mask: Picture file that is white where --image is painted over.
         control: Picture file that guides the layout.
+        reference: Picture file that the drawing should resemble, as of vqgan_clip.
         options: Option of the system, as in --set guidance=3; may be repeated.
         best_of: Number of candidates of each picture, of which the best is kept.
         scorer: Scorer that ranks the candidates: hub:MODEL, damsm:RUN or auto.
@@ -70,12 +72,12 @@ def sample(
         from lineage.system import CAPTION_OPTIONS
         from lineage.threads import use_threads
 
+    files = {"image": image, "mask": mask, "control": control, "reference": reference}
     if prompts is not None:
         others: dict[str, Any] = {"CAPTIONS": captions, "--count": count > 1, "--single": single}
         others |= {"--best-of": best_of, "--scorer": scorer, "--visualise": visualise}
         for name in (name for name, value in others.items() if value):
             raise UserError(f"--prompts draws one picture of each line: leave out {name}.")
-        files = {"image": image, "mask": mask, "control": control}
         _sample_prompts(run, prompts, out, settings_of(options), files, seed, device, threads)
         return
     if not captions:
@@ -88,7 +90,6 @@ def sample(
         raise UserError(f"--best-of compares pixels: leave it out, or write to {out.stem}.png.")
     if vectors and not single and len(captions) * count > 1:
         raise UserError(f"{out} can hold one drawing: add --single for a file of each.")
-    files = {"image": image, "mask": mask, "control": control}
     if visualise:
         others = {**files, "set": options, "best-of": best_of, "single": single, "count": count > 1}
         for name in (name for name, value in others.items() if value):

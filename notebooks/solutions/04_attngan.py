@@ -33,7 +33,7 @@ begin("04_attngan", minutes=2)
 
 # %%
 system = lineage.load("pretrained:attngan")
-film(system, "a blue circle and a yellow cross")
+film(system, "a blue triangle and a red square")
 
 # %% [markdown]
 # ## By hand: attention to words

@@ -239,7 +239,7 @@ def test_pictures_of_any_kind_are_read(mode: str, sample: Sample) -> None:
     assert read("a.png").shape[1] > 100  # a sheet with its caption
 
 
-@pytest.mark.parametrize("flag", ["--image", "--mask", "--control"])
+@pytest.mark.parametrize("flag", ["--image", "--mask", "--control", "--reference"])
 def test_files_that_are_no_pictures_are_refused(flag: str, sample: Sample) -> None:
     Path("empty.png").touch()
     Path("text.png").write_text("no picture")
@@ -260,6 +260,8 @@ def test_files_that_are_no_pictures_are_refused(flag: str, sample: Sample) -> No
         ("ddpm", ["--image", "image.png", "--set", "keep=0.5"], ["'keep'", "image"]),
         ("ddpm", ["--image", "image.png", "--set", "sampler=ddimm"], ["ddim"]),
         ("ddpm", ["--image", "image.png", "--control", "mask.png"], ["'control'"]),
+        ("ddpm", ["--reference", "image.png"], ["'reference'"]),
+        ("vqgan_clip", ["--set", "reference=image.png"], ["--reference"]),
         ("ddpm", ["--image", "image.png", "--set", "image=image.png"], ["--image"]),
         ("vqvae", ["--image", "image.png", "--mask", "mask.png"], ["'mask'", "image"]),
         ("vqvae", ["--image", "image.png", "--set", "strength=1"], ["'strength'"]),
@@ -412,6 +414,7 @@ def test_a_system_with_nothing_to_visualise_says_so(sample: Sample) -> None:
         (["--image", "image.png"], "--image"),
         (["--mask", "mask.png"], "--mask"),
         (["--control", "mask.png"], "--control"),
+        (["--reference", "image.png"], "--reference"),
         (["--set", "truncation=0.5"], "--set"),
         (["--best-of", "2"], "--best-of"),
         (["--count", "2"], "--count"),
@@ -423,3 +426,11 @@ def test_a_system_with_nothing_to_visualise_says_so(sample: Sample) -> None:
 def test_visualise_refuses_other_options(flags: list[str], word: str, sample: Sample) -> None:
     """It would pass them over in silence."""
     assert_nothing_drawn(sample("attngan", "a red circle", "--visualise", *flags), word)
+
+
+def test_a_drawing_resembles_its_reference(sample: Sample) -> None:
+    """The file changes the picture, and so it has reached the system."""
+    steps = ["--set", "steps=2", "--single"]
+    for name, flags in (("a.png", []), ("b.png", ["--reference", "image.png"])):
+        assert sample("vqgan_clip", "a red circle", *steps, *flags, "--out", name)[0] == 0
+    assert (read("a_000.png") != read("b_000.png")).any()
