@@ -80,14 +80,14 @@ RUNS = {
     "stackgan": Run(25),
     "vqvae": Run(12),
     "attngan": Run(25),
-    "ddpm": Run(20),
+    "ddpm": Run(14),
     "vqgan": Run(20),
     "clip": Run(10),
     "dalle": Run(20),
     "vqgan_clip": Run(8, stages_from={"clip": "clip"}, pictures=50, every=8),
     "clipdraw": Run(None, stages_from={"clip": "clip"}, pictures=100),
     "ldm": Run(25, NARROW),
-    "dit": Run(20, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
+    "dit": Run(8, {**NARROW, "model.net.depth": "3", "encoder.width": "64"}),
     # 1,707 words.
     "ldm_emoji": Run(45, {**NARROW, "encoder.width": "44"}, data="emoji", halve_vectors=True),
 }
