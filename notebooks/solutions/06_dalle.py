@@ -251,7 +251,7 @@ show([system.codec.decode(ids)[0], *maps], ["picture", *words], columns=9)
 
 # %% [markdown]
 # Move the temperature. At 0 every picture of a caption is the same; high temperatures draw unlikely
-# codes, and one unlikely code misleads all that follow.
+# codes, which may mislead all that follow. A prior that is sure, as this one, hardly minds.
 
 
 # %%
