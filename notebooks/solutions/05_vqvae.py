@@ -305,8 +305,8 @@ _, _ = train_codec([200, 700], codec__num_downsamples=3)
 # Colours and outlines blur: the squared error prefers the mean of all pictures that a symbol can
 # stand for. VQGAN
 # (Esser et al. 2020, [arXiv:2012.09841](https://arxiv.org/abs/2012.09841)) compares features of a
-# network and adds a discriminator ([vqgan.py](../lineage/vqvae/vqgan.py)). A run as short as this
-# one, drawing unseen captions with the same prior:
+# network and adds a discriminator ([vqgan.py](../lineage/vqvae/vqgan.py)). The pretrained run of
+# it, drawing unseen captions with the same prior:
 
 # %%
 vqgan = lineage.load("pretrained:vqgan")
