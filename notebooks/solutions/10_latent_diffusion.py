@@ -362,11 +362,12 @@ show([*real[worst], *coded[worst]], ["picture"] * 6 + ["decoded"] * 6, columns=6
 
 # %% [markdown]
 # On such flat pictures nearly every object survives; edges turn soft and the ground gets speckles.
-# Small faces and letters of the first Stable Diffusion failed here. The other faults are the old
-# ones, a colour on the wrong object or between two:
+# Small faces and letters of the first Stable Diffusion failed here. The other fault is an old one.
+# Training never shows a green triangle or a yellow circle; asked for both, the system often gives
+# each the colour of the other, for those it knows:
 
 # %%
-hard = "a green cross left of a yellow triangle"
+hard = "a green triangle and a yellow circle"
 show(system.generate([hard] * 8), [hard] + [""] * 7)
 
 # %%

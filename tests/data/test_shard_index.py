@@ -80,7 +80,11 @@ def test_a_shard_that_changed_is_listed_again(tmp_path: Path, listings: list[str
     assert len(listings) == 5
 
 
-@pytest.mark.parametrize("junk", [b"", b"junk", gzip.compress(b"[1]"), gzip.compress(b"{")])
+@pytest.mark.parametrize(
+    "junk",
+    [b"", b"junk", gzip.compress(b"[1]"), gzip.compress(b"{")],
+    ids=["empty", "junk", "list", "cut"],  # a compressed file holds the time
+)
 def test_a_damaged_index_is_made_again(
     junk: bytes, tmp_path: Path, own_cache: Path, listings: list[str]
 ) -> None:
