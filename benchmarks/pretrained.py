@@ -25,6 +25,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,14 @@ def score(key: str) -> dict[str, Any]:
     return document
 
 
-def train(key: str) -> None:
-    """Train one system in a process of its own, export its weights and score them."""
+def train(key: str, made_by: dict[str, Any]) -> None:
+    """Train one system in a process of its own, export its weights and score them.
+
+    Args:
+        made_by: The machine, with the commit; measured before the first export changes files.
+    """
     done = ROOT / "results" / "pretrained" / key / "run.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LINEAGE_LABEL": f"{key} "}
-    made_by = machine()
     subprocess.run(
         [sys.executable, "-m", *command(key), "--resume"], cwd=ROOT, env=environment, check=True
     )
@@ -188,10 +192,11 @@ def main() -> None:
         if key not in RUNS:
             sys.exit(f"There is no {key} among {', '.join(RUNS)}.")
     torch.set_num_threads(1)
+    work = partial(train, made_by=machine())
     later = [key for key in keys if RUNS[key].stages_from]
     with ThreadPoolExecutor(max(1, min(usable_cpus(), len(keys)))) as pool:
-        list(pool.map(train, [key for key in keys if key not in later]))
-        list(pool.map(train, later))
+        list(pool.map(work, [key for key in keys if key not in later]))
+        list(pool.map(work, later))
 
 
 if __name__ == "__main__":

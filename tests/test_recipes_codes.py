@@ -327,7 +327,7 @@ def changed(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
         run = {"text": "bag", "encoder": {"runs": {}}, "tokenizer": {}, "hash": "0"}
         choices = [{"codec": 0.5}, {"RUN": run}]
     elif isinstance(value, list):
-        choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"]]
+        choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"], [0.5]]
     elif isinstance(value, str):
         texts = {
             "data": ["shapes:hard"],

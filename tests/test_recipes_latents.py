@@ -170,7 +170,7 @@ def another(config: Any, name: str, tokenizer: WordTokenizer) -> Any:
         run = {"text": "bag", "encoder": {"runs": {}}, "tokenizer": {}, "hash": "0"}
         choices = [{"autoencoder": 0.5}, {"RUN": run}]
     elif isinstance(value, list):
-        choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"], [0], []]
+        choices = [[*value[:-1], (value[-1] if value else 1) * 2], ["a"], [0], [], [0.5]]
     elif isinstance(value, str):
         choices = list(WORDS)
     else:
@@ -201,6 +201,7 @@ def stages_that_depend_on(name: str) -> set[str]:
             "cpu_minutes",
             "max_steps",
             "max_pictures",
+            "max_flops",
             "precision",
             "channels_last",
         )

@@ -357,8 +357,9 @@ class Prior(System):
     # --- inspection and metrics ------------------------------------------------------------------
 
     def frames(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
-        """The finished picture, revealed code by code, in at most 64 steps."""
-        return [[one] for one in self._revealed(caption, seed, 64)]
+        """The finished picture, revealed in 64 steps, or code by code if it has fewer."""
+        frames = {one.label: [one] for one in self._revealed(caption, seed, 64)}
+        return list(frames.values())
 
     def visualise(self, caption: str, *, seed: int = 0) -> list[list[LabelledImage]]:
         """The finished picture, revealed an eighth of its codes at a time."""
@@ -371,7 +372,6 @@ class Prior(System):
             ids = self.sample_codes(self.text.encode([caption]), noise, self.config.sampling)
             image = self.codec.decode(ids)[0].float().clamp(-1, 1)
         total, row = ids.numel(), []
-        num_steps = min(num_steps, total)
         order = torch.arange(total, device=ids.device).view(1, *ids.shape)  # (1, 1, H, W)
         for step in range(1, num_steps + 1):
             count = -(-total * step // num_steps)  # rounded up

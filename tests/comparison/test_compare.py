@@ -474,7 +474,7 @@ def test_minutes_are_those_of_the_processor(
     ):
         with pytest.raises(CheckFailed, match="enough"):
             lineage.compare(["ddpm"], preset="smoke", out=tmp_path / "out", **options)  # type: ignore[arg-type]
-        assert list(flags["ddpm"])[-len(words) - 2 : -2] == words
+        assert list(flags["ddpm"])[-len(words) - 4 : -4] == words
         assert "--minutes" not in flags["ddpm"]
 
 
@@ -505,7 +505,7 @@ def test_one_encoder_for_all_systems(
     lineage.compare(["ddpm", "gan_int_cls"], **asked, **held)
     assert facts["text"] == "lstm"
     for key in ("ddpm", "gan_int_cls"):
-        assert list(flags[key])[-4:-2] == ["--set", "text=lstm"]
+        assert list(flags[key])[-6:-4] == ["--set", "text=lstm"]
     whole, *single = facts["reproduce"]
     assert "--text lstm" in whole and "--set" not in whole
     assert len(single) == 2 and all("--set text=lstm" in line for line in single)
