@@ -19,8 +19,10 @@ from lineage.evaluation.run import EvalConfig
 from lineage.threads import worded
 from lineage.training.memory import total_memory
 
-BUDGET = {"train.minutes", "train.cpu_minutes", "train.max_steps", "train.max_pictures"}
-BUDGET |= {"train.max_flops"}
+BUDGET = {
+    *("train.minutes", "train.cpu_minutes"),
+    *("train.max_steps", "train.max_pictures", "train.max_flops"),
+}
 MEMORY = 2 * 10**9
 """Bytes of memory for each run that is trained at a time; one at preset tiny needs up to half of
 them.

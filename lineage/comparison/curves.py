@@ -15,14 +15,16 @@ from typing import Any
 from lineage.data.contract import to_bytes
 from lineage.evaluation import sections
 from lineage.evaluation.intervals import seeds_score
+from lineage.evaluation.prompt_files import kind_seed
 from lineage.evaluation.real import PromptSet, RealPictures
 from lineage.evaluation.run import EvalConfig
-from lineage.evaluation.scored import scored_once
+from lineage.evaluation.scored import scored_once, scoring_inputs
 from lineage.evaluation.scoring import ScoredRun
 from lineage.evaluation.seeds import runs_score, tasks_of
 from lineage.plan import read_config
 from lineage.runs import load_system
 from lineage.training.cost import read_cost
+from lineage.training.machine import pick_device
 from lineage.training.run_stages import SNAPSHOTS
 
 SHARES = (0.125, 0.25, 0.5)
@@ -47,14 +49,14 @@ def curves(
     """
     result: dict[str, list[Point]] = {}
     for name, folders in runs.items():
-        found: dict[float, list[tuple[Path, dict[str, Any]]]] = {}
+        of_share: dict[float, list[tuple[Path, dict[str, Any]]]] = {}
         for folder, final in zip(folders, finals[name], strict=True):
             for snapshot in (folder / SNAPSHOTS).glob("*/config.json"):
                 place = snapshot.parent
                 section = _scored(place, real, prompts, scoring)
-                found.setdefault(float(place.name), []).append((place, section))
-            found.setdefault(1.0, []).append((folder, final))
-        points = [_point(share, found[share]) for share in sorted(found)]
+                of_share.setdefault(float(place.name), []).append((place, section))
+            of_share.setdefault(1.0, []).append((folder, final))
+        points = [_point(share, of_share[share]) for share in sorted(of_share)]
         result[name] = [point for point in points if point["score"] is not None]
     return result
 
@@ -72,21 +74,17 @@ def _scored(
             verdicts = prompts.verdicts(prompts.judge.detect(pictures))
             section = {"composition": sections.composition(prompts.prompts, verdicts)}
         elif real.scorer:
-            pictures = to_bytes(system.generate(real.captions, seed=scoring.seed)).cpu()
+            seed = kind_seed(scoring.seed, "caption")
+            pictures = to_bytes(system.generate(real.captions, seed=seed)).cpu()
             image, text = real.scorer.image(pictures), real.scorer.text(real.captions)
             section = {"text_fit": real.text_fit(image, text, real.captions)}
         else:
             section = {}
         return ScoredRun(section, [], [])
 
-    settings = {
-        "curve": read_config(snapshot).key,
-        "seed": scoring.seed,
-        "prompts": prompts.fingerprint if prompts else real.captions,
-        "scorer": real.scorer.name if real.scorer and not prompts else None,
-        "device": scoring.device,
-    }
-    return scored_once(snapshot, settings, compute).scores
+    device = pick_device(scoring.device).type
+    inputs = scoring_inputs(read_config(snapshot), real, prompts, scoring.seed, device)
+    return scored_once(snapshot, {"snapshot": inputs}, compute).scores
 
 
 def _point(share: float, runs: Sequence[tuple[Path, dict[str, Any]]]) -> Point:
@@ -105,8 +103,8 @@ def score_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The score that a curve shows, of runs together; None where nothing was measured."""
     if all("composition" in run for run in runs):
         return seeds_score([tasks_of(run["composition"]["test"]["verdicts"]) for run in runs])
-    found = [run.get("text_fit", {}).get("r_precision") for run in runs]
-    scores = [one for one in found if one is not None]
+    precisions = [run.get("text_fit", {}).get("r_precision") for run in runs]
+    scores = [one for one in precisions if one is not None]
     if len(scores) < len(runs):
         return None
     if len(scores) == 1:

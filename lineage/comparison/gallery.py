@@ -11,16 +11,14 @@ left out: they take tens of seconds for one.
 from __future__ import annotations
 
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from tqdm import tqdm
 
 from lineage.catalog import CATALOG
 from lineage.characters import plain, protect
-from lineage.comparison.report import embed
+from lineage.comparison.report import embed, rendered
 from lineage.data.contract import to_bytes
 from lineage.evaluation.judge import Judge
 from lineage.evaluation.prompts import TASKS, make_prompts
@@ -51,22 +49,18 @@ def systems() -> list[str]:
 @use_free_threads()
 def gallery() -> dict[str, Any]:
     """What the page shows: captions, and for each system its row, training time and pictures."""
-    prompts = [
-        prompt
-        for task in TASKS
-        for prompt in [p for p in make_prompts("easy") if (p.tag, p.split) == (task, "test")][
-            :OF_TASK
-        ]
-    ]
+    known = [prompt for prompt in make_prompts("easy") if prompt.split == "test"]
+    of_task = ([prompt for prompt in known if prompt.tag == task] for task in TASKS)
+    prompts = [prompt for own in of_task for prompt in own[:OF_TASK]]
     captions = [prompt.prompt for prompt in prompts]
     judge = PromptSet(Judge.load(), prompts, "the page", 32, seed=0)
-    shown = []
+    columns = []
     for key in tqdm(systems(), "drawing", unit=" systems", leave=False, disable=None):
         system = load_system(PREFIX + key)
         drawn = [to_bytes(system.generate(captions, seed=seed)).cpu() for seed in SEEDS]
         verdicts = [judge.verdicts(judge.judge.detect(pictures)) for pictures in drawn]
         cost = read_cost(run_folder(PREFIX + key)).values()
-        shown.append(
+        columns.append(
             {
                 "row": CATALOG[key],
                 "minutes": sum(stage["cpu_seconds"] for stage in cost) / 60,
@@ -80,7 +74,7 @@ def gallery() -> dict[str, Any]:
                 ],
             }
         )
-    return {"captions": captions, "systems": shown, "total": len(captions) * len(SEEDS)}
+    return {"captions": captions, "systems": columns, "total": len(captions) * len(SEEDS)}
 
 
 def write_gallery(path: Path) -> None:
@@ -90,10 +84,7 @@ def write_gallery(path: Path) -> None:
         UserError: the file cannot be written.
     """
     check_output(path)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    source = resources.files("lineage.comparison").joinpath("gallery.html")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
-    write_bytes(path, template.render(**gallery()).encode())
+    write_bytes(path, rendered("gallery.html", **gallery()))
 
 
 def main() -> None:

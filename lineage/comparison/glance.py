@@ -77,17 +77,17 @@ def _follows(
     order = sorted(values, key=lambda name: -values[name])
     best, rest = order[0], order[1:]
     equal = [name for name in rest if not differs(difference(runs[best], runs[name]))]
-    shown = f"{titles[best]}: {values[best]:.2f} of the six tasks"
+    first = f"{titles[best]}: {values[best]:.2f} of the six tasks"
     if not rest:
-        return Answer("How well does it follow captions?", f"{shown}.")
+        return Answer("How well does it follow captions?", f"{first}.")
     if equal:
         others = ", ".join(f"{titles[name]} ({values[name]:.2f})" for name in equal)
-        text = f"{shown}, which is no more than chance above {others}."
+        text = f"{first}, which is no more than chance above {others}."
     else:
         ahead = difference(runs[best], runs[rest[0]])
         low, high = ahead["interval"]
         text = (
-            f"{shown}, {ahead['value']:.2f} more than {titles[rest[0]]}, the next "
+            f"{first}, {ahead['value']:.2f} more than {titles[rest[0]]}, the next "
             f"(95 % interval {low:.2f} to {high:.2f})."
         )
     return Answer("Which follows captions best?", text)

@@ -71,10 +71,8 @@ def write_report(
     tables = report_tables(summary)
     figures = summary_figures(summary)
     losses = {name: figure for name in pages if (figure := loss_figure(pages[name].log))}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"seconds": as_seconds, "count": as_count, "embed": embed}
-    source = resources.files("lineage.comparison").joinpath("report.html")
-    page = environment.from_string(source.read_text(encoding="utf-8")).render(
+    page = rendered(
+        "report.html",
         **summary,
         real=real,
         pages=pages,
@@ -87,7 +85,7 @@ def write_report(
         tables=tables,
         num_seeds=max(map(len, summary["run_seeds"].values())),
     )
-    write_bytes(path, valid(page).encode())
+    write_bytes(path, page)
     systems = summary["systems"]
     write_parts(
         path.parent,
@@ -96,6 +94,15 @@ def write_report(
         {name: system["title"] for name, system in systems.items()},
         [system["config"]["key"] for system in systems.values()],
     )
+
+
+def rendered(template: str, **content: Any) -> bytes:
+    """A page of this folder, filled in."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"seconds": as_seconds, "count": as_count, "embed": embed}
+    source = resources.files("lineage.comparison").joinpath(template)
+    page = environment.from_string(source.read_text(encoding="utf-8")).render(**content)
+    return valid(page).encode()
 
 
 def report_tables(summary: dict[str, Any]) -> list[ScoreTable]:

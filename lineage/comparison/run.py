@@ -113,7 +113,7 @@ def compare(
         Interrupted: a request to stop; the same command goes on.
     """
     folder, settings = expanded(out, "out"), _with_encoder(settings, text)
-    text = str(settings.get("text", HISTORICAL))
+    text, seed = str(settings.get("text", HISTORICAL)), settings.pop("seed", seed)
     seeds = typed(PositiveInt, seeds, "seeds")
     if seeds > MAX_SEEDS:
         raise UserError(f"seeds={seeds} must be at most {MAX_SEEDS}.")
@@ -163,7 +163,12 @@ def compare(
         pictures=pictures, device=config.train.device, features=features, scorer=scorer
     )
     check_scoring(config.data, config.size, config.seed, scoring)
-    flags = ["--preset", preset, *flags_of(fair | {"threads": per_run}, settings)]
+
+    def flags(own_seed: int | None = seed) -> list[str]:
+        """Flags of `lineage train` for all runs of a seed."""
+        own = fair | {"threads": per_run, "seed": own_seed}
+        return ["--preset", preset, *flags_of(own, settings)]
+
     held = None if text == HISTORICAL else text
     others = {name: value for name, value in settings.items() if name != "text"}
     several: dict[str, Any] = {"seeds": seeds} if seeds > 1 else {}
@@ -173,13 +178,20 @@ def compare(
     with claimed(folder):
         if per_run and config.train.cpu_minutes is not None:
             say(fairness(config.train.cpu_minutes, per_run, min(at_once, len(members))))
-        commands = {member.name: _command(member, flags, config.seed) for member in members}
+        commands = {
+            member.name: _command(
+                member, flags() if member.seed == config.seed else flags(member.seed)
+            )
+            for member in members
+        }
         reasons = train_all(commands, at_once)
         trained = [member for member in members if member.name not in reasons]
         if not trained:
             name, reason = next(iter(reasons.items()))
             raise CheckFailed(f"No system could be trained; {name}: {reason}")
-        alone = [["lineage", "train", key, *flags, "--out", f"{folder.name}/{key}"] for key in keys]
+        alone = [
+            ["lineage", "train", key, *flags(), "--out", f"{folder.name}/{key}"] for key in keys
+        ]
         facts = {
             "budget": {
                 "minutes": train.minutes,
@@ -259,24 +271,14 @@ def _check_outputs(folder: Path) -> None:
         check_output(folder / name)
 
 
-def _command(member: Member, flags: Sequence[str], first_seed: int) -> list[str]:
-    """Arguments of `lineage train` for a run."""
+def _command(member: Member, flags: Sequence[str]) -> list[str]:
+    """Arguments of `lineage train` for a run, with what its learning curve needs."""
     resume = ["--resume"] if (member.folder / "config.json").exists() else []
-    seed = [] if member.seed == first_seed else ["--seed", str(member.seed)]
     shares = ",".join(f"{share:g}" for share in SHARES)
     extra = {"train.snapshots": shares, "train.count_flops": "true"}
     named = [flag.partition("=")[0] for flag in flags]
     measured = flags_of({}, {n: value for n, value in extra.items() if n not in named})
-    own = [*flags] if not seed else _without(flags, "--seed")
-    return [member.key, "--out", str(member.folder), *resume, *own, *seed, *measured]
-
-
-def _without(flags: Sequence[str], name: str) -> list[str]:
-    """Flags without one of them and its value."""
-    if name not in flags:
-        return list(flags)
-    place = list(flags).index(name)
-    return [*flags[:place], *flags[place + 2 :]]
+    return [member.key, "--out", str(member.folder), *resume, *flags, *measured]
 
 
 def _failed(members: Sequence[Member], reasons: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -58,15 +58,13 @@ def write_all(
     merged = {name: {**over_seeds(own), "system": name} for name, own in runs.items()}
     scores["runs"] = list(merged.values())
     spec, size, data_seed = config.data, config.size, scores["seed_of_data"]
-    unseen, train = (
-        unseen_split(spec, size, data_seed),
-        load_dataset(spec, "train", size, data_seed),
-    )
+    unseen = unseen_split(spec, size, data_seed)
+    train = load_dataset(spec, "train", size, data_seed)
     prompts = prompt_set(unseen, None, Judge.load(), scoring.seed)
     real = real_pictures(spec, unseen, train, prompts is not None, scoring)
     folders = {name: [member.folder for member in own] for name, own in systems.items()}
     points = curves(folders, runs, real, prompts, scoring)
-    examples = unseen_split(config.data, config.size, config.seed).showcase(CAPTIONS)
+    examples = unseen.showcase(CAPTIONS)
     pages = {}
     for name, own in systems.items():
         write_sheets(of_member[own[0]], folder, name)

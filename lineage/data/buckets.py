@@ -69,5 +69,5 @@ def members(
     counts = np.bincount(numbers, minlength=len(shapes))
     rare = (counts < count / RARE)[numbers]
     numbers = np.where(rare, square, numbers)
-    found = {shape: np.flatnonzero(numbers == number) for shape, number in place.items()}
-    return {shape: rows for shape, rows in found.items() if len(rows)}
+    rows_of = {shape: np.flatnonzero(numbers == number) for shape, number in place.items()}
+    return {shape: rows for shape, rows in rows_of.items() if len(rows)}

@@ -136,8 +136,8 @@ class PictureDataset(CaptionedDataset):
         ).hexdigest()
         folder = self._store.folder
         path = None if folder is None else folder / f"{SHAPES}{key}"
-        found = members(self.size, len(self), self.file_size, path)
-        return [self._part_of(rows, shape, key) for shape, rows in found.items()]
+        shapes = members(self.size, len(self), self.file_size, path)
+        return [self._part_of(rows, shape, key) for shape, rows in shapes.items()]
 
     def _part_of(self, rows: NDArray[np.int64], shape: tuple[int, int], key: str) -> PictureDataset:
         """The pictures at some indices, in one shape."""

@@ -100,6 +100,24 @@ def test_a_number_of_seeds_has_bounds(tmp_path: Path) -> None:
             lineage.compare(["ddpm"], out=tmp_path / "out", seeds=seeds, **OPTIONS)
 
 
+def test_a_seed_among_the_settings_is_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of all runs, which would then be the same one twice."""
+    commands: dict[str, list[str]] = {}
+
+    def train_none(asked: dict[str, list[str]], at_once: int) -> dict[str, str]:
+        commands.update(asked)
+        return dict.fromkeys(asked, "enough")
+
+    monkeypatch.setattr("lineage.comparison.run.train_all", train_none)
+    with pytest.raises(CheckFailed, match="enough"):
+        lineage.compare(["ddpm"], out=tmp_path / "out", seeds=2, settings={"seed": 5}, **OPTIONS)
+    seeds = [command[command.index("--seed") + 1] for command in commands.values()]
+    assert seeds == ["5", "6"]
+    assert not any("seed=" in flag for command in commands.values() for flag in command)
+
+
 def test_rounds_of_seeds_come_one_after_the_other() -> None:
     members = members_to_train(["a", "b"], 4, 2, Path("out"))
     names = ["a, seed 4", "b, seed 4", "a, seed 5", "b, seed 5"]
