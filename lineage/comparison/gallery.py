@@ -20,6 +20,7 @@ from lineage.catalog import CATALOG
 from lineage.characters import plain, protect
 from lineage.comparison.report import embed, rendered
 from lineage.data.contract import to_bytes
+from lineage.errors import Interrupted, UserError, say
 from lineage.evaluation.judge import Judge
 from lineage.evaluation.prompts import TASKS, make_prompts
 from lineage.evaluation.real import PromptSet
@@ -87,13 +88,22 @@ def write_gallery(path: Path) -> None:
     write_bytes(path, rendered("gallery.html", **gallery()))
 
 
-def main() -> None:
-    """Write the page to the path that the command line names."""
+def main() -> int:
+    """Write the page to the path that the command line names, or to `pretrained.html`; returns the
+    exit code.
+    """
     with protect():
-        path = Path(sys.argv[1])
-        write_gallery(path)
+        path = Path(sys.argv[1] if len(sys.argv) > 1 else "pretrained.html")
+        try:
+            write_gallery(path)
+        except UserError as error:
+            say(error)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return Interrupted.exit_code
         print(plain(f"{path}: what the systems that come with the package draw"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,3 +34,19 @@ def test_a_page_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         gallery.write_gallery(tmp_path / "file" / "a.html")
+
+
+def test_a_fault_is_a_sentence_and_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["gallery", str(tmp_path / "file" / "a.html")])
+    assert gallery.main() == 2
+    assert capsys.readouterr().err.startswith("lineage: ")
+
+    def stop(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gallery, "write_gallery", stop)
+    monkeypatch.setattr("sys.argv", ["gallery"])
+    assert gallery.main() == 130
