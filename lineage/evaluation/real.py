@@ -6,6 +6,7 @@ floor.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -171,6 +172,15 @@ class RealPictures:
         self.images = torch.stack([example.image for example in examples])
         self.captions = [example.captions[0] for example in examples]
         self.train_indices = evenly_spaced(len(train), TRAINING_PICTURES)
+
+    def beside(self, train: CaptionedDataset) -> RealPictures:
+        """The same unseen pictures beside another training split of as many pictures, that of a
+        run with another seed.
+        """
+        other = copy.copy(self)
+        other.train = train
+        other.__dict__.pop("train_features", None)  # cached of the first one
+        return other
 
     @cached_property
     def features(self) -> Tensor:

@@ -233,8 +233,14 @@ def score_runs(
     if file is None or folders or file.of_kind("caption") or file.of_kind("sample"):
         train = load_dataset(spec, "train", size, data_seed)
         real = real_pictures(spec, unseen, train, prompts is not None, config)
+        of_seed = {
+            seed: real
+            if seed == data_seed
+            else real.beside(load_dataset(spec, "train", size, seed))
+            for seed in {run_config.seed for run_config in run_configs}
+        }
         scored = [
-            _scored(folder, run_config, real, prompts, config, cached)
+            _scored(folder, run_config, of_seed[run_config.seed], prompts, config, cached)
             for folder, run_config in zip(folders, run_configs, strict=True)
         ]
     scored += [

@@ -56,6 +56,12 @@ def test_each_system_is_trained_with_each_seed(folder: Path, facts: dict[str, An
     assert "--seeds 2" in facts["reproduce"][0] and "--seeds" not in facts["reproduce"][1]
 
 
+def test_each_run_is_compared_with_its_own_training_pictures(facts: dict[str, Any]) -> None:
+    """A seed gives `shapes` other training pictures; the unseen ones are the same for all."""
+    one, other = (run["memorisation"] for run in facts["runs"]["retrieval"])
+    assert one["distance_of_unseen_real"] != other["distance_of_unseen_real"]
+
+
 def test_scores_are_those_of_the_runs_together(facts: dict[str, Any]) -> None:
     for merged, own in zip(facts["scores"]["runs"], facts["runs"].values(), strict=True):
         values = [run["quality"]["kid"]["value"] for run in own]
@@ -294,6 +300,14 @@ def test_no_difference_is_claimed_that_is_none() -> None:
     assert texts["Which draws fastest?"] == (
         "Alpha: 10 ms a picture; Beta takes 200 ms, 20 times as long."
     )
+    close = said(
+        {
+            "a": A,
+            "b": {**B, "cost": A["cost"]},
+            "c": scores_of("1" * 40, "1" * 40, kid=1.0, seconds=0.011),
+        }
+    )
+    assert close["Which draws fastest?"] == "No system stands out: a picture takes 10 ms to 11 ms."
     weakest = "Alpha in position (0.50); Beta in position (0.50); Gamma in colors (0.10)."
     assert texts["Where does each fail most?"] == weakest
     table = difference_table({"a": [A], "b": [B], "c": [C]}, "test", TITLES)
