@@ -12,9 +12,7 @@
 
 # %%
 import math
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,7 +20,6 @@ from IPython.display import Markdown
 
 import lineage
 from lineage.catalog import CATALOG
-from lineage.comparison.run import compare_runs
 from lineage.config import TrainConfig
 from lineage.course import begin, check, show, slider, source
 from lineage.data.contract import to_bytes, to_unit
@@ -34,11 +31,9 @@ from lineage.evaluation.judge import PARTS, Judge, relations, verdict
 from lineage.evaluation.prompts import SPLITS, TASKS, make_prompts
 from lineage.evaluation.real import PromptSet
 from lineage.evaluation.scenes import SceneSpec, draw_scenes
-from lineage.evaluation.seeds import difference
 from lineage.evaluation.table import cell
 from lineage.pretrained import pretrained, run_folder
 from lineage.training.cost import read_cost
-from lineage.training.store import read_json
 
 begin("20_comparing", minutes=2)
 
@@ -241,6 +236,8 @@ plt.show()
 # claim one.
 
 # %%
+from lineage.evaluation.seeds import difference
+
 source(difference, "pairs = [", "return seeds_score")
 
 
@@ -279,10 +276,15 @@ for name, both in pairs.items():
 # `compare_runs` does the same for finished runs, and cannot make their budgets equal:
 
 # %%
-folder = Path(tempfile.mkdtemp())
+import json
+import tempfile
+
+from lineage.comparison.run import compare_runs
+
+folder = tempfile.mkdtemp()
 runs = ["pretrained:vqvae", "pretrained:dalle"]
 page = compare_runs(runs, out=folder, pictures=100)
-report = read_json(page.with_suffix(".json"))
+report = json.loads(page.with_suffix(".json").read_text())
 for one in report["answers"]:
     print(f"{one['question']}\n    {one['answer']}")
 for key, one in report["systems"].items():
