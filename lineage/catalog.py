@@ -38,6 +38,7 @@ class Row:
         presets: Names of the presets at which it works.
         status: `works` or `planned`.
         draws: If true, it draws pictures of captions; CLIP only compares the two.
+        adapts: If true, it is an adapter: it is trained on a trained run, its base.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Row:
     presets: tuple[str, ...] = ()
     status: str = "planned"
     draws: bool = True
+    adapts: bool = False
 
     @property
     def works(self) -> bool:
@@ -380,7 +382,10 @@ _ROWS = (
         "weights.",
         family="diffusion",
         builds_on=("sd1",),
-        stages=("adapter",),
+        stages=("autoencoder", "base", "adapter"),
+        presets=PRESETS,
+        status="works",
+        adapts=True,
     ),
     Row(
         key="dit",

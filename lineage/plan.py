@@ -36,6 +36,8 @@ from lineage.training.store import fingerprint, load_state, load_tensors, read_j
 
 NOT_SETTINGS = ("made_with", "data_fingerprint", "stages_from", "changes")
 """Entries of config.json that are no settings of a run."""
+BASE = "base"
+"""Stage of an adapter's recipe: the whole system on which the adapter is trained."""
 
 
 def plan(
@@ -60,6 +62,7 @@ def plan(
                 "be left to train."
             )
         other = _stage_of(source, name)
+        other.name = name
         _check_kind(stages, name, other, source["run"])
         stages = replace_stage(stages, name, other)
     return stages
@@ -80,17 +83,19 @@ def source_of(run: str | Path, name: str) -> dict[str, Any]:
         "tokenizer": tokenizer.to_json(),
         "stages_from": saved.get("stages_from", {}),
     }
-    _stage_of(source, name)
+    own_name = _stage_of(source, name).name
     stages = _stages_of(source)
-    last = stages[-1].name == name
-    path = folder / "model.safetensors" if last else finished_weights(folder, name)
+    last = stages[-1].name == own_name
+    path = folder / "model.safetensors" if last else finished_weights(folder, own_name)
     if is_packaged(folder) and not last:
-        path = _part_of_last(folder, stages, name)
-    if (last and is_interrupted(folder, name)) or not path.exists():
+        path = _part_of_last(folder, stages, own_name)
+    if (last and is_interrupted(folder, own_name)) or not path.exists():
         raise UserError(
             f"Stage {name} of {folder} is not finished, so there is no {path} to take: go on with "
             "that run first (--resume)."
         )
+    if name == BASE:  # its adapter fits no other weights
+        source["hash"] = fingerprint(path.read_bytes())
     return {**source, "weights": str(path.resolve())}
 
 
@@ -132,8 +137,12 @@ def _stages_of(source: Mapping[str, Any]) -> list[Stage]:
 
 
 def _stage_of(source: Mapping[str, Any], name: str) -> Stage:
-    """Stage `name` of another run, with the file of its weights."""
+    """Stage `name` of another run, with the file of its weights; `base` is the last stage of any
+    run that has none of that name.
+    """
     stages = {stage.name: stage for stage in _stages_of(source)}
+    if name == BASE and name not in stages:
+        name = list(stages)[-1]
     if name not in stages:
         raise UserError(f"{source['run']} has no stage {name!r}: {nearest(name, stages)}")
     stage = stages[name]
@@ -169,6 +178,33 @@ def check_weights(stages: list[Stage]) -> None:
         sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
         if saved != sizes:
             raise UserError(f"{stage.weights} does not hold the weights of a stage {stage.name}.")
+
+
+def base_weights(folder: Path) -> Path:
+    """File with the weights of the base of an adapter's run: its own copy, or the run's it is from.
+
+    Raises:
+        UserError: there is neither, or that run has other weights now.
+    """
+    of_snapshot = folder.parent.parent
+    for run in (folder, of_snapshot):
+        if (own := finished_weights(run, BASE)).exists():
+            return own
+    source = read_saved(folder).get("stages_from", {}).get(BASE)
+    if source is None:
+        raise UserError(f"{folder} lacks {finished_weights(Path(), BASE)}: restore that file.")
+    other = run_folder(source["run"], "base")
+    path = other / "model.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds an adapter of {run_name(other)}, and there is no such run: restore it."
+        )
+    if fingerprint(path.read_bytes()) != source.get("hash"):
+        raise UserError(
+            f"{folder} holds an adapter of {run_name(other)}, which has other weights now: restore "
+            "that run, or train the adapter again."
+        )
+    return path
 
 
 def use_own_weights(stages: list[Stage], folder: Path) -> None:

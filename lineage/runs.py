@@ -36,7 +36,9 @@ from lineage.nn.noise import seed_weights
 from lineage.options import Options, changed_by
 from lineage.options import configure as configure
 from lineage.plan import (
+    BASE,
     NOT_SETTINGS,
+    base_weights,
     build,
     check_checkpoints,
     check_effects,
@@ -435,6 +437,10 @@ def load(run: str | Path, device: str = "auto") -> Any:
     config = read_config(folder).without_files()
     sources = read_saved(folder).get("stages_from", {})
     keep_freed_memory()
-    system = build(plan(config, read_tokenizer(folder), sources))
+    stages = plan(config, read_tokenizer(folder), sources)
+    system = build(stages)
+    for stage in stages[:-1]:
+        if stage.name == BASE and stage.system is not None:  # an adapter is saved without its base
+            load_weights(stage.system, base_weights(folder))
     load_weights(system, folder / "model.safetensors")
     return system.to(pick_device(device)).eval()

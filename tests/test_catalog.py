@@ -77,7 +77,7 @@ NO_OFFICIAL_CODE = {
 def test_each_system_has_its_files_under_its_key(key: str) -> None:
     family = CATALOG[key].family
     for path in (
-        PACKAGE / family / f"{key}.py",
+        PACKAGE / family / ("adapters" if CATALOG[key].adapts else "") / f"{key}.py",
         PACKAGE / "recipes" / f"{key}.py",
         TESTS / family / f"test_{key}.py",
     ):

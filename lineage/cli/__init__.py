@@ -8,7 +8,7 @@
     search      `lineage search`
     web         `lineage app`
     score       `lineage evaluate`, `prompts`, `compare`
-    official    `lineage verify`, `import-weights`
+    official    `lineage verify`, `import-weights`, `export-adapter`
     course      `lineage grade`, `course`
 
 A command is a function. Its signature is what the command takes, its docstring is the command's
@@ -150,6 +150,7 @@ app.command(score.prompts, group=SCORE, sort_key=1)
 app.command(score.compare, group=SCORE, sort_key=2)
 app.command(official.verify, group=OFFICIAL, sort_key=0)
 app.command(official.import_weights, group=OFFICIAL, sort_key=1)
+app.command(official.export_adapter, group=OFFICIAL, sort_key=2)
 app.command(course.grade, group=TEACH, sort_key=0)
 app.command(course.course, group=TEACH, sort_key=1)
 

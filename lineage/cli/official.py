@@ -1,9 +1,11 @@
-"""`lineage verify` and `lineage import-weights`."""
+"""`lineage verify`, `lineage import-weights` and `lineage export-adapter`."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lineage.characters import plain
-from lineage.cli.arguments import Flag, Key, PathName
+from lineage.cli.arguments import Flag, Key, PathName, RunName
 from lineage.errors import say
 
 
@@ -32,3 +34,18 @@ def import_weights(key: Key, files: list[PathName], /, *, out: PathName) -> None
     if note := import_weights(key, files, out):
         say(note)
     print(plain(out))
+
+
+def export_adapter(
+    run: RunName, /, *, out: PathName, form: Literal["kohya", "diffusers", "peft"] = "kohya"
+) -> None:
+    """Write the adapter of a run as a file that other programs read.
+
+    Args:
+        run: Run folder of an adapter, as of lora.
+        out: Safetensors file to write; for peft a folder.
+        form: Names in the file: kohya's (also AUTOMATIC1111's and ComfyUI's), diffusers' or peft's.
+    """
+    from lineage.adapters import export_adapter as export
+
+    print(plain(export(run, out, form)))

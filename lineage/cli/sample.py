@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lineage.characters import plain
 from lineage.cli.arguments import (
@@ -18,6 +18,9 @@ from lineage.cli.arguments import (
 )
 from lineage.cli.imports import large_imports
 from lineage.errors import UserError, say
+
+if TYPE_CHECKING:
+    from lineage.system import System
 
 SHEET = Path("sample.png")
 
@@ -36,6 +39,7 @@ def sample(
     control: PathName | None = None,
     reference: PathName | None = None,
     options: Settings | None = None,
+    adapter: list[str] | None = None,
     best_of: SheetCount | None = None,
     scorer: str | None = None,
     visualise: Flag = False,
@@ -57,6 +61,7 @@ def sample(
         control: Picture file that guides the layout.
         reference: Picture file that the drawing should resemble, as of vqgan_clip.
         options: Option of the system, as in --set guidance=3; may be repeated.
+        adapter: Adapter of the run, as in --adapter runs/style:0.8; may be repeated.
         best_of: Number of candidates of each picture, of which the best is kept.
         scorer: Scorer that ranks the candidates: hub:MODEL, damsm:RUN or auto.
         visualise: If true, draw how the first caption's picture comes about, as by attention.
@@ -65,7 +70,7 @@ def sample(
         threads: Number of threads on a CPU; as many as are free if left out.
     """
     with large_imports():
-        from lineage import notes, runs
+        from lineage import notes
         from lineage.cli import drawing
         from lineage.files import check_output, write_bytes
         from lineage.sheets import check_picture, picture, save_picture
@@ -78,7 +83,8 @@ def sample(
         others |= {"--best-of": best_of, "--scorer": scorer, "--visualise": visualise}
         for name in (name for name, value in others.items() if value):
             raise UserError(f"--prompts draws one picture of each line: leave out {name}.")
-        _sample_prompts(run, prompts, out, settings_of(options), files, seed, device, threads)
+        settings = settings_of(options)
+        _sample_prompts(run, prompts, out, settings, files, adapter or [], seed, device, threads)
         return
     if not captions:
         raise UserError("sample needs CAPTIONS, or --prompts FILE; see lineage sample --help.")
@@ -97,7 +103,7 @@ def sample(
     if scorer is not None and best_of is None:
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
     with use_threads(threads):
-        system = runs.load_system(run, device)
+        system = _loaded(run, device, adapter or [])
         artist = drawing.draws_vectors(system, out) if vectors else None
         values = drawing.options_of(system, settings_of(options), files)
         texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
@@ -135,19 +141,32 @@ def sample(
         print(plain(out))
 
 
+def _loaded(run: Path, device: str, adapters: list[str]) -> System:
+    """The system of a run, with adapters."""
+    from lineage.runs import load_system
+
+    system = load_system(run, device)
+    if adapters:
+        from lineage.adapters import add_adapters
+
+        for sentence in add_adapters(system, run, adapters):
+            say(sentence)
+    return system
+
+
 def _sample_prompts(
     run: Path,
     prompts: Path,
     out: Path,
     settings: dict[str, str],
     files: dict[str, Path | None],
+    adapters: list[str],
     seed: int,
     device: str,
     threads: int | None,
 ) -> None:
     """Draw each line of a file of prompts into the folder `out`."""
     with large_imports():
-        from lineage import runs
         from lineage.cli.drawing import options_of
         from lineage.cli.prompt_drawing import check_free, draw_prompts
         from lineage.data.records import is_picture
@@ -162,7 +181,7 @@ def _sample_prompts(
         raise UserError(f"The lines of {prompts} have seeds of their own: leave out --seed.")
     check_free(file, out)
     with use_threads(threads):
-        system = runs.load_system(run, device)
+        system = _loaded(run, device, adapters)
         values, texts = options_of(system, settings, files), [line.prompt for line in file.lines]
         for sentence in unread_text(system.text, system.texts(texts), system.text_len):
             say(sentence)

@@ -96,7 +96,7 @@ def compare(
     made with other settings than those asked for is refused.
 
     Args:
-        keys: Keys of the systems; None for all that work.
+        keys: Keys of the systems; None for all that work, without adapters.
         data, preset, seed, device, settings: As for `lineage.train`; the same for every system.
         minutes, steps, max_pictures, max_flops: As for `lineage.train`, of each run. On a CPU,
             `minutes` are those of the processor in each thread.
@@ -117,7 +117,7 @@ def compare(
     seeds = typed(PositiveInt, seeds, "seeds")
     if seeds > MAX_SEEDS:
         raise UserError(f"seeds={seeds} must be at most {MAX_SEEDS}.")
-    names = drawing() if keys is None else [keys] if isinstance(keys, str) else keys
+    names = _compared() if keys is None else [keys] if isinstance(keys, str) else keys
     keys = list(dict.fromkeys(names))
     if not keys:
         raise UserError("There is nothing to compare: name at least one system.")
@@ -264,6 +264,11 @@ def compare_runs(
     }
     with claimed(folder), use_threads(demanded):
         return write_all(folder, members, config, scoring, facts)
+
+
+def _compared() -> list[str]:
+    """All systems that work and draw, adapters apart, whose base would be what is compared."""
+    return [key for key in drawing() if not CATALOG[key].adapts]
 
 
 def _check_outputs(folder: Path) -> None:

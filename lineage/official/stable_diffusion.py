@@ -102,3 +102,17 @@ def _weights_in(folder: Path) -> Path:
     raise UserError(
         f"{folder} holds no diffusion_pytorch_model.safetensors or .bin, as diffusers' layout has."
     )
+
+
+def diffusers_layer(name: str) -> str:
+    """Name in `UNet2DConditionModel` of a layer of our UNet, such as `down.0.resnets.0.conv1`."""
+    sampler = ".downsamplers.0." if name.startswith("down.") else ".upsamplers.0."
+    name = f"{name}."
+    for theirs, ours in UNET.items():
+        if theirs in (".downsamplers.0.", ".upsamplers.0."):
+            name = name.replace(ours, sampler)
+        elif theirs.endswith("_blocks.") or theirs == "mid_block.":
+            name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+        else:
+            name = name.replace(ours, theirs)
+    return name.removesuffix(".")
