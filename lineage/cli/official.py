@@ -46,6 +46,6 @@ def export_adapter(
         out: Safetensors file to write; for peft a folder.
         form: Names in the file: kohya's (also AUTOMATIC1111's and ComfyUI's), diffusers' or peft's.
     """
-    from lineage.adapters import export_adapter as export
+    from lineage.official.adapters import export_adapter as export
 
     print(plain(export(run, out, form)))

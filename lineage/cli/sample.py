@@ -147,7 +147,7 @@ def _loaded(run: Path, device: str, adapters: list[str]) -> System:
 
     system = load_system(run, device)
     if adapters:
-        from lineage.adapters import add_adapters
+        from lineage.official.adapters import add_adapters
 
         for sentence in add_adapters(system, run, adapters):
             say(sentence)

@@ -24,6 +24,7 @@ from lineage.catalog import CATALOG, drawing, working
 from lineage.cli import main
 from lineage.config import OptimConfig, TrainConfig
 from lineage.data.contract import Batch, CaptionedDataset
+from lineage.diffusion.model import DiffusionModel
 from lineage.errors import Interrupted, UserError
 from lineage.nn.noise import NoiseStreams
 from lineage.recipes import find_recipe, preset
@@ -73,15 +74,24 @@ def fill(system: Trainable, data: CaptionedDataset) -> Trainable:
     """Take a few large steps, so that retrieval has pictures and no layer is still at zero.
 
     Trained weights are larger than initial ones, with which a caption hardly changes a GAN's
-    picture.
+    picture. A diffusion model takes many steps, in which weights four times as large would make a
+    rounding error grow beyond any tolerance.
     """
     trainer = trainer_for(system, data, lr=3e-3)
+    larger = 2.0 if isinstance(system, DiffusionModel) else 4.0
     with torch.no_grad():
         for parameter in (p for group in trainer.groups.values() for p in group.parameters):
-            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+            parameter.mul_(larger if parameter.dim() > 1 else 1.0)
     for number in range(4):
         trainer.advance(trainer.loader.at(number))
     return system.eval()
+
+
+def stir(system: Trainable) -> None:
+    """Add a little noise to all weights."""
+    with torch.no_grad():
+        for parameter in system.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
 # --- recipes ----------------------------------------------------------------------------------
@@ -161,6 +171,8 @@ def make_stage(tokenizer: WordTokenizer) -> Callable[[str, str], dict[str, Train
             systems[stage.name] = stage.construct()
             if stage.name == name:
                 return systems
+            if CATALOG[key].adapts:  # zero layers of an untrained base would let no gradient pass
+                stir(systems[stage.name])
         raise AssertionError(name)
 
     return make

@@ -205,9 +205,10 @@ def merge(model: nn.Module, adapters: Sequence[tuple[LoRA, float]]) -> dict[str,
     Raises:
         UserError: an adapter does not fit the model.
     """
+    for adapter, _ in adapters:
+        check_fits(model, adapter)
     before: dict[str, Tensor] = {}
     for adapter, scale in adapters:
-        check_fits(model, adapter)
         for name, delta in adapter.deltas().items() if scale else ():
             weight = model.get_parameter(name)
             before.setdefault(name, weight.clone())

@@ -1,4 +1,4 @@
-"""Adapters of a run: what `lineage sample --adapter` adds to a system, and what
+"""Adapters of runs and in public files: what `lineage sample --adapter` adds to a system, and what
 `lineage export-adapter` writes.
 
 An adapter is the run folder of a recipe such as `lora`, or a public file (safetensors) of one of
