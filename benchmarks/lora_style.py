@@ -34,7 +34,6 @@ from lineage.evaluation.cost import machine
 from lineage.evaluation.real import PromptSet
 from lineage.files import write_bytes
 from lineage.official.adapters import add_adapters, read_lora
-from lineage.recipes.lora import EVERYWHERE
 from lineage.sheets import picture, save_picture, sheet
 from lineage.training.cost import read_cost
 from lineage.training.store import write_json
@@ -101,14 +100,11 @@ def main() -> None:
     real = to_unit(prompts.pictures)
     rows: dict[str, dict[str, Any]] = {"real": scored(real, prompts)}
     rows["real, hatched"] = scored(hatched(real), prompts)
-    for key in ("ddpm", "ldm"):
-        base: Any = lineage.load(f"pretrained:{key}", "cpu")
-        if key == "ldm":
-            rows["reconstructed by ldm"] = scored(base.reconstruct(hatched(real)), prompts)
-            continue
-        rows[BASE] = scored(base.generate(captions), prompts)
-        count = sum(p.numel() for p in base.network.parameters())
-    shown = [base_picture for base_picture in lineage.load(BASE, "cpu").generate([*SHOWN])]
+    decoded = lineage.load("pretrained:ldm", "cpu").reconstruct(hatched(real))
+    rows["reconstructed by ldm"] = scored(decoded.detach(), prompts)
+    base: Any = lineage.load(BASE, "cpu")
+    count = sum(p.numel() for p in base.network.parameters())
+    rows[BASE], shown = scored(base.generate(captions), prompts), list(base.generate([*SHOWN]))
     with tempfile.TemporaryDirectory() as folder:
         style = Path(folder) / "style"
         write_style(style)
@@ -126,8 +122,8 @@ def main() -> None:
             for scale in (1.0, 0.5) if name == [*TRIALS][-1] else (1.0,):
                 system = lineage.load(BASE, "cpu")
                 add_adapters(system, BASE, [f"{run}:{scale}"])
-                row = name if scale == 1 else f"{name}, scale {scale:g}"
-                rows[row] = {
+                title = name if scale == 1 else f"{name}, scale {scale:g}"
+                rows[title] = {
                     **scored(system.generate(captions), prompts),
                     "parameters": size,
                     "share": round(size / count, 4),

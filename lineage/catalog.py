@@ -358,7 +358,10 @@ _ROWS = (
         "prevent a drift of the class.",
         family="diffusion",
         builds_on=("imagen",),
-        stages=("denoiser",),
+        stages=("autoencoder", "base", "adapter"),
+        presets=PRESETS,
+        status="works",
+        adapts=True,
     ),
     Row(
         key="sd2",

@@ -68,6 +68,7 @@ def test_the_arxiv_number_agrees_with_the_year(key: str) -> None:
 
 NO_OFFICIAL_CODE = {
     "retrieval": "the authors published no code",
+    "dreambooth": "the authors published no code; losses of diffusers' script: official/lora.py",
     "gan_int_cls": "the authors' code is written in Lua (Torch), not in PyTorch",
 }
 """Systems without a module in `lineage.official`, and the reason."""

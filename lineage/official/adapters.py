@@ -105,9 +105,7 @@ def _read(path: str, target: DiffusionModel, run: Path) -> tuple[LoRA, str]:
 
 def _of_run(folder: Path, run: Path) -> LoRA:
     """The adapter of a run folder, if it was trained on `run`."""
-    key = read_config(folder).key
-    if key != "lora":
-        raise UserError(f"{run_name(folder)} is a run of {key}, which is no adapter.")
+    _check_low_rank(folder)
     if _base_hash(folder) != _base_hash(run):
         source = read_saved(folder).get("stages_from", {}).get(BASE, {}).get("run")
         own = run_name(Path(source)) if source else run_name(folder)
@@ -118,6 +116,19 @@ def _of_run(folder: Path, run: Path) -> LoRA:
             f"base={run_name(run)}."
         )
     return read_lora(folder)
+
+
+def _check_low_rank(folder: Path) -> None:
+    """Raise `UserError` if a run has no low-rank adapter."""
+    config = read_config(folder)
+    if not CATALOG[config.key].adapts:
+        raise UserError(f"{run_name(folder)} is a run of {config.key}, which is no adapter.")
+    names = load_tensors(folder / "model.safetensors")
+    if not all(name.endswith((".down", ".up", ".alpha")) for name in names):
+        raise UserError(
+            f"{run_name(folder)} is a whole network and no low-rank adapter: draw with that run "
+            "itself."
+        )
 
 
 def _base_hash(run: Path) -> str:
@@ -192,8 +203,7 @@ def export_adapter(run: str | Path, out: str | Path, form: Form = "kohya") -> Pa
         UserError: the run is no adapter, or the form cannot hold it.
     """
     folder, target = run_folder(run, "run"), expanded(out, "out")
-    if (key := read_config(folder).key) != "lora":
-        raise UserError(f"{run_name(folder)} is a run of {key}, which is no adapter.")
+    _check_low_rank(folder)
     tensors, metadata = written_adapter(read_lora(folder), form)
     if form == "peft":
         check_output(target, folder=True)

@@ -9,7 +9,6 @@ adapter enters the network.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -55,8 +54,8 @@ class AdaptedModel(DiffusionModel):
 
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         """Those of the base."""
-        for turn in super().losses(batch, text, noise):
-            yield replace(turn, group=ADAPTER)
+        terms = self.row_losses(batch, text, noise)
+        yield Turn(ADAPTER, {name: values.mean() for name, values in terms.items()})
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """The base stays in evaluation mode."""
