@@ -23,7 +23,7 @@ from lineage.data import load_dataset
 from lineage.data.contract import Batch, to_bytes
 from lineage.errors import UserError
 from lineage.nn.gan import downsample
-from lineage.plan import plan, read_config, read_saved, read_tokenizer
+from lineage.plan import read_config, saved_stages
 from lineage.pretrained import run_folder
 from lineage.runs import load
 from lineage.sheets import rows_sheet
@@ -62,11 +62,11 @@ def input_columns(
         UserError: The run is not of a text-to-image system.
     """
     system, folder = load(run), run_folder(run, "run")
-    config, sources = read_config(folder), read_saved(folder).get("stages_from", {})
+    config = read_config(folder)
     if not isinstance(system, System):
         raise UserError(f"{config.key} draws no pictures: name a run of another system.")
     dataset = load_dataset(spec, split, system.size, seed)
-    prepare = plan(config.without_files(), read_tokenizer(folder), sources)[-1].prepare
+    prepare = saved_stages(folder)[-1].prepare
     if prepare is not None:
         dataset = prepare(dataset, system)
     count = count if dataset.endless else min(count, len(dataset))

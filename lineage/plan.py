@@ -29,6 +29,7 @@ from lineage.training.stage import (
     NOT_IN_KEY,
     Stage,
     finished_weights,
+    load_weights,
     replace_stage,
     state_path,
 )
@@ -178,6 +179,13 @@ def check_weights(stages: list[Stage]) -> None:
         sizes = {name: tensor.shape for name, tensor in stage.system.state_dict().items()}
         if saved != sizes:
             raise UserError(f"{stage.weights} does not hold the weights of a stage {stage.name}.")
+
+
+def load_base(stages: list[Stage], folder: Path) -> None:
+    """Load the base of an adapter's run, which is saved without it; nothing for other runs."""
+    for stage in stages[:-1]:
+        if stage.name == BASE and stage.system is not None:
+            load_weights(stage.system, base_weights(folder))
 
 
 def base_weights(folder: Path) -> Path:
@@ -332,3 +340,9 @@ def _config_from(saved: Any, path: Path) -> RunConfig:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokeniser of a run folder."""
     return tokenizer_from_json(read_json(folder / "tokenizer.json"))
+
+
+def saved_stages(folder: Path) -> list[Stage]:
+    """Stages of the run in a folder, to load its weights into; they read no files of others."""
+    sources = read_saved(folder).get("stages_from", {})
+    return plan(read_config(folder).without_files(), read_tokenizer(folder), sources)

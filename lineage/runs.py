@@ -36,17 +36,17 @@ from lineage.nn.noise import seed_weights
 from lineage.options import Options, changed_by
 from lineage.options import configure as configure
 from lineage.plan import (
-    BASE,
     NOT_SETTINGS,
-    base_weights,
     build,
     check_checkpoints,
     check_effects,
     check_weights,
+    load_base,
     plan,
     read_config,
     read_saved,
     read_tokenizer,
+    saved_stages,
     source_of,
     use_own_weights,
 )
@@ -401,9 +401,9 @@ def sample_sheet(system: System, examples: list[Example], path: Path, seed: int 
 # --- run folders ----------------------------------------------------------------------------------
 
 
-def load_system(run: str | Path, device: str = "auto") -> System:
+def load_system(run: str | Path, device: str = "auto", adapters: Sequence[str] = ()) -> System:
     """As `load`, for a run that draws. Raises `UserError` for others too."""
-    system = load(run, device)
+    system = load(run, device, adapters)
     if not isinstance(system, System):
         key = read_config(run_folder(run, "run")).key
         raise UserError(
@@ -423,24 +423,28 @@ def load_comparer(run: str | Path, device: str = "auto") -> Comparer:
     return model
 
 
-def load(run: str | Path, device: str = "auto") -> Any:
-    """The trained model of a run folder: a `System`, ready to `generate`, or a `CLIP`.
+def load(run: str | Path, device: str = "auto", adapters: Sequence[str] = ()) -> Any:
+    """The trained model of a run folder: a `System`, ready to `generate`, or a `CLIP`. On Linux the
+    process keeps the memory that drawing frees (`keep_freed_memory`).
 
-    On Linux the process keeps the memory that drawing frees (`keep_freed_memory`).
+    Args:
+        run, device: Run folder or pretrained:KEY; `cpu`, `cuda`, `mps` or `auto`.
+        adapters: Adapters that are merged into the weights, each with a scale if it is not 1, as
+            `["runs/style:0.8"]`.
 
     Raises:
-        UserError: the folder holds no run, or a file of it is damaged; the sentence names the file.
+        UserError: there is no such run, a file is damaged, or an adapter does not fit.
     """
     folder = run_folder(run, "run")
     if not folder.is_dir():
         raise UserError(f"There is no run folder {folder}.")
-    config = read_config(folder).without_files()
-    sources = read_saved(folder).get("stages_from", {})
     keep_freed_memory()
-    stages = plan(config, read_tokenizer(folder), sources)
-    system = build(stages)
-    for stage in stages[:-1]:
-        if stage.name == BASE and stage.system is not None:  # an adapter is saved without its base
-            load_weights(stage.system, base_weights(folder))
+    stages = saved_stages(folder)
+    system: Any = build(stages)
+    load_base(stages, folder)
     load_weights(system, folder / "model.safetensors")
+    if adapters:
+        from lineage.official.adapters import add_adapters
+
+        add_adapters(system, folder, adapters)
     return system.to(pick_device(device)).eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lineage.characters import plain
 from lineage.cli.arguments import (
@@ -18,9 +18,6 @@ from lineage.cli.arguments import (
 )
 from lineage.cli.imports import large_imports
 from lineage.errors import UserError, say
-
-if TYPE_CHECKING:
-    from lineage.system import System
 
 SHEET = Path("sample.png")
 
@@ -70,7 +67,7 @@ def sample(
         threads: Number of threads on a CPU; as many as are free if left out.
     """
     with large_imports():
-        from lineage import notes
+        from lineage import notes, runs
         from lineage.cli import drawing
         from lineage.files import check_output, write_bytes
         from lineage.sheets import check_picture, picture, save_picture
@@ -103,7 +100,7 @@ def sample(
     if scorer is not None and best_of is None:
         raise UserError("--scorer chooses among several pictures: add --best-of 8.")
     with use_threads(threads):
-        system = _loaded(run, device, adapter or [])
+        system = runs.load_system(run, device, adapter or [])
         artist = drawing.draws_vectors(system, out) if vectors else None
         values = drawing.options_of(system, settings_of(options), files)
         texts = [*captions, *(values[name] for name in CAPTION_OPTIONS if name in values)]
@@ -141,19 +138,6 @@ def sample(
         print(plain(out))
 
 
-def _loaded(run: Path, device: str, adapters: list[str]) -> System:
-    """The system of a run, with adapters."""
-    from lineage.runs import load_system
-
-    system = load_system(run, device)
-    if adapters:
-        from lineage.official.adapters import add_adapters
-
-        for sentence in add_adapters(system, run, adapters):
-            say(sentence)
-    return system
-
-
 def _sample_prompts(
     run: Path,
     prompts: Path,
@@ -167,6 +151,7 @@ def _sample_prompts(
 ) -> None:
     """Draw each line of a file of prompts into the folder `out`."""
     with large_imports():
+        from lineage import runs
         from lineage.cli.drawing import options_of
         from lineage.cli.prompt_drawing import check_free, draw_prompts
         from lineage.data.records import is_picture
@@ -181,7 +166,7 @@ def _sample_prompts(
         raise UserError(f"The lines of {prompts} have seeds of their own: leave out --seed.")
     check_free(file, out)
     with use_threads(threads):
-        system = _loaded(run, device, adapters)
+        system = runs.load_system(run, device, adapters)
         values, texts = options_of(system, settings, files), [line.prompt for line in file.lines]
         for sentence in unread_text(system.text, system.texts(texts), system.text_len):
             say(sentence)

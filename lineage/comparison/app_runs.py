@@ -20,7 +20,7 @@ from lineage.catalog import CATALOG
 from lineage.config import flat
 from lineage.data import NO_PATH, load_dataset
 from lineage.errors import UserError
-from lineage.plan import build, plan, read_config, read_saved, read_tokenizer
+from lineage.plan import build, read_config, saved_stages
 from lineage.pretrained import PREFIX, pretrained, run_folder, run_name
 from lineage.system import HasFrames, Option, System, Visualises
 
@@ -111,8 +111,7 @@ def _opened(folder: Path, device: str) -> AppRun:
     """A run, from everything but its weights."""
     config = read_config(folder).without_files()
     with torch.device("meta"):  # sizes without numbers
-        sources = read_saved(folder).get("stages_from", {})
-        system = build(plan(config, read_tokenizer(folder), sources))
+        system = build(saved_stages(folder))
     row = CATALOG[config.key]
     if not isinstance(system, System):
         raise UserError(f"{run_name(folder)} is a run of {config.key}, which draws no pictures.")

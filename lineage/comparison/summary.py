@@ -23,7 +23,7 @@ from lineage.evaluation.real import prompt_set, unseen_split
 from lineage.evaluation.run import EvalConfig, real_pictures, score_runs
 from lineage.evaluation.scoring import ScoredRun, write_sheets
 from lineage.evaluation.seeds import over_seeds
-from lineage.plan import build, plan, read_config, read_saved, read_tokenizer
+from lineage.plan import build, read_config, saved_stages
 from lineage.runs import load_system
 from lineage.sheets import save_picture, sheet
 from lineage.system import LabelledImage, Visualises
@@ -126,9 +126,8 @@ def _page(folder: Path, examples: Sequence[Example], scored: ScoredRun) -> Syste
 def _system_summary(member: Member, title: str, scores: Mapping[str, Any]) -> dict[str, Any]:
     """The part of the report's data about one system, beside its scores."""
     row, config = CATALOG[member.key], read_config(member.folder).without_files()
-    sources = read_saved(member.folder).get("stages_from", {})
     with torch.device("meta"):
-        text = build(plan(config, read_tokenizer(member.folder), sources)).text
+        text = build(saved_stages(member.folder)).text
     assert text is not None
     return {
         "title": title,

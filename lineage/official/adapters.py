@@ -22,7 +22,7 @@ from lineage.catalog import CATALOG
 from lineage.diffusion.adapters.adapted import ADAPTER, AdaptedModel
 from lineage.diffusion.adapters.lora import LoRA, LowRank, adaptable, merge
 from lineage.diffusion.model import DiffusionModel
-from lineage.errors import UserError
+from lineage.errors import UserError, say
 from lineage.files import check_output, expanded, write_bytes
 from lineage.official.lora import Form, read_adapter, stated_alpha, written_adapter
 from lineage.plan import BASE, base_weights, read_config, read_saved
@@ -60,16 +60,13 @@ def parsed(spec: str) -> AdapterSpec:
     return AdapterSpec(path, scale)
 
 
-def add_adapters(system: System, run: str | Path, specs: Sequence[str]) -> list[str]:
-    """Merge adapters into a loaded system, each times its scale.
+def add_adapters(system: System, run: str | Path, specs: Sequence[str]) -> None:
+    """Merge adapters into a loaded system, each times its scale; says what of them is left out.
 
     Args:
         system: System of `run`.
         run: Run folder, or pretrained:KEY.
         specs: Adapters, as `PATH` or `PATH:SCALE`.
-
-    Returns:
-        Sentences that the user must know.
 
     Raises:
         UserError: one is no adapter, or is one of another model; the sentence says which layers do
@@ -80,14 +77,13 @@ def add_adapters(system: System, run: str | Path, specs: Sequence[str]) -> list[
         name = run_name(run_folder(run, "run"))
         raise UserError(f"{name} is a run of {key}, and adapters change diffusion models alone.")
     target = system.base if isinstance(system, AdaptedModel) else system
-    notes: list[str] = []
     adapters = []
     for path, scale in map(parsed, specs):
         adapter, note = _read(path, target, run_folder(run, "run"))
         adapters.append((adapter, scale))
-        notes += [f"--adapter {path}: {note}"] if note else []
+        if note:
+            say(f"--adapter {path}: {note}")
     merge(target, adapters)
-    return notes
 
 
 def _read(path: str, target: DiffusionModel, run: Path) -> tuple[LoRA, str]:

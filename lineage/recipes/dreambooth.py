@@ -6,6 +6,8 @@ from dataclasses import field, replace
 from itertools import cycle, islice
 from typing import Any
 
+from tqdm import tqdm
+
 from lineage.config import OptimConfig, configuration
 from lineage.data import load_dataset
 from lineage.data.contract import CaptionedDataset, to_bytes
@@ -99,8 +101,11 @@ def stages(config: Config, tokenizer: Tokenizer) -> list[Stage]:
             adapter.prior_data, "train", size, seed
         ).all_captions(adapter.num_prior)
         captions = list(islice(cycle(texts), adapter.num_prior))
-        pictures = to_bytes(model.base.generate(captions, seed=seed)).cpu()
-        return WithPrior(dataset, pictures, captions)
+        with tqdm(
+            total=len(captions), desc="drawing the class", unit=" pictures", disable=None
+        ) as bar:
+            pictures = model.base.generate(captions, seed=seed, progress=bar.update)
+        return WithPrior(dataset, to_bytes(pictures).cpu(), captions)
 
     arguments = {
         "config": adapter,
