@@ -175,7 +175,7 @@ def test_a_system_learns_from_shapes_or_says_that_it_does_not(
     key: str, folder: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"preset": "smoke", "data": f"{folder}?crop=buckets", "steps": 4}
-    if key in ("ddpm", "ldm", "dit"):
+    if key in ("ddpm", "ldm", "dit", "lora"):
         run = lineage.train(key, out=tmp_path / "run", **options)
         system = lineage.load(run)
         assert system.generate("a", sampling_steps=2).shape == (1, 3, 16, 16)

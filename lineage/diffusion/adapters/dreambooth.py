@@ -34,7 +34,7 @@ from lineage.diffusion.adapters.lora import LoRAConfig, LoRANetwork, make_lora
 from lineage.diffusion.model import DiffusionModel
 from lineage.errors import UserError
 from lineage.nn.noise import NoiseStreams
-from lineage.system import Turn
+from lineage.system import Trainable, Turn
 from lineage.text.contract import TextFeatures
 
 
@@ -74,6 +74,11 @@ class DreamBoothModel(AdaptedModel):
             network = copy.deepcopy(base.network).requires_grad_(True)
             super().__init__(base, network, network)
         self.prior_weight = config.prior_weight
+
+    def check_shape(self, height: int, width: int) -> None:
+        if self.training and self.prior_weight > 0:  # the class is drawn as squares
+            Trainable.check_shape(self, height, width)
+        super().check_shape(height, width)
 
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         """Equation 2."""
