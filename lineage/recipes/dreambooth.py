@@ -15,6 +15,7 @@ from lineage.data.prior import WithPrior
 from lineage.diffusion.adapters.dreambooth import DreamBoothConfig, DreamBoothModel
 from lineage.diffusion.adapters.lora import LoRAConfig
 from lineage.diffusion.model import DiffusionModel
+from lineage.errors import UserError
 from lineage.recipes import ldm, lora
 from lineage.recipes.adapters import AdapterRun, adapter_stages, check_size, preset_of
 from lineage.text.tokenizer import Tokenizer
@@ -90,8 +91,17 @@ def fine_tuned(
 
 
 def stages(config: Config, tokenizer: Tokenizer) -> list[Stage]:
-    """`autoencoder`, `base`, `adapter`."""
+    """`autoencoder`, `base`, `adapter`.
+
+    Raises:
+        UserError: the batch size is odd.
+    """
     adapter, size, seed = config.adapter, config.size, config.seed
+    if adapter.prior_weight > 0 and config.train.batch_size % 2:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} must be even, since every second picture "
+            "is of the class; or set adapter.prior_weight=0."
+        )
 
     def with_prior(dataset: CaptionedDataset, model: Any) -> CaptionedDataset:
         """Every second picture of a batch is one that the base has drawn."""

@@ -44,8 +44,17 @@ def test_the_loss_weighs_the_rows_of_the_class(
     rows = base.row_losses(batch, base.text.encode(batch.caption), NoiseStreams(range(6)))["mse_x0"]
     torch.testing.assert_close(terms["subject"], rows[[0, 2, 4]].mean())
     torch.testing.assert_close(terms["prior"], 0.3 * rows[[1, 3, 5]].mean())
-    with pytest.raises(UserError, match="batch of 5 cannot be shared"):
-        turn_of(model, shapes, 5)
+    with pytest.raises(UserError, match="batch of 1 holds no picture of the class"):
+        turn_of(model, shapes, 1)
+
+
+def test_an_odd_batch_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """A loader reads several batches at once, so rows of odd ones would change their kind."""
+    settings: dict[str, Any] = {"train.batch_size": 5}
+    options: dict[str, Any] = {"preset": "smoke", "steps": 2, "out": tmp_path / "run"}
+    with pytest.raises(UserError, match="batch_size=5 must be even"):
+        lineage.train("dreambooth", settings=settings, **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_prior_preservation_all_rows_are_of_the_subject(

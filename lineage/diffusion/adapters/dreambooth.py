@@ -87,10 +87,10 @@ class DreamBoothModel(AdaptedModel):
         if self.prior_weight == 0:
             yield Turn(ADAPTER, {"subject": rows.mean()})
             return
-        if len(batch) % 2:
+        if len(batch) == 1:
             raise UserError(
-                f"A batch of {len(batch)} cannot be shared by subject and class: set an even "
-                "train.batch_size, or adapter.prior_weight=0."
+                "A batch of 1 holds no picture of the class: set train.batch_size=2 or more, or "
+                "adapter.prior_weight=0."
             )
         subject, prior = rows[0::2].mean(), rows[1::2].mean()
         yield Turn(ADAPTER, {"subject": subject, "prior": self.prior_weight * prior})
