@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lineage.catalog import CATALOG
 from lineage.diffusion.adapters.adapted import ADAPTER, AdaptedModel
-from lineage.diffusion.adapters.lora import LoRA, LowRank, adaptable, merge
+from lineage.diffusion.adapters.lora import LoRA, LoRANetwork, LowRank, adaptable, merge
 from lineage.diffusion.model import DiffusionModel
 from lineage.errors import UserError, say
 from lineage.files import check_output, expanded, write_bytes
@@ -76,7 +76,9 @@ def add_adapters(system: System, run: str | Path, specs: Sequence[str]) -> None:
         key = read_config(run_folder(run, "run")).key
         name = run_name(run_folder(run, "run"))
         raise UserError(f"{name} is a run of {key}, and adapters change diffusion models alone.")
-    target = system.base if isinstance(system, AdaptedModel) else system
+    target: DiffusionModel = system
+    if isinstance(system, AdaptedModel) and isinstance(system.network, LoRANetwork):
+        target = system.base
     adapters = []
     for path, scale in map(parsed, specs):
         adapter, note = _read(path, target, run_folder(run, "run"))

@@ -36,8 +36,8 @@ PRESETS = {
         adapter=LoRAConfig(rank=2, alpha=2.0, target_modules=EVERYWHERE),
         adapter_optim=OptimConfig(lr=2e-3, warmup=5),
     ),
-    # Minutes on two CPU cores. A style that changes every pixel is beyond the attention of so small
-    # a network (results/lora/style.md).
+    # Minutes on two CPU cores. A texture is beyond the attention of so small a network, and beyond
+    # rank 1 (results/lora/style.md).
     "tiny": preset_of(
         Config,
         ldm.PRESETS["tiny"],

@@ -150,6 +150,11 @@ def test_a_run_trains_on_what_its_base_draws(
     assert torch.equal(made[0].pictures, drawn)
     with pytest.raises(UserError, match="is a whole network and no low-rank adapter"):
         add_adapters(lineage.load(base), base, [str(tmp_path / "run")])
+    style: dict[str, Any] = {"preset": "smoke", "steps": 4, "out": tmp_path / "style"}
+    lineage.train("lora", stages_from={"base": base}, **style)
+    plain = lineage.load(tmp_path / "run").generate(CAPTIONS)
+    both = lineage.load(tmp_path / "run", adapters=[f"{tmp_path / 'style'}:5"])
+    assert not torch.equal(both.generate(CAPTIONS), plain)
 
 
 def test_a_low_rank_run_is_an_adapter_of_its_base(smoke_run: Any, tmp_path: Path) -> None:

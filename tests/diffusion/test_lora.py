@@ -126,6 +126,11 @@ def test_a_new_adapter_draws_the_pictures_of_the_base(base: DiffusionModel) -> N
             change.up.normal_()
     assert not torch.equal(model.generate(CAPTIONS, seed=1), before)
     assert torch.equal(base.generate(CAPTIONS, seed=1), before)
+    drawn = model.generate(CAPTIONS, seed=1)
+    other = fill(make_lora(base, LoRAConfig()), seed=3)
+    with merged(base, [(other, 1.0)]):  # so are they when the base has changed
+        assert not torch.equal(model.generate(CAPTIONS, seed=1), drawn)
+    assert torch.equal(model.generate(CAPTIONS, seed=1), drawn)
 
 
 def test_an_adapter_is_no_base(base: DiffusionModel) -> None:

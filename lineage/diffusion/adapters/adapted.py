@@ -36,7 +36,7 @@ class AdaptedModel(DiffusionModel):
         adapter: What is trained.
     """
 
-    base_stage = "base"
+    base: DiffusionModel
 
     def __init__(self, base: DiffusionModel, network: nn.Module, adapter: nn.Module) -> None:
         if isinstance(base, AdaptedModel):

@@ -167,7 +167,8 @@ class LoRANetwork(nn.Module):
         """W' of each adapted layer; without gradients they are computed once."""
         if torch.is_grad_enabled():
             return self._changed()
-        version = [(p.data_ptr(), p._version) for p in self.lora.parameters()]
+        changed = [self.get_parameter(f"{name}.weight") for name in self.lora.changes()]
+        version = [(p.data_ptr(), p._version) for p in (*self.lora.parameters(), *changed)]
         if self._cached is None or self._cached[0] != version:
             self._cached = version, self._changed()
         return self._cached[1]
