@@ -1,6 +1,6 @@
 """Speed of a LoRA training step, and of sampling with adapters, against peft and diffusers.
 
-    pip install -c constraints.txt -e ".[peers]" peft
+    pip install -c constraints.txt -e ".[peers]"
     OMP_NUM_THREADS=1 python benchmarks/lora_step.py
 
 All in one run, in turn, the median of each. The UNet is that of `unet.py`, with the same weights in

@@ -204,12 +204,17 @@ def written_adapter(lora: LoRA, form: Form) -> tuple[dict[str, Tensor], dict[str
     if len(sizes) > 1:
         raise UserError(f"The form {form} holds one rank and one alpha: write kohya's.")
     ((rank, alpha),) = sizes
+    layers: dict[str, list[str]] = {}  # of each part
+    for name in changes:
+        part, _, inner = str(diffusers_name(name)).partition(".")
+        layers.setdefault(part, []).append(inner)
+    configs = {
+        part: {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(own)}
+        for part, own in layers.items()
+    }
     if form == "peft":
-        layers = sorted({diffusers_name(name).partition(".")[2] for name in changes})  # type: ignore
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": layers}
-        return tensors, config
-    parts = {key.partition(".")[0] for key in tensors}
-    stated = {f"{part}.{n}": v for part in parts for n, v in (("r", rank), ("lora_alpha", alpha))}
+        return tensors, configs["unet"]
+    stated = {f"{part}.{n}": v for part, own in configs.items() for n, v in own.items()}
     return tensors, {"lora_adapter_metadata": json.dumps(stated, sort_keys=True)}
 
 
