@@ -122,6 +122,11 @@ def draw_lines(peer: Any, lines: Sequence[PromptLine], folder: Path) -> None:
 # --- all of them ------------------------------------------------------------------------------
 
 
+def here(name: str) -> Path:
+    """A folder of the project, relative to the working directory: results hold no other path."""
+    return Path(os.path.relpath(ROOT / name))
+
+
 def start_peer(name: str, options: argparse.Namespace, prompts: Path) -> None:
     """`train_peer` in a process of its own, unless it is finished."""
     folder = options.runs / name
@@ -203,8 +208,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="processor time of each")
     parser.add_argument("--count", type=int, default=400, help="pictures for quality and text fit")
     parser.add_argument("--jobs", type=int, default=2, help="peers that are trained at a time")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "peers")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "peers")
+    parser.add_argument("--runs", type=Path, default=here("runs/peers"))
+    parser.add_argument("--out", type=Path, default=here("results/peers"))
     parser.add_argument("--peer", choices=THEIRS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     prompts = options.runs / "prompts.jsonl"
