@@ -149,13 +149,6 @@ class DiffusionModel(System):
 
     def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
         """Algorithm 1, with some captions dropped."""
-        terms = self.row_losses(batch, text, noise)
-        yield Turn("denoiser", {name: values.mean() for name, values in terms.items()})
-
-    def row_losses(
-        self, batch: Batch, text: TextFeatures, noise: NoiseStreams
-    ) -> dict[str, Tensor]:
-        """The terms of the loss of each row, (B,)."""
         process = self.process
         x0 = self.space.encode(batch, noise)  # (B, C, H, W)
         t = noise.randint(process.num_timesteps)  # (B,)
@@ -167,10 +160,14 @@ class DiffusionModel(System):
 
         target = process.target(x0, eps, t)
         mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)  # (B,)
-        terms = {f"mse_{process.config.prediction}": process.loss_weight(t) * mse}
+        rows = {f"mse_{process.config.prediction}": process.loss_weight(t) * mse}
         if process.config.learns_variance:
-            terms["vlb"] = vlb_loss(process, output, x0, x_t, t)
-        return terms
+            rows["vlb"] = vlb_loss(process, output, x0, x_t, t)
+        yield self.turn(rows)
+
+    def turn(self, rows: Mapping[str, Tensor]) -> Turn:
+        """The turn of a step: the mean over the rows of each term, (B,)."""
+        return Turn("denoiser", {name: values.mean() for name, values in rows.items()})
 
     def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's output in float32 as the prediction and, if variances are learned, their

@@ -29,6 +29,16 @@ def base(make_system: Any) -> DiffusionModel:
     return model
 
 
+def rows_of(base: DiffusionModel, data: CaptionedDataset, rows: int) -> torch.Tensor:
+    """The loss of the base on each row of a batch by itself, in the noise of that row."""
+    batch = data.batch(range(rows), [0] * rows, 0)
+    losses = []
+    for row, one in enumerate(batch.split(1)):
+        (turn,) = base.losses(one, base.text.encode(one.caption), NoiseStreams([row]))
+        losses.append(turn.terms["mse_x0"])
+    return torch.stack(losses)
+
+
 def turn_of(model: DreamBoothModel, data: CaptionedDataset, rows: int) -> Any:
     batch = data.batch(range(rows), [0] * rows, 0)
     (turn,) = model.losses(batch, model.text.encode(batch.caption), NoiseStreams(range(rows)))
@@ -40,8 +50,7 @@ def test_the_loss_weighs_the_rows_of_the_class(
 ) -> None:
     model = DreamBoothModel(base, DreamBoothConfig(prior_weight=0.3), LoRAConfig())
     terms = turn_of(model, shapes, 6).terms
-    batch = shapes.batch(range(6), [0] * 6, 0)
-    rows = base.row_losses(batch, base.text.encode(batch.caption), NoiseStreams(range(6)))["mse_x0"]
+    rows = rows_of(base, shapes, 6)
     torch.testing.assert_close(terms["subject"], rows[[0, 2, 4]].mean())
     torch.testing.assert_close(terms["prior"], 0.3 * rows[[1, 3, 5]].mean())
     with pytest.raises(UserError, match="batch of 1 holds no picture of the class"):
@@ -61,8 +70,7 @@ def test_without_prior_preservation_all_rows_are_of_the_subject(
     base: DiffusionModel, shapes: CaptionedDataset
 ) -> None:
     model = DreamBoothModel(base, DreamBoothConfig(prior_weight=0.0), LoRAConfig())
-    batch = shapes.batch(range(5), [0] * 5, 0)
-    rows = base.row_losses(batch, base.text.encode(batch.caption), NoiseStreams(range(5)))["mse_x0"]
+    rows = rows_of(base, shapes, 5)
     terms = turn_of(model, shapes, 5).terms
     assert list(terms) == ["subject"]
     torch.testing.assert_close(terms["subject"], rows.mean())

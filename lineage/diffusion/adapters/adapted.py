@@ -8,17 +8,15 @@ adapter enters the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lineage.data.contract import Batch
 from lineage.diffusion.model import DiffusionModel
 from lineage.errors import UserError
-from lineage.nn.noise import NoiseStreams
 from lineage.system import Turn
-from lineage.text.contract import TextFeatures
 
 ADAPTER = "adapter"
 """Name of the adapter in an adapted model, and of its parameter group."""
@@ -52,10 +50,9 @@ class AdaptedModel(DiffusionModel):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {ADAPTER: [self.adapter]}
 
-    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
-        """Those of the base."""
-        terms = self.row_losses(batch, text, noise)
-        yield Turn(ADAPTER, {name: values.mean() for name, values in terms.items()})
+    def turn(self, rows: Mapping[str, Tensor]) -> Turn:
+        """That of the base, for the adapter."""
+        return replace(super().turn(rows), group=ADAPTER)
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """The base stays in evaluation mode."""

@@ -8,7 +8,7 @@ a dog is.
     section 3.2              a rare word for the subject: one that the model knows nothing about.
                              With a tokeniser of words, any word that it has never read
     section 3.3, equation 2  L = E |x - x_hat(x_t, c)|^2 + lambda E |x_pr - x_hat(x_pr_t, c_pr)|^2
-                                                                              `losses`
+                                                                              `turn`
     section 3.3              x_pr = the frozen base's own samples for captions c_pr of the class
                                                                 `data/prior.py`, and the recipe
 
@@ -22,20 +22,18 @@ of everything that the base draws, since the words of a small data set have no c
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from lineage.bounds import NonNegativeFloat, PositiveInt, Texts
 from lineage.config import configuration
-from lineage.data.contract import Batch
 from lineage.diffusion.adapters.adapted import ADAPTER, AdaptedModel
 from lineage.diffusion.adapters.lora import LoRAConfig, LoRANetwork, make_lora
 from lineage.diffusion.model import DiffusionModel
 from lineage.errors import UserError
-from lineage.nn.noise import NoiseStreams
 from lineage.system import Trainable, Turn
-from lineage.text.contract import TextFeatures
 
 
 @configuration
@@ -80,17 +78,15 @@ class DreamBoothModel(AdaptedModel):
             Trainable.check_shape(self, height, width)
         super().check_shape(height, width)
 
-    def losses(self, batch: Batch, text: TextFeatures, noise: NoiseStreams) -> Iterator[Turn]:
+    def turn(self, rows: Mapping[str, Tensor]) -> Turn:
         """Equation 2."""
-        terms = self.row_losses(batch, text, noise)
-        rows = torch.stack([*terms.values()]).sum(0)  # (B,)
+        loss = torch.stack([*rows.values()]).sum(0)  # (B,)
         if self.prior_weight == 0:
-            yield Turn(ADAPTER, {"subject": rows.mean()})
-            return
-        if len(batch) == 1:
+            return Turn(ADAPTER, {"subject": loss.mean()})
+        if len(loss) == 1:
             raise UserError(
                 "A batch of 1 holds no picture of the class: set train.batch_size=2 or more, or "
                 "adapter.prior_weight=0."
             )
-        subject, prior = rows[0::2].mean(), rows[1::2].mean()
-        yield Turn(ADAPTER, {"subject": subject, "prior": self.prior_weight * prior})
+        subject, prior = loss[0::2].mean(), loss[1::2].mean()
+        return Turn(ADAPTER, {"subject": subject, "prior": self.prior_weight * prior})
