@@ -4,9 +4,13 @@ and tables.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lineage.data import load_dataset
 from lineage.data.contract import to_bytes
@@ -14,6 +18,8 @@ from lineage.evaluation import sections
 from lineage.evaluation.judge import Judge
 from lineage.evaluation.prompts import Prompt
 from lineage.evaluation.real import PromptSet, prompt_set
+from lineage.files import write_bytes
+from lineage.sheets import picture, save_picture
 from lineage.system import System
 
 
@@ -33,6 +39,16 @@ def verdicts(system: System, prompts: PromptSet, seed: int = 0) -> list[dict[str
 def composition(system: System, prompts: PromptSet) -> dict[str, Any]:
     """Scores of one picture of each prompt."""
     return sections.composition(prompts.prompts, verdicts(system, prompts))
+
+
+def write_pictures(folder: Path, pictures: Sequence[Tensor], captions: Sequence[str]) -> None:
+    """Captioned pictures, (3, S, S) uint8 each, as an image folder."""
+    lines = []
+    for number, (image, caption) in enumerate(zip(pictures, captions, strict=True)):
+        name = f"{number:03d}.png"
+        save_picture(picture(image), folder / name)
+        lines.append(json.dumps({"file_name": name, "text": caption}) + "\n")
+    write_bytes(folder / "metadata.jsonl", "".join(lines).encode())
 
 
 def captions_of(prompts: Sequence[Prompt]) -> list[str]:

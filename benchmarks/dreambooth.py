@@ -19,14 +19,20 @@ with it. `decoded` are real rings behind the base's autoencoder: no adapter can 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from composition import captions_of, cell, composition, markdown_table, prompts_of
+from composition import (
+    captions_of,
+    cell,
+    composition,
+    markdown_table,
+    prompts_of,
+    write_pictures,
+)
 from torch import Tensor
 
 import lineage
@@ -37,7 +43,7 @@ from lineage.evaluation.intervals import mean_score
 from lineage.evaluation.judge import Detections, Judge, relations
 from lineage.evaluation.scenes import SceneSpec, draw_scenes
 from lineage.files import write_bytes
-from lineage.sheets import picture, save_picture, sheet
+from lineage.sheets import save_picture, sheet
 from lineage.system import System
 from lineage.training.cost import read_cost
 from lineage.training.store import write_json
@@ -60,16 +66,6 @@ def rings(colours: Sequence[str], seed: int) -> Tensor:
     """(N, 3, S, S) uint8, a ring of each colour."""
     specs = [SceneSpec(((SUBJECT, colour),)) for colour in colours]
     return torch.from_numpy(draw_scenes(LEVELS["easy"], specs, seed, SIZE))
-
-
-def write_subject(folder: Path) -> None:
-    """The five pictures, all of them for training."""
-    lines = []
-    for number, image in enumerate(rings(INSTANCES, seed=1)):
-        save_picture(picture(image), folder / "train" / f"{number}.png")
-        text = f"a {INSTANCES[number]} {WORD}"
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": text}) + "\n")
-    write_bytes(folder / "train" / "metadata.jsonl", "".join(lines).encode())
 
 
 def is_ring(found: Detections, colour: str) -> bool:
@@ -126,7 +122,8 @@ def main() -> None:
     shown += ["a green circle", captions_of(prompts.prompts)[-1]]
     images, labels = list(base.generate(shown, seed=3)), [f"base: {text}" for text in shown]
     with tempfile.TemporaryDirectory() as folder:
-        write_subject(Path(folder) / "subject")
+        texts = [f"a {colour} {WORD}" for colour in INSTANCES]
+        write_pictures(Path(folder) / "subject" / "train", list(rings(INSTANCES, seed=1)), texts)
         for name, settings in TRIALS.items():
             run = lineage.train(
                 "dreambooth",

@@ -43,14 +43,6 @@ RESULTS = Path(__file__).parent.parent / "results"
 RANK = 4
 
 
-class Holder(nn.Module):
-    """A network under the name that it has in a model."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-
 def new_lora(model: nn.Module, seed: int) -> LoRA:
     """An adapter of the attention, with numbers in place of zeros."""
     torch.manual_seed(seed)
@@ -72,7 +64,7 @@ def main() -> None:
     text = text_features(words)
 
     frozen = copy.deepcopy(ours).requires_grad_(False)
-    holder = Holder(frozen)
+    holder = nn.ModuleDict({"network": frozen})  # under the name that it has in a model
     lora = new_lora(holder, seed=1)
     adapted = LoRANetwork(frozen, lora)
     injected: Any = inject_adapter_in_model(
@@ -105,7 +97,7 @@ def main() -> None:
     step_seconds = medians(steps, rounds=9)
 
     merged = copy.deepcopy(frozen)
-    merge(Holder(merged), [(lora, 1.0), (new_lora(holder, seed=2), 1.0)])
+    merge(nn.ModuleDict({"network": merged}), [(lora, 1.0), (new_lora(holder, seed=2), 1.0)])
     x, t, some = torch.randn(16, 3, SIDE, SIDE), torch.full((16,), 500), text_features(words[:16])
 
     @torch.no_grad()

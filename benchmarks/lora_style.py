@@ -10,20 +10,19 @@ a texture, and what it cannot decode no adapter of the denoiser can draw; `recon
     hatching    darkness of the lighter diagonals divided by that of the others, inside objects:
                 1 is none, and the style is 0.6
 
-    style/                the pictures, which are deterministic
+
     results/lora/style.json, style.md, style.png
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from composition import captions_of, cell, markdown_table, prompts_of
+from composition import captions_of, cell, markdown_table, prompts_of, write_pictures
 from torch import Tensor
 
 import lineage
@@ -34,7 +33,7 @@ from lineage.evaluation.cost import machine
 from lineage.evaluation.real import PromptSet
 from lineage.files import write_bytes
 from lineage.official.adapters import add_adapters, read_lora
-from lineage.sheets import picture, save_picture, sheet
+from lineage.sheets import save_picture, sheet
 from lineage.training.cost import read_cost
 from lineage.training.store import write_json
 
@@ -70,15 +69,11 @@ def hatching(pictures: Tensor) -> float:
 
 
 def write_style(folder: Path) -> None:
-    """64 captioned pictures in the style, as an image folder."""
-    data, lines = load_dataset("shapes", "train", SIZE, SEED), []
-    for number in range(PICTURES):
-        example = data[number]
-        image = to_bytes(hatched(to_unit(example.image)))
-        save_picture(picture(image), folder / f"{number:03d}.png")
-        lines.append({"file_name": f"{number:03d}.png", "text": example.captions[0]})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_bytes(folder / "metadata.jsonl", text.encode())
+    """Captioned pictures in the style."""
+    data = load_dataset("shapes", "train", SIZE, SEED)
+    examples = [data[number] for number in range(PICTURES)]
+    images = to_bytes(hatched(to_unit(torch.stack([one.image for one in examples]))))
+    write_pictures(folder, list(images), [one.captions[0] for one in examples])
 
 
 def scored(pictures: Tensor, prompts: PromptSet) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _read(path: str, target: DiffusionModel, run: Path) -> tuple[LoRA, str]:
 
 def _of_run(folder: Path, run: Path) -> LoRA:
     """The adapter of a run folder, if it was trained on `run`."""
-    _check_low_rank(folder)
+    lora = read_lora(folder)
     if _base_hash(folder) != _base_hash(run):
         source = read_saved(folder).get("stages_from", {}).get(BASE, {}).get("run")
         own = run_name(Path(source)) if source else run_name(folder)
@@ -113,20 +113,7 @@ def _of_run(folder: Path, run: Path) -> LoRA:
             f"{run_name(run)}: draw with {own}, or train an adapter with --from "
             f"base={run_name(run)}."
         )
-    return read_lora(folder)
-
-
-def _check_low_rank(folder: Path) -> None:
-    """Raise `UserError` if a run has no low-rank adapter."""
-    config = read_config(folder)
-    if not CATALOG[config.key].adapts:
-        raise UserError(f"{run_name(folder)} is a run of {config.key}, which is no adapter.")
-    names = load_tensors(folder / "model.safetensors")
-    if not all(name.endswith((".down", ".up", ".alpha")) for name in names):
-        raise UserError(
-            f"{run_name(folder)} is a whole network and no low-rank adapter: draw with that run "
-            "itself."
-        )
+    return lora
 
 
 def _base_hash(run: Path) -> str:
@@ -138,10 +125,22 @@ def _base_hash(run: Path) -> str:
 
 
 def read_lora(folder: Path) -> LoRA:
-    """The adapter of a run of `lora`, without its base."""
-    path = folder / "model.safetensors"
+    """The low-rank adapter of a run, without its base.
+
+    Raises:
+        UserError: the run has none, or its file is damaged.
+    """
+    key, path = read_config(folder).key, folder / "model.safetensors"
+    if not CATALOG[key].adapts:
+        raise UserError(f"{run_name(folder)} is a run of {key}, which is no adapter.")
+    tensors = load_tensors(path)
+    if not all(name.endswith((".down", ".up", ".alpha")) for name in tensors):
+        raise UserError(
+            f"{run_name(folder)} is a whole network and no low-rank adapter: draw with that run "
+            "itself."
+        )
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_tensors(path).items():
+    for name, tensor in tensors.items():
         layer, _, part = name.removeprefix(f"{ADAPTER}.").rpartition(".")
         layers.setdefault(layer, {})[part] = tensor
     try:
@@ -152,9 +151,7 @@ def read_lora(folder: Path) -> LoRA:
     except KeyError as error:
         raise UserError(f"{path} is no adapter: a change lacks its {error}.") from error
     lora = LoRA(changes)
-    holder = torch.nn.Module()  # the adapter's names in a run
-    holder.add_module(ADAPTER, lora)
-    load_weights(holder, path)  # type: ignore[arg-type]
+    load_weights(torch.nn.ModuleDict({ADAPTER: lora}), path)  # type: ignore[arg-type]
     return lora
 
 
@@ -200,9 +197,8 @@ def export_adapter(run: str | Path, out: str | Path, form: Form = "kohya") -> Pa
     Raises:
         UserError: the run is no adapter, or the form cannot hold it.
     """
-    folder, target = run_folder(run, "run"), expanded(out, "out")
-    _check_low_rank(folder)
-    tensors, metadata = written_adapter(read_lora(folder), form)
+    target = expanded(out, "out")
+    tensors, metadata = written_adapter(read_lora(run_folder(run, "run")), form)
     if form == "peft":
         check_output(target, folder=True)
         write_bytes(target / PEFT[0], save(tensors, {"format": "pt"}))

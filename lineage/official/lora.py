@@ -29,14 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineage.diffusion.adapters.lora import LoRA, LowRank, adaptable, check_fits, merged
-from lineage.diffusion.networks.unet import UNet, UNetConfig, make_unet
+from lineage.diffusion.networks.unet import UNetConfig, make_unet
 from lineage.diffusion.process import Process, ProcessConfig
 from lineage.errors import UserError
 from lineage.official.adm_unet import official_names, text_features
 from lineage.official.clip import HF_LAYERS, text_tower
 from lineage.official.stable_diffusion import diffusers_layer, our_unet
 from lineage.official.verify import Verifier, output
-from lineage.text.clip_text import CLIPTextTower
 
 Form = Literal["kohya", "diffusers", "peft"]
 """Form in which an adapter is written."""
@@ -185,11 +184,13 @@ def written_adapter(lora: LoRA, form: Form) -> tuple[dict[str, Tensor], dict[str
             form holds one.
     """
     changes, tensors = lora.changes(), dict[str, Tensor]()
+    layers: dict[str, list[str]] = {}  # names without their part, by part
     for name, change in changes.items():
         theirs = diffusers_name(name)
         if theirs is None or (form == "peft" and not theirs.startswith("unet.")):
             raise UserError(f"The form {form} has no name for {name}.")
         part, _, inner = theirs.partition(".")
+        layers.setdefault(part, []).append(inner)
         down, up = change.down.detach().clone(), change.up.detach().clone()
         if form == "kohya":
             key = f"{KOHYA[part]}{inner.replace('.', '_')}"
@@ -204,10 +205,6 @@ def written_adapter(lora: LoRA, form: Form) -> tuple[dict[str, Tensor], dict[str
     if len(sizes) > 1:
         raise UserError(f"The form {form} holds one rank and one alpha: write kohya's.")
     ((rank, alpha),) = sizes
-    layers: dict[str, list[str]] = {}  # of each part
-    for name in changes:
-        part, _, inner = str(diffusers_name(name)).partition(".")
-        layers.setdefault(part, []).append(inner)
     configs = {
         part: {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(own)}
         for part, own in layers.items()
@@ -221,15 +218,6 @@ def written_adapter(lora: LoRA, form: Form) -> tuple[dict[str, Tensor], dict[str
 # --- outputs --------------------------------------------------------------------------------------
 
 
-class Adaptable(nn.Module):
-    """A UNet and a text tower under the names that they have in a system."""
-
-    def __init__(self, network: UNet, tower: CLIPTextTower) -> None:
-        super().__init__()
-        self.network, self.text = network, nn.Module()
-        self.text.add_module("tower", tower)
-
-
 class LoRAOutputs(Verifier):
     """Outputs of kohya's LoRA on diffusers' UNet and transformers' CLIP."""
 
@@ -237,7 +225,8 @@ class LoRAOutputs(Verifier):
     source = ("kohya-ss/sd-scripts", "networks/lora.py")
 
     @cached_property
-    def model(self) -> Adaptable:
+    def model(self) -> Any:
+        """The UNet and the text tower under the names that they have in a system."""
         config, text = self.config, self.config["text"]
         unet = make_unet(
             UNetConfig(
@@ -265,7 +254,7 @@ class LoRAOutputs(Verifier):
         tower = text_tower(
             self.state["text_encoder"], text["num_attention_heads"], text["hidden_act"]
         )
-        return Adaptable(unet, tower).eval()
+        return nn.ModuleDict({"network": unet, "text": nn.ModuleDict({"tower": tower})}).eval()
 
     def adapter(self, *forms: str) -> LoRA:
         """The adapter of the file, from its first form or from several files together."""
@@ -278,12 +267,12 @@ class LoRAOutputs(Verifier):
 
     def hidden(self, lora: LoRA | None, scale: float = 1.0) -> Tensor:
         with merged(self.model, [] if lora is None else [(lora, scale)]):
-            tower = self.model.text.get_submodule("tower")
-            return tower.words(tower.hidden_states(self.inputs["ids"]))  # type: ignore[operator]
+            tower = self.model["text"]["tower"]
+            return tower.words(tower.hidden_states(self.inputs["ids"]))
 
     def eps(self, lora: LoRA | None, scale: float, hidden: Tensor) -> Tensor:
         with merged(self.model, [] if lora is None else [(lora, scale)]):
-            return self.model.network(self.inputs["x"], self.inputs["t"], text_features(hidden))
+            return self.model["network"](self.inputs["x"], self.inputs["t"], text_features(hidden))
 
     @property
     def scale(self) -> float:
@@ -337,7 +326,7 @@ class LoRAOutputs(Verifier):
     @output("ti_hidden")
     def ti_hidden(self) -> Tensor:
         """The text tower with the learned vectors as rows behind the vocabulary."""
-        tower: Any = self.model.text.get_submodule("tower")
+        tower = self.model["text"]["tower"]
         table = tower.token_emb.weight
         tower.token_emb.weight = nn.Parameter(torch.cat([table, self.inputs["ti_vectors"]]))
         try:

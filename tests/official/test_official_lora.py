@@ -21,16 +21,8 @@ from lineage.training.store import write_json
 LAYERS = ("to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out", "conv1", "conv2", "conv")
 
 
-class Model(nn.Module):
-    """A network under the name that it has in a system."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-
 @pytest.fixture(scope="module")
-def both() -> tuple[Model, Any]:
+def both() -> tuple[nn.ModuleDict, Any]:
     """Our UNet and diffusers' with the same weights."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra, lineage-t2i[peers]")
     pytest.importorskip("peft", reason="peft is an extra, lineage-t2i[peers]")
@@ -59,11 +51,11 @@ def both() -> tuple[Model, Any]:
     )
     ours = make_unet(config, 12, 12, 4, 4)
     ours.load_state_dict(our_unet(theirs.state_dict()))
-    return Model(ours).eval(), theirs.eval()
+    return nn.ModuleDict({"network": ours}).eval(), theirs.eval()
 
 
 @pytest.fixture(scope="module")
-def lora(both: tuple[Model, Any]) -> LoRA:
+def lora(both: tuple[nn.ModuleDict, Any]) -> LoRA:
     """An adapter whose alpha is not its rank."""
     weights = [(n, w) for n, w in adaptable(both[0]) if n.rpartition(".")[2] in LAYERS]
     adapter = LoRA({name: LowRank(weight.shape, 3, 4.5) for name, weight in weights})
@@ -75,7 +67,7 @@ def lora(both: tuple[Model, Any]) -> LoRA:
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
 @torch.no_grad()
 def test_other_libraries_draw_the_same_with_a_written_file(
-    form: Any, both: tuple[Model, Any], lora: LoRA, tmp_path: Path
+    form: Any, both: tuple[nn.ModuleDict, Any], lora: LoRA, tmp_path: Path
 ) -> None:
     ours, theirs = both
     x, t, words = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 12)
@@ -86,7 +78,7 @@ def test_other_libraries_draw_the_same_with_a_written_file(
 
     plain = their_output(theirs)
     with merged(ours, [(lora, 1.0)]):
-        expected = ours.network(x, t, text_features(words))
+        expected = ours["network"](x, t, text_features(words))
     tensors, metadata = written_adapter(lora, form)
     if form == "peft":
         from peft import PeftModel
