@@ -10,7 +10,6 @@ a texture, and what it cannot decode no adapter of the denoiser can draw; `recon
     hatching    darkness of the lighter diagonals divided by that of the others, inside objects:
                 1 is none, and the style is 0.6
 
-
     results/lora/style.json, style.md, style.png
 """
 
